@@ -1,0 +1,178 @@
+"""Accuracy on the whole easy-VQA test set, unreduced and reduced, as `results.json` and a Markdown table.
+
+python -m examples.easy_vqa.evaluate --retrained strong=examples/easy_vqa/model_strong
+"""
+
+import json
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, TypedDict, get_args
+
+import torch
+import typer
+from transformers import AutoTokenizer, ViltForQuestionAnswering
+
+import pumer_compile as pumer
+from examples.easy_vqa.data import TEXT_LENGTH, Split, load_split, question_only_correct
+from examples.easy_vqa.random_pruning import RandomPruning, TokenCounts
+from examples.easy_vqa.schedules import STRENGTHS, Semantics, Strength, reduce_model, schedule_for
+from examples.easy_vqa.training import count_correct, raster_logits
+
+HERE = Path(__file__).parent
+RANDOM_SEEDS = [0, 1, 2]
+PACKAGES = ["easy-vqa", "pumer-compile", "torch", "transformers"]
+
+
+class Row(TypedDict):
+    """One measured model."""
+
+    name: str
+    strength: Strength | None
+    correct: list[int]
+    """Right answers, one entry per seed; a single one where nothing is random."""
+    total: int
+    text_tokens: list[int]
+    """On entering the layers and after every site."""
+    image_tokens: list[int]
+    multiply_adds: int | None
+    """Per sample; None for the baseline that is no network."""
+
+
+class Results(TypedDict):
+    """The whole of `results.json`."""
+
+    versions: dict[str, str]
+    random_seeds: list[int]
+    schedules: dict[Strength, dict[str, object]]
+    rows: list[Row]
+
+
+def measure(model_folder: Path, retrained: dict[Strength, Path]) -> Results:
+    """Every row, each on the whole test set."""
+    test = load_split("test", AutoTokenizer.from_pretrained(model_folder))
+    model = ViltForQuestionAnswering.from_pretrained(model_folder).eval()
+    reduced_rows: list[Row] = []
+    for strength in STRENGTHS:
+        for semantics in get_args(Semantics):
+            reduced = reduce_model(model, test, schedule_for(strength, semantics))
+            reduced_rows.append(_reduced_row(f"reduced, {semantics}", strength, reduced, test))
+        # Both semantics keep the same numbers of tokens, so either plan tells how many the control may keep.
+        reduced_rows.append(_random_row(model, strength, reduced.plan, test))
+        if strength in retrained:
+            tuned = ViltForQuestionAnswering.from_pretrained(retrained[strength]).eval()
+            tuned_reduced = reduce_model(tuned, test, schedule_for(strength, "reference"))
+            reduced_rows.append(_reduced_row("reduced, reference, retrained", strength, tuned_reduced, test))
+    return {
+        "versions": {package: version(package) for package in PACKAGES},
+        "random_seeds": RANDOM_SEEDS,
+        "schedules": STRENGTHS,
+        "rows": [_unreduced_row(model, reduced.plan, test), _question_only_row(), *reduced_rows],
+    }
+
+
+def render_table(results: Results) -> str:
+    """The rows as a Markdown table; the first row is what multiply-adds are compared with."""
+    full_work = results["rows"][0]["multiply_adds"]
+    lines = [
+        "| Model | Strength | Image tokens | Text tokens | Multiply-adds | Test accuracy |",
+        "| --- | --- | --- | --- | ---: | ---: |",
+    ]
+    for row in results["rows"]:
+        work = row["multiply_adds"]
+        accuracy = sum(row["correct"]) / (len(row["correct"]) * row["total"])
+        cells = [
+            row["name"],
+            row["strength"] or "",
+            " → ".join(map(str, row["image_tokens"])),
+            " → ".join(map(str, row["text_tokens"])),
+            f"{work / full_work:.0%}" if work and full_work else "",
+            f"{accuracy:.1%}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def counts_by_layer(plan: pumer.Plan) -> dict[int, TokenCounts]:
+    """The tokens `plan` keeps after each of its layers."""
+    return {site.layer: TokenCounts(site.after["text"], site.after["image"]) for site in plan.sites}
+
+
+def _unreduced_row(model: ViltForQuestionAnswering, plan: pumer.Plan, test: Split) -> Row:
+    return {
+        "name": "unreduced",
+        "strength": None,
+        "correct": [count_correct(lambda batch: raster_logits(model, batch), test)],
+        "total": len(test),
+        "text_tokens": [TEXT_LENGTH],
+        "image_tokens": [_image_tokens(model)],
+        "multiply_adds": plan.multiply_adds_before,
+    }
+
+
+def _question_only_row() -> Row:
+    correct, total = question_only_correct()
+    return {
+        "name": "question only (most frequent training answer per question)",
+        "strength": None,
+        "correct": [correct],
+        "total": total,
+        "text_tokens": [],
+        "image_tokens": [],
+        "multiply_adds": None,
+    }
+
+
+def _reduced_row(name: str, strength: Strength, reduced: pumer.Reduced, test: Split) -> Row:
+    correct = count_correct(lambda batch: reduced.module(**batch).logits, test)
+    return _planned_row(name, strength, [correct], reduced.plan, test)
+
+
+def _random_row(model: ViltForQuestionAnswering, strength: Strength, plan: pumer.Plan, test: Split) -> Row:
+    counts = counts_by_layer(plan)
+    correct = [count_correct(RandomPruning(model, counts, seed), test) for seed in RANDOM_SEEDS]
+    return _planned_row("random pruning", strength, correct, plan, test)
+
+
+def _planned_row(name: str, strength: Strength, correct: list[int], plan: pumer.Plan, test: Split) -> Row:
+    counts = counts_by_layer(plan).values()
+    first = plan.sites[0].before
+    row: Row = {
+        "name": name,
+        "strength": strength,
+        "correct": correct,
+        "total": len(test),
+        "text_tokens": [first["text"], *(count.text for count in counts)],
+        "image_tokens": [first["image"], *(count.image for count in counts)],
+        "multiply_adds": plan.multiply_adds_after,
+    }
+    print(f"{name}, {strength}: {correct} of {len(test)}", flush=True)
+    return row
+
+
+def _image_tokens(model: ViltForQuestionAnswering) -> int:
+    return model.vilt.embeddings.position_embeddings.shape[1]
+
+
+def _parse_retrained(option: str) -> tuple[Strength, Path]:
+    strength, separator, folder = option.partition("=")
+    if strength not in STRENGTHS or not separator:
+        raise typer.BadParameter(
+            f"{option!r} is not STRENGTH=FOLDER with a strength of {', '.join(STRENGTHS)}"
+        )
+    return strength, Path(folder)
+
+
+def main(
+    model_folder: Path = HERE / "model",
+    retrained: Annotated[list[str] | None, typer.Option(help="STRENGTH=FOLDER of a retrained model.")] = None,
+    results_path: Path = HERE / "results.json",
+) -> None:
+    """Measure every row, write RESULTS_PATH and print the table."""
+    torch.manual_seed(0)
+    results = measure(model_folder, dict(map(_parse_retrained, retrained or [])))
+    results_path.write_text(json.dumps(results, indent=1) + "\n")
+    print(render_table(results))
+
+
+if __name__ == "__main__":
+    typer.run(main)

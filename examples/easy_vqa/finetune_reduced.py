@@ -1,0 +1,69 @@
+"""Fine-tune the base model with its reducers in place, as PuMer does, and save it as a stock ViLT.
+
+    python -m examples.easy_vqa.finetune_reduced --strength strong
+
+The loss is the answers' cross-entropy plus the divergence from the unreduced base model, the teacher.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from torch import Tensor
+from torch.nn import functional
+from transformers import AutoTokenizer, ViltForQuestionAnswering
+
+from examples.easy_vqa.data import load_split
+from examples.easy_vqa.schedules import Strength, reduce_model, schedule_for
+from examples.easy_vqa.training import Recipe, count_correct, fit, raster_logits, save_folder
+
+HERE = Path(__file__).parent
+
+
+def distillation_loss(logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """Mean divergence of the student's answers from the teacher's; both float [batch, answers]."""
+    return functional.kl_div(
+        logits.log_softmax(dim=-1), teacher_logits.log_softmax(dim=-1), reduction="batchmean", log_target=True
+    )
+
+
+def main(
+    strength: Strength = "strong",
+    model_folder: Path = HERE / "model",
+    folder: Annotated[Path | None, typer.Option(help="Where to save; by default model_STRENGTH.")] = None,
+    epochs: int = 4,
+    learning_rate: float = 2e-4,
+    batch_size: int = 64,
+    distillation: Annotated[float, typer.Option(help="Weight of the teacher's part of the loss.")] = 1.0,
+    seed: int = 0,
+) -> None:
+    """Fine-tune, report reduced test accuracy after every epoch, and keep the latest epoch in FOLDER."""
+    torch.manual_seed(seed)
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    train, test = load_split("train", tokenizer), load_split("test", tokenizer)
+    teacher = ViltForQuestionAnswering.from_pretrained(model_folder).eval()
+    student = ViltForQuestionAnswering.from_pretrained(model_folder)
+    reduced = reduce_model(student, train, schedule_for(strength, "reference"))
+    target = folder or HERE / f"model_{strength}"
+
+    def loss_of(batch: dict[str, Tensor], labels: Tensor) -> Tensor:
+        logits = reduced.module(**batch).logits.float()
+        with torch.no_grad():
+            teacher_logits = raster_logits(teacher, batch).float()
+        return functional.cross_entropy(logits, labels) + distillation * distillation_loss(
+            logits, teacher_logits
+        )
+
+    def report_and_save(epoch: int) -> None:
+        correct = count_correct(lambda batch: reduced.module(**batch).logits, test)
+        print(f"epoch {epoch}: reduced test {correct}/{len(test)} = {correct / len(test):.4f}", flush=True)
+        # Reducers have no parameters, and the names are the model's own: the weights fit the stock model.
+        student.load_state_dict(reduced.module.state_dict())
+        save_folder(student, tokenizer, target)
+
+    fit(reduced.module, loss_of, train, Recipe(epochs, learning_rate, batch_size, seed=seed), report_and_save)
+
+
+if __name__ == "__main__":
+    typer.run(main)

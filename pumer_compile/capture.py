@@ -1,0 +1,181 @@
+"""From a model to a `Program`: its graph, as pre-decomposition ATen operators, with static token counts.
+
+transformers' models go through transformers' own dynamo exporter (its patches and our frontends are installed while it
+traces), any other `nn.Module` through `torch.export` directly, and an `ExportedProgram` is taken as it is. The model
+object is left as it was found, also when the capture fails.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+from transformers import PreTrainedModel
+from transformers.exporters.exporter_dynamo import DynamoConfig, DynamoExporter
+from transformers.exporters.utils import apply_patches
+
+import pumer_compile.frontends  # noqa: F401  (importing it registers the rewrites that tracing needs)
+from pumer_compile.errors import CaptureError, PumerError, UsageError
+from pumer_compile.inputs import check_inputs, describe_inputs, explain_inputs, load_inputs, make_inputs
+from pumer_compile.loading import LoadedModel, load_model, quiet_transformers
+
+__all__ = ["LoadedModel", "Program", "capture", "load_inputs", "load_model", "make_inputs"]
+
+
+@dataclass(frozen=True)
+class Program:
+    """A captured model.
+
+    `module` is the unlifted, pre-decomposition ATen graph. It is called with the model's inputs by keyword and returns
+    the model's own output type; its parameters are the model's own `nn.Parameter` objects under their own names (a
+    weight is never copied), so training it trains the model. `inputs` are the sample inputs it was captured with, by
+    forward argument and in forward order, cast to the model's floating dtype and device; their batch is 2 where the
+    batch is dynamic and the sample had a batch of 1.
+    """
+
+    module: fx.GraphModule
+    inputs: dict[str, Tensor]
+    dynamic_batch: bool = False
+    model: nn.Module | None = None
+    streams: dict[str, str] = field(default_factory=dict)
+    checkpoint_sha256: str | None = None
+
+
+def capture(
+    model: nn.Module | ExportedProgram | LoadedModel,
+    inputs: Mapping[str, Tensor] | None = None,
+    *,
+    dynamic_batch: bool = False,
+    streams: Mapping[str, str] | None = None,
+) -> Program:
+    """Capture `model` as a graph, in eval mode, with the shapes of `inputs` (tensors by forward argument).
+
+    `dynamic_batch` keeps dimension 0 symbolic for every input that has the batch there; all other sizes are fixed.
+    `streams` names the token stream that an input starts (`{"input_ids": "text"}`) where the graph alone does not say.
+    `inputs` may be left out for an `ExportedProgram` that holds its example inputs.
+
+    Raises UsageError for inputs that do not fit the model and CaptureError for a model that cannot be traced.
+    """
+    sha256: str | None = None
+    if isinstance(model, LoadedModel):
+        sha256 = model.sha256
+        model = model.exported if model.model is None else model.model  # type: ignore[assignment]
+    if isinstance(model, ExportedProgram):
+        program = _from_exported(model, inputs, dynamic_batch)
+    else:
+        if inputs is None:
+            raise UsageError(
+                f"No sample inputs were given for {type(model).__name__}. A capture fixes every token count, so it "
+                "needs one tensor for each input of the model; make_inputs() makes random ones for a transformers model."
+            )
+        program = _from_module(model, inputs, dynamic_batch)
+    unknown = [name for name in streams or {} if name not in program.inputs]
+    if unknown:
+        raise UsageError(
+            f"streams names the input {unknown[0]!r}, but the captured inputs are {', '.join(program.inputs)}."
+        )
+    return Program(
+        program.module, program.inputs, program.dynamic_batch, program.model, dict(streams or {}), sha256
+    )
+
+
+def _from_module(model: nn.Module, inputs: Mapping[str, Tensor], dynamic_batch: bool) -> Program:
+    sample = check_inputs(model, inputs)
+    shapes = None
+    if dynamic_batch:
+        sample, shapes = _symbolic_batch(sample)
+    with left_as_found(model), _quiet():
+        for module in model.modules():
+            # Not eval(): a model may override it with work that nothing undoes.
+            module.training = False
+        try:
+            exported = _export(model, sample, shapes)
+            graph = plain_graph_module(exported)
+        except PumerError:
+            raise
+        except Exception as error:
+            raise _failure(model, sample, dynamic_batch, error) from error
+    return Program(graph, sample, dynamic_batch, model)
+
+
+def _export(model: nn.Module, sample: dict[str, Tensor], shapes: dict[str, Any] | None) -> ExportedProgram:
+    if isinstance(model, PreTrainedModel):
+        config = DynamoConfig(dynamic_shapes=shapes)
+        return DynamoExporter().export_program(model, dict(sample), config)[0]
+    # A plain module around a transformers model needs the patches of that model as well.
+    wraps = any(isinstance(module, PreTrainedModel) for module in model.modules())
+    # no_grad: otherwise a no_grad block inside the model becomes a higher-order operator in the graph.
+    with torch.no_grad(), apply_patches("dynamo") if wraps else nullcontext():
+        return torch.export.export(model, args=(), kwargs=dict(sample), dynamic_shapes=shapes, strict=False)
+
+
+def _symbolic_batch(sample: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The sample with a batch of at least 2 (torch.export specialises 0 and 1), and its dynamic shapes."""
+    batched = batch_inputs(sample)
+    batch = torch.export.Dim("batch")
+    shapes = {name: {0: batch} if name in batched else None for name in sample}
+    if any(sample[name].shape[0] == 1 for name in batched):
+        sample = {name: torch.cat([t, t]) if name in batched else t for name, t in sample.items()}
+    return sample, shapes
+
+
+def batch_inputs(sample: Mapping[str, Tensor]) -> list[str]:
+    """The inputs with the batch on dimension 0: those as long there as the token ids, or else as the first input."""
+    tensors = {name: tensor for name, tensor in sample.items() if tensor.ndim > 0}
+    if not tensors:
+        return []
+    batch = tensors.get("input_ids", next(iter(tensors.values()))).shape[0]
+    return [name for name, tensor in tensors.items() if tensor.shape[0] == batch]
+
+
+def _failure(model: nn.Module, sample: dict[str, Tensor], dynamic_batch: bool, error: Exception) -> PumerError:
+    """The error to raise for a failed trace: the inputs' fault if they break a rule of the model, else the trace's."""
+    name = type(model).__name__
+    given = describe_inputs(sample)
+    fault = explain_inputs(model, sample)
+    if fault:
+        return UsageError(f"{name} does not take these inputs ({given}): {fault}.")
+    remedy = (
+        "Capture with a static batch, or find where the model reads the batch size as a number."
+        if dynamic_batch
+        else "If the inputs are right, the model needs a change that torch.export can trace, or a frontend."
+    )
+    return CaptureError(
+        f"torch.export could not trace {name} with the inputs {given}: {useful_line(error)} {remedy}"
+    )
+
+
+def useful_line(error: BaseException) -> str:
+    """The exception's type and the first line of its message that says something, as one sentence."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    line = next((line for line in lines if line), "no message")
+    return f"{type(error).__name__}: {line}{'' if line.endswith(('.', '!', '?')) else '.'}"
+
+
+# --- ExportedProgram -------------------------------------------------------------------------------------------------
+
+
+def _from_exported(
+    exported: ExportedProgram, inputs: Mapping[str, Tensor] | None, dynamic_batch: bool
+) -> Program:
+    with _quiet():
+        graph = plain_graph_module(exported)
+    expected = _exported_inputs(exported, graph)
+    symbolic = any(not isinstance(size, int) for shape, _ in expected.values() for size in shape[:1])
+    if dynamic_batch and not symbolic:
+        raise UsageError(
+            "A dynamic batch was asked for, but this torch.export archive was exported with a fixed batch of "
+            f"{next(iter(expected.values()))[0][0]}. Export it again with torch.export.Dim on dimension 0."
+        )
+    if inputs is None:
+        inputs = _example_inputs(exported, list(expected))
+    sample = _match_exported(expected, inputs)
+    return Program(graph, sample, symbolic)

@@ -1,0 +1,281 @@
+"""Annotate: find the token axes of every value in a captured graph. Pure analysis; the graph is not changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, fx
+
+from ..errors import AxisError, NoRuleError
+from .axes import (
+    Axis,
+    AxisConflict,
+    AxisKind,
+    Concat,
+    Constraint,
+    Dim,
+    Fixed,
+    Literal,
+    Opaque,
+    Product,
+    Reduce,
+    Reshape,
+    Same,
+    Seed,
+    Segment,
+    Select,
+    Size,
+    Slice,
+    Tokens,
+    constraint_dims,
+    cut_axis,
+    same_size,
+    unify,
+)
+from .graph import depends_on_input, describe, values
+from .rules import rule_for
+
+
+@dataclass
+class Annotation:
+    """The axes of every value of a graph.
+
+    Attributes:
+        constraints: what the rules said of each node.
+        streams: tokens of each stream, learned tokens joined to it included, by name.
+        learned: how many learned tokens lead each stream.
+    """
+
+    constraints: dict[fx.Node, list[Constraint]] = field(default_factory=dict)
+    streams: dict[str, int] = field(default_factory=dict)
+    learned: dict[str, int] = field(default_factory=dict)
+    _axes: dict[Dim, Axis] = field(default_factory=dict)
+    _names: dict[Axis, str] = field(default_factory=dict)
+
+    def axis(self, dim: Dim) -> AxisKind:
+        """What a dimension indexes."""
+        return self._kind(self._axes[dim]) if dim in self._axes else Fixed(_sizes(dim.node, dim.output)[dim.index])
+
+    def axes(self, node: fx.Node, output: int = 0) -> list[AxisKind]:
+        """What each dimension of a value indexes."""
+        return [self.axis(Dim(node, i, output)) for i in range(len(_sizes(node, output)))]
+
+    def same(self, a: Dim, b: Dim) -> bool:
+        """Whether two dimensions are proved to be the same axis."""
+        if a not in self._axes or b not in self._axes:
+            return a == b
+        return self._axes[a].leaves() == self._axes[b].leaves()
+
+    def _kind(self, axis: Axis) -> AxisKind:
+        leaves = axis.leaves()
+        if any(leaf in self._names for leaf in leaves):
+            return Tokens(tuple(self._segments(leaves)))
+        if len(leaves) == 1 and leaves[0].factors:
+            factors = tuple(self._kind(factor) for factor in leaves[0].factors)
+            if any(not isinstance(factor, Fixed) for factor in factors):
+                return Product(factors)
+        return Fixed(axis.find().size)
+
+    def _segments(self, leaves: list[Axis]) -> Iterator[Segment]:
+        position = 0
+        while position < len(leaves):
+            name, length = self._names.get(leaves[position]), 0
+            while position < len(leaves) and self._names.get(leaves[position]) == name:
+                size = leaves[position].size
+                assert isinstance(size, int)
+                length, position = length + size, position + 1
+            yield Segment(name, length, name is None or length == self.streams[name])
+
+
+def annotate(module: fx.GraphModule, streams: dict[str, str] | None = None) -> Annotation:
+    """Find the token axes of every value.
+
+    Args:
+        module: pre-decomposition ATen graph whose nodes carry `meta["val"]`.
+        streams: names of streams by input, where seeds do not find them (`{"visual_feats": "image"}`): the last
+            dimension but one of a floating-point input, the last one of an integer input.
+
+    Raises:
+        NoRuleError: an operator without a rule touches a token axis.
+        AxisError: axes that cannot be followed.
+    """
+    annotation = Annotation()
+    for node in module.graph.nodes:
+        _constrain(annotation, node, streams or {})
+    _name_streams(annotation)
+    for node in module.graph.nodes:
+        _check_covered(annotation, node)
+    return annotation
+
+
+def _sizes(node: fx.Node, output: int = 0) -> tuple[Size, ...]:
+    return tuple(values(node)[output].shape)
+
+
+def _constrain(annotation: Annotation, node: fx.Node, streams: dict[str, str]) -> None:
+    """Give every dimension of `node` an axis and apply what its rule says."""
+    for output, value in enumerate(values(node)):
+        for index, size in enumerate(value.shape):
+            annotation._axes[Dim(node, index, output)] = Axis(size)
+    rule = rule_for(node)
+    constraints = list(rule(node)) if rule else []
+    if node.op == "placeholder" and node.target in streams:
+        rank = len(_sizes(node))
+        index = rank - 2 if values(node)[0].is_floating_point() else rank - 1
+        constraints.append(Seed((Dim(node, index),), streams[str(node.target)]))
+    annotation.constraints[node] = constraints
+    for constraint in constraints:
+        try:
+            _apply(annotation._axes, constraint)
+        except AxisConflict as error:
+            raise AxisError(
+                f"The axes of {describe(node)} contradict each other: {error}. If two inputs carry tokens of the same "
+                "modality, name their streams (`streams={input: name}`); otherwise the rule of this operator in "
+                "passes/rules.py does not describe it."
+            ) from error
+
+
+def _apply(axes: dict[Dim, Axis], constraint: Constraint) -> None:
+    match constraint:
+        case Same(a, b):
+            unify(axes[a], axes[b])
+        case Concat(result, parts):
+            joined = Axis(axes[result].size)
+            joined.parts = tuple(axes[part] for part in parts)
+            unify(joined, axes[result])
+        case Slice(source, result, start, stop):
+            chosen = cut_axis(axes[source], start, stop)
+            part = Axis(axes[result].size)
+            part.parts = tuple(chosen)
+            unify(part, axes[result])
+        case Reshape(sources, results):
+            _reshape([axes[s] for s in sources], [axes[r] for r in results])
+        case Seed(dims, stream):
+            _seed([axes[d].find() for d in dims], stream)
+        case Select() | Reduce() | Opaque() | Literal():
+            pass
+
+
+def _reshape(sources: list[Axis], results: list[Axis]) -> None:
+    sources = [a for a in sources if not same_size(a.find().size, 1)]
+    results = [a for a in results if not same_size(a.find().size, 1)]
+    if len(sources) == 1 and len(results) == 1:
+        unify(sources[0], results[0])
+    elif len(sources) == 1:
+        _factor(sources[0], results)
+    elif len(results) == 1:
+        _factor(results[0], sources)
+        grids = [a.find().grid for a in sources]
+        first = grids[0]
+        if first and all(g and g[:2] == (first[0], i) for i, g in enumerate(grids)) and len(grids) == first[2]:
+            results[0].find().stream = first[3]
+
+
+def _factor(whole: Axis, factors: list[Axis]) -> None:
+    leaves = whole.leaves()
+    if len(leaves) != 1:
+        return
+    other = Axis(leaves[0].size)
+    other.factors = tuple(factors)
+    unify(leaves[0], other)
+
+
+def _seed(dims: list[Axis], stream: str) -> None:
+    if len(dims) == 1:
+        for leaf in dims[0].leaves():
+            if leaf.stream not in (None, stream):
+                raise AxisConflict(f"tokens of {leaf.stream} meet tokens of {stream}")
+            leaf.stream = stream
+        return
+    grid = object()
+    for index, axis in enumerate(dims):
+        axis.grid = (grid, index, len(dims), stream)
+
+
+def _name_streams(annotation: Annotation) -> None:
+    """Adopt learned tokens joined to one stream, and name the streams in order of appearance."""
+    concats = [(n, c) for n, cs in annotation.constraints.items() for c in cs if isinstance(c, Concat)]
+    for node, concat in concats:
+        _adopt_learned(annotation, node, concat)
+    groups = _stream_groups(annotation, [c for _, c in concats])
+    counts: dict[str, int] = {}
+    for base, leaves in groups:
+        number = counts.get(base, 0)
+        counts[base] = number + 1
+        name = f"{base}_{number}" if number else base
+        annotation.streams[name] = sum(leaf.size for leaf in leaves if isinstance(leaf.size, int))
+        annotation.learned[name] = _leading_learned(leaves)
+        annotation._names.update(dict.fromkeys(leaves, name))
+
+
+def _adopt_learned(annotation: Annotation, node: fx.Node, concat: Concat) -> None:
+    found = {leaf.stream for leaf in annotation._axes[concat.result].leaves() if leaf.stream}
+    if len(found) != 1:
+        return
+    (stream,) = found
+    for part in concat.parts:
+        for leaf in annotation._axes[part].leaves():
+            if leaf.stream is None and depends_on_input(part.node):
+                raise AxisError(
+                    f"{describe(node)} joins tokens of {stream} with {leaf.size} tokens of unknown origin "
+                    f"(from {part.node.name}). Name the stream of the input they come from: `streams={{input: name}}`."
+                )
+            if leaf.stream is None:
+                leaf.stream, leaf.learned = stream, True
+
+
+def _stream_groups(annotation: Annotation, concats: list[Concat]) -> list[tuple[str, list[Axis]]]:
+    """Leaves of each stream, in token order: those that some `cat` puts side by side belong together."""
+    groups: list[list[Axis]] = []
+    for axis in list(annotation._axes.values()):
+        run: list[Axis] = []
+        for leaf in [*axis.leaves(), None]:
+            if leaf is not None and leaf.stream and (not run or leaf.stream == run[0].stream):
+                run.append(leaf)
+                continue
+            if run:
+                _merge_run(groups, run)
+            run = [leaf] if leaf is not None and leaf.stream else []
+    return [(leaves[0].stream or "", leaves) for leaves in groups]
+
+
+def _merge_run(groups: list[list[Axis]], run: list[Axis]) -> None:
+    touching = [g for g in groups if set(g) & set(run)]
+    if not touching:
+        groups.append(run)
+        return
+    keep = max([*touching, run], key=len)
+    # A run that holds the others in its own order is the fuller picture; anything else is a cut of a known stream.
+    groups[groups.index(touching[0])] = keep
+    for group in touching[1:]:
+        groups.remove(group)
+
+
+def _leading_learned(leaves: list[Axis]) -> int:
+    count = 0
+    for leaf in leaves:
+        if not leaf.learned or not isinstance(leaf.size, int):
+            break
+        count += leaf.size
+    return count
+
+
+def _check_covered(annotation: Annotation, node: fx.Node) -> None:
+    """Every token axis that enters an operator must be spoken of by its rule."""
+    constraints = annotation.constraints[node]
+    spoken = {d for c in constraints for d in constraint_dims(c)}
+    for source in node.all_input_nodes:
+        for output, value in enumerate(values(source)):
+            if not isinstance(value, Tensor | torch.Tensor):
+                continue
+            for index in range(value.dim()):
+                dim = Dim(source, index, output)
+                kind = annotation.axis(dim)
+                if isinstance(kind, Fixed) or dim in spoken or node.op == "output":
+                    continue
+                raise NoRuleError(
+                    f"No rule says how {describe(node)} carries the token axis {kind} of its input {source.name} "
+                    f"(dimension {index}). Add a rule for {node.target} to pumer_compile/passes/rules.py, with a test."
+                )

@@ -1,0 +1,86 @@
+"""Small questions about fx nodes that every pass asks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, fx
+
+
+def values(node: fx.Node) -> Sequence[Tensor]:
+    """The tensors a node gives, with their shapes and dtypes (fake tensors, or parameters); () for other values."""
+    value = node.meta.get("val")
+    if value is None and node.op == "get_attr":
+        value = attribute(node)
+    if isinstance(value, Tensor):
+        return (value,)
+    if isinstance(value, list | tuple):
+        return tuple(v for v in value if isinstance(v, Tensor)) if node.op != "output" else ()
+    return ()
+
+
+def attribute(node: fx.Node) -> object:
+    """What a `get_attr` node reads: a parameter, buffer or constant."""
+    value: object = node.graph.owning_module
+    for part in str(node.target).split("."):
+        value = getattr(value, part)
+    return value
+
+
+def source_line(node: fx.Node) -> str:
+    """`file:line` of the user's or model's code that made the node, or ''."""
+    frames = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines()]
+    files = [line for line in frames if line.startswith("File ")]
+    if not files:
+        return ""
+    parts = files[-1].removeprefix("File ").split(", ")
+    return f"{parts[0].strip(chr(34))}:{parts[1].removeprefix('line ')}" if len(parts) > 1 else parts[0]
+
+
+def module_path(node: fx.Node) -> str:
+    """Path of the innermost module that made the node, such as `encoder.layer.2.attention`, or ''."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    path = str(stack[-1][0]) if stack else ""
+    return path.removeprefix("L['self'].").removeprefix("L__self___")
+
+
+def describe(node: fx.Node) -> str:
+    """A node for an error message: operator, name, module and source line."""
+    where = [f"in module {path}" for path in [module_path(node)] if path]
+    where += [f"at {line}" for line in [source_line(node)] if line]
+    return f"{node.target} (node {node.name}{''.join(', ' + w for w in where)})"
+
+
+def _reaches(node: fx.Node, ops: set[str]) -> bool:
+    stack, seen = [node], set()
+    while stack:
+        current = stack.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        if current.op in ops:
+            return True
+        # A size read from an input is a number, not its content.
+        if current.target is not torch.ops.aten.sym_size.int:
+            stack.extend(current.all_input_nodes)
+    return False
+
+
+def depends_on_input(node: fx.Node) -> bool:
+    """Whether a value is computed from the content of any input."""
+    return _reaches(node, {"placeholder"})
+
+
+def depends_on_parameter(node: fx.Node) -> bool:
+    """Whether a value is computed from any learned parameter."""
+    stack, seen = [node], set()
+    while stack:
+        current = stack.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        if current.op == "get_attr" and isinstance(attribute(current), torch.nn.Parameter):
+            return True
+        stack.extend(current.all_input_nodes)
+    return False

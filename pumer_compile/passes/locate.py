@@ -1,0 +1,270 @@
+"""Locate: find every attention in an annotated graph, and the residual value that carries its output."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor, fx
+
+from ..errors import LocateError
+from .annotate import Annotation
+from .axes import Dim, Tokens
+from .graph import depends_on_parameter, module_path, values
+from .rules import aten, broadcast, rule_for, shape, wrap
+
+_PRODUCTS = {aten.matmul.default, aten.bmm.default}
+_SOFTMAX = {aten.softmax.int, aten._softmax.default}
+_SDPA = aten.scaled_dot_product_attention.default
+_ADD = {aten.add.Tensor, aten.add_.Tensor}
+_RESHAPES = {
+    aten.transpose.int,
+    aten.permute.default,
+    aten.view.default,
+    aten.reshape.default,
+    aten.flatten.using_ints,
+    aten.contiguous.default,
+    aten.clone.default,
+}
+_LINEAR = {aten.linear.default, aten.addmm.default, aten.matmul.default, aten.mm.default}
+_NORMS = {aten.layer_norm.default, aten.rms_norm.default}
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One attention node.
+
+    Attributes:
+        site: its address, `<group>.<index>` in execution order: `cross_modal`, or the stream a tower belongs to
+            (`vision` for image, else the stream's name).
+        module: path of the module it came from.
+        query: `[batch, heads, queries, head_size]`.
+        key_transposed: `[batch, heads, head_size, keys]`, or `key` where the attention is fused.
+        key: `[batch, heads, keys, head_size]` of a fused attention, else None.
+        scores: scaled scores before any mask (None where fused).
+        masks: additive or boolean masks, innermost first.
+        probabilities: the softmax node (None where fused).
+        context: probabilities times values, `[batch, heads, queries, head_size]`.
+        query_axis, key_axis: what they index.
+        carrier: residual value after the output projection, or None with `no_carrier` saying why.
+    """
+
+    site: str
+    module: str
+    query: fx.Node
+    key_transposed: fx.Node | None
+    key: fx.Node | None
+    scores: fx.Node | None
+    masks: tuple[fx.Node, ...]
+    probabilities: fx.Node | None
+    context: fx.Node
+    query_axis: Tokens
+    key_axis: Tokens
+    carrier: fx.Node | None
+    no_carrier: str = ""
+
+    @property
+    def fused(self) -> bool:
+        """Whether it is a `scaled_dot_product_attention` node."""
+        return self.probabilities is None
+
+    @property
+    def streams(self) -> tuple[str, ...]:
+        """Streams among queries and keys, in order."""
+        return tuple(dict.fromkeys((*self.query_axis.streams, *self.key_axis.streams)))
+
+    @property
+    def cross_modal(self) -> bool:
+        """Whether tokens of different streams meet in it."""
+        return len(self.streams) > 1
+
+
+def locate(module: fx.GraphModule, annotation: Annotation) -> list[Attention]:
+    """Every attention over token axes, in execution order.
+
+    Raises:
+        LocateError: the graph has no attention over tokens at all.
+    """
+    found: list[Attention] = []
+    counts: dict[str, int] = {}
+    for node in module.graph.nodes:
+        attention = _match(node, annotation, counts)
+        if attention is not None:
+            found.append(attention)
+    if not found:
+        streams = ", ".join(f"{n} ({c} tokens)" for n, c in annotation.streams.items()) or "none"
+        raise LocateError(
+            "No attention over tokens was found: looked for softmax between two matmuls and for "
+            f"scaled_dot_product_attention whose keys index tokens. Token streams found: {streams}."
+        )
+    return found
+
+
+def choose(attentions: list[Attention], site: str) -> Attention:
+    """The attention a schedule names.
+
+    Raises:
+        LocateError: there is none of that name; the message lists what there is.
+    """
+    for attention in attentions:
+        if attention.site == site:
+            return attention
+    groups: dict[str, int] = {}
+    for attention in attentions:
+        group = attention.site.partition(".")[0]
+        groups[group] = groups.get(group, 0) + 1
+    have = ", ".join(f"{g}.0 to {g}.{n - 1}" if n > 1 else f"{g}.0" for g, n in groups.items())
+    hint = ""
+    if "cross_modal" not in groups:
+        hint = " No attention mixes tokens of text and image, so there is nothing for text-informed reduction to read."
+    raise LocateError(f"The schedule names {site}, which this graph does not have. Its attention sites: {have}.{hint}")
+
+
+def _match(node: fx.Node, annotation: Annotation, counts: dict[str, int]) -> Attention | None:
+    if node.target in _SOFTMAX:
+        parts = _unfused(node)
+    elif node.target is _SDPA:
+        parts = _fused(node)
+    else:
+        return None
+    if parts is None:
+        return None
+    rank = len(shape(parts.query))
+    query_axis = annotation.axis(Dim(parts.query, rank - 2))
+    key_axis = annotation.axis(Dim(*parts.key_dim))
+    if not isinstance(query_axis, Tokens) or not isinstance(key_axis, Tokens):
+        return None
+    streams = tuple(dict.fromkeys((*query_axis.streams, *key_axis.streams)))
+    if not key_axis.streams or not query_axis.streams:
+        return None
+    group = "cross_modal" if len(streams) > 1 else {"image": "vision"}.get(streams[0], streams[0])
+    index = counts.get(group, 0)
+    counts[group] = index + 1
+    carrier, why = _carrier(parts.context, annotation)
+    return Attention(
+        site=f"{group}.{index}",
+        module=module_path(node),
+        query=parts.query,
+        key_transposed=parts.key_transposed,
+        key=parts.key,
+        scores=parts.scores,
+        masks=parts.masks,
+        probabilities=parts.probabilities,
+        context=parts.context,
+        query_axis=query_axis,
+        key_axis=key_axis,
+        carrier=carrier,
+        no_carrier=why,
+    )
+
+
+@dataclass(frozen=True)
+class _Parts:
+    query: fx.Node
+    key_transposed: fx.Node | None
+    key: fx.Node | None
+    scores: fx.Node | None
+    masks: tuple[fx.Node, ...]
+    probabilities: fx.Node | None
+    context: fx.Node
+    key_dim: tuple[fx.Node, int]
+
+
+def _fused(node: fx.Node) -> _Parts:
+    query, key = node.args[0], node.args[1]
+    mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
+    assert isinstance(query, fx.Node) and isinstance(key, fx.Node)
+    masks = (mask,) if isinstance(mask, fx.Node) else ()
+    return _Parts(query, None, key, None, masks, None, node, (key, len(shape(key)) - 2))
+
+
+def _unfused(node: fx.Node) -> _Parts | None:
+    rank = len(shape(node))
+    dim = node.args[1]
+    if not isinstance(dim, int) or wrap(dim, rank) != rank - 1:
+        return None
+    found = _scores(node.args[0])
+    context = _context(node)
+    if found is None or context is None:
+        return None
+    product, scores, masks = found
+    query, key_transposed = product.args[0], product.args[1]
+    assert isinstance(query, fx.Node) and isinstance(key_transposed, fx.Node)
+    return _Parts(query, key_transposed, None, scores, masks, node, context, (node, rank - 1))
+
+
+def _scores(node: object) -> tuple[fx.Node, fx.Node, tuple[fx.Node, ...]] | None:
+    """From the softmax's input back to the product of queries and keys: `(product, scaled scores, masks)`.
+
+    A mask is an operand computed without any parameter; a learned bias belongs to the scores.
+    """
+    if not isinstance(node, fx.Node) or node.op != "call_function":
+        return None
+    if node.target in _PRODUCTS:
+        return node, node, ()
+    if rule_for(node) is None or not _is_pointwise(node):
+        return None
+    for operand in node.all_input_nodes:
+        below = _scores(operand)
+        if below is None:
+            continue
+        product, scores, masks = below
+        others = [o for o in node.all_input_nodes if o is not operand and values(o) and shape(o)]
+        new = tuple(o for o in others if not depends_on_parameter(o))
+        if node.target in _ADD or "masked_fill" in str(node.target) or "where" in str(node.target):
+            return product, scores if masks or new else node, (*masks, *new)
+        return product, node if not masks else scores, masks
+    return None
+
+
+def _is_pointwise(node: fx.Node) -> bool:
+    rule = rule_for(node)
+    return rule is not None and rule.__name__ == "pointwise"
+
+
+def _context(node: fx.Node) -> fx.Node | None:
+    """Probabilities times values."""
+    for user in node.users:
+        if user.target in _PRODUCTS and user.args[0] is node:
+            return user
+        if user.op == "call_function" and _is_pointwise(user) and (found := _context(user)) is not None:
+            return found
+    return None
+
+
+def _carrier(context: fx.Node, annotation: Annotation) -> tuple[fx.Node | None, str]:
+    """Follow the attention's output through its projection to the residual addition."""
+    node, projected = context, False
+    while True:
+        users = [u for u in node.users if has_value(u)]
+        residual = next((u for u in users if u.target in _ADD and _is_residual(u, node)), None)
+        if residual is not None and (projected or len(users) == 1):
+            return _after_norm(residual), ""
+        if len(users) != 1:
+            return None, f"{node.name} has {len(users)} uses and none of them is a residual addition"
+        (user,) = users
+        if user.target in _LINEAR and user.args[0] is node:
+            projected = True
+        elif user.target not in _RESHAPES and not (user.op == "call_function" and _is_pointwise(user)):
+            return None, f"{user.name} ({user.target}) stands between the attention and a residual addition"
+        node = user
+
+
+def has_value(node: fx.Node) -> bool:
+    """Whether a node gives a tensor that others compute with."""
+    return any(isinstance(v, Tensor) for v in values(node))
+
+
+def _is_residual(add: fx.Node, branch: fx.Node) -> bool:
+    others: Iterator[fx.Node] = (n for n in add.all_input_nodes if n is not branch)
+    return any(
+        shape(other) == shape(branch) and len(list(broadcast(other, add))) == len(shape(add)) for other in others
+    )
+
+
+def _after_norm(add: fx.Node) -> fx.Node:
+    """The carrier: the addition, or the norm that is its only use (post-norm)."""
+    users = [u for u in add.users if has_value(u)]
+    if len(users) == 1 and users[0].target in _NORMS:
+        return users[0]
+    return add

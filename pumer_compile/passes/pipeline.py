@@ -1,0 +1,206 @@
+"""The passes in order: what each requires and ensures, checked, and a history of what each did."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor, fx
+
+from ..errors import PumerError, VerifyError
+from ..plan import Plan
+from ..schedule import Schedule
+from .annotate import Annotation, annotate
+from .graph import values
+from .insert import Insertions, plan_insertions
+from .locate import Attention, locate
+from .propagate import propagate
+from .rewrite import Rewriter
+from .verify import verify
+
+log = logging.getLogger("pumer_compile")
+
+
+@dataclass
+class State:
+    """What the passes work on: the captured graph and what each pass adds."""
+
+    captured: fx.GraphModule
+    schedule: Schedule
+    inputs: dict[str, Tensor]
+    streams: dict[str, str]
+    annotation: Annotation | None = None
+    attentions: list[Attention] | None = None
+    insertions: Insertions | None = None
+    walk: Rewriter | None = None
+    reduced: fx.GraphModule | None = None
+    plan: Plan | None = None
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A step: the fields of `State` it requires and ensures, and a function that returns its number of matches."""
+
+    name: str
+    requires: tuple[str, ...]
+    ensures: tuple[str, ...]
+    run: Callable[[State], int]
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a pass did: matches, graph nodes before and after, seconds."""
+
+    name: str
+    matches: int
+    nodes_before: int
+    nodes_after: int
+    seconds: float
+
+
+@dataclass
+class History:
+    """Records in order."""
+
+    records: list[Record] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [f"{'pass':<10}{'matches':>9}{'nodes':>14}{'seconds':>9}"]
+        for r in self.records:
+            lines.append(f"{r.name:<10}{r.matches:>9}{f'{r.nodes_before} -> {r.nodes_after}':>14}{r.seconds:>9.2f}")
+        return "\n".join(lines)
+
+
+def _annotate(state: State) -> int:
+    state.annotation = annotate(state.captured, state.streams)
+    return len(state.annotation.streams)
+
+
+def _locate(state: State) -> int:
+    assert state.annotation is not None
+    state.attentions = locate(state.captured, state.annotation)
+    return len(state.attentions)
+
+
+def _insert(state: State) -> int:
+    assert state.annotation is not None and state.attentions is not None
+    state.insertions = plan_insertions(state.annotation, state.attentions, state.schedule)
+    return sum(len(site.reducers) for site in state.insertions.sites)
+
+
+def _rewrite(state: State) -> int:
+    assert state.annotation is not None and state.attentions is not None and state.insertions is not None
+    masks = {m for a in state.attentions for m in a.masks if values(m)[0].is_floating_point()}
+    state.walk = Rewriter(state.captured, state.annotation, masks)
+    state.reduced = state.walk.run(state.insertions.after(), state.insertions.instead())
+    return state.walk.literals + state.walk.alignments
+
+
+def _verify(state: State) -> int:
+    assert state.reduced is not None and state.walk is not None
+    return verify(state.reduced, state.walk)
+
+
+def _count(state: State) -> int:
+    assert state.insertions is not None and state.reduced is not None and state.annotation is not None
+    state.plan = count_plan(state.captured, state.reduced, state.insertions, state.inputs, state.annotation.streams)
+    return len(state.plan.sites)
+
+
+PASSES: tuple[Pass, ...] = (
+    Pass("annotate", ("captured",), ("annotation",), _annotate),
+    Pass("locate", ("annotation",), ("attentions",), _locate),
+    Pass("insert", ("attentions",), ("insertions",), _insert),
+    Pass("rewrite", ("insertions",), ("walk", "reduced"), _rewrite),
+    Pass("verify", ("walk", "reduced"), (), _verify),
+    Pass("count", ("reduced",), ("plan",), _count),
+)
+
+
+def run_passes(state: State, passes: tuple[Pass, ...] = PASSES, dump: Path | None = None) -> History:
+    """Run passes in order, check what each promises, and record what it did.
+
+    Args:
+        state: changed in place.
+        passes: which, in order.
+        dump: folder to which the graph is written as Python after each pass.
+
+    Raises:
+        PumerError: from a pass; VerifyError where a pass breaks its own promise or matches nothing.
+    """
+    history = History()
+    for step in passes:
+        missing = [name for name in step.requires if getattr(state, name) is None]
+        if missing:
+            raise PumerError(f"Pass {step.name} requires {', '.join(missing)}, which no earlier pass gave.")
+        before, start = len(_graph(state).nodes), time.perf_counter()
+        matches = step.run(state)
+        seconds = time.perf_counter() - start
+        broken = [name for name in step.ensures if getattr(state, name) is None]
+        if broken or matches == 0:
+            why = f"did not give {', '.join(broken)}" if broken else "matched nothing"
+            raise VerifyError(f"Pass {step.name} {why}; the graph has {before} nodes.")
+        _graph(state).lint()
+        history.records.append(Record(step.name, matches, before, len(_graph(state).nodes), seconds))
+        log.info("pass %s: %d matches in %.2f s", step.name, matches, seconds)
+        if dump is not None:
+            _dump(state, dump / f"{len(history.records)}_{step.name}.py")
+    return history
+
+
+def _graph(state: State) -> fx.Graph:
+    return (state.reduced or state.captured).graph
+
+
+def _dump(state: State, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    module = state.reduced or state.captured
+    lines = [module.print_readable(print_output=False)]
+    if state.annotation is not None and state.reduced is None:
+        for node in state.captured.graph.nodes:
+            if node.op == "call_function" and values(node):
+                axes = ", ".join(map(str, state.annotation.axes(node)))
+                lines.append(f"# {node.name}: ({axes})")
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def count_plan(
+    captured: fx.GraphModule,
+    reduced: fx.GraphModule,
+    insertions: Insertions,
+    inputs: dict[str, Tensor],
+    streams: dict[str, int],
+) -> Plan:
+    """The plan with the multiply-adds of one sample, before and after, in total and from each site to the next."""
+    batch = next(iter(inputs.values())).shape[0]
+    carriers = [site.attention.carrier for site in insertions.sites]
+    prefixes = [f"reducer.{site.plan.site.replace('.', '_')}." for site in insertions.sites]
+    before = _sections(captured, inputs, lambda node, i: node is carriers[i])
+    after = _sections(reduced, inputs, lambda node, i: node.op == "call_module" and str(node.target).startswith(prefixes[i]))
+    sites = [
+        dataclasses.replace(site.plan, multiply_adds=(before[i + 1] // batch, after[i + 1] // batch))
+        for i, site in enumerate(insertions.sites)
+    ]
+    return Plan(tuple(sites), sum(before) // batch, sum(after) // batch, dict(streams))
+
+
+def _sections(
+    module: fx.GraphModule, inputs: dict[str, Tensor], opens: Callable[[fx.Node, int], bool]
+) -> list[int]:
+    """Multiply-adds of the whole batch before the first site, and from each site to the next."""
+    _, counts = propagate(module, inputs)
+    totals = [0]
+    for node in module.graph.nodes:
+        section = len(totals) - 1
+        try:
+            opened = opens(node, section)
+        except IndexError:
+            opened = False
+        if opened:
+            totals.append(0)
+        totals[-1] += counts.get(node, 0)
+    return totals

@@ -1,0 +1,56 @@
+"""Run a graph on fake tensors: shapes and multiply-adds without computing anything."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+
+class _FakeInterpreter(fx.Interpreter):
+    """Runs nodes on fake tensors; attributes become fake once."""
+
+    def __init__(self, module: fx.GraphModule, mode: FakeTensorMode) -> None:
+        super().__init__(module)
+        self.mode = mode
+        self.values: dict[fx.Node, Any] = {}
+        self.multiply_adds: dict[fx.Node, int] = {}
+
+    def fetch_attr(self, target: str) -> Any:
+        value = super().fetch_attr(target)
+        return self.mode.from_tensor(value, static_shapes=True) if isinstance(value, Tensor) else value
+
+    def run_node(self, n: fx.Node) -> Any:
+        counter = FlopCounterMode(display=False)
+        with counter:
+            result = super().run_node(n)
+        self.values[n] = result
+        # One multiply-add counts as two floating-point operations there.
+        self.multiply_adds[n] = counter.get_total_flops() // 2
+        return result
+
+
+def propagate(module: fx.GraphModule, inputs: Mapping[str, Tensor]) -> tuple[dict[fx.Node, Any], dict[fx.Node, int]]:
+    """Fake values and multiply-adds of every node.
+
+    Args:
+        module: a graph module whose placeholders are named as `inputs`.
+        inputs: sample tensors; fake ones keep their symbolic sizes.
+
+    Returns:
+        Values by node, and multiply-adds by node for the whole batch: matrix products and convolutions, as fvcore
+        counts them (Table 7 of the paper).
+    """
+    fakes = [v for v in inputs.values() if isinstance(v, torch._subclasses.fake_tensor.FakeTensor)]
+    mode = fakes[0].fake_mode if fakes else FakeTensorMode()
+    placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
+    given = [inputs[str(n.target)] for n in placeholders]
+    arguments = [g if fakes else mode.from_tensor(g, static_shapes=True) for g in given]
+    interpreter = _FakeInterpreter(module, mode)
+    with mode, torch.no_grad():
+        interpreter.run(*arguments, enable_io_processing=False)
+    return interpreter.values, interpreter.multiply_adds

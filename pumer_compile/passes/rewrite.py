@@ -1,0 +1,445 @@
+"""Rewrite: copy the captured graph, letting every size follow the reducers.
+
+The walk copies node after node. At the sites the inserted reducers replace the carrier, so whatever comes later sees
+the reduced stream and whatever came earlier saw the old one. Each value's token axes are at an epoch for each stream:
+0 before the first reducer of that stream, 1 after it, and so on. Literals that bake a token count get the new one; an
+input left at an older epoch than the others is aligned through the reducers' own maps. What no rule aligns is an
+error.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from ..errors import AxisError
+from ..reducers import AlignAxis
+from ..reducers.align import AlignMode
+from .annotate import Annotation
+from .axes import (
+    AxisKind,
+    Concat,
+    Constraint,
+    Dim,
+    Fixed,
+    Literal,
+    Opaque,
+    Product,
+    Reshape,
+    Same,
+    Segment,
+    Select,
+    Size,
+    Slice,
+    Tokens,
+)
+from .graph import attribute, describe, values
+from .locate import Attention
+from .rules import aten, shape
+
+Epochs = dict[str, int]
+
+
+@dataclass(frozen=True)
+class Step:
+    """A stream from one epoch to the next: node of the map `[batch, after, before]`, tokens after, and whether any
+    tokens were merged (and not only pruned)."""
+
+    map: fx.Node
+    after: int
+    merged: bool
+
+
+@dataclass
+class Rewriter:
+    """The walk and its state.
+
+    Attributes:
+        source: captured graph module; it is not changed.
+        annotation: its axes.
+        masks: its additive attention masks, which align by log-mean-exp.
+        env: newest new node of each captured node.
+        epochs: epochs of each captured dimension's newest value, where any is above 0.
+        used: new node that a captured node read for an input (aligned where needed).
+        steps: reducers of each stream so far.
+        probabilities: of fused attentions that were written out.
+        literals, alignments: how many were changed and inserted.
+    """
+
+    source: fx.GraphModule
+    annotation: Annotation
+    masks: set[fx.Node]
+    env: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    epochs: dict[Dim, Epochs] = field(default_factory=dict)
+    used: dict[tuple[fx.Node, fx.Node], fx.Node] = field(default_factory=dict)
+    steps: dict[str, list[Step]] = field(default_factory=dict)
+    probabilities: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    literals: int = 0
+    alignments: int = 0
+    graph: fx.Graph = field(default_factory=fx.Graph)
+    _modules: dict[str, nn.Module] = field(default_factory=dict)
+    _aligned: dict[tuple[Any, ...], fx.Node] = field(default_factory=dict)
+    _maps: dict[tuple[str, int, int], fx.Node] = field(default_factory=dict)
+    _origin: fx.Node | None = None
+
+    def run(
+        self,
+        after: dict[fx.Node, Callable[[Rewriter], None]],
+        instead: dict[fx.Node, Callable[[Rewriter], fx.Node]],
+    ) -> fx.GraphModule:
+        """Copy the graph, with `instead` of some nodes something else and `after` some nodes something more."""
+        for node in self.source.graph.nodes:
+            self._origin = node
+            if node in instead:
+                self.env[node] = instead[node](self)
+            else:
+                self._visit(node)
+            if node in after:
+                after[node](self)
+        return self._finish()
+
+    # --- emitting ---------------------------------------------------------------------------------------------------
+
+    def call(self, target: Any, *arguments: Any) -> fx.Node:
+        """Emit an operator."""
+        return self._mark(self.graph.call_function(target, arguments))
+
+    def item(self, node: fx.Node, index: int) -> fx.Node:
+        """Emit one output of a node."""
+        return self.call(operator.getitem, node, index)
+
+    def call_module(self, name: str, module: nn.Module, *arguments: fx.Node | None) -> fx.Node:
+        """Emit a call of an inserted module, kept under `name`."""
+        if self._modules.setdefault(name, module) is not module:
+            raise ValueError(f"two modules named {name}")
+        return self._mark(self.graph.call_module(name, tuple(arguments)))
+
+    def _mark(self, node: fx.Node) -> fx.Node:
+        if self._origin is not None:
+            node.meta["stack_trace"] = self._origin.meta.get("stack_trace")
+        return node
+
+    def pieces(self, captured: fx.Node, dim: int) -> dict[str, fx.Node]:
+        """The segments of a value along a dimension, by stream (`learned.<i>` for tokens of no stream)."""
+        axis, epochs = self.annotation.axis(Dim(captured, dim)), self.at(Dim(captured, dim))
+        assert isinstance(axis, Tokens)
+        if len(axis.segments) == 1:
+            return {axis.segments[0].stream or "learned.0": self.env[captured]}
+        result, start = {}, 0
+        for index, segment in enumerate(axis.segments):
+            stop = start + self.length(segment, epochs)
+            name = segment.stream or f"learned.{index}"
+            result[name] = self.call(aten.slice.Tensor, self.env[captured], dim, start, stop)
+            start = stop
+        return result
+
+    def span(self, axis: Tokens, stream: str, attention: Attention) -> tuple[int, int]:
+        """First and last-but-one position of a stream on an attention's axis, now."""
+        epochs = self.at(Dim(attention.query, len(shape(attention.query)) - 2))
+        start = 0
+        for segment in axis.segments:
+            length = self.length(segment, epochs)
+            if segment.stream == stream:
+                return start, start + length
+            start += length
+        raise KeyError(stream)
+
+    # --- epochs -----------------------------------------------------------------------------------------------------
+
+    def at(self, dim: Dim) -> Epochs:
+        """Epochs of the newest value of a captured dimension."""
+        return self.epochs.get(dim, {})
+
+    def adopt_epochs(self, node: fx.Node, like: fx.Node) -> None:
+        """A replaced node has the epochs of another, dimension by dimension."""
+        for index in range(len(shape(node))):
+            self._set(Dim(node, index), self.at(Dim(like, index)))
+
+    def bump(self, dim: Dim, streams: tuple[str, ...]) -> None:
+        """A reducer replaced a value: its streams are at their newest epochs."""
+        self._set(dim, {**self.at(dim), **{s: len(self.steps[s]) for s in streams}})
+
+    def _set(self, dim: Dim, epochs: Epochs) -> None:
+        if any(epochs.values()):
+            self.epochs[dim] = dict(epochs)
+
+    def length(self, segment: Segment, epochs: Epochs) -> int:
+        """Tokens of a segment."""
+        epoch = epochs.get(segment.stream, 0) if segment.stream else 0
+        return self.steps[segment.stream or ""][epoch - 1].after if epoch else segment.length
+
+    def size(self, kind: AxisKind, epochs: Epochs) -> Size:
+        """Length of an axis."""
+        match kind:
+            case Fixed(size):
+                return size
+            case Tokens(segments):
+                return sum(self.length(s, epochs) for s in segments)
+            case Product(factors):
+                total: Size = 1
+                for factor in factors:
+                    total = total * self.size(factor, epochs)
+                return total
+
+    def expected_shape(self, node: fx.Node, output: int = 0) -> list[Size]:
+        """Shape of the newest value of a captured node, as the plan has it."""
+        dims = [Dim(node, i, output) for i in range(len(shape(node, output)))]
+        return [self.size(self.annotation.axis(d), self.at(d)) for d in dims]
+
+    # --- the walk ---------------------------------------------------------------------------------------------------
+
+    def _visit(self, node: fx.Node) -> None:
+        constraints = self.annotation.constraints.get(node, [])
+        if node.op != "call_function" or not any(map(self._reduced, node.all_input_nodes)):
+            self.env[node] = self.graph.node_copy(node, lambda n: self.env[n])
+            return
+        inputs = self._spread(node, [c for c in constraints if isinstance(c, Same)])
+        for constraint in constraints:
+            self._follow(node, constraint)
+        new = self.graph.node_copy(node, lambda n: inputs[n])
+        self.used.update({(node, n): inputs[n] for n in inputs})
+        for constraint in constraints:
+            self._literals(node, new, constraint)
+        self.env[node] = new
+
+    def _reduced(self, captured: fx.Node) -> bool:
+        """Whether any axis of a captured value is past a reducer."""
+        outputs = enumerate(values(captured))
+        return any(Dim(captured, i, o) in self.epochs for o, value in outputs for i in range(value.dim()))
+
+    def _spread(self, node: fx.Node, same: list[Same]) -> dict[fx.Node, fx.Node]:
+        """Bring the inputs to common epochs, pass these on to the outputs, and return the inputs to use."""
+        wanted: dict[fx.Node, dict[int, Epochs]] = {}
+        for dims in _classes(same):
+            target: Epochs = {}
+            for dim in dims:
+                for stream, epoch in self.at(dim).items():
+                    target[stream] = max(epoch, target.get(stream, 0))
+            for dim in dims:
+                if dim.node is node:
+                    self._set(dim, target)
+                elif self._behind(dim, target):
+                    self._check_alignable(node, dim, same)
+                    wanted.setdefault(dim.node, {})[dim.index] = target
+        return {
+            source: self._align(node, source, wanted[source]) if source in wanted else self.env[source]
+            for source in node.all_input_nodes
+        }
+
+    def _behind(self, dim: Dim, target: Epochs) -> bool:
+        kind, have = self.annotation.axis(dim), self.at(dim)
+        streams = () if isinstance(kind, Fixed) else kind.streams
+        return any(have.get(s, 0) < target.get(s, 0) for s in streams)
+
+    def _check_alignable(self, node: fx.Node, dim: Dim, same: list[Same]) -> None:
+        if any(dim in (c.a, c.b) and not c.aligns for c in same):
+            raise AxisError(
+                f"{describe(node)} sums over the token axis {self.annotation.axis(dim)} of {dim.node.name}, which was "
+                "computed before a reducer of that stream, together with values computed after it. Nothing aligns a "
+                "sum over tokens; move the site behind this operator or leave it out of the schedule."
+            )
+
+    def _follow(self, node: fx.Node, constraint: Constraint) -> None:
+        match constraint:
+            case Concat(result, parts):
+                self._concat(node, result, parts)
+            case Reshape(sources, results):
+                self._reshape(node, sources, results)
+            case Slice(source, result):
+                if self.at(source):
+                    self._check_whole(node, result)
+                    streams = self._streams(result)
+                    self._set(result, {s: e for s, e in self.at(source).items() if s in streams})
+            case Opaque(source) if self.at(source):
+                raise AxisError(
+                    f"{describe(node)} works position by position along the token axis "
+                    f"{self.annotation.axis(source)} of {source.node.name}, which a reducer has changed. Move the site "
+                    "behind this operator or leave it out of the schedule."
+                )
+            case _:
+                pass
+
+    def _streams(self, dim: Dim) -> tuple[str, ...]:
+        kind = self.annotation.axis(dim)
+        return () if isinstance(kind, Fixed) else kind.streams
+
+    def _concat(self, node: fx.Node, result: Dim, parts: tuple[Dim, ...]) -> None:
+        joined: Epochs = {}
+        for part in parts:
+            for stream in self._streams(part):
+                epoch = self.at(part).get(stream, 0)
+                if joined.setdefault(stream, epoch) != epoch:
+                    raise AxisError(
+                        f"{describe(node)} joins parts of the {stream} tokens from before and after a reducer; "
+                        "nothing aligns a part of a stream."
+                    )
+        self._set(result, joined)
+
+    def _reshape(self, node: fx.Node, sources: tuple[Dim, ...], results: tuple[Dim, ...]) -> None:
+        epochs: Epochs = {}
+        for source in sources:
+            epochs.update({s: max(e, epochs.get(s, 0)) for s, e in self.at(source).items()})
+        for stream, epoch in epochs.items():
+            holders = [r for r in results if stream in self._streams(r)]
+            if len(holders) != 1:
+                raise AxisError(
+                    f"{describe(node)} reshapes the {stream} tokens, which a reducer has changed, into "
+                    f"{[str(self.annotation.axis(r)) for r in results]}; their grid is gone. Move the site behind it."
+                )
+            self._check_whole(node, holders[0])
+            self._set(holders[0], {**self.at(holders[0]), stream: epoch})
+
+    def _check_whole(self, node: fx.Node, dim: Dim) -> None:
+        kind = self.annotation.axis(dim)
+        parts = [s for s in kind.segments if not s.whole] if isinstance(kind, Tokens) else []
+        if parts:
+            raise AxisError(
+                f"{describe(node)} takes {parts[0].length} of the {self.annotation.streams[parts[0].stream or '']} "
+                f"{parts[0].stream} tokens by position, after a reducer has changed them. Move the site behind it."
+            )
+
+    # --- literals ---------------------------------------------------------------------------------------------------
+
+    def _literals(self, node: fx.Node, new: fx.Node, constraint: Constraint) -> None:
+        match constraint:
+            case Literal(result, arg, item) if self.at(result):
+                size = self.size(self.annotation.axis(result), self.at(result))
+                value = list(new.args[arg]) if item is not None else size  # type: ignore[arg-type]  # a list of sizes
+                if item is not None:
+                    value[item] = size  # type: ignore[index]  # the list made above
+                self._set_arg(new, arg, value)
+            case Slice(source, _, start, stop, start_arg, stop_arg) if self.at(source):
+                self._set_arg(new, start_arg, self._moved(node, source, start))
+                self._set_arg(new, stop_arg, self._moved(node, source, stop))
+            case Select(source, index, arg) if self.at(source):
+                self._set_arg(new, arg, self._moved(node, source, index, first_token=True))
+            case _:
+                pass
+
+    def _set_arg(self, new: fx.Node, position: int, value: Any) -> None:
+        arguments = list(new.args)
+        while len(arguments) <= position:
+            arguments.append(None)
+        if arguments[position] != value:
+            self.literals += 1
+        arguments[position] = value
+        new.args = tuple(arguments)
+
+    def _moved(self, node: fx.Node, source: Dim, position: int, first_token: bool = False) -> int:
+        """Where a captured position is now: a border between segments, or the first token of one."""
+        kind, epochs = self.annotation.axis(source), self.at(source)
+        assert isinstance(kind, Tokens)
+        before = now = 0
+        for segment in kind.segments:
+            same = self.length(segment, epochs) == segment.length and not epochs.get(segment.stream or "", 0)
+            inside = before < position < before + segment.length
+            if position == before or (inside and same):
+                return now + position - before
+            if inside:
+                break
+            before, now = before + segment.length, now + self.length(segment, epochs)
+        if position == before and not first_token:
+            return now
+        raise AxisError(
+            f"{describe(node)} takes position {position} of the token axis {kind}, which a reducer has changed; only "
+            "the first token of a stream keeps its place. Move the site behind it, or leave this output out."
+        )
+
+    # --- alignment --------------------------------------------------------------------------------------------------
+
+    def _align(self, node: fx.Node, source: fx.Node, targets: dict[int, Epochs]) -> fx.Node:
+        """The newest value of `source`, brought to the target epochs of each dimension."""
+        value = self.env[source]
+        for index, target in sorted(targets.items()):
+            key = (source, value, index, tuple(sorted(target.items())))
+            if key not in self._aligned:
+                self._aligned[key] = self._emit_align(node, source, value, index, target)
+            value = self._aligned[key]
+        return value
+
+    def _emit_align(self, node: fx.Node, source: fx.Node, value: fx.Node, index: int, target: Epochs) -> fx.Node:
+        dim = Dim(source, index)
+        kind, have = self.annotation.axis(dim), self.at(dim)
+        if not isinstance(kind, Tokens) or index == 0 or any(not s.whole for s in kind.segments):
+            raise AxisError(
+                f"{describe(node)} needs {source.name} at the tokens after a reducer, but its axis {kind} "
+                f"(dimension {index}) cannot be aligned: expected whole streams behind a batch dimension."
+            )
+        pieces, maps = [], []
+        for segment in kind.segments:
+            old, new = (e.get(segment.stream or "", 0) for e in (have, target))
+            pieces.append((self.length(segment, have), new > old))
+            if new > old:
+                maps.append(self._map(segment.stream or "", old, new))
+        mode = self._mode(node, source, kind, have, target)
+        self.alignments += 1
+        module = AlignAxis(index, tuple(pieces), mode)
+        return self.call_module(f"reducer.align.{source.name}_{self.alignments}", module, value, *maps)
+
+    def _mode(self, node: fx.Node, source: fx.Node, kind: Tokens, have: Epochs, target: Epochs) -> AlignMode:
+        dtype = values(source)[0].dtype
+        if dtype == torch.bool:
+            return "any"
+        if dtype.is_floating_point:
+            return "log_mean_exp" if source in self.masks else "mean"
+        merged = [
+            s for s in kind.streams if any(step.merged for step in self.steps[s][have.get(s, 0) : target.get(s, 0)])
+        ]
+        if merged:
+            raise AxisError(
+                f"{describe(node)} needs the integers of {source.name} for {merged[0]} tokens that were merged; "
+                "integers of merged tokens have no mean. Prune there instead of merging, or move the site."
+            )
+        return "gather"
+
+    def _map(self, stream: str, old: int, new: int) -> fx.Node:
+        """The map from one epoch of a stream to a later one, composed where it spans several reducers."""
+        key = (stream, old, new)
+        if key not in self._maps:
+            steps = self.steps[stream]
+            composed = steps[old].map
+            for step in steps[old + 1 : new]:
+                composed = self.call(aten.matmul.default, step.map, composed)
+            self._maps[key] = composed
+        return self._maps[key]
+
+    # --- finishing --------------------------------------------------------------------------------------------------
+
+    def _finish(self) -> fx.GraphModule:
+        self.graph.set_codegen(copy.copy(self.source.graph._codegen))
+        targets = {str(n.target): attribute(n) for n in self.source.graph.nodes if n.op == "get_attr"}
+        module = fx.GraphModule({**targets, **self._modules}, self.graph, class_name="ReducedModule")
+        module.graph.eliminate_dead_code()
+        called = {str(n.target) for n in module.graph.nodes if n.op == "call_module"}
+        for name in self._modules.keys() - called:
+            module.delete_submodule(name)
+        module.recompile()
+        _keep_buffers_transient(module, self.source)
+        return module
+
+
+def _classes(same: list[Same]) -> list[set[Dim]]:
+    """Dimensions of one operator that are the same axis."""
+    classes: list[set[Dim]] = []
+    for constraint in same:
+        pair = {constraint.a, constraint.b}
+        touching = [c for c in classes if c & pair]
+        for c in touching:
+            classes.remove(c)
+        classes.append(pair.union(*touching))
+    return classes
+
+
+def _keep_buffers_transient(module: fx.GraphModule, source: fx.GraphModule) -> None:
+    """Buffers that the model does not save are not saved by the reduced module either."""
+    saved = set(source.state_dict())
+    for name, _ in list(module.named_buffers()):
+        if name not in saved:
+            owner, _, leaf = name.rpartition(".")
+            module.get_submodule(owner)._non_persistent_buffers_set.add(leaf)

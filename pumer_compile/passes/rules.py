@@ -1,0 +1,542 @@
+"""The rule table: how each operator carries axes.
+
+A rule takes a node and yields constraints (`axes.py`). To add one, write a function under `@rule(overload, ...)`: say
+which dimensions of inputs and output are the same axis, and which literals are sizes. Dimensions that a rule does not
+mention are new and index no tokens; an input dimension that indexes tokens and is not mentioned is an error.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from .axes import (
+    Concat,
+    Constraint,
+    Dim,
+    Literal,
+    Opaque,
+    Reduce,
+    Reshape,
+    Same,
+    Seed,
+    Select,
+    Size,
+    Slice,
+    reshape_groups,
+    same_size,
+)
+from .graph import values
+
+aten = torch.ops.aten
+Rule = Callable[[fx.Node], Iterable[Constraint]]
+_RULES: dict[Any, Rule] = {}
+
+
+def rule(*targets: Any) -> Callable[[Rule], Rule]:
+    """Register a function as the rule of operator overloads."""
+
+    def register(function: Rule) -> Rule:
+        for target in targets:
+            if target in _RULES:
+                raise ValueError(f"{target} has a rule already")
+            _RULES[target] = function
+        return function
+
+    return register
+
+
+def rule_for(node: fx.Node) -> Rule | None:
+    """The rule of a node; placeholders, attributes and outputs need none."""
+    if node.op != "call_function":
+        return None
+    found = _RULES.get(node.target)
+    if found is None and isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags:
+        # PyTorch itself tags operators that act on each element alone.
+        return pointwise
+    return found
+
+
+def overloads(packets: str) -> list[Any]:
+    """Every overload of space-separated ATen operators; unknown names are errors."""
+    return [getattr(p, o) for name in packets.split() for p in [getattr(aten, name)] for o in p.overloads()]
+
+
+# --- helpers --------------------------------------------------------------------------------------------------------
+
+
+def shape(node: fx.Node, output: int = 0) -> tuple[Size, ...]:
+    return tuple(values(node)[output].shape)
+
+
+def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+def tensors(node: fx.Node) -> Iterator[fx.Node]:
+    """Tensor inputs, list elements included."""
+    return (n for n in node.all_input_nodes if values(n))
+
+
+def keep_dims(x: fx.Node, node: fx.Node, pairs: Iterable[tuple[int, int]]) -> Iterator[Constraint]:
+    """Same axis for each `(dimension of x, dimension of node)`."""
+    return (Same(Dim(x, i), Dim(node, j)) for i, j in pairs)
+
+
+def broadcast(x: fx.Node, node: fx.Node, skip_last: int = 0) -> Iterator[Constraint]:
+    """Same axes, aligned at the right, where `x` is not stretched. `skip_last`: trailing dimensions left out."""
+    source, result = shape(x), shape(node)
+    offset = len(result) - len(source)
+    for i in range(len(source) - skip_last):
+        if same_size(source[i], result[i + offset]):
+            yield Same(Dim(x, i), Dim(node, i + offset))
+
+
+def wrap(dim: int, rank: int) -> int:
+    return dim % rank if rank else 0
+
+
+def size_literals(node: fx.Node, arg: int, sizes: Any) -> Iterator[Constraint]:
+    """Literals in a list of sizes that says the shape of the result."""
+    for item, size in enumerate(sizes):
+        if isinstance(size, int) and size != -1:
+            yield Literal(Dim(node, item), arg, item)
+
+
+# --- elementwise ----------------------------------------------------------------------------------------------------
+
+
+@rule(
+    *overloads("to alias detach detach_ clone contiguous lift_fresh_copy lift_fresh dropout feature_dropout"),
+    *overloads("_to_copy __and__ __or__ type_as zeros_like ones_like full_like empty_like"),
+    *overloads("masked_fill masked_fill_ where expand_as"),
+)
+def pointwise(node: fx.Node) -> Iterator[Constraint]:
+    """Each element on its own; inputs broadcast."""
+    for x in tensors(node):
+        yield from broadcast(x, node)
+
+
+@rule(aten.softmax.int, aten._softmax.default, aten.log_softmax.int, aten.cumsum.default)
+def along_one_axis(node: fx.Node) -> Iterator[Constraint]:
+    """Normalises (or accumulates) along a dimension that stays."""
+    (x,) = tensors(node)
+    yield from broadcast(x, node)
+    if node.target is aten.cumsum.default:
+        yield Opaque(Dim(x, wrap(node.args[1], len(shape(x)))))
+
+
+@rule(aten.layer_norm.default, aten.rms_norm.default, aten.native_layer_norm.default)
+def normalisation(node: fx.Node) -> Iterator[Constraint]:
+    """Normalises the last dimensions, which are features."""
+    x, normalised = node.args[0], node.args[1]
+    rank = len(shape(x))
+    yield from keep_dims(x, node, ((i, i) for i in range(rank)))
+    yield from (Opaque(Dim(x, rank - 1 - i)) for i in range(len(normalised)))
+
+
+# --- constants ------------------------------------------------------------------------------------------------------
+
+
+@rule(*overloads("zeros ones full empty new_zeros new_ones new_full new_empty"))
+def filled(node: fx.Node) -> Iterator[Constraint]:
+    """A constant of a literal shape."""
+    arg = 1 if "new_" in str(node.target) else 0
+    for x in tensors(node):  # `new_*` take only dtype and device from it
+        yield from (Reduce(Dim(x, i)) for i in range(len(shape(x))))
+    yield from size_literals(node, arg, node.args[arg])
+
+
+@rule(aten.arange.default, aten.arange.start, aten.arange.start_step)
+def arange(node: fx.Node) -> Iterator[Constraint]:
+    """Positions 0..n-1: n may be a number of tokens. Other ranges keep their literals."""
+    if node.target is aten.arange.default and isinstance(node.args[0], int):
+        yield Literal(Dim(node, 0), 0)
+
+
+# --- shapes ---------------------------------------------------------------------------------------------------------
+
+
+@rule(*overloads("view reshape _unsafe_view"))
+def view(node: fx.Node) -> Iterator[Constraint]:
+    x = node.args[0]
+    yield from _reshaped(x, node)
+    yield from size_literals(node, 1, node.args[1])
+
+
+@rule(aten.flatten.using_ints, aten.unflatten.int)
+def flatten(node: fx.Node) -> Iterator[Constraint]:
+    yield from _reshaped(node.args[0], node)
+
+
+def _reshaped(x: fx.Node, node: fx.Node) -> Iterator[Constraint]:
+    for sources, results in reshape_groups(shape(x), shape(node)):
+        yield Reshape(tuple(Dim(x, i) for i in sources), tuple(Dim(node, j) for j in results))
+
+
+@rule(aten.transpose.int)
+def transpose(node: fx.Node) -> Iterator[Constraint]:
+    x, a, b = node.args
+    order = list(range(len(shape(x))))
+    a, b = wrap(a, len(order)), wrap(b, len(order))
+    order[a], order[b] = order[b], order[a]
+    yield from keep_dims(x, node, ((i, j) for j, i in enumerate(order)))
+
+
+@rule(aten.permute.default)
+def permute(node: fx.Node) -> Iterator[Constraint]:
+    x, order = node.args
+    yield from keep_dims(x, node, ((wrap(i, len(order)), j) for j, i in enumerate(order)))
+
+
+@rule(aten.t.default, aten.numpy_T.default)
+def reverse(node: fx.Node) -> Iterator[Constraint]:
+    x = node.args[0]
+    rank = len(shape(x))
+    yield from keep_dims(x, node, ((i, rank - 1 - i) for i in range(rank)))
+
+
+@rule(aten.movedim.int)
+def movedim(node: fx.Node) -> Iterator[Constraint]:
+    x, source, target = node.args
+    rank = len(shape(x))
+    order = [i for i in range(rank) if i != wrap(source, rank)]
+    order.insert(wrap(target, rank), wrap(source, rank))
+    yield from keep_dims(x, node, ((i, j) for j, i in enumerate(order)))
+
+
+@rule(aten.unsqueeze.default)
+def unsqueeze(node: fx.Node) -> Iterator[Constraint]:
+    x, dim = node.args
+    rank = len(shape(x))
+    new = wrap(dim, rank + 1)
+    yield from keep_dims(x, node, ((i, i + (i >= new)) for i in range(rank)))
+
+
+@rule(aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default)
+def squeeze(node: fx.Node) -> Iterator[Constraint]:
+    x = node.args[0]
+    sizes = shape(x)
+    asked = node.args[1] if len(node.args) > 1 else list(range(len(sizes)))
+    dims = {wrap(d, len(sizes)) for d in ([asked] if isinstance(asked, int) else asked)}
+    kept = [i for i, size in enumerate(sizes) if not (i in dims and same_size(size, 1))]
+    yield from keep_dims(x, node, ((i, j) for j, i in enumerate(kept)))
+    yield from (Reduce(Dim(x, i)) for i in range(len(sizes)) if i not in kept)
+
+
+@rule(aten.expand.default)
+def expand(node: fx.Node) -> Iterator[Constraint]:
+    x, sizes = node.args[0], node.args[1]
+    yield from broadcast(x, node)
+    yield from size_literals(node, 1, sizes)
+
+
+@rule(aten.repeat.default)
+def repeat(node: fx.Node) -> Iterator[Constraint]:
+    x, repeats = node.args
+    offset = len(repeats) - len(shape(x))
+    for i in range(len(shape(x))):
+        once = isinstance(repeats[i + offset], int) and repeats[i + offset] == 1
+        yield Same(Dim(x, i), Dim(node, i + offset)) if once else Opaque(Dim(x, i))
+
+
+# --- joining and cutting --------------------------------------------------------------------------------------------
+
+
+@rule(aten.cat.default)
+def cat(node: fx.Node) -> Iterator[Constraint]:
+    parts = node.args[0]
+    rank = len(shape(node))
+    dim = wrap(argument(node, 1, "dim", 0), rank)
+    yield Concat(Dim(node, dim), tuple(Dim(p, dim) for p in parts))
+    for part in parts:
+        yield from keep_dims(part, node, ((i, i) for i in range(rank) if i != dim))
+
+
+@rule(aten.stack.default)
+def stack(node: fx.Node) -> Iterator[Constraint]:
+    parts = node.args[0]
+    rank = len(shape(node))
+    new = wrap(argument(node, 1, "dim", 0), rank)
+    for part in parts:
+        yield from keep_dims(part, node, ((i, i + (i >= new)) for i in range(rank - 1)))
+
+
+@rule(aten.slice.Tensor)
+def slice_(node: fx.Node) -> Iterator[Constraint]:
+    x = node.args[0]
+    rank = len(shape(x))
+    dim = wrap(argument(node, 1, "dim", 0), rank)
+    yield from keep_dims(x, node, ((i, i) for i in range(rank) if i != dim))
+    size, cut = shape(x)[dim], shape(node)[dim]
+    if same_size(size, cut):
+        yield Same(Dim(x, dim), Dim(node, dim))
+        return
+    start, stop = argument(node, 2, "start") or 0, argument(node, 3, "end")
+    if argument(node, 4, "step", 1) != 1 or not isinstance(size, int) or not isinstance(start, int):
+        yield Opaque(Dim(x, dim))
+        return
+    first = max(size + start, 0) if start < 0 else start
+    assert isinstance(cut, int)
+    yield Slice(Dim(x, dim), Dim(node, dim), first, first + cut, 2, 3) if stop is not None or start else Opaque(
+        Dim(x, dim)
+    )
+
+
+@rule(aten.narrow.default)
+def narrow(node: fx.Node) -> Iterator[Constraint]:
+    x, dim = node.args[0], wrap(node.args[1], len(shape(node)))
+    yield from keep_dims(x, node, ((i, i) for i in range(len(shape(x))) if i != dim))
+    whole = same_size(shape(x)[dim], shape(node)[dim])
+    yield Same(Dim(x, dim), Dim(node, dim)) if whole else Opaque(Dim(x, dim))
+
+
+@rule(aten.select.int)
+def select(node: fx.Node) -> Iterator[Constraint]:
+    x, dim, index = node.args
+    rank = len(shape(x))
+    dim = wrap(dim, rank)
+    yield from keep_dims(x, node, ((i, i - (i > dim)) for i in range(rank) if i != dim))
+    size = shape(x)[dim]
+    if isinstance(size, int) and isinstance(index, int):
+        yield Select(Dim(x, dim), index % size, 2)
+    else:
+        yield Opaque(Dim(x, dim))
+
+
+@rule(*overloads("split split_with_sizes chunk unbind"))
+def pieces(node: fx.Node) -> Iterator[Constraint]:
+    """Several outputs; the dimension that is divided must not be reduced."""
+    x = node.args[0]
+    rank = len(shape(x))
+    unbinds = "unbind" in str(node.target)
+    dim = wrap(argument(node, 1 if unbinds else 2, "dim", 0), rank)
+    for output in range(len(values(node))):
+        for i in range(rank):
+            if i != dim:
+                yield Same(Dim(x, i), Dim(node, i - (unbinds and i > dim), output))
+    yield Opaque(Dim(x, dim))
+
+
+@rule(operator.getitem)
+def getitem(node: fx.Node) -> Iterator[Constraint]:
+    x, output = node.args
+    if values(node):
+        yield from (Same(Dim(x, i, output), Dim(node, i)) for i in range(len(shape(node))))
+
+
+# --- lookups --------------------------------------------------------------------------------------------------------
+
+
+@rule(aten.embedding.default)
+def embedding(node: fx.Node) -> Iterator[Constraint]:
+    """Integer ids that come straight from an input are text."""
+    weight, ids = node.args[0], node.args[1]
+    rank = len(shape(ids))
+    yield from keep_dims(ids, node, ((i, i) for i in range(rank)))
+    yield Same(Dim(weight, 1), Dim(node, rank))
+    if rank and _straight_from_input(ids):
+        yield Seed((Dim(ids, rank - 1),), "text")
+
+
+def _straight_from_input(node: fx.Node) -> bool:
+    while node.op == "call_function" and node.target in (aten.to.dtype, aten.to.device, aten.clone.default):
+        node = node.args[0]  # type: ignore[assignment]  # the first argument of these is a node
+    return node.op == "placeholder"
+
+
+@rule(aten.gather.default)
+def gather(node: fx.Node) -> Iterator[Constraint]:
+    x, dim, index = node.args[:3]
+    dim = wrap(dim, len(shape(x)))
+    yield from keep_dims(index, node, ((i, i) for i in range(len(shape(node)))))
+    for i, (a, b) in enumerate(zip(shape(x), shape(node), strict=True)):
+        yield Same(Dim(x, i), Dim(node, i)) if i != dim and same_size(a, b) else Opaque(Dim(x, i))
+
+
+@rule(aten.index_select.default)
+def index_select(node: fx.Node) -> Iterator[Constraint]:
+    x, dim, index = node.args
+    rank = len(shape(x))
+    dim = wrap(dim, rank)
+    yield from keep_dims(x, node, ((i, i) for i in range(rank) if i != dim))
+    yield Same(Dim(index, 0), Dim(node, dim))
+    yield Opaque(Dim(x, dim))
+
+
+@rule(aten.index.Tensor)
+def index(node: fx.Node) -> Iterator[Constraint]:
+    """`x[i, j]` with broadcast indices. An index that counts 0..n-1 over a whole dimension keeps its axis."""
+    x, indices = node.args
+    indexed = [d for d, i in enumerate(indices) if i is not None]
+    if indexed != list(range(indexed[0], indexed[-1] + 1)):
+        yield from (Opaque(Dim(x, d)) for d in range(len(shape(x))))
+        return
+    rank = max(len(shape(indices[d])) for d in indexed)
+    yield from keep_dims(x, node, ((d, d) for d in range(indexed[0])))
+    after = range(indexed[-1] + 1, len(shape(x)))
+    yield from keep_dims(x, node, ((d, d - len(indexed) + rank) for d in after))
+    for d in indexed:
+        i = indices[d]
+        offset = indexed[0] + rank - len(shape(i))
+        for k, size in enumerate(shape(i)):
+            if same_size(size, shape(node)[k + offset]):
+                yield Same(Dim(i, k), Dim(node, k + offset))
+        counted = _counts_whole(i, shape(x)[d])
+        yield Same(Dim(x, d), Dim(node, counted + offset)) if counted is not None else Opaque(Dim(x, d))
+
+
+def _counts_whole(node: fx.Node, size: Size) -> int | None:
+    """The dimension along which an index counts 0..size-1, or None."""
+    wide = [k for k, s in enumerate(shape(node)) if not same_size(s, 1)]
+    if len(wide) > 1:
+        return None
+    position = wide[0] if wide else 0
+    while node.op == "call_function" and node.target is not aten.arange.default:
+        adds_zero = node.target is aten.add.Tensor and node.args[1] == 0
+        if not (adds_zero or node.target in (aten.unsqueeze.default, aten.to.dtype, aten.view.default)):
+            return None
+        node = node.args[0]  # type: ignore[assignment]  # the first argument of these is a node
+    counts = node.target is aten.arange.default and len(shape(node)) == 1 and same_size(shape(node)[0], size)
+    return position if counts else None
+
+
+# --- reductions -----------------------------------------------------------------------------------------------------
+
+
+@rule(*overloads("sum mean amax amin any all"), aten.max.default, aten.min.default)
+def reduction(node: fx.Node) -> Iterator[Constraint]:
+    yield from _reduced(node, lambda dim: Reduce(dim))
+
+
+@rule(*overloads("argmax argmin"), aten.max.dim, aten.min.dim)
+def arg_reduction(node: fx.Node) -> Iterator[Constraint]:
+    """Gives positions, which change their meaning when tokens are reduced."""
+    yield from _reduced(node, lambda dim: Opaque(dim))
+
+
+def _reduced(node: fx.Node, gone: Callable[[Dim], Constraint]) -> Iterator[Constraint]:
+    x = node.args[0]
+    rank = len(shape(x))
+    asked = argument(node, 1, "dim")
+    if isinstance(asked, torch.dtype) or asked is None or asked == []:
+        asked = list(range(rank))
+    dims = {wrap(d, rank) for d in ([asked] if isinstance(asked, int) else asked)}
+    keeps = len(shape(node)) == rank
+    position = 0
+    for i in range(rank):
+        if i in dims:
+            yield gone(Dim(x, i))
+        else:
+            yield from (Same(Dim(x, i), Dim(node, position, o)) for o in range(len(values(node))))
+        position += keeps or i not in dims
+
+
+# --- products -------------------------------------------------------------------------------------------------------
+
+
+@rule(aten.linear.default)
+def linear(node: fx.Node) -> Iterator[Constraint]:
+    x, weight = node.args[0], node.args[1]
+    rank = len(shape(x))
+    yield from keep_dims(x, node, ((i, i) for i in range(rank - 1)))
+    yield Same(Dim(x, rank - 1), Dim(weight, 1), aligns=False)
+    yield Same(Dim(weight, 0), Dim(node, rank - 1))
+
+
+@rule(aten.matmul.default, aten.bmm.default, aten.mm.default)
+def matmul(node: fx.Node) -> Iterator[Constraint]:
+    a, b = node.args
+    rank_a, rank_b, rank = len(shape(a)), len(shape(b)), len(shape(node))
+    inner = Dim(b, rank_b - 2 if rank_b > 1 else 0)
+    yield Same(Dim(a, rank_a - 1), inner, aligns=False)
+    if rank_a > 1:
+        yield Same(Dim(a, rank_a - 2), Dim(node, rank - (2 if rank_b > 1 else 1)))
+    if rank_b > 1:
+        yield Same(Dim(b, rank_b - 1), Dim(node, rank - 1))
+    for x, own in ((a, rank_a), (b, rank_b)):
+        for i in range(own - 2):
+            j = i + rank - own
+            if same_size(shape(x)[i], shape(node)[j]):
+                yield Same(Dim(x, i), Dim(node, j))
+
+
+@rule(aten.addmm.default, aten.baddbmm.default)
+def addmm(node: fx.Node) -> Iterator[Constraint]:
+    bias, a, b = node.args[:3]
+    rank = len(shape(node))
+    yield from broadcast(bias, node)
+    yield from keep_dims(a, node, ((i, i) for i in range(rank - 1)))
+    yield Same(Dim(a, rank - 1), Dim(b, rank - 2), aligns=False)
+    yield Same(Dim(b, rank - 1), Dim(node, rank - 1))
+    yield from keep_dims(b, node, ((i, i) for i in range(rank - 2)))
+
+
+@rule(aten.einsum.default)
+def einsum(node: fx.Node) -> Iterator[Constraint]:
+    equation, operands = node.args[0], node.args[1]
+    left, _, right = equation.replace(" ", "").partition("->")
+    if "." in equation or not right:
+        yield from (Opaque(Dim(x, i)) for x in operands for i in range(len(shape(x))))
+        return
+    first: dict[str, Dim] = {letter: Dim(node, i) for i, letter in enumerate(right)}
+    for x, letters in zip(operands, left.split(","), strict=True):
+        for i, letter in enumerate(letters):
+            if letter in first:
+                yield Same(Dim(x, i), first[letter], aligns=letter in right)
+            else:
+                first[letter] = Dim(x, i)
+                yield Reduce(Dim(x, i))
+
+
+@rule(aten.scaled_dot_product_attention.default)
+def sdpa(node: fx.Node) -> Iterator[Constraint]:
+    q, k, v = node.args[:3]
+    mask = argument(node, 3, "attn_mask")
+    rank = len(shape(node))
+    yield from broadcast(q, node, skip_last=1)
+    yield Same(Dim(q, rank - 1), Dim(k, rank - 1), aligns=False)
+    yield Same(Dim(k, rank - 2), Dim(v, rank - 2), aligns=False)
+    yield Same(Dim(v, rank - 1), Dim(node, rank - 1))
+    for x in (k, v):
+        yield from (
+            Same(Dim(x, i), Dim(node, i)) for i in range(rank - 2) if same_size(shape(x)[i], shape(node)[i])
+        )
+    if mask is not None:
+        own = len(shape(mask))
+        for i, against in ((own - 1, Dim(k, rank - 2)), (own - 2, Dim(q, rank - 2))):
+            if same_size(shape(mask)[i], shape(against.node)[against.index]):
+                yield Same(Dim(mask, i), against)
+        for i in range(own - 2):
+            j = i + rank - own
+            if same_size(shape(mask)[i], shape(node)[j]):
+                yield Same(Dim(mask, i), Dim(node, j))
+
+
+@rule(aten.conv2d.default)
+def conv2d(node: fx.Node) -> Iterator[Constraint]:
+    """A patch convolution (stride = kernel, no padding) makes a grid of image tokens."""
+    x, weight = node.args[0], node.args[1]
+    yield Same(Dim(x, 0), Dim(node, 0))
+    yield Same(Dim(weight, 0), Dim(node, 1))
+    yield from (Opaque(Dim(x, i)) for i in (1, 2, 3))
+    stride = argument(node, 3, "stride", [1, 1])
+    padding = argument(node, 4, "padding", [0, 0])
+    if list(stride) == list(shape(weight)[2:]) and max(stride) > 1 and not any(padding):
+        yield Seed((Dim(node, 2), Dim(node, 3)), "image")
+
+
+@rule(aten.sym_size.int)
+def sym_size(node: fx.Node) -> Iterator[Constraint]:
+    x, dim = node.args
+    rank = len(shape(x))
+    yield from (Opaque(Dim(x, i)) if i == wrap(dim, rank) else Reduce(Dim(x, i)) for i in range(rank))
+
+
+def has_tensor_output(node: fx.Node) -> bool:
+    """Whether a node gives any tensor."""
+    return any(isinstance(v, Tensor) for v in values(node))

@@ -1,0 +1,97 @@
+"""`reduce`: a captured program and a schedule to a module that runs, trains and exports with fewer tokens."""
+
+from __future__ import annotations
+
+import copy
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+from .capture import Program
+from .passes.insert import reducers_of
+from .passes.pipeline import History, State, run_passes
+from .plan import Plan
+from .schedule import Schedule
+
+
+@dataclass(frozen=True)
+class Reduced:
+    """A reduced program.
+
+    Attributes:
+        module: runs and trains in eager PyTorch; takes and returns what the model does, and shares its parameters.
+        plan: token counts and multiply-adds.
+        program: what was reduced.
+        schedule: by what.
+        history: what each pass did.
+    """
+
+    module: fx.GraphModule
+    plan: Plan
+    program: Program
+    schedule: Schedule
+    history: History
+
+
+def reduce(
+    program: Program, schedule: Schedule | str | os.PathLike[str], *, dump_graph: Path | None = None
+) -> Reduced:
+    """Insert token reducers into a captured program.
+
+    Args:
+        program: from `capture`.
+        schedule: a `Schedule`, a YAML file, or the name of a preset.
+        dump_graph: folder for the graph after each pass.
+
+    Returns:
+        The reduced program. Its module *shares* parameters with the captured model: training one trains the other.
+
+    Raises:
+        PumerError: see the errors of the passes.
+    """
+    schedule = Schedule.load(schedule)
+    state = State(program.module, schedule, dict(program.inputs), dict(program.streams))
+    history = run_passes(state, dump=dump_graph)
+    assert state.reduced is not None and state.plan is not None
+    state.reduced.train(program.module.training)
+    return Reduced(state.reduced, state.plan, program, schedule, history)
+
+
+DECISION_NAMES = ("kept", "source", "target")
+
+
+def with_decisions(module: fx.GraphModule, output_names: list[str]) -> fx.GraphModule:
+    """A copy of a reduced module that also gives every reducer's decisions.
+
+    Args:
+        module: from `reduce`.
+        output_names: names for the tensors that the module returns, in order.
+
+    Returns:
+        A module that returns one flat dictionary: the outputs by name, then `<reducer>.<decision>` (int64) for every
+        decision that the schedule leaves to the data. Parameters are shared.
+    """
+    twin = fx.GraphModule(module, copy.deepcopy(module.graph), class_name="ReducedWithDecisions")
+    output = twin.graph.output_node()
+    named: dict[str, Any] = dict(zip(output_names, torch.utils._pytree.tree_leaves(output.args[0]), strict=True))
+    reducers = reducers_of(twin)
+    for node in list(twin.graph.nodes):
+        reducer = reducers.get(str(node.target)) if node.op == "call_module" else None
+        if reducer is None:
+            continue
+        for index, name in enumerate(DECISION_NAMES):
+            wanted = reducer.pruner is not None if name == "kept" else reducer.merger.merge > 0
+            if wanted:
+                with twin.graph.inserting_before(output):
+                    named[f"{node.target}.{name}"] = twin.graph.call_method("__getitem__", (node, 3 + index))
+    output.args = (tuple(named.values()),)
+    codegen = twin.graph._codegen
+    if hasattr(codegen, "pytree_info"):
+        spec = torch.utils._pytree.tree_structure(dict.fromkeys(named, 0))
+        codegen.pytree_info = codegen.pytree_info._replace(out_spec=spec)
+    twin.recompile()
+    return twin

@@ -1,0 +1,19 @@
+"""Token reducers: plain `nn.Module`s without parameters, readable beside the paper."""
+
+from .align import AlignAxis, TokenWeights
+from .attention import TextRowsAttention
+from .masked_softmax import PublishedMaskedSoftmax
+from .merger import ModalityAwareMerger
+from .pruner import TextInformedPruner
+from .reducer import StreamReducer, forced_decisions
+
+__all__ = [
+    "AlignAxis",
+    "ModalityAwareMerger",
+    "PublishedMaskedSoftmax",
+    "StreamReducer",
+    "TextInformedPruner",
+    "TextRowsAttention",
+    "TokenWeights",
+    "forced_decisions",
+]

@@ -1,0 +1,87 @@
+"""Bring values computed before a reducer to the tokens after it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+AlignMode = Literal["mean", "log_mean_exp", "any", "gather"]
+
+
+class AlignAxis(nn.Module):
+    """Applies reducers' maps along one axis of a value.
+
+    Features are averaged, additive masks take the logarithm of the mean of their exponentials (a mask of 0 and -inf
+    becomes the logarithm of the share of real tokens), boolean masks are true where any merged token is, and integer
+    positions are gathered (only after pruning; the caller refuses it after a merge).
+
+    Args:
+        dim: the axis.
+        pieces: its segments in order: tokens before, and whether the next map in `maps` applies to it.
+        mode: how values combine.
+    """
+
+    def __init__(self, dim: int, pieces: tuple[tuple[int, bool], ...], mode: AlignMode) -> None:
+        super().__init__()
+        self.dim, self.pieces, self.mode = dim, pieces, mode
+
+    def forward(self, value: Tensor, *maps: Tensor) -> Tensor:
+        """Align.
+
+        Args:
+            value: any rank of at least 2, batch (or 1) first.
+            maps: one for each reduced segment, `[batch, after, before]`, float32.
+        """
+        moved = value.movedim(self.dim, -1)
+        moved = moved.exp() if self.mode == "log_mean_exp" else moved
+        parts, remaining = [], list(maps)
+        for part, (_, reduced) in zip(moved.split([n for n, _ in self.pieces], -1), self.pieces, strict=True):
+            parts.append(_along_last(part, remaining.pop(0)) if reduced else part.expand(_batched(part, maps)))
+        result = torch.cat([p.float() for p in parts], -1) if len(parts) > 1 else parts[0].float()
+        return self._back(result, value.dtype).movedim(-1, self.dim)
+
+    def _back(self, result: Tensor, dtype: torch.dtype) -> Tensor:
+        if self.mode == "any":
+            return result > 0
+        if self.mode == "gather":
+            return result.round().to(dtype)
+        if self.mode == "log_mean_exp":
+            # A token made of masked ones has log(0): the dtype's lowest value masks without making NaN of a row.
+            return result.log().clamp(min=torch.finfo(dtype).min).to(dtype)
+        return result.to(dtype)
+
+
+def _batched(part: Tensor, maps: tuple[Tensor, ...]) -> list[int]:
+    return [maps[0].shape[0], *part.shape[1:]]
+
+
+def _along_last(value: Tensor, map_: Tensor) -> Tensor:
+    """`out[b, ..., new] = sum over old of map[b, new, old] * value[b, ..., old]`."""
+    columns = map_.transpose(-1, -2)
+    if value.dim() == 2:
+        return (value.float().unsqueeze(1) @ columns).squeeze(1)
+    for _ in range(value.dim() - 3):
+        columns = columns.unsqueeze(1)
+    return value.float() @ columns
+
+
+class TokenWeights(nn.Module):
+    """The weight of every key from an attention mask: 1 is a real token, 0 is padding.
+
+    Args:
+        start: first key of the stream on the mask's key axis.
+        length: its number of tokens.
+    """
+
+    def __init__(self, start: int, length: int) -> None:
+        super().__init__()
+        self.start, self.length = start, length
+
+    def forward(self, mask: Tensor) -> Tensor:
+        """`[batch, length]` float32 from a mask `[batch, heads or 1, queries or 1, keys]`, boolean (true: attend) or
+        additive. A key is real when any query of any head may attend to it."""
+        keys = mask[..., self.start : self.start + self.length]
+        opened = keys.float() if mask.dtype == torch.bool else keys.float().exp()
+        return opened.amax((1, 2))

@@ -1,0 +1,41 @@
+"""The softmax of the published PuMer code, which multiplies by the mask (semantics `reference`)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class PublishedMaskedSoftmax(nn.Module):
+    """Softmax over keys with multiplicative weights, as the published code has it.
+
+    `x = exp(a - max(a)) * m` and `(x + eps / N) / (sum(x) + eps)` with `m = mask + (1 - mask) * eye`: masked keys
+    still see themselves, the maximum is taken over all keys, and eps = 1e-6 spreads a little over the N keys.
+    Fractions in the mask are the weights of merged tokens.
+
+    Args:
+        diagonal: whether queries and keys are the same tokens, so that the diagonal is re-opened.
+    """
+
+    eps = 1e-6
+
+    def __init__(self, *, diagonal: bool) -> None:
+        super().__init__()
+        self.diagonal = diagonal
+
+    def forward(self, scores: Tensor, *weights: Tensor) -> Tensor:
+        """Probabilities.
+
+        Args:
+            scores: scaled, not masked, `[batch, heads, queries, keys]`.
+            weights: of the keys, `[batch, n]` each, side by side along the keys; 0 is padding.
+        """
+        x = scores.float()
+        x = (x - x.amax(-1, keepdim=True)).exp()
+        if weights:
+            mask = torch.cat(weights, 1).float().unsqueeze(1).unsqueeze(1)
+            if self.diagonal:
+                mask = mask + (1 - mask) * torch.eye(scores.shape[-1], device=scores.device)
+            x = x * mask
+        spread = self.eps / scores.shape[-1]
+        return ((x + spread) / (x.sum(-1, keepdim=True) + self.eps)).to(scores.dtype)

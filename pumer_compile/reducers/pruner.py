@@ -1,0 +1,52 @@
+"""Text-informed image pruning (PuMer, section 4.1)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .ranking import top
+
+
+class TextInformedPruner(nn.Module):
+    """Keeps the image tokens that the text attends to most.
+
+    The saliency of an image token is the attention it receives from the text, mean over heads and summed over text
+    tokens (equation 1 up to a constant factor, which does not change the order). Kept tokens come in descending
+    saliency: the merger's even/odd split follows that order.
+
+    Args:
+        keep: image tokens to keep.
+        protected: leading tokens that are kept, first, whatever their saliency (`safe`: the class token).
+        pads_vote: whether padding in the text takes part in the sum, as in the published code.
+    """
+
+    def __init__(self, keep: int, *, protected: int = 0, pads_vote: bool = True) -> None:
+        super().__init__()
+        self.keep, self.protected, self.pads_vote = keep, protected, pads_vote
+
+    def saliency(self, attention: Tensor, text_weights: Tensor | None = None) -> Tensor:
+        """Scores of the image tokens.
+
+        Args:
+            attention: text-to-image attention after softmax, `[batch, heads, text, image]`.
+            text_weights: weights of the text tokens, `[batch, text]`; 0 is padding.
+
+        Returns:
+            `[batch, image]`, float32.
+        """
+        per_text = attention.float().mean(1)
+        if not self.pads_vote and text_weights is not None:
+            per_text = per_text * (text_weights > 0).unsqueeze(-1)
+        scores = per_text.sum(1)
+        if self.protected:
+            # Attention lies in 0..1 and is summed over `text` rows, so this bonus exceeds every score.
+            index = torch.arange(scores.shape[-1], device=scores.device)
+            bonus = (self.protected - index).clamp(min=0) * (attention.shape[2] + 1)
+            scores = scores + bonus
+        return scores
+
+    def forward(self, attention: Tensor, text_weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Indices of the kept tokens in descending saliency, `[batch, keep]` int64, and the saliency."""
+        scores = self.saliency(attention, text_weights)
+        return top(scores, self.keep), scores

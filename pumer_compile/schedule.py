@@ -1,0 +1,219 @@
+"""What to reduce, where, and by which algorithm: the YAML a user writes.
+
+```yaml
+method: pumer
+semantics: reference          # reference | paper | safe
+layers: [2, 5, 8]             # cross-modal attention nodes in execution order, from 0
+prune: 0.1                    # share of image tokens pruned at each
+merge: {image: 0.3, text: 0.2}
+```
+
+Instead of `layers` a schedule may list `sites`, each with its own budgets. A float is a share of the stream
+(0 <= share < 1); an integer is a number of tokens. Unknown keys, duplicate keys and schedules that reduce
+nothing are errors: a compiler that silently does nothing is the worst bug there is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictFloat,
+    StrictInt,
+    ValidationError,
+    model_validator,
+)
+
+from .errors import ScheduleError
+
+Semantics = Literal["reference", "paper", "safe"]
+
+
+def _check_budget(value: Any) -> Any:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError("expected a share (a float, 0 <= share < 1) or a number of tokens (an integer)")
+    if isinstance(value, float) and not 0.0 <= value < 1.0:
+        raise ValueError(f"a share must be at least 0 and below 1 (an integer is a number of tokens), got {value}")
+    if isinstance(value, int) and value < 0:
+        raise ValueError(f"a number of tokens cannot be negative, got {value}")
+    return value
+
+
+Budget = Annotated[StrictInt | StrictFloat, BeforeValidator(_check_budget)]
+"""A share of a stream's tokens (float) or an absolute number of tokens (int)."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Merge(_Strict):
+    """Tokens merged away within each modality."""
+
+    image: Budget = 0
+    text: Budget = 0
+
+
+class Site(_Strict):
+    """Budgets of one attention node, addressed as `<group>.<index>` in execution order."""
+
+    at: str = Field(pattern=r"^[a-z_]+\.\d+$")
+    prune: Budget = 0
+    merge: Merge = Merge()
+
+    @property
+    def reduces(self) -> bool:
+        """Whether any budget is above zero."""
+        return any(b > 0 for b in (self.prune, self.merge.image, self.merge.text))
+
+
+class Schedule(_Strict):
+    """A reduction schedule.
+
+    Args:
+        method: the algorithm; `pumer` is text-informed pruning, then modality-aware merging (PuMer, section 4).
+        semantics: `reference` computes what the published code computes, its masked softmax included; `paper` is
+            Algorithm 1 and equation 1 as written, with the model's own softmax; `safe` is for models that were
+            not fine-tuned with reduction (padding neither votes nor merges, class tokens stay, token sizes are
+            carried from reducer to reducer).
+        layers: cross-modal attention nodes in execution order, all with the budgets `prune` and `merge`.
+        sites: instead of `layers`: one entry for each site, with its own budgets.
+        prune: share (float) or number (int) of image tokens pruned at each layer.
+        merge: share or number of tokens merged away, by modality.
+    """
+
+    method: Literal["pumer"] = "pumer"
+    semantics: Semantics = "reference"
+    layers: tuple[Annotated[int, Field(ge=0, strict=True)], ...] | None = None
+    prune: Budget | None = None
+    merge: Merge | None = None
+    sites: tuple[Site, ...] | None = None
+
+    def __init__(self, **data: Any) -> None:
+        try:
+            super().__init__(**data)
+        except ValidationError as error:
+            raise ScheduleError(_explain(error, "this schedule")) from error
+
+    @model_validator(mode="after")
+    def _layers_or_sites(self) -> Schedule:
+        if (self.layers is None) == (self.sites is None):
+            raise ValueError("a schedule names its places with either `layers` or `sites`, exactly one of them")
+        if self.sites is not None and (self.prune is not None or self.merge is not None):
+            raise ValueError("`prune` and `merge` at the top go with `layers`; with `sites` each site has its own")
+        places = [site.at for site in self.resolve()]
+        duplicates = sorted({p for p in places if places.count(p) > 1})
+        if duplicates:
+            raise ValueError(f"the schedule names {', '.join(duplicates)} more than once")
+        idle = [site.at for site in self.resolve() if not site.reduces]
+        if not places or idle:
+            what = f"site {idle[0]} has no budget above zero" if idle else "the list of places is empty"
+            raise ValueError(f"it would reduce nothing: {what} (use `none` to compile without reduction)")
+        return self
+
+    def resolve(self) -> tuple[Site, ...]:
+        """The sites with their budgets, `layers` spelled out as `cross_modal.<index>`."""
+        if self.sites is not None:
+            return self.sites
+        merge = self.merge or Merge()
+        return tuple(
+            Site(at=f"cross_modal.{index}", prune=self.prune or 0, merge=merge) for index in self.layers or ()
+        )
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the schedule's canonical form: method, semantics and resolved sites."""
+        canonical = {
+            "method": self.method,
+            "semantics": self.semantics,
+            "sites": [site.model_dump() for site in self.resolve()],
+        }
+        return hashlib.sha256(json.dumps(canonical, sort_keys=True).encode()).hexdigest()
+
+    @classmethod
+    def load(cls, source: str | os.PathLike[str] | Schedule) -> Schedule:
+        """A schedule from a YAML file or the name of a preset.
+
+        Raises:
+            ScheduleError: neither a file nor a preset, not YAML, or not a valid schedule.
+        """
+        if isinstance(source, Schedule):
+            return source
+        if str(source) in PRESETS:
+            return PRESETS[str(source)]
+        path = Path(source)
+        if not path.is_file():
+            raise ScheduleError(
+                f"No schedule {str(source)!r}: it is neither a file nor a preset. Presets: {', '.join(PRESETS)}."
+            )
+        return cls.from_yaml(path.read_text(encoding="utf-8", errors="replace"), name=str(path))
+
+    @classmethod
+    def from_yaml(cls, text: str, name: str = "schedule") -> Schedule:
+        """A schedule from YAML text; `name` appears in error messages.
+
+        Raises:
+            ScheduleError: not YAML, not a mapping, or not a valid schedule.
+        """
+        try:
+            data = yaml.load(text, Loader=_UniqueKeyLoader)
+        except yaml.YAMLError as error:
+            raise ScheduleError(f"{name} is not valid YAML: {' '.join(str(error).split())}") from error
+        if not isinstance(data, dict):
+            raise ScheduleError(f"{name} must hold a mapping such as `layers: [2, 5, 8]`, found {type(data).__name__}.")
+        try:
+            return cls(**{str(key): value for key, value in data.items()})
+        except ScheduleError as error:
+            if isinstance(error.__cause__, ValidationError):
+                raise ScheduleError(_explain(error.__cause__, name)) from error.__cause__
+            raise
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice; plain YAML keeps the last one without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} appears twice", node.start_mark)
+        return super().construct_mapping(node, deep=deep)
+
+
+def _explain(error: ValidationError, name: str) -> str:
+    """One paragraph from pydantic's list of problems."""
+    problems = []
+    for item in error.errors():
+        where = ".".join(str(part) for part in item["loc"] if part not in ("int", "float"))
+        message = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "extra_forbidden":
+            owner = {"merge": Merge, "sites": Site}.get(str(item["loc"][0]), Schedule)
+            if "merge" in item["loc"][:-1]:
+                owner = Merge
+            elif len(item["loc"]) == 1:
+                owner = Schedule
+            message = f"unknown key; known keys: {', '.join(owner.model_fields)}"
+        text = f"{where}: {message}" if where else message
+        if text not in problems:
+            problems.append(text)
+    return f"{name} is not valid: {'; '.join(problems)}."
+
+
+_BUDGETS: dict[str, Any] = {"prune": 0.1, "merge": Merge(image=0.3, text=0.2)}
+
+PRESETS: dict[str, Schedule] = {
+    "vilt-vqa": Schedule(layers=(2, 5, 8), **_BUDGETS),
+    "vilt-nlvr2": Schedule(layers=(2, 5, 8), **_BUDGETS),
+    "vilt-ve": Schedule(layers=(2, 4, 6, 8), **_BUDGETS),
+    "vilt-irtr": Schedule(layers=(2, 4, 6, 8), **_BUDGETS),
+}
+"""Table 6 of the paper, for the ViLT model."""
