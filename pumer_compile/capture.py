@@ -1,15 +1,13 @@
 """From a model to a `Program`: its graph, as pre-decomposition ATen operators, with static token counts.
 
-transformers' models go through transformers' own dynamo exporter (its patches and our frontends are installed while it
-traces), any other `nn.Module` through `torch.export` directly, and an `ExportedProgram` is taken as it is. The model
-object is left as it was found, also when the capture fails.
+transformers' models go through transformers' own dynamo exporter (its patches and our frontends are installed
+while it traces), any other `nn.Module` through `torch.export` directly, and an `ExportedProgram` is taken as
+it is. The model object is left as it was found, also when the capture fails.
 """
 
 from __future__ import annotations
 
 import inspect
-import logging
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -18,27 +16,33 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
-from transformers import PreTrainedModel
-from transformers.exporters.exporter_dynamo import DynamoConfig, DynamoExporter
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.exporters.configs import DynamoConfig
+from transformers.exporters.exporter_dynamo import DynamoExporter
 from transformers.exporters.utils import apply_patches
 
-import pumer_compile.frontends  # noqa: F401  (importing it registers the rewrites that tracing needs)
-from pumer_compile.errors import CaptureError, PumerError, UsageError
-from pumer_compile.inputs import check_inputs, describe_inputs, explain_inputs, load_inputs, make_inputs
-from pumer_compile.loading import LoadedModel, load_model, quiet_transformers
-
-__all__ = ["LoadedModel", "Program", "capture", "load_inputs", "load_model", "make_inputs"]
+from . import frontends  # noqa: F401  (importing it registers the rewrites that tracing needs)
+from .errors import CaptureError, PumerError, UsageError
+from .inputs import (
+    check_exported_inputs,
+    check_inputs,
+    describe_inputs,
+    example_inputs,
+    explain_inputs,
+    exported_inputs,
+)
+from .loading import LoadedModel, quiet
 
 
 @dataclass(frozen=True)
 class Program:
     """A captured model.
 
-    `module` is the unlifted, pre-decomposition ATen graph. It is called with the model's inputs by keyword and returns
-    the model's own output type; its parameters are the model's own `nn.Parameter` objects under their own names (a
-    weight is never copied), so training it trains the model. `inputs` are the sample inputs it was captured with, by
-    forward argument and in forward order, cast to the model's floating dtype and device; their batch is 2 where the
-    batch is dynamic and the sample had a batch of 1.
+    `module` is the unlifted, pre-decomposition ATen graph. It is called with the model's inputs by keyword
+    and returns the model's own output type; its parameters are the model's own `nn.Parameter` objects under
+    their own names (a weight is never copied), so training it trains the model. `inputs` are the sample
+    inputs it was captured with, by forward argument and in forward order, cast to the model's floating dtype
+    and device; their batch is 2 where the batch is dynamic and the sample had a batch of 1.
     """
 
     module: fx.GraphModule
@@ -58,29 +62,30 @@ def capture(
 ) -> Program:
     """Capture `model` as a graph, in eval mode, with the shapes of `inputs` (tensors by forward argument).
 
-    `dynamic_batch` keeps dimension 0 symbolic for every input that has the batch there; all other sizes are fixed.
-    `streams` names the token stream that an input starts (`{"input_ids": "text"}`) where the graph alone does not say.
-    `inputs` may be left out for an `ExportedProgram` that holds its example inputs.
+    `dynamic_batch` keeps dimension 0 symbolic for every input that has the batch there; all other sizes are
+    fixed. `streams` names the token stream that an input starts (`{"input_ids": "text"}`) where the graph
+    alone does not say. `inputs` may be left out for an `ExportedProgram` that holds its example inputs.
 
     Raises UsageError for inputs that do not fit the model and CaptureError for a model that cannot be traced.
     """
     sha256: str | None = None
     if isinstance(model, LoadedModel):
-        sha256 = model.sha256
-        model = model.exported if model.model is None else model.model  # type: ignore[assignment]
+        sha256, model = model.sha256, model.source
     if isinstance(model, ExportedProgram):
         program = _from_exported(model, inputs, dynamic_batch)
     else:
         if inputs is None:
             raise UsageError(
-                f"No sample inputs were given for {type(model).__name__}. A capture fixes every token count, so it "
-                "needs one tensor for each input of the model; make_inputs() makes random ones for a transformers model."
+                f"No sample inputs were given for {type(model).__name__}. A capture fixes every token count, "
+                "so it needs one tensor for each input of the model; make_inputs() makes random ones for a "
+                "transformers model."
             )
         program = _from_module(model, inputs, dynamic_batch)
     unknown = [name for name in streams or {} if name not in program.inputs]
     if unknown:
         raise UsageError(
-            f"streams names the input {unknown[0]!r}, but the captured inputs are {', '.join(program.inputs)}."
+            f"streams names the input {unknown[0]!r}, but the captured inputs are "
+            f"{', '.join(program.inputs)}."
         )
     return Program(
         program.module, program.inputs, program.dynamic_batch, program.model, dict(streams or {}), sha256
@@ -92,7 +97,7 @@ def _from_module(model: nn.Module, inputs: Mapping[str, Tensor], dynamic_batch: 
     shapes = None
     if dynamic_batch:
         sample, shapes = _symbolic_batch(sample)
-    with left_as_found(model), _quiet():
+    with left_as_found(model), quiet():
         for module in model.modules():
             # Not eval(): a model may override it with work that nothing undoes.
             module.training = False
@@ -128,7 +133,9 @@ def _symbolic_batch(sample: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[
 
 
 def batch_inputs(sample: Mapping[str, Tensor]) -> list[str]:
-    """The inputs with the batch on dimension 0: those as long there as the token ids, or else as the first input."""
+    """The inputs with the batch on dimension 0: those as long there as the token ids, or else as the first
+    input.
+    """
     tensors = {name: tensor for name, tensor in sample.items() if tensor.ndim > 0}
     if not tensors:
         return []
@@ -136,8 +143,12 @@ def batch_inputs(sample: Mapping[str, Tensor]) -> list[str]:
     return [name for name, tensor in tensors.items() if tensor.shape[0] == batch]
 
 
-def _failure(model: nn.Module, sample: dict[str, Tensor], dynamic_batch: bool, error: Exception) -> PumerError:
-    """The error to raise for a failed trace: the inputs' fault if they break a rule of the model, else the trace's."""
+def _failure(
+    model: nn.Module, sample: dict[str, Tensor], dynamic_batch: bool, error: Exception
+) -> PumerError:
+    """The error to raise for a failed trace: the inputs' fault if they break a rule of the model, else the
+    trace's.
+    """
     name = type(model).__name__
     given = describe_inputs(sample)
     fault = explain_inputs(model, sample)
@@ -160,22 +171,102 @@ def useful_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {line}{'' if line.endswith(('.', '!', '?')) else '.'}"
 
 
-# --- ExportedProgram -------------------------------------------------------------------------------------------------
-
-
 def _from_exported(
     exported: ExportedProgram, inputs: Mapping[str, Tensor] | None, dynamic_batch: bool
 ) -> Program:
-    with _quiet():
-        graph = plain_graph_module(exported)
-    expected = _exported_inputs(exported, graph)
-    symbolic = any(not isinstance(size, int) for shape, _ in expected.values() for size in shape[:1])
+    expected = exported_inputs(exported)
+    symbolic = any(t.ndim > 0 and not isinstance(t.shape[0], int) for t in expected.values())
     if dynamic_batch and not symbolic:
         raise UsageError(
-            "A dynamic batch was asked for, but this torch.export archive was exported with a fixed batch of "
-            f"{next(iter(expected.values()))[0][0]}. Export it again with torch.export.Dim on dimension 0."
+            "A dynamic batch was asked for, but the torch.export archive has a fixed one "
+            f"({describe_inputs(expected)}). Export it again with torch.export.Dim on dimension 0."
         )
-    if inputs is None:
-        inputs = _example_inputs(exported, list(expected))
-    sample = _match_exported(expected, inputs)
-    return Program(graph, sample, symbolic)
+    sample = check_exported_inputs(exported, example_inputs(exported) if inputs is None else inputs)
+    if symbolic:
+        sample = _symbolic_batch(sample)[0]
+    with quiet():
+        return Program(plain_graph_module(exported), sample, symbolic)
+
+
+# --- The graph ----------------------------------------------------------------------------------------------
+
+_CHECKS = frozenset(
+    {
+        torch.ops.aten._assert_tensor_metadata.default,
+        torch.ops.aten._assert_scalar.default,
+        torch.ops.aten._assert_async.default,
+        torch.ops.aten._assert_async.msg,
+        torch.ops.aten.sym_constrain_range.default,
+        torch.ops.aten.sym_constrain_range_for_size.default,
+    }
+)
+
+
+def plain_graph_module(exported: ExportedProgram) -> fx.GraphModule:
+    """The unlifted graph of `exported` as a plain `fx.GraphModule`, without checks of shapes and dtypes.
+
+    The checks would refuse the shapes that reduction gives. `exported.module()` itself cannot be trained (its
+    `train` and `eval` raise); the copy shares its graph, parameters and buffers and can. Buffers that are in
+    no state dict of the model stay out of the copy's.
+    """
+    with_parameter = "check_guards" in inspect.signature(exported.module).parameters
+    unlifted = exported.module(check_guards=False) if with_parameter else exported.module()
+    for node in reversed(unlifted.graph.nodes):
+        if node.target in _CHECKS or (node.op == "call_module" and node.target == "_guards_fn"):
+            _erase(node)
+    module = fx.GraphModule(unlifted, unlifted.graph)
+    for name, _ in list(module.named_buffers()):
+        if name not in exported.state_dict:
+            owner, _, buffer = name.rpartition(".")
+            module.get_submodule(owner)._non_persistent_buffers_set.add(buffer)
+    return module.eval()
+
+
+def _erase(node: fx.Node) -> None:
+    """Erase a node without users, and what only it used."""
+    feeders = node.all_input_nodes
+    node.graph.erase_node(node)
+    for feeder in feeders:
+        if not feeder.users and feeder.op == "call_function" and not feeder.is_impure():
+            _erase(feeder)
+
+
+# --- The model object ---------------------------------------------------------------------------------------
+
+
+@contextmanager
+def left_as_found(model: nn.Module) -> Iterator[None]:
+    """Put back, after the block, every attribute of the model's modules and configs that the block rebound.
+
+    Training flags, an instance's own `forward`, parameters and buffers swapped while tracing, cached tensors,
+    settings on a config. Exporters undo most of what they do themselves, but not all of it, and not always
+    after an error.
+    """
+    before = [(namespace, dict(namespace)) for namespace in _namespaces(model)]
+    gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for namespace, saved in before:
+            if list(namespace) != list(saved) or any(namespace[name] is not saved[name] for name in saved):
+                namespace.clear()
+                namespace.update(saved)
+        for parameter, requires_grad in gradients:
+            parameter.requires_grad_(requires_grad)
+
+
+def _namespaces(model: nn.Module) -> Iterator[dict[str, Any]]:
+    """The dictionaries that hold the state of a model's modules and of their configs, each once."""
+    seen: set[int] = set()
+    pending: list[Any] = list(model.modules())
+    while pending:
+        owner = pending.pop()
+        if id(owner) in seen:
+            continue
+        seen.add(id(owner))
+        attributes = vars(owner)
+        yield attributes
+        yield from (
+            value for value in attributes.values() if isinstance(value, dict)
+        )  # _parameters, _buffers, hooks
+        pending += [value for value in attributes.values() if isinstance(value, PreTrainedConfig)]

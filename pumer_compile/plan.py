@@ -32,17 +32,27 @@ class SitePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """Sites in execution order and the multiply-adds of one sample, reducers included."""
+    """Sites in execution order and the multiply-adds of one sample, reducers included.
+
+    Attributes:
+        sites: where tokens are reduced.
+        multiply_adds_before, multiply_adds_after: of the whole model.
+        layers: tokens by stream after every attention node that has any, by its address, in execution order.
+    """
 
     sites: tuple[SitePlan, ...]
     multiply_adds_before: int
     multiply_adds_after: int
-    streams: dict[str, int] = field(default_factory=dict)
+    layers: dict[str, dict[str, int]] = field(default_factory=dict)
 
     @property
     def ratio(self) -> float:
         """How many times fewer multiply-adds."""
         return self.multiply_adds_before / self.multiply_adds_after
+
+    def tokens(self) -> dict[str, dict[str, int]]:
+        """Tokens by stream after every attention node, by its address."""
+        return {site: dict(counts) for site, counts in self.layers.items()}
 
     def to_dict(self) -> dict[str, Any]:
         """`{"sites": [{"site", "module", "before", "after"}], "multiply_adds": {"before", "after", "ratio"}}`."""

@@ -158,6 +158,11 @@ class Schedule(_Strict):
         return cls.from_yaml(path.read_text(encoding="utf-8", errors="replace"), name=str(path))
 
     @classmethod
+    def from_manifest(cls, data: dict[str, Any]) -> Schedule:
+        """The schedule that an artifact's manifest holds."""
+        return cls(**data)
+
+    @classmethod
     def from_yaml(cls, text: str, name: str = "schedule") -> Schedule:
         """A schedule from YAML text; `name` appears in error messages.
 

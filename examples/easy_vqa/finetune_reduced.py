@@ -43,6 +43,7 @@ def main(
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     train, test = load_split("train", tokenizer), load_split("test", tokenizer)
     teacher = ViltForQuestionAnswering.from_pretrained(model_folder).eval()
+    # Reducers have no parameters and a capture copies no weight: training `reduced.module` trains `student`.
     student = ViltForQuestionAnswering.from_pretrained(model_folder)
     reduced = reduce_model(student, train, schedule_for(strength, "reference"))
     target = folder or HERE / f"model_{strength}"
@@ -58,11 +59,9 @@ def main(
     def report_and_save(epoch: int) -> None:
         correct = count_correct(lambda batch: reduced.module(**batch).logits, test)
         print(f"epoch {epoch}: reduced test {correct}/{len(test)} = {correct / len(test):.4f}", flush=True)
-        # Reducers have no parameters, and the names are the model's own: the weights fit the stock model.
-        student.load_state_dict(reduced.module.state_dict())
         save_folder(student, tokenizer, target)
 
-    fit(reduced.module, loss_of, train, Recipe(epochs, learning_rate, batch_size, seed=seed), report_and_save)
+    fit(student, loss_of, train, Recipe(epochs, learning_rate, batch_size, seed=seed), report_and_save)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
 """Exact, reversible rewrites of the pieces of a model that torch.export cannot trace.
 
-Importing this package registers them with transformers' dynamo exporter, which installs them while it traces and takes
-them out again. A frontend is a module with a `TARGET` (the dotted path of the method) and a `patch(original)`.
+Importing this package registers them with transformers' dynamo exporter, which installs them while it traces
+and takes them out again. A frontend is a module with a `TARGET` (the dotted path of the method) and a
+`patch(original)`.
 """
 
 from __future__ import annotations
 
 from transformers.exporters.utils import register_patch
 
-from pumer_compile.frontends import vilt
+from . import vilt
 
 FRONTENDS = (vilt,)
 

@@ -1,17 +1,18 @@
 """ViLT's `visual_embed`, rewritten so that torch.export can trace it.
 
-The stock method (transformers' `modeling_vilt.py`) loops over the samples of the batch, resizes the position grid to
-each image's own height and width, and picks its patches with `nonzero` and `multinomial`: shapes that depend on data,
-in a random order. Attention does not depend on the order of the patches, so the rewrite keeps *all* patches of the
-canvas in raster order, the padded ones masked, and every shape is static:
+The stock method (transformers' `modeling_vilt.py`) loops over the samples of the batch, resizes the position
+grid to each image's own height and width, and picks its patches with `nonzero` and `multinomial`: shapes that
+depend on data, in a random order. Attention does not depend on the order of the patches, so the rewrite keeps
+*all* patches of the canvas in raster order, the padded ones masked, and every shape is static:
 
 - the pixel mask is sampled at the same rows and columns as `interpolate(mode="nearest")` reads;
-- `interpolate(mode="bilinear", align_corners=True)` is linear in the position grid and separable, so it becomes two
-  small matrix products with hat functions, one for the rows and one for the columns; their widths are tensors that
-  follow each image's own size, and beyond that size they are zero, which is how the stock method pads.
+- `interpolate(mode="bilinear", align_corners=True)` is linear in the position grid and separable, so it
+  becomes two small matrix products with hat functions, one for the rows and one for the columns; their widths
+  are tensors that follow each image's own size, and beyond that size they are zero, which is how the stock
+  method pads.
 
-The result equals the stock model (its outputs at the text tokens and the class token; its image tokens up to their
-order) for every mask the image processor makes, that is one rectangle of ones from the top left corner.
+The result equals the stock model (its outputs at the text tokens and the class token; its image tokens up to
+their order) for every mask the image processor makes, that is one rectangle of ones from the top left corner.
 """
 
 from __future__ import annotations
@@ -23,16 +24,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pumer_compile.errors import CaptureError
+from ..errors import CaptureError
 
 TARGET = "transformers.models.vilt.modeling_vilt.ViltEmbeddings.visual_embed"
 
 
 def nearest_indices(size: int, target: int) -> list[int]:
-    """The positions that `torch.nn.functional.interpolate(mode="nearest")` reads to resize `size` entries to `target`.
+    """The positions that `torch.nn.functional.interpolate(mode="nearest")` reads to resize `size` entries to
+    `target`.
 
-    torch computes `floor(i * scale)` in float32; so does this, because in higher precision a few sizes round to
-    the neighbouring entry. The two branches are torch's own exact cases (`nearest_idx` in `UpSample.h`).
+    torch computes `floor(i * scale)` in float32; so does this, because in higher precision a few sizes round
+    to the neighbouring entry. The two branches are torch's own exact cases (`nearest_idx` in `UpSample.h`).
     """
     if target == size:
         return list(range(size))
@@ -43,7 +45,8 @@ def nearest_indices(size: int, target: int) -> list[int]:
 
 
 def hat_weights(lengths: Tensor, size: int, grid: int, dtype: torch.dtype) -> Tensor:
-    """Bilinear (`align_corners=True`) weights from `grid` entries to `lengths[b]` positions of `size`, zero beyond.
+    """Bilinear (`align_corners=True`) weights from `grid` entries to `lengths[b]` positions of `size`, zero
+    beyond.
 
     `lengths` is int64 `[B]`; the result is `[B, size, grid]` of the floating `dtype`.
     """
@@ -61,9 +64,9 @@ def visual_embed(
 ) -> tuple[Tensor, Tensor, tuple[None, tuple[int, int]]]:
     """`ViltEmbeddings.visual_embed` on `pixel_values [B, C, h, w]` and `pixel_mask [B, h', w']` (any dtype).
 
-    Returns the image tokens `[B, 1 + H * W, hidden]` (class token first, patches in raster order), their int64 mask
-    `[B, 1 + H * W]`, and the canvas `(H, W)` where the stock method has the indices of the chosen patches, which
-    nothing in transformers reads.
+    Returns the image tokens `[B, 1 + H * W, hidden]` (class token first, patches in raster order), their
+    int64 mask `[B, 1 + H * W]`, and the canvas `(H, W)` where the stock method has the indices of the chosen
+    patches, which nothing in transformers reads.
 
     Raises CaptureError where the stock method would drop patches at random (`config.max_image_length`).
     """
@@ -102,7 +105,8 @@ def check_max_image_length(max_image_length: Any, height: int, width: int) -> No
         raise CaptureError(
             f"config.max_image_length is {max_image_length}, but the images have {height * width} patches "
             f"({height} x {width}): ViLT then drops patches at random, which no fixed graph can do. Set "
-            f"config.max_image_length to -1 (no limit) or to at least {height * width}, or capture with smaller images."
+            f"config.max_image_length to -1 (no limit) or to at least {height * width}, or capture with "
+            "smaller images."
         )
 
 

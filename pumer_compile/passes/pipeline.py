@@ -107,7 +107,9 @@ def _verify(state: State) -> int:
 
 def _count(state: State) -> int:
     assert state.insertions is not None and state.reduced is not None and state.annotation is not None
-    state.plan = count_plan(state.captured, state.reduced, state.insertions, state.inputs, state.annotation.streams)
+    assert state.attentions is not None
+    layers = tokens_after_layers(state.attentions, state.insertions, state.annotation.streams)
+    state.plan = count_plan(state.captured, state.reduced, state.insertions, state.inputs, layers)
     return len(state.plan.sites)
 
 
@@ -168,12 +170,24 @@ def _dump(state: State, path: Path) -> None:
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
+def tokens_after_layers(
+    attentions: list[Attention], insertions: Insertions, streams: dict[str, int]
+) -> dict[str, dict[str, int]]:
+    """Tokens by stream after every attention node, by its address."""
+    after = {site.plan.site: site.plan.after for site in insertions.sites}
+    counts, layers = dict(streams), {}
+    for attention in attentions:
+        counts.update(after.get(attention.site, {}))
+        layers[attention.site] = {stream: counts[stream] for stream in attention.streams}
+    return layers
+
+
 def count_plan(
     captured: fx.GraphModule,
     reduced: fx.GraphModule,
     insertions: Insertions,
     inputs: dict[str, Tensor],
-    streams: dict[str, int],
+    layers: dict[str, dict[str, int]],
 ) -> Plan:
     """The plan with the multiply-adds of one sample, before and after, in total and from each site to the next."""
     batch = next(iter(inputs.values())).shape[0]
@@ -185,7 +199,7 @@ def count_plan(
         dataclasses.replace(site.plan, multiply_adds=(before[i + 1] // batch, after[i + 1] // batch))
         for i, site in enumerate(insertions.sites)
     ]
-    return Plan(tuple(sites), sum(before) // batch, sum(after) // batch, dict(streams))
+    return Plan(tuple(sites), sum(before) // batch, sum(after) // batch, layers)
 
 
 def _sections(

@@ -133,11 +133,11 @@ class StreamReducer(nn.Module):
         if weights is None:
             weights = torch.ones_like(keys[:, :, 0])
         kept, saliency = self._prune(weights, attention, text_weights)
-        own, matching = self._merge(kept, keys, weights)
+        matching = self._match(kept, keys, weights)
         if self.forcing is not None:
-            own = self._force(own, saliency, keys, weights, matching)
-        assigned = self._assignment(own)
-        return self._combine(tokens, weights, assigned, own)
+            kept, matching = self._force(kept, saliency, keys, weights, matching)
+        assigned = self._assignment(kept, matching)
+        return self._combine(tokens, weights, assigned, _decisions(kept, matching))
 
     def _prune(
         self, weights: Tensor, attention: Tensor | None, text_weights: Tensor | None
@@ -147,23 +147,20 @@ class StreamReducer(nn.Module):
         kept, saliency = self.pruner(attention, text_weights)
         return kept, saliency
 
-    def _merge(self, kept: Tensor, keys: Tensor, weights: Tensor) -> tuple[Decisions, Matching | None]:
+    def _match(self, kept: Tensor, keys: Tensor, weights: Tensor) -> Matching | None:
         if self.merger.merge == 0:
-            nothing = kept[:, :0]
-            return Decisions(kept, nothing, nothing), None
+            return None
         if self.pruner is not None:
             select = one_hot(kept, self.tokens).float()
             keys, weights = select @ keys, (select @ weights.float().unsqueeze(-1)).squeeze(-1)
-        matching = self.merger.match(keys, weights)
-        return Decisions(kept, 2 * matching.source, 2 * matching.target + 1), matching
+        return self.merger.match(keys, weights)
 
-    def _assignment(self, decisions: Decisions) -> Tensor:
+    def _assignment(self, kept: Tensor, matching: Matching | None) -> Tensor:
         """Zeros and ones, `[batch, after, before]`: the old tokens that make each new one."""
-        keep = decisions.kept.shape[1]
-        select = one_hot(decisions.kept, self.tokens).float()
-        if self.merger.merge == 0:
+        select = one_hot(kept, self.tokens).float()
+        if matching is None:
             return select
-        stay, join = self.merger.assignment(decisions.source // 2, decisions.target // 2, keep)
+        stay, join = self.merger.assignment(matching.source, matching.target, kept.shape[1])
         even, odd = select[:, 0::2], select[:, 1::2]
         return torch.cat((stay @ even, join @ even + odd), 1)
 
@@ -184,26 +181,36 @@ class StreamReducer(nn.Module):
         return Reduction(reduced, after.to(weights.dtype), average, *decisions)
 
     def _force(
-        self, own: Decisions, saliency: Tensor | None, keys: Tensor, weights: Tensor, matching: Matching | None
-    ) -> Decisions:
+        self, kept: Tensor, saliency: Tensor | None, keys: Tensor, weights: Tensor, matching: Matching | None
+    ) -> tuple[Tensor, Matching | None]:
         """Compare with the forced decisions, one after the other, and return the forced ones."""
         assert self.forcing is not None
         forced = self.forcing.decisions
-        differs = (own.kept != forced.kept).any(1)
+        own = _decisions(kept, matching)
+        differs = (kept != forced.kept).any(1)
         margin = torch.zeros(differs.shape, device=differs.device)
         if saliency is not None:
-            margin = _gap(saliency, own.kept, forced.kept) / saliency.abs().amax(1)
+            margin = _gap(saliency, kept, forced.kept) / saliency.abs().amax(1)
         if matching is not None:
             # The merger's own choice among the tokens that the forced pruning kept.
-            on_forced, matching = self._merge(forced.kept, keys, weights)
+            matching = self._match(forced.kept, keys, weights)
             assert matching is not None
-            own = Decisions(own.kept, on_forced.source, on_forced.target)
+            own = Decisions(kept, *_decisions(kept, matching)[1:])
             differs = differs | (own.source != forced.source).any(1) | (own.target != forced.target).any(1)
+            source, target = forced.source // 2, forced.target // 2
             scale = matching.scores[torch.isfinite(matching.scores)].abs().max()
-            margin = torch.maximum(margin, _gap(matching.best, own.source // 2, forced.source // 2) / scale)
-            margin = torch.maximum(margin, _target_gap(matching, forced) / scale)
+            margin = torch.maximum(margin, _gap(matching.best, matching.source, source) / scale)
+            margin = torch.maximum(margin, _target_gap(matching, source, target) / scale)
+            matching = matching._replace(source=source, target=target)
         self.forcing.comparison = Comparison(own, forced, differs, torch.where(differs, margin, 0.0))
-        return forced
+        return forced.kept, matching
+
+
+def _decisions(kept: Tensor, matching: Matching | None) -> Decisions:
+    """Decisions in token numbers."""
+    if matching is None:
+        return Decisions(kept, kept[:, :0], kept[:, :0])
+    return Decisions(kept, 2 * matching.source, 2 * matching.target + 1)
 
 
 def _gap(scores: Tensor, own: Tensor, forced: Tensor) -> Tensor:
@@ -212,9 +219,8 @@ def _gap(scores: Tensor, own: Tensor, forced: Tensor) -> Tensor:
     return torch.where(own == forced, 0.0, difference.abs()).amax(1)
 
 
-def _target_gap(matching: Matching, forced: Decisions) -> Tensor:
-    """Largest similarity lost by the forced targets of the forced sources, `[batch]`."""
-    source, target = forced.source // 2, forced.target // 2
+def _target_gap(matching: Matching, source: Tensor, target: Tensor) -> Tensor:
+    """Largest similarity lost by given targets of given sources, `[batch]`."""
     rows = matching.scores.gather(1, source.unsqueeze(-1).expand(-1, -1, matching.scores.shape[-1]))
     lost = rows.amax(-1) - rows.gather(2, target.unsqueeze(-1)).squeeze(-1)
     return lost.abs().amax(1)

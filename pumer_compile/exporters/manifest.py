@@ -1,0 +1,95 @@
+"""What an artifact says of itself: how it was made, from what, and whether it was proved."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from ..capture import Program
+from ..errors import UsageError
+from ..plan import Plan
+from ..schedule import Schedule
+
+KEY = "pumer_compile.manifest"
+FORMAT = 1
+_PACKAGES = ("pumer-compile", "torch", "transformers", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "onnxruntime-gpu")
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of the installed packages that shape an artifact."""
+    found = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def make_manifest(
+    program: Program,
+    schedule: Schedule | None,
+    plan: Plan | None,
+    *,
+    inputs: list[str],
+    outputs: list[str],
+    decisions: list[str],
+    options: Mapping[str, Any],
+    parity: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Everything needed to reproduce and to check an artifact.
+
+    Args:
+        program: captured.
+        schedule: None where nothing is reduced.
+        plan: its plan.
+        inputs, outputs, decisions: names in the artifact.
+        options: opset, dtype, target.
+        parity: the report, or `{"verified": false}`.
+    """
+    return {
+        "format": FORMAT,
+        "schedule": schedule.model_dump(mode="json", exclude_none=True) if schedule else None,
+        "schedule_sha256": schedule.sha256 if schedule else None,
+        "tokens": plan.tokens() if plan else None,
+        "plan": plan.to_dict() if plan else None,
+        "checkpoint_sha256": program.checkpoint_sha256,
+        "inputs": {
+            name: {"shape": list(program.inputs[name].shape), "dtype": str(program.inputs[name].dtype)[6:]}
+            for name in inputs
+        },
+        "outputs": outputs,
+        "decisions": decisions,
+        "dynamic_batch": program.dynamic_batch,
+        "streams": program.streams,
+        **options,
+        "versions": library_versions(),
+        "parity": dict(parity),
+    }
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest inside an ONNX artifact.
+
+    Raises:
+        UsageError: no such file, not ONNX, or not made by pumer-compile.
+    """
+    if not path.is_file():
+        raise UsageError(f"No artifact at {path}.")
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+    except Exception as error:
+        # protobuf's DecodeError is not part of its public interface.
+        raise UsageError(f"{path} is not an ONNX model: {' '.join(str(error).split())}") from error
+    for entry in model.metadata_props:
+        if entry.key == KEY:
+            manifest: dict[str, Any] = json.loads(entry.value)
+            if manifest.get("format") != FORMAT:
+                raise UsageError(f"{path} has a manifest of format {manifest.get('format')}; this reads {FORMAT}.")
+            return manifest
+    raise UsageError(f"{path} was not made by pumer-compile: its metadata has no {KEY}.")

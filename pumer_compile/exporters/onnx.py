@@ -1,0 +1,342 @@
+"""ONNX: our reduction as one step of transformers' own export chain.
+
+`ReducedOnnxExporter` is transformers' `OnnxExporter` (tracing patches, graph fixes, fusions for onnxruntime) with the
+passes between capture and conversion. Plain modules and torch.export archives go through `torch.export` and
+`torch.onnx` directly, with the same passes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import io
+import logging
+from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import onnx
+import onnx_ir
+import torch
+from onnx_ir.passes import common as ir_passes
+from torch import Tensor
+from torch.export import ExportedProgram
+from transformers import PreTrainedModel
+from transformers.exporters.exporter_dynamo import DynamoConfig, DynamoExporter
+from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
+from transformers.exporters.utils import get_leaf_tensors
+
+from ..capture import Program, batch_inputs, capture
+from ..errors import ExportError
+from ..files import content_name
+from ..loading import quiet
+from ..reduce import reduce, with_decisions
+from ..schedule import Schedule
+
+log = logging.getLogger("pumer_compile")
+
+Target = Literal["onnxruntime-cpu", "onnxruntime-cuda"]
+Precision = Literal["float32", "float16"]
+
+MIN_OPSET, DEFAULT_OPSET = 18, 20
+_FUSIONS: dict[str, Literal["cpu", "cuda"]] = {"onnxruntime-cpu": "cpu", "onnxruntime-cuda": "cuda"}
+# Protobuf cannot hold more in one file; the graph itself needs some room too.
+INLINE_WEIGHTS_LIMIT = 1_900_000_000
+_FORBIDDEN = ("Scatter", "NonZero", "Unique", "Compress", "TopK")
+
+
+@dataclass(frozen=True)
+class OnnxOptions:
+    """How to write ONNX.
+
+    Attributes:
+        opset: of the default domain, 18 or newer.
+        dtype: of weights and activations; reducers decide in float32 in any case.
+        target: a runtime whose fused operators to use; None is portable ONNX.
+    """
+
+    opset: int = DEFAULT_OPSET
+    dtype: Precision = "float32"
+    target: Target | None = None
+
+    def __post_init__(self) -> None:
+        newest = onnx.defs.onnx_opset_version()
+        if not MIN_OPSET <= self.opset <= newest:
+            raise ExportError(f"Opset {self.opset} is not supported: choose {MIN_OPSET} to {newest}.")
+        if self.target is not None and self.target not in _FUSIONS:
+            raise ExportError(f"No target {self.target!r}: choose {' or '.join(_FUSIONS)}.")
+
+
+class _ReduceStep(DynamoExporter):
+    """transformers' dynamo exporter, then our passes (none without a schedule)."""
+
+    schedule: Schedule | None = None
+    streams: Mapping[str, str] = {}
+    decision_names: list[str]
+
+    def export_program(
+        self, model: PreTrainedModel, sample_inputs: MutableMapping[str, Any], config: DynamoConfig
+    ) -> tuple[ExportedProgram, Any]:
+        exported, metadata = super().export_program(model, sample_inputs, config)
+        self.decision_names = []
+        if self.schedule is not None:
+            program = capture(exported, dict(sample_inputs), streams=self.streams)
+            exported, self.decision_names = reduced_export(program, self.schedule, config.dynamic_shapes)
+        return exported, metadata
+
+
+class ReducedOnnxExporter(OnnxExporter, _ReduceStep):
+    """transformers' ONNX exporter with the reduction between capture and conversion.
+
+    The graph's outputs are the model's, then every reducer's decisions, named in `decision_names`.
+    """
+
+    def __init__(self, schedule: Schedule | None, streams: Mapping[str, str] | None = None) -> None:
+        super().__init__()
+        self.schedule, self.streams = schedule, dict(streams or {})
+
+
+def reduced_export(
+    program: Program, schedule: Schedule, dynamic_shapes: dict[str, Any] | None
+) -> tuple[ExportedProgram, list[str]]:
+    """Reduce a program whose outputs are flat, and export it again with its decisions as extra outputs.
+
+    Returns:
+        The exported program and the names of the extra outputs.
+    """
+    reduced = reduce(program, schedule)
+    output = reduced.module.graph.output_node()
+    names = [f"output_{i}" for i, _ in enumerate(torch.utils._pytree.tree_leaves(output.args[0]))]
+    twin = with_decisions(reduced.module, names)
+    exported = torch.export.export(
+        twin, args=(), kwargs=dict(program.inputs), dynamic_shapes=dynamic_shapes, strict=False
+    )
+    with torch.no_grad():
+        outputs = exported.module()(**program.inputs)
+    return exported, [name for name in outputs if name not in names]
+
+
+@dataclass(frozen=True)
+class OnnxBuild:
+    """An ONNX model in memory.
+
+    Attributes:
+        model: with the decisions as extra outputs.
+        outputs: the model's own outputs.
+        decisions: the extra outputs.
+    """
+
+    model: onnx_ir.Model
+    outputs: list[str]
+    decisions: list[str]
+
+    def without_decisions(self) -> onnx_ir.Model:
+        """A copy that gives the model's own outputs only; weights are shared."""
+        model = self.model.clone()
+        keep = [value for value in model.graph.outputs if value.name in self.outputs]
+        model.graph.outputs.clear()
+        model.graph.outputs.extend(keep)
+        ir_passes.RemoveUnusedNodesPass()(model)
+        return model
+
+
+def build_onnx(program: Program, schedule: Schedule | None, options: OnnxOptions) -> OnnxBuild:
+    """Convert a captured program, reduced by a schedule, to an ONNX model in memory.
+
+    Args:
+        program: from `capture`; it is captured again inside the export chain where its model is at hand.
+        schedule: None converts the model as it is.
+        options: see `OnnxOptions`.
+
+    Raises:
+        ExportError: conversion failed, or the graph has operators it must not have.
+    """
+    program = in_precision(program, options.dtype)
+    shapes = _dynamic_shapes(program)
+    try:
+        with _quiet_torch_onnx():
+            if isinstance(program.model, PreTrainedModel):
+                build = _through_transformers(program, program.model, schedule, shapes, options)
+            else:
+                build = _through_torch(program, schedule, shapes, options)
+    except torch.onnx.OnnxExporterError as error:
+        first = next((line for line in str(error).splitlines() if line.strip()), "no message")
+        raise ExportError(f"torch.onnx could not convert the graph: {first.strip()}") from error
+    _scope_names(build.model)
+    if schedule is not None:
+        _check_operators(build.model)
+    return build
+
+
+def in_precision(program: Program, dtype: Precision) -> Program:
+    """The program with weights and floating-point inputs in `dtype`; the user's model stays as it is.
+
+    Raises:
+        ExportError: the program has no model to convert (a torch.export archive), or is in another dtype already.
+    """
+    wanted = getattr(torch, dtype)
+    if all(p.dtype == wanted for p in program.module.parameters() if p.is_floating_point()):
+        return program
+    if program.model is None:
+        raise ExportError(
+            f"A torch.export archive cannot be converted to {dtype}: its graph has the dtype written into it. "
+            "Compile from the checkpoint or export the archive from a converted model."
+        )
+    model = copy.deepcopy(program.model).to(wanted)
+    inputs = {k: v.to(wanted) if v.is_floating_point() else v for k, v in program.inputs.items()}
+    return capture(model, inputs, dynamic_batch=program.dynamic_batch, streams=program.streams)
+
+
+def _dynamic_shapes(program: Program) -> dict[str, Any] | None:
+    if not program.dynamic_batch:
+        return None
+    batch = torch.export.Dim("batch")
+    batched = batch_inputs(program.inputs)
+    return {name: {0: batch} if name in batched else None for name in program.inputs}
+
+
+def _through_transformers(
+    program: Program,
+    model: PreTrainedModel,
+    schedule: Schedule | None,
+    shapes: dict[str, Any] | None,
+    options: OnnxOptions,
+) -> OnnxBuild:
+    exporter = ReducedOnnxExporter(schedule, program.streams)
+    config = OnnxConfig(
+        dynamic_shapes=shapes,
+        opset_version=options.opset,
+        ort_fusions=_FUSIONS[options.target] if options.target else None,
+    )
+    training = model.training
+    model.eval()
+    try:
+        converted, _ = exporter.export_program(model, dict(program.inputs), config)
+    finally:
+        model.train(training)
+    own = len(converted.graph.outputs) - len(exporter.decision_names)
+    return _named(converted, [str(v.name) for v in converted.graph.outputs[:own]], exporter.decision_names)
+
+
+def _through_torch(
+    program: Program, schedule: Schedule | None, shapes: dict[str, Any] | None, options: OnnxOptions
+) -> OnnxBuild:
+    if options.target is not None:
+        raise ExportError(
+            "--target uses transformers' fusions, which need a transformers model; this one is a plain module or a "
+            "torch.export archive. Leave --target out for portable ONNX."
+        )
+    flat = _flat_outputs(program)
+    names = list(flat)
+    if schedule is None:
+        exported, decisions = _export_flat(program, names, shapes), []
+    else:
+        exported, decisions = reduced_export(program, schedule, shapes)
+    converted = torch.onnx.export(
+        exported,
+        args=(),
+        kwargs=dict(program.inputs),
+        opset_version=options.opset,
+        dynamo=True,
+        verbose=False,
+    )
+    assert converted is not None
+    return _named(converted.model, names, decisions)
+
+
+def _flat_outputs(program: Program) -> dict[str, Tensor]:
+    with torch.no_grad():
+        outputs = program.module(**program.inputs)
+    flat = get_leaf_tensors(outputs)
+    return {name or f"output_{i}": tensor for i, (name, tensor) in enumerate(flat.items())}
+
+
+def _export_flat(program: Program, names: list[str], shapes: dict[str, Any] | None) -> ExportedProgram:
+    module = with_decisions(program.module, names)
+    return torch.export.export(
+        module, args=(), kwargs=dict(program.inputs), dynamic_shapes=shapes, strict=False
+    )
+
+
+def _named(model: onnx_ir.Model, outputs: list[str], decisions: list[str]) -> OnnxBuild:
+    for value, name in zip(model.graph.outputs, [*outputs, *decisions], strict=True):
+        value.name = name
+    return OnnxBuild(model, outputs, decisions)
+
+
+def _scope_names(model: onnx_ir.Model) -> None:
+    """Name nodes after the module they came from, so that reducers can be read in a viewer."""
+    for index, node in enumerate(model.graph.all_nodes()):
+        scopes = [
+            s.strip(" '\"")
+            for s in node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]")[1:-1].split(",")
+        ]
+        path = next((s for s in reversed(scopes[:-1]) if s), "")
+        node.name = f"{path}/{node.op_type}_{index}" if path else f"{node.op_type}_{index}"
+
+
+def _check_operators(model: onnx_ir.Model) -> None:
+    for node in model.graph.all_nodes():
+        if node.op_type.startswith(_FORBIDDEN):
+            raise ExportError(
+                f"The ONNX graph has {node.op_type} (node {node.name}): a data-dependent shape, or an operator that "
+                "differs between runtimes. It came from the model itself or from a rule; nothing was written."
+            )
+
+
+def save_onnx(model: onnx_ir.Model, path: Path) -> list[Path]:
+    """Write a model, with its weights beside it where one file cannot hold them.
+
+    Args:
+        model: to write.
+        path: of the graph; the weights file is named after it and their hash, so that an older graph never meets
+            newer weights.
+
+    Returns:
+        The files written, the graph last.
+
+    Raises:
+        ExportError: the written file is not valid ONNX (full check).
+    """
+    weights = [v.const_value for v in model.graph.initializers.values() if v.const_value is not None]
+    files = [path]
+    if sum(w.nbytes for w in weights) > INLINE_WEIGHTS_LIMIT:
+        digest = hashlib.sha256()
+        for weight in weights:
+            digest.update(weight.numpy().tobytes())
+        files.insert(0, path.with_name(content_name(path, digest.hexdigest())))
+    onnx_ir.save(model, str(path), external_data=files[0].name if len(files) > 1 else None)
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ExportError(f"The exported model is not valid ONNX: {' '.join(str(error).split())}") from error
+    return files
+
+
+def append_metadata(path: Path, metadata: Mapping[str, str]) -> None:
+    """Add properties to a written ONNX file without reading it: protobuf messages merge when concatenated."""
+    message = onnx.ModelProto()
+    for key, value in metadata.items():
+        message.metadata_props.add(key=key, value=value)
+    with path.open("ab") as file:
+        file.write(message.SerializeToString())
+
+
+@contextmanager
+def _quiet_torch_onnx() -> Iterator[None]:
+    """torch.onnx prints its progress and its libraries warn about their own; errors still raise."""
+    names = ("torch.onnx", "torch.onnx._internal.exporter._registration", "onnxscript", "onnx_ir")
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with quiet(), contextlib.redirect_stdout(io.StringIO()) as printed:
+            yield
+        log.debug("torch.onnx: %s", printed.getvalue())
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,87 @@
+"""Run an ONNX artifact under onnxruntime, with the provider asserted and the inputs checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import ExportError, UsageError
+
+_DTYPES = {
+    "tensor(int64)": torch.int64,
+    "tensor(int32)": torch.int32,
+    "tensor(float)": torch.float32,
+    "tensor(float16)": torch.float16,
+    "tensor(double)": torch.float64,
+    "tensor(bool)": torch.bool,
+}
+
+
+class OnnxSession:
+    """An open onnxruntime session.
+
+    Args:
+        path: the model.
+        provider: execution provider; it must be the one in use, since onnxruntime falls back without a word.
+
+    Raises:
+        UsageError: onnxruntime is not installed, or does not have the provider.
+        ExportError: onnxruntime refuses the model.
+    """
+
+    def __init__(self, path: Path, provider: str = "CPUExecutionProvider") -> None:
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise UsageError(
+                "onnxruntime is not installed, and running an ONNX artifact needs it. Install the extra: "
+                "pip install 'pumer-compile[cpu]' (or [gpu], never both)."
+            ) from error
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3  # errors only; warnings are about optimisations that do not concern the user
+        try:
+            self._session = onnxruntime.InferenceSession(str(path), options, providers=[provider])
+        except Exception as error:
+            # onnxruntime raises its own exception types, which share no base class of their own.
+            raise ExportError(f"onnxruntime cannot open {path}: {' '.join(str(error).split())}") from error
+        self.path = path
+        self.provider = str(self._session.get_providers()[0])
+        if self.provider != provider:
+            raise UsageError(f"onnxruntime fell back to {self.provider}; {provider} is not to be had in this build.")
+
+    @property
+    def inputs(self) -> list[str]:
+        """Names of the inputs."""
+        return [str(spec.name) for spec in self._session.get_inputs()]
+
+    @property
+    def outputs(self) -> list[str]:
+        """Names of the outputs."""
+        return [str(spec.name) for spec in self._session.get_outputs()]
+
+    def run(self, batch: Mapping[str, Tensor]) -> dict[str, np.ndarray[Any, Any]]:
+        """Outputs by name, from tensors by input name (cast to the artifact's dtypes).
+
+        Raises:
+            UsageError: an input is missing or has another shape than the artifact takes.
+        """
+        feed = {}
+        for spec in self._session.get_inputs():
+            if spec.name not in batch:
+                raise UsageError(f"The artifact takes an input {spec.name}; given were {', '.join(batch)}.")
+            tensor = batch[spec.name]
+            fits = len(spec.shape) == tensor.dim() and all(
+                not isinstance(want, int) or want == have for want, have in zip(spec.shape, tensor.shape, strict=True)
+            )
+            if not fits:
+                raise UsageError(
+                    f"Input {spec.name} has shape {list(tensor.shape)}; the artifact was compiled for {spec.shape}. "
+                    "Compile again with inputs of this shape, or pad."
+                )
+            feed[spec.name] = tensor.to(_DTYPES[spec.type]).contiguous().numpy()
+        return dict(zip(self.outputs, self._session.run(None, feed), strict=True))

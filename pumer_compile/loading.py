@@ -1,0 +1,357 @@
+"""From a path to a model, told apart by content and never by suffix.
+
+Nothing in a model file is executed: checkpoints are read with `torch.load(weights_only=True)`, torch.export
+archives only after `archive.refuse_unsafe` found nothing in them that would be, and custom code named by a
+config is refused. `allow_pickle=True` is the user's word that the file may run code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import pickle
+import warnings
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from safetensors.torch import load_file as load_safetensors
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from transformers import PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from . import archive
+from .errors import CaptureError, UsageError
+from .files import sha256_file
+
+_ACCEPTED = (
+    "a save_pretrained folder, a torch.export archive, a checkpoint holding {'config', 'state_dict'}, or "
+    "a state dict (torch.save or safetensors) with --config"
+)
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model from disk: either `model` or, for a torch.export archive, `exported`.
+
+    `kind` says what the path turned out to be: `folder`, `archive`, `checkpoint`, `state_dict` or `pickle`.
+    `sha256` is the hash of the one file, or of the names and hashes of all files where there are several
+    (weights and config).
+    """
+
+    path: Path
+    kind: str
+    sha256: str
+    model: nn.Module | None = None
+    exported: ExportedProgram | None = None
+
+    @property
+    def source(self) -> nn.Module | ExportedProgram:
+        """Whichever of the two it holds."""
+        source = self.exported if self.model is None else self.model
+        assert source is not None
+        return source
+
+
+def load_model(
+    path: str | Path, *, config: str | Path | None = None, allow_pickle: bool = False
+) -> LoadedModel:
+    """Load the model at `path`; `config` is a config.json, or a folder with one, for weights that come
+    without.
+
+    Raises UsageError for a path or option that does not fit, CaptureError for content that cannot be loaded.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UsageError(f"The model {path} does not exist. Expected {_ACCEPTED}.")
+    with quiet():
+        if path.is_dir():
+            if config is not None:
+                raise UsageError(
+                    f"--config goes with a bare state dict, but {path} is a folder with its own config.json."
+                )
+            return _load_folder(path)
+        try:
+            return _load_file(path, None if config is None else Path(config), allow_pickle)
+        except PermissionError as error:
+            raise UsageError(f"The model {path} cannot be read: permission denied.") from error
+
+
+# --- Folders ------------------------------------------------------------------------------------------------
+
+
+def _load_folder(path: Path) -> LoadedModel:
+    if not (path / "config.json").is_file():
+        found = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
+        raise UsageError(
+            f"The folder {path} has no config.json, so it is not a save_pretrained folder; it holds {found}. "
+            "Save the model with model.save_pretrained(folder), or give the model file itself."
+        )
+    weights = _weight_files(path)
+    model_class = _architecture(_read_config(path), path)
+    try:
+        loaded = model_class.from_pretrained(path, local_files_only=True, output_loading_info=True)
+    except Exception as error:
+        raise _unreadable(path, error) from error
+    return LoadedModel(path, "folder", _sha256([path / "config.json", *weights]), _complete(loaded, path))
+
+
+def _weight_files(path: Path) -> list[Path]:
+    """The files that from_pretrained will read, in its order of preference; all of them must be there and not
+    empty.
+    """
+    for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
+        single, index = path / f"{stem}.{suffix}", path / f"{stem}.{suffix}.index.json"
+        if single.is_file():
+            return [single]
+        if index.is_file():
+            shards = sorted(set(_read_json(index).get("weight_map", {}).values()))
+            missing = [shard for shard in shards if not (path / shard).is_file()]
+            if missing:
+                raise CaptureError(
+                    f"The folder {path} lacks the weights {missing[0]}, which {index.name} names."
+                )
+            return [index, *(path / shard for shard in shards)]
+    raise CaptureError(
+        f"The folder {path} has a config.json but no weights: neither model.safetensors (or its index) nor "
+        "pytorch_model.bin. Save the model again with model.save_pretrained(folder)."
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise CaptureError(f"{path} is not valid JSON: {_first_line(error)}.") from error
+    if not isinstance(content, dict):
+        raise CaptureError(f"{path} must hold a JSON object; found {type(content).__name__}.")
+    return content
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """The config at `path`: a JSON file, or a folder with a config.json."""
+    file = path / "config.json" if path.is_dir() else path
+    if not file.is_file():
+        raise UsageError(f"The config {file} does not exist. Give a config.json, or a folder that has one.")
+    return _read_json(file)
+
+
+def _architecture(config: Mapping[str, Any], source: Path) -> type[PreTrainedModel]:
+    """The transformers class that `config["architectures"]` names."""
+    names = config.get("architectures")
+    if not isinstance(names, list) or not names or not isinstance(names[0], str):
+        raise CaptureError(
+            f"The config of {source} names no architecture, so the model's class is unknown. Add "
+            '"architectures": ["ViltForQuestionAnswering"], or whichever class the weights are of.'
+        )
+    model_class = getattr(transformers, names[0], None)
+    if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
+        custom = (
+            " Its config asks for custom code (auto_map), which is never run." if "auto_map" in config else ""
+        )
+        raise CaptureError(
+            f"The architecture {names[0]} of {source} is no model class of transformers "
+            f"{transformers.__version__}.{custom} Load the model in Python and pass it to "
+            "pumer_compile.capture, or save it with torch.export.save."
+        )
+    return model_class
+
+
+def _complete(loaded: Any, source: Path) -> PreTrainedModel:
+    """The model of a from_pretrained result, if its weights were all there and all used."""
+    model, info = loaded
+    for problem, keys in (("lack", info["missing_keys"]), ("have unexpected", info["unexpected_keys"])):
+        if keys:
+            names = sorted(keys)
+            rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise CaptureError(
+                f"The weights of {source} {problem} {', '.join(names[:3])}{rest}, so they do not belong to "
+                f"{type(model).__name__} with this config. Check the config's architectures and sizes."
+            )
+    if info["mismatched_keys"]:
+        name, found, expected = sorted(info["mismatched_keys"])[0]
+        raise CaptureError(
+            f"The weight {name} of {source} has the shape {list(found)}, but the config asks for "
+            f"{list(expected)}."
+        )
+    result: PreTrainedModel = model
+    return result
+
+
+def _unreadable(path: Path, error: Exception) -> CaptureError:
+    remedy = "The file may be truncated: compare its size or hash with the original, or save the model again."
+    return CaptureError(f"The weights of {path} cannot be loaded: {_first_line(error)}. {remedy}")
+
+
+# --- Files --------------------------------------------------------------------------------------------------
+
+
+def _load_file(path: Path, config: Path | None, allow_pickle: bool) -> LoadedModel:
+    with path.open("rb") as file:
+        head = file.read(16)
+    if not head:
+        raise CaptureError(f"The model {path} is an empty file. Expected {_ACCEPTED}.")
+    if head[8:9] == b"{":  # safetensors: eight bytes of header length, then JSON
+        return _load_safetensors_file(path, config)
+    if head.startswith(b"PK"):
+        names = _zip_names(path)
+        if archive.is_archive(path, names):
+            if config is not None:
+                raise UsageError(
+                    f"--config goes with a bare state dict, but {path} is a torch.export archive."
+                )
+            return LoadedModel(path, "archive", sha256_file(path), exported=archive.load(path, allow_pickle))
+        if any(name.endswith("/constants.pkl") for name in names):
+            raise CaptureError(
+                f"{path} is a TorchScript archive, which has no exportable graph. Expected {_ACCEPTED}."
+            )
+        if not any(name.endswith("/data.pkl") for name in names):
+            raise CaptureError(f"{path} is a zip file, but not one that torch wrote. Expected {_ACCEPTED}.")
+    elif not head.startswith(b"\x80"):  # a pickle, as torch wrote before 1.6
+        raise CaptureError(f"{path} is not a model file: it starts with {head[:8]!r}. Expected {_ACCEPTED}.")
+    return _load_checkpoint(path, config, allow_pickle)
+
+
+def _zip_names(path: Path) -> list[str]:
+    try:
+        with zipfile.ZipFile(path) as zipped:
+            return zipped.namelist()
+    except (zipfile.BadZipFile, OSError, ValueError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _load_safetensors_file(path: Path, config: Path | None) -> LoadedModel:
+    try:
+        state_dict = load_safetensors(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise _unreadable(path, error) from error
+    return _from_state_dict(path, "state_dict", state_dict, config, None)
+
+
+def _load_checkpoint(path: Path, config: Path | None, allow_pickle: bool) -> LoadedModel:
+    content = _torch_load(path, allow_pickle)
+    if isinstance(content, nn.Module):
+        return LoadedModel(path, "pickle", sha256_file(path), content)
+    if isinstance(content, Mapping) and "state_dict" in content:
+        inner = content.get("config")
+        if isinstance(inner, str):
+            try:
+                inner = json.loads(inner)
+            except ValueError as error:
+                raise CaptureError(
+                    f"The config in {path} is not valid JSON: {_first_line(error)}."
+                ) from error
+        if inner is not None and not isinstance(inner, Mapping):
+            raise CaptureError(f"The config in {path} must be a dict or JSON; found {type(inner).__name__}.")
+        return _from_state_dict(path, "checkpoint", content["state_dict"], config, inner)
+    return _from_state_dict(path, "state_dict", content, config, None)
+
+
+def _torch_load(path: Path, allow_pickle: bool) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        # torch says "Weights only load failed" both for what it refuses and for bytes that are no pickle.
+        if not allow_pickle:
+            raise UsageError(
+                f"{path} holds Python objects besides tensors ({_refused_global(error)}); loading those runs "
+                "whatever code the file contains. Pass --allow-pickle (allow_pickle=True) only if you trust "
+                "where it comes from, or save the state dict alone: "
+                "torch.save({'config': ..., 'state_dict': model.state_dict()}, path)."
+            ) from error
+    except Exception as error:
+        raise _unreadable(path, error) from error
+    try:
+        return torch.load(path, map_location="cpu", weights_only=False)
+    except Exception as error:
+        raise _unreadable(path, error) from error
+
+
+def _refused_global(error: Exception) -> str:
+    """The class that weights-only loading refused, from its message."""
+    words = str(error).replace("`", " ").split()
+    if "GLOBAL" in words and words.index("GLOBAL") + 1 < len(words):
+        return words[words.index("GLOBAL") + 1]
+    return "not plain tensors"
+
+
+def _from_state_dict(
+    path: Path, kind: str, state_dict: Any, config: Path | None, inner: Mapping[str, Any] | None
+) -> LoadedModel:
+    """A model from a state dict and its config: `config` if the user gave one, else `inner`, the checkpoint's
+    own.
+    """
+    tensors = isinstance(state_dict, Mapping) and all(
+        isinstance(value, Tensor) for value in state_dict.values()
+    )
+    if not tensors or not state_dict:
+        found = (
+            f"a dict with the keys {list(state_dict)[:6]}"
+            if isinstance(state_dict, Mapping)
+            else type(state_dict)
+        )
+        raise CaptureError(f"{path} holds no state dict of tensors; found {found}. Expected {_ACCEPTED}.")
+    if config is None and inner is None:
+        raise UsageError(
+            f"{path} holds weights without a config, so the model's architecture is unknown. Give its "
+            "config.json (or a folder that has one) with --config."
+        )
+    values = dict(inner or {}) if config is None else _read_config(config)
+    model_class = _architecture(values, path if config is None else config)
+    try:
+        assert model_class.config_class is not None  # only PreTrainedModel itself has none
+        model_config = model_class.config_class.from_dict(values)
+        loaded = model_class.from_pretrained(
+            None, config=model_config, state_dict=dict(state_dict), output_loading_info=True
+        )
+    except Exception as error:
+        raise _unreadable(path, error) from error
+    config_file = [] if config is None else [config / "config.json" if config.is_dir() else config]
+    return LoadedModel(path, kind, _sha256([path, *config_file]), _complete(loaded, path))
+
+
+def _sha256(files: list[Path]) -> str:
+    if len(files) == 1:
+        return sha256_file(files[0])
+    digest = hashlib.sha256()
+    for file in sorted(files, key=lambda file: file.name):
+        digest.update(f"{file.name}\0{sha256_file(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0].rstrip('.')}" if lines else type(error).__name__
+
+
+# --- Quiet --------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the warnings, log lines and progress bars of transformers and torch.export from the terminal."""
+    verbosity, progress = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    loggers = [logging.getLogger(name) for name in ("torch.export", "torch._export", "torch.fx")]
+    levels = [logger.level for logger in loggers]
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if progress:
+            transformers_logging.enable_progress_bar()
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,417 @@
+"""Parity: prove an artifact against eager PyTorch, decisions first, then outputs.
+
+A reducer's choice flips when two scores are nearly equal, and a flipped choice changes the outputs far more than
+rounding does. So the choices are compared first (a differing one is allowed only where the eager scores are nearly
+tied), then the outputs with the eager model made to follow the artifact's choices, then end to end on the samples
+whose choices agree.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+from transformers.exporters.utils import get_leaf_tensors
+
+from .capture import capture
+from .errors import UsageError
+from .exporters.manifest import read_manifest
+from .exporters.session import OnnxSession
+from .inputs import make_inputs
+from .loading import LoadedModel, load_model
+from .passes.insert import reducers_of
+from .reduce import reduce
+from .reducers import StreamReducer, forced_decisions
+from .reducers.reducer import Decisions, Forcing
+from .schedule import Schedule
+
+Arrays = dict[str, np.ndarray[Any, Any]]
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """`|artifact - eager| <= atol + rtol * |eager|`, and the relative score gap below which two scores are tied."""
+
+    atol: float
+    rtol: float
+    tie: float
+
+
+TOLERANCES = {
+    "float32": Tolerance(atol=1e-4, rtol=1e-4, tie=1e-5),
+    "float16": Tolerance(atol=2e-2, rtol=2e-2, tie=1e-2),
+}
+"""Defaults by the artifact's dtype; the eager side is float32."""
+
+
+@dataclass
+class ReducerReport:
+    """Decisions of one reducer over all samples.
+
+    Attributes:
+        name: its path, such as `reducer.cross_modal_2.image`.
+        samples: how many were compared.
+        differ: on how many any index differs from the eager model's choice on the same inputs.
+        near_ties: how many of these are allowed, because the eager scores are nearly tied.
+        worst_margin: largest relative score gap where a choice differs.
+    """
+
+    name: str
+    samples: int = 0
+    differ: int = 0
+    near_ties: int = 0
+    worst_margin: float = 0.0
+
+    @property
+    def passed(self) -> bool:
+        """Whether every differing choice is a near-tie."""
+        return self.differ == self.near_ties
+
+
+@dataclass
+class OutputReport:
+    """Differences of one output over samples.
+
+    Attributes:
+        name: of the output.
+        against: `forced` (eager with the artifact's decisions), `end_to_end` or `unreduced`.
+        judged: whether it counts for the verdict.
+        samples: how many were compared.
+        max_abs, mean_abs, max_rel, mean_rel: errors; relative to the eager value.
+        cosine: smallest cosine similarity of a sample.
+        top1: share of samples with the same largest entry.
+        atol, rtol: the tolerance.
+        required_atol: smallest `atol` that would pass with this `rtol`.
+        finite: whether every value is finite.
+    """
+
+    name: str
+    against: str
+    judged: bool
+    atol: float
+    rtol: float
+    samples: int = 0
+    max_abs: float = 0.0
+    mean_abs: float = 0.0
+    max_rel: float = 0.0
+    mean_rel: float = 0.0
+    cosine: float = 1.0
+    top1: float = 1.0
+    required_atol: float = 0.0
+    finite: bool = True
+
+    @property
+    def passed(self) -> bool:
+        """Within tolerance and finite; always true where it is not judged and finite."""
+        return self.finite and (not self.judged or self.required_atol <= self.atol)
+
+    def add(self, artifact: np.ndarray[Any, Any], eager: np.ndarray[Any, Any]) -> None:
+        """Take in one batch, `[samples, ...]` each."""
+        a, e = (x.reshape(x.shape[0], -1).astype(np.float64) for x in (artifact, eager))
+        self.finite = self.finite and bool(np.isfinite(a).all() and np.isfinite(e).all())
+        count = a.shape[0]
+        if count == 0 or not self.finite:
+            return
+        error = np.abs(a - e)
+        relative = error / np.maximum(np.abs(e), 1e-12)
+        old, new = self.samples / (self.samples + count), count / (self.samples + count)
+        self.max_abs, self.max_rel = max(self.max_abs, error.max()), max(self.max_rel, relative.max())
+        self.mean_abs = old * self.mean_abs + new * error.mean()
+        self.mean_rel = old * self.mean_rel + new * relative.mean()
+        norms = np.linalg.norm(a, axis=1) * np.linalg.norm(e, axis=1)
+        cosines = np.where(norms > 0, (a * e).sum(1) / np.maximum(norms, 1e-300), 1.0)
+        self.cosine = min(self.cosine, float(cosines.min()))
+        self.top1 = old * self.top1 + new * float((a.argmax(1) == e.argmax(1)).mean())
+        self.required_atol = max(self.required_atol, float((error - self.rtol * np.abs(e)).max()))
+        self.samples += count
+
+
+@dataclass
+class ParityReport:
+    """The verdict and what it rests on."""
+
+    artifact: str
+    dtype: str
+    provider: str
+    samples: int = 0
+    decisions_compared: bool = False
+    reducers: list[ReducerReport] = field(default_factory=list)
+    outputs: list[OutputReport] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        """Whether the artifact may be trusted."""
+        return self.samples > 0 and all(r.passed for r in [*self.reducers, *self.outputs])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as JSON can hold it (NaN and infinities as strings)."""
+        return {"passed": self.passed, **_jsonable(asdict(self))}
+
+    def failures(self) -> str:
+        """What failed, in one sentence each."""
+        parts = [
+            f"{r.name} decides differently on {r.differ - r.near_ties} of {r.samples} samples where the eager scores "
+            f"are no near-tie (relative gap up to {r.worst_margin:.1e})"
+            for r in self.reducers
+            if not r.passed
+        ]
+        for o in self.outputs:
+            if not o.passed:
+                limit = f"{o.max_abs:.2e}, allowed atol {o.atol:g} + rtol {o.rtol:g}"
+                what = f"differs by up to {limit}" if o.finite else "has NaN or Inf"
+                parts.append(f"output {o.name} ({o.against.replace('_', ' ')}) {what}")
+        return "; ".join(parts) or ("no sample was compared" if self.samples == 0 else "")
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _jsonable(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_jsonable(v) for v in value]
+    if isinstance(value, float | np.floating):
+        return float(value) if math.isfinite(value) else str(value)
+    return value
+
+
+def parity(
+    artifact: str | os.PathLike[str],
+    model: nn.Module | ExportedProgram | LoadedModel | str | os.PathLike[str],
+    samples: Sequence[Mapping[str, Tensor]] | Mapping[str, Tensor] | None = None,
+    *,
+    atol: float | Mapping[str, float] | None = None,
+    rtol: float | Mapping[str, float] | None = None,
+) -> ParityReport:
+    """Compare an ONNX artifact under onnxruntime with the reduced model in eager PyTorch.
+
+    Args:
+        artifact: made by pumer-compile; its own metadata says which schedule it was reduced by.
+        model: the model it was compiled from, or its file.
+        samples: inputs by name, one batch or several; None makes random batches with padding.
+        atol, rtol: tolerances, for all outputs or by output name; defaults follow the artifact's dtype.
+
+    Returns:
+        The report; `report.passed` is the verdict.
+
+    Raises:
+        UsageError: not an artifact of pumer-compile, or inputs that do not fit it.
+    """
+    path = Path(artifact)
+    manifest = read_manifest(path)
+    loaded = load_model(model) if isinstance(model, str | os.PathLike) else model
+    session = OnnxSession(path)
+    batches = _batches(samples, loaded, manifest)
+    program = capture(
+        loaded, batches[0], dynamic_batch=bool(manifest["dynamic_batch"]), streams=manifest["streams"]
+    )
+    schedule = Schedule.from_manifest(manifest["schedule"]) if manifest["schedule"] else None
+    eager = reduce(program, schedule).module if schedule else program.module
+    report = check(
+        session,
+        eager,
+        program.module,
+        batches,
+        manifest["dtype"],
+        manifest["decisions"],
+        atol=atol,
+        rtol=rtol,
+    )
+    if manifest["checkpoint_sha256"] and program.checkpoint_sha256 not in (
+        None,
+        manifest["checkpoint_sha256"],
+    ):
+        report.notes.append("the artifact was compiled from another checkpoint (its hash differs)")
+    return report
+
+
+def _batches(
+    samples: Sequence[Mapping[str, Tensor]] | Mapping[str, Tensor] | None,
+    model: Any,
+    manifest: Mapping[str, Any],
+) -> list[dict[str, Tensor]]:
+    if isinstance(samples, Mapping):
+        return [dict(samples)]
+    if samples is not None:
+        return [dict(sample) for sample in samples]
+    return random_batches(model, {name: tuple(spec["shape"]) for name, spec in manifest["inputs"].items()})
+
+
+def random_batches(
+    model: Any, shapes: Mapping[str, Sequence[int]], count: int = 3
+) -> list[dict[str, Tensor]]:
+    """Random inputs with padding in the shapes of an artifact's inputs, one batch for each seed.
+
+    Raises:
+        UsageError: inputs cannot be made up for this model; give real ones.
+    """
+    ids = shapes.get("input_ids")
+    pixels = shapes.get("pixel_values")
+    if ids is None:
+        raise UsageError(
+            f"Random samples cannot be made for inputs {', '.join(shapes)}: none is named input_ids. Give samples "
+            "(`--inputs FILE.npz`)."
+        )
+    source = model.source if isinstance(model, LoadedModel) else model
+    made = [
+        make_inputs(
+            source,
+            batch=ids[0],
+            text_length=ids[1],
+            image_size=tuple(pixels[-2:]) if pixels else None,
+            seed=seed,
+            padding=True,
+        )
+        for seed in range(count)
+    ]
+    return [{name: batch[name] for name in shapes if name in batch} for batch in made]
+
+
+def check(
+    session: OnnxSession,
+    eager: fx.GraphModule,
+    unreduced: fx.GraphModule,
+    batches: Sequence[Mapping[str, Tensor]],
+    dtype: str,
+    decisions: Sequence[str],
+    *,
+    decide: OnnxSession | None = None,
+    atol: float | Mapping[str, float] | None = None,
+    rtol: float | Mapping[str, float] | None = None,
+) -> ParityReport:
+    """Compare an open session with a module in eager PyTorch.
+
+    Args:
+        session: whose outputs are judged.
+        eager: the reduced module, in float32.
+        unreduced: the captured module; the same object as `eager` where nothing is reduced.
+        batches: inputs by name, `[batch, ...]`.
+        dtype: of the artifact.
+        decisions: names of decision outputs.
+        decide: the twin of `session` that gives the decisions; None where `session` gives them itself.
+        atol, rtol: as in `parity`.
+    """
+    default = TOLERANCES[dtype]
+    report = ParityReport(str(session.path), dtype, session.provider, decisions_compared=bool(decisions))
+    if eager is not unreduced and not decisions:
+        report.notes.append(
+            "the artifact does not give its decisions (--with-decisions): judged end to end alone"
+        )
+    comparison = _Comparison(report, eager, unreduced, default, atol, rtol)
+    with torch.no_grad():
+        for batch in batches:
+            comparison.add(batch, session, decide or session, decisions)
+    return report
+
+
+@dataclass
+class _Comparison:
+    report: ParityReport
+    eager: fx.GraphModule
+    unreduced: fx.GraphModule
+    default: Tolerance
+    atol: float | Mapping[str, float] | None
+    rtol: float | Mapping[str, float] | None
+
+    def add(
+        self, batch: Mapping[str, Tensor], session: OnnxSession, decide: OnnxSession, decisions: Sequence[str]
+    ) -> None:
+        """Take in one batch."""
+        given = session.run(batch)
+        artifact = {name: value for name, value in given.items() if name not in decisions}
+        size = next(iter(artifact.values())).shape[0]
+        agree = np.ones(size, dtype=bool)
+        free = _eager_outputs(self.eager, batch, list(artifact))
+        if decisions:
+            chosen = given if decide is session else decide.run(batch)
+            forced, forcings = self._forced(batch, {n: chosen[n] for n in decisions}, list(artifact))
+            agree = self._decisions(forcings, size)
+            self._outputs("forced", True, artifact, forced)
+        self._outputs("end_to_end", True, artifact, free, agree)
+        if self.unreduced is not self.eager:
+            self._outputs("unreduced", False, artifact, _eager_outputs(self.unreduced, batch, list(artifact)))
+        self.report.samples += size
+
+    def _forced(
+        self, batch: Mapping[str, Tensor], chosen: Arrays, names: list[str]
+    ) -> tuple[Arrays, dict[str, Forcing]]:
+        reducers = reducers_of(self.eager)
+        rows = next(iter(batch.values())).shape[0]
+        wanted = {name: _decisions_of(name, reducer, chosen, rows) for name, reducer in reducers.items()}
+        with forced_decisions(self.eager, wanted) as forcings:
+            outputs = _eager_outputs(self.eager, batch, names)
+        return outputs, forcings
+
+    def _decisions(self, forcings: dict[str, Forcing], size: int) -> np.ndarray[Any, Any]:
+        agree = np.ones(size, dtype=bool)
+        for name, forcing in forcings.items():
+            result = forcing.comparison
+            if result is None:
+                continue
+            known = [r for r in self.report.reducers if r.name == name]
+            row = known[0] if known else ReducerReport(name)
+            if not known:
+                self.report.reducers.append(row)
+            differs, margin = result.differs.numpy(), result.margin.numpy()
+            row.samples += size
+            row.differ += int(differs.sum())
+            row.near_ties += int((differs & (margin <= self.default.tie)).sum())
+            row.worst_margin = max(row.worst_margin, float(margin.max(initial=0.0)))
+            agree &= ~differs
+        return agree
+
+    def _outputs(
+        self,
+        against: str,
+        judged: bool,
+        artifact: Arrays,
+        eager: Arrays,
+        rows: np.ndarray[Any, Any] | None = None,
+    ) -> None:
+        for name, value in artifact.items():
+            known = [o for o in self.report.outputs if (o.name, o.against) == (name, against)]
+            if not known:
+                atol, rtol = (
+                    _of(t, name, d)
+                    for t, d in ((self.atol, self.default.atol), (self.rtol, self.default.rtol))
+                )
+                known = [OutputReport(name, against, judged, atol, rtol)]
+                self.report.outputs.append(known[0])
+            chosen = slice(None) if rows is None else rows
+            known[0].add(value[chosen], eager[name][chosen])
+
+
+def _of(tolerance: float | Mapping[str, float] | None, name: str, default: float) -> float:
+    if isinstance(tolerance, Mapping):
+        return tolerance.get(name, default)
+    return default if tolerance is None else tolerance
+
+
+def _eager_outputs(module: fx.GraphModule, batch: Mapping[str, Tensor], names: list[str]) -> Arrays:
+    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+    inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in batch.items()}
+    leaves = list(get_leaf_tensors(module(**inputs)).values())
+    return {name: leaf.float().numpy() for name, leaf in zip(names, leaves, strict=True)}
+
+
+def _decisions_of(name: str, reducer: StreamReducer, chosen: Arrays, rows: int) -> Decisions:
+    def index(decision: str, default: Tensor) -> Tensor:
+        found = chosen.get(f"{name}.{decision}")
+        return default if found is None else torch.from_numpy(found).long()
+
+    everything = torch.arange(reducer.tokens).expand(rows, -1)
+    nothing = everything[:, :0]
+    return Decisions(index("kept", everything), index("source", nothing), index("target", nothing))
+
+
+def save_report(report: ParityReport, path: Path) -> None:
+    """Write a report as JSON."""
+    path.write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,12 @@
+"""Settings for every test."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import settings
+
+# The same examples on every run, and no deadline: the machines that run this are shared.
+settings.register_profile("fixed", derandomize=True, deadline=None, database=None)
+settings.load_profile("fixed")
+
+torch.manual_seed(0)

@@ -1,0 +1,187 @@
+"""Token counts: as the published code has them, by the paper, in absolute numbers, and what cannot be done."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from pumer_compile.errors import PlanError, UsageError
+from pumer_compile.plan import Plan, SitePlan, image_counts, merge_count, merge_limit
+from pumer_compile.schedule import Merge, Site
+from tests.helpers import paper_counts, published_counts
+
+ORACLE = Path(__file__).parent / "oracle" / "vilt-tiny" / "cases.json"
+SHARES = st.floats(0, 1, exclude_max=True, allow_nan=False)
+
+
+def site(prune: float = 0, image: float = 0, text: float = 0) -> Site:
+    return Site(at="cross_modal.3", prune=prune, merge=Merge(image=image, text=text))
+
+
+@pytest.mark.parametrize("case", json.loads(ORACLE.read_text()).values(), ids=json.loads(ORACLE.read_text()))
+def test_counts_of_the_published_runs(case: dict) -> None:
+    budgets = site(float(case["prune"]), float(case["merge_image"]), float(case["merge_text"]))
+    after = case["tokens_after_layer"]
+    text, image = 40, 145
+    for layer, expected in enumerate(after):
+        if layer in case["layers"]:
+            keep, merge = image_counts(image, budgets, "reference", 1)
+            text -= merge_count("cross_modal.0", "text", budgets.merge.text, text, text, 1)
+            image = keep - merge
+        assert [text, image] == expected
+
+
+@pytest.mark.parametrize(
+    ("tokens", "prune", "merge", "keep", "merged"),
+    [
+        (145, 0.1, 0.3, 131, 44),  # round(14.5) = 14, round(43.5) = 44: half to even
+        (25, 0.1, 0.1, 23, 2),  # round(2.5) = 2
+        (35, 0.1, 0.1, 31, 4),  # round(3.5) = 4
+        (5, 0.5, 0.5, 3, 1),  # round(2.5) = 2; of 3 only 1 can merge
+        (10, 0.0, 0.9, 10, 4),  # at most (10 - 1) // 2
+        (11, 0.0, 0.9, 11, 5),
+        (4, 0.5, 0.99, 2, 0),
+        (3, 0.0, 0.0, 3, 0),
+    ],
+)
+def test_published_rounding(tokens: int, prune: float, merge: float, keep: int, merged: int) -> None:
+    assert image_counts(tokens, site(prune, merge), "reference", 1) == (keep, merged)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "prune", "merge", "keep", "merged"),
+    [
+        (145, 0.1, 0.3, 130, 39),  # round(130.5) = 130, of which 39
+        (100, 0.5, 0.5, 50, 24),  # round(25) but at most (50 - 1) // 2
+        (10, 0.0, 0.3, 10, 3),
+    ],
+)
+def test_paper_rounding(tokens: int, prune: float, merge: float, keep: int, merged: int) -> None:
+    assert image_counts(tokens, site(prune, merge), "paper", 1) == (keep, merged)
+
+
+@given(tokens=st.integers(2, 600), text=st.integers(1, 60), shares=st.tuples(SHARES, SHARES, SHARES))
+def test_published_counts(tokens: int, text: int, shares: tuple[float, float, float]) -> None:
+    prune, image, words = shares
+    keep, merged, text_merged = published_counts(tokens, text, prune, image, words)
+    if keep < 1:
+        with pytest.raises(PlanError):
+            image_counts(tokens, site(prune, image), "reference", 1)
+        return
+    assert image_counts(tokens, site(prune, image), "reference", 1) == (keep, merged)
+    assert merge_count("s", "text", words, text, text, 1) == text_merged
+
+
+@given(tokens=st.integers(2, 600), text=st.integers(1, 60), shares=st.tuples(SHARES, SHARES, SHARES))
+def test_paper_counts(tokens: int, text: int, shares: tuple[float, float, float]) -> None:
+    prune, image, words = shares
+    keep, merged, _ = paper_counts(tokens, text, prune, image, words)
+    if keep < 1:
+        with pytest.raises(PlanError):
+            image_counts(tokens, site(prune, image), "paper", 1)
+        return
+    assert image_counts(tokens, site(prune, image), "paper", 1) == (keep, merged)
+
+
+@given(tokens=st.integers(2, 200), prune=st.integers(0, 199), merge=st.integers(0, 100))
+def test_absolute_budgets_are_exact_or_refused(tokens: int, prune: int, merge: int) -> None:
+    keep = tokens - prune
+    possible = keep >= 1 and merge <= (keep - 1) // 2
+    for semantics in ("reference", "paper", "safe"):
+        if possible:
+            assert image_counts(tokens, site(prune, merge), semantics, 1) == (keep, merge)
+        else:
+            with pytest.raises(PlanError):
+                image_counts(tokens, site(prune, merge), semantics, 1)
+
+
+def test_absolute_and_relative_budgets_mix() -> None:
+    assert image_counts(100, site(10, 0.25), "reference", 1) == (90, 25)
+    assert image_counts(100, site(10, 0.25), "paper", 1) == (90, 22)
+    assert image_counts(100, site(0.1, 7), "reference", 1) == (90, 7)
+
+
+# --- limits ---------------------------------------------------------------------------------------------------------
+
+
+@given(tokens=st.integers(0, 300), protected=st.integers(1, 12))
+@example(tokens=3, protected=2)
+def test_the_limit_is_what_matching_can_do(tokens: int, protected: int) -> None:
+    """Even positions after the protected ones, as long as there is an odd one that is not protected."""
+    sources = [i for i in range(0, tokens, 2) if i >= protected]
+    targets = [i for i in range(1, tokens, 2) if i >= protected]
+    assert merge_limit(tokens, protected) == (len(sources) if targets else 0)
+
+
+@pytest.mark.parametrize(("tokens", "limit"), [(0, 0), (1, 0), (2, 0), (3, 1), (4, 1), (5, 2), (40, 19), (145, 72)])
+def test_the_published_limit(tokens: int, limit: int) -> None:
+    assert merge_limit(tokens, 1) == limit
+
+
+def test_class_tokens_lower_the_limit() -> None:
+    assert merge_limit(9, 3) == 3  # of 0 2 4 6 8 only 4 6 8 may go
+    assert image_counts(9, site(0, 0.9), "safe", 3) == (9, 3)
+
+
+# --- errors ---------------------------------------------------------------------------------------------------------
+
+
+def test_pruning_too_much_names_the_site_and_the_limit() -> None:
+    with pytest.raises(PlanError) as caught:
+        image_counts(145, site(145), "reference", 1)
+    message = str(caught.value)
+    assert all(part in message for part in ("cross_modal.3", "145 of 145", "144", "prune"))
+    assert isinstance(caught.value, UsageError)
+
+
+def test_pruning_never_takes_class_tokens_under_safe() -> None:
+    assert image_counts(10, site(7), "safe", 3) == (3, 0)
+    with pytest.raises(PlanError, match="at most 7"):
+        image_counts(10, site(8), "safe", 3)
+
+
+def test_a_share_that_leaves_nothing_is_refused() -> None:
+    with pytest.raises(PlanError, match="10 of 10"):
+        image_counts(10, site(0.99), "reference", 1)
+
+
+def test_merging_too_much_names_stream_and_limit() -> None:
+    with pytest.raises(PlanError) as caught:
+        merge_count("cross_modal.3", "text", 20, 40, 40, 1)
+    assert all(part in str(caught.value) for part in ("cross_modal.3", "20 of 40 text", "19", "merge: {text"))
+    with pytest.raises(PlanError, match="image"):
+        image_counts(145, site(100, 23), "reference", 1)
+
+
+# --- the plan -------------------------------------------------------------------------------------------------------
+
+
+def test_plan_as_json() -> None:
+    sites = (
+        SitePlan(
+            "cross_modal.2",
+            "encoder.layer.2",
+            before={"text": 40, "image": 145},
+            after={"text": 32, "image": 87},
+            pruned={"text": 0, "image": 14},
+            merged={"text": 8, "image": 44},
+            multiply_adds=(700, 300),
+        ),
+    )
+    plan = Plan(sites, 1000, 500)
+    assert plan.ratio == 2.0
+    assert json.loads(json.dumps(plan.to_dict())) == {
+        "sites": [
+            {
+                "site": "cross_modal.2",
+                "module": "encoder.layer.2",
+                "before": {"text": 40, "image": 145},
+                "after": {"text": 32, "image": 87},
+            }
+        ],
+        "multiply_adds": {"before": 1000, "after": 500, "ratio": 2.0},
+    }

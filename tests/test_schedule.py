@@ -1,0 +1,295 @@
+"""Schedules: the YAML a user writes, its presets, and every way to write it wrong."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from pumer_compile.errors import ScheduleError, UsageError
+from pumer_compile.schedule import PRESETS, Merge, Schedule, Site
+
+EXAMPLE = """
+method: pumer                 # pumer | tome | vispruner
+semantics: reference
+layers: [2, 5, 8]
+prune: 0.1
+merge: {image: 0.3, text: 0.2}
+"""
+
+SITES = """
+sites:
+  - {at: cross_modal.2, prune: 0.1, merge: {image: 0.3, text: 0.2}}
+  - {at: vision.3, merge: {image: 8}}
+"""
+
+
+def test_the_example_of_the_design() -> None:
+    schedule = Schedule.from_yaml(EXAMPLE)
+    assert schedule.method == "pumer"
+    assert schedule.semantics == "reference"
+    assert schedule.resolve() == tuple(
+        Site(at=f"cross_modal.{i}", prune=0.1, merge=Merge(image=0.3, text=0.2)) for i in (2, 5, 8)
+    )
+
+
+def test_sites_have_their_own_budgets() -> None:
+    first, second = Schedule.from_yaml(SITES).resolve()
+    assert (first.at, first.prune, first.merge.image, first.merge.text) == ("cross_modal.2", 0.1, 0.3, 0.2)
+    assert (second.at, second.prune, second.merge.image, second.merge.text) == ("vision.3", 0, 8, 0)
+    assert isinstance(second.merge.image, int)
+
+
+def test_defaults() -> None:
+    schedule = Schedule.from_yaml("layers: [0]\nprune: 0.5\n")
+    assert (schedule.method, schedule.semantics) == ("pumer", "reference")
+    assert schedule.resolve() == (Site(at="cross_modal.0", prune=0.5),)
+
+
+@pytest.mark.parametrize("semantics", ["reference", "paper", "safe"])
+def test_semantics(semantics: str) -> None:
+    assert Schedule.from_yaml(f"semantics: {semantics}\nlayers: [1]\nprune: 3").semantics == semantics
+
+
+@pytest.mark.parametrize(("budget", "kind"), [("3", int), ("0.25", float), ("1", int)])
+def test_integers_are_tokens_and_floats_are_shares(budget: str, kind: type) -> None:
+    site = Schedule.from_yaml(f"layers: [1]\nprune: {budget}\nmerge: {{text: 1}}").resolve()[0]
+    assert type(site.prune) is kind
+    assert site.prune == float(budget)
+
+
+# --- presets --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [
+        ("vilt-vqa", (2, 5, 8)),
+        ("vilt-nlvr2", (2, 5, 8)),
+        ("vilt-ve", (2, 4, 6, 8)),
+        ("vilt-irtr", (2, 4, 6, 8)),
+    ],
+)
+def test_presets_of_table_6(name: str, layers: tuple[int, ...]) -> None:
+    schedule = Schedule.load(name)
+    assert schedule.semantics == "reference"
+    assert [site.at for site in schedule.resolve()] == [f"cross_modal.{i}" for i in layers]
+    for site in schedule.resolve():
+        assert (site.prune, site.merge.image, site.merge.text) == (0.1, 0.3, 0.2)
+
+
+def test_presets_are_all_there() -> None:
+    assert set(PRESETS) == {"vilt-vqa", "vilt-nlvr2", "vilt-ve", "vilt-irtr"}
+
+
+# --- loading --------------------------------------------------------------------------------------------------------
+
+
+def test_load_reads_a_file(tmp_path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(EXAMPLE)
+    assert Schedule.load(path) == Schedule.load(str(path)) == Schedule.from_yaml(EXAMPLE)
+
+
+def test_load_passes_a_schedule_on() -> None:
+    schedule = Schedule.from_yaml(EXAMPLE)
+    assert Schedule.load(schedule) is schedule
+
+
+def test_load_of_an_unknown_name_lists_the_presets(tmp_path) -> None:
+    with pytest.raises(ScheduleError) as caught:
+        Schedule.load("vilt-vqaa")
+    assert "'vilt-vqaa'" in str(caught.value)
+    assert all(name in str(caught.value) for name in PRESETS)
+    with pytest.raises(ScheduleError, match="neither a file nor a preset"):
+        Schedule.load(tmp_path)
+
+
+def test_errors_are_usage_errors() -> None:
+    with pytest.raises(UsageError) as caught:
+        Schedule(layers=(1,), prune=1.5)
+    assert caught.value.exit_code == 2
+
+
+# --- bad schedules --------------------------------------------------------------------------------------------------
+
+BAD = {
+    "a share of 1.5": ("layers: [2]\nprune: 1.5", ["prune", "1.5", "below 1"]),
+    "a share of 1.0": ("layers: [2]\nprune: 1.0", ["prune", "1.0", "integer is a number of tokens"]),
+    "a negative share": ("layers: [2]\nprune: -0.1", ["prune", "-0.1"]),
+    "a negative number": ("layers: [2]\nprune: -3", ["prune", "-3", "negative"]),
+    "not a number": ("layers: [2]\nprune: .nan", ["prune", "nan"]),
+    "infinite": ("layers: [2]\nprune: .inf", ["prune", "inf"]),
+    "a boolean budget": ("layers: [2]\nprune: true", ["prune", "share"]),
+    "a budget in quotes": ("layers: [2]\nprune: '0.1'", ["prune", "share"]),
+    "a list as budget": ("layers: [2]\nprune: [0.1]", ["prune", "share"]),
+    "a merge share of 2.0": ("layers: [2]\nmerge: {image: 2.0}", ["merge.image", "2.0"]),
+    "a bad text budget": ("layers: [2]\nmerge: {text: -1}", ["merge.text", "-1"]),
+    "merge as a number": ("layers: [2]\nmerge: 0.3", ["merge"]),
+    "an unknown modality": (
+        "layers: [2]\nmerge: {image: 0.3, audio: 0.2}",
+        ["merge.audio", "unknown key", "known keys: image, text"],
+    ),
+    "a typo in a key": ("layers: [2]\nprunne: 0.1", ["prunne", "unknown key", "prune", "layers"]),
+    "a typo in a site": (
+        "sites: [{at: cross_modal.2, prun: 0.1}]",
+        ["sites.0.prun", "unknown key", "known keys: at, prune, merge"],
+    ),
+    "a typo in a site's merge": (
+        "sites: [{at: cross_modal.2, merge: {imag: 0.1}}]",
+        ["sites.0.merge.imag", "unknown key", "known keys: image, text"],
+    ),
+    "an unknown method": ("method: magic\nlayers: [2]\nprune: 1", ["method", "pumer"]),
+    "unknown semantics": ("semantics: exact\nlayers: [2]\nprune: 1", ["semantics", "reference", "safe"]),
+    "a negative layer": ("layers: [-1]\nprune: 0.1", ["layers.0", "greater than or equal to 0"]),
+    "a layer that is no integer": ("layers: [2.0]\nprune: 0.1", ["layers.0", "integer"]),
+    "a boolean layer": ("layers: [true]\nprune: 0.1", ["layers.0", "integer"]),
+    "a layer in quotes": ("layers: ['2']\nprune: 0.1", ["layers.0", "integer"]),
+    "layers as a number": ("layers: 2\nprune: 0.1", ["layers"]),
+    "no layers": ("layers: []\nprune: 0.1", ["reduce nothing", "empty"]),
+    "no sites": ("sites: []", ["reduce nothing", "empty"]),
+    "a layer twice": ("layers: [2, 5, 2]\nprune: 0.1", ["cross_modal.2", "more than once"]),
+    "a site twice": (
+        "sites: [{at: vision.1, prune: 2}, {at: vision.1, prune: 3}]",
+        ["vision.1", "more than once"],
+    ),
+    "neither layers nor sites": ("prune: 0.1", ["layers", "sites", "exactly one"]),
+    "both layers and sites": (
+        "layers: [2]\nprune: 0.1\nsites: [{at: vision.1, prune: 2}]",
+        ["layers", "sites", "exactly one"],
+    ),
+    "a budget beside sites": (
+        "prune: 0.1\nsites: [{at: vision.1, prune: 2}]",
+        ["prune", "each site has its own"],
+    ),
+    "merge beside sites": (
+        "merge: {image: 2}\nsites: [{at: vision.1, prune: 2}]",
+        ["merge", "each site has its own"],
+    ),
+    "no budget": ("layers: [2]", ["reduce nothing", "cross_modal.2", "none"]),
+    "only zero budgets": (
+        "layers: [2]\nprune: 0.0\nmerge: {image: 0, text: 0.0}",
+        ["reduce nothing", "cross_modal.2"],
+    ),
+    "a site without budget": (
+        "sites: [{at: vision.1, prune: 2}, {at: vision.3}]",
+        ["reduce nothing", "vision.3"],
+    ),
+    "a site without place": ("sites: [{prune: 2}]", ["sites.0.at", "required"]),
+    "a place without index": ("sites: [{at: vision, prune: 2}]", ["sites.0.at"]),
+    "a place that is no address": ("sites: [{at: 'vision.1; rm', prune: 2}]", ["sites.0.at"]),
+    "a place with a newline": ('sites: [{at: "vision.1\\n", prune: 2}]', ["sites.0.at"]),
+    "a site that is no mapping": ("sites: [cross_modal.2]", ["sites.0"]),
+    "a key twice": ("layers: [2]\nprune: 0.1\nprune: 0.3", ["prune", "twice"]),
+    "a nested key twice": ("layers: [2]\nmerge: {image: 0.1, image: 0.3}", ["image", "twice"]),
+    "a list": ("- 2\n- 5", ["mapping", "list"]),
+    "a word": ("vilt-vqa", ["mapping", "str"]),
+    "nothing": ("", ["mapping", "NoneType"]),
+    "two documents": ("layers: [2]\nprune: 0.1\n---\nlayers: [3]", ["not valid YAML"]),
+    "broken YAML": ("layers: [2, 5\nprune: 0.1", ["not valid YAML"]),
+    "a tag": ("layers: !!python/object/apply:os.getcwd []\nprune: 0.1", ["not valid YAML"]),
+    "a key that is a list": ("[1, 2]: 3\nlayers: [2]", ["not valid YAML"]),
+    "a date that does not exist": ("layers: [2]\nprune: 2020-13-45", ["not valid"]),
+    "a key that Python reserves for the object": ("layers: [2]\nprune: 0.1\nself: 1", ["self", "unknown key"]),
+}
+
+
+@pytest.mark.parametrize(("text", "says"), BAD.values(), ids=BAD.keys())
+def test_bad_schedules_name_the_key_and_the_file(text: str, says: list[str], tmp_path) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(ScheduleError) as caught:
+        Schedule.load(path)
+    message = str(caught.value)
+    assert str(path) in message
+    for part in says:
+        assert part in message
+    assert "\n" not in message
+    assert "pydantic" not in message
+
+
+def test_a_binary_file_is_a_bad_schedule(tmp_path) -> None:
+    path = tmp_path / "model.yaml"
+    path.write_bytes(bytes(range(256)))
+    with pytest.raises(ScheduleError, match=r"model\.yaml"):
+        Schedule.load(path)
+
+
+def test_several_problems_are_all_named() -> None:
+    with pytest.raises(ScheduleError) as caught:
+        Schedule.from_yaml("layers: [-1]\nprune: 1.5\nmerge: {image: -3}\nfoo: 1")
+    assert all(part in str(caught.value) for part in ("layers.0", "prune", "merge.image", "foo"))
+
+
+def test_bad_arguments_are_schedule_errors_too() -> None:
+    with pytest.raises(ScheduleError, match="prun: unknown key"):
+        Schedule(layers=(2,), prun=0.1)
+
+
+def test_a_schedule_cannot_be_changed() -> None:
+    schedule = Schedule.load("vilt-vqa")
+    with pytest.raises(ValueError, match="frozen"):
+        schedule.prune = 0.9  # type: ignore[misc]
+    assert PRESETS["vilt-vqa"].prune == 0.1
+
+
+# --- hash -----------------------------------------------------------------------------------------------------------
+
+EQUIVALENT = {
+    "layers and sites": (
+        "layers: [2, 5]\nprune: 0.1\nmerge: {image: 0.3, text: 0.2}",
+        "sites: [{at: cross_modal.2, prune: 0.1, merge: {text: 0.2, image: 0.3}},"
+        " {at: cross_modal.5, prune: 0.1, merge: {image: 0.3, text: 0.2}}]",
+    ),
+    "defaults spelled out": (
+        "layers: [2]\nprune: 0.1",
+        "method: pumer\nsemantics: reference\nlayers: [2]\nprune: 0.1\nmerge: {image: 0, text: 0}",
+    ),
+    "order of keys": (
+        "layers: [2]\nprune: 0.1\nmerge: {image: 3, text: 2}",
+        "merge: {text: 2, image: 3}\nprune: 0.1\nlayers: [2]",
+    ),
+    "order of layers": ("layers: [2, 5]\nprune: 0.1", "layers: [5, 2]\nprune: 0.1"),
+    "order of sites": (
+        "sites: [{at: vision.1, merge: {image: 3}}, {at: cross_modal.0, prune: 2}]",
+        "sites: [{at: cross_modal.0, prune: 2}, {at: vision.1, merge: {image: 3}}]",
+    ),
+    "zero tokens and a share of zero": (
+        "layers: [2]\nprune: 0.0\nmerge: {image: 3}",
+        "layers: [2]\nprune: 0\nmerge: {image: 3}",
+    ),
+    "zero text tokens and a share of zero": (
+        "layers: [2]\nmerge: {image: 3, text: 0.0}",
+        "layers: [2]\nmerge: {image: 3}",
+    ),
+    "spelling of numbers": ("layers: [2]\nprune: 1.0e-1", "layers: [0x2]\nprune: 0.10"),
+}
+
+
+@pytest.mark.parametrize(("one", "other"), EQUIVALENT.values(), ids=EQUIVALENT.keys())
+def test_equivalent_schedules_have_one_hash(one: str, other: str) -> None:
+    assert Schedule.from_yaml(one).sha256 == Schedule.from_yaml(other).sha256
+
+
+def test_different_schedules_have_different_hashes() -> None:
+    texts = [
+        "layers: [2]\nprune: 0.1",
+        "layers: [3]\nprune: 0.1",
+        "layers: [2, 3]\nprune: 0.1",
+        "layers: [2]\nprune: 0.2",
+        "layers: [2]\nprune: 1",
+        "layers: [2]\nmerge: {image: 0.1}",
+        "layers: [2]\nmerge: {text: 0.1}",
+        "layers: [2]\nprune: 0.1\nsemantics: safe",
+        "layers: [2]\nprune: 0.1\nsemantics: paper",
+        "sites: [{at: vision.2, prune: 0.1}]",
+    ]
+    for a, b in itertools.combinations(texts, 2):
+        assert Schedule.from_yaml(a).sha256 != Schedule.from_yaml(b).sha256, (a, b)
+
+
+def test_hash_is_a_sha256_that_stays() -> None:
+    value = Schedule.load("vilt-vqa").sha256
+    assert len(value) == 64
+    assert set(value) <= set("0123456789abcdef")
+    assert value == Schedule.load("vilt-nlvr2").sha256 != Schedule.load("vilt-ve").sha256
