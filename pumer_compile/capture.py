@@ -112,14 +112,17 @@ def _from_module(model: nn.Module, inputs: Mapping[str, Tensor], dynamic_batch: 
 
 
 def _export(model: nn.Module, sample: dict[str, Tensor], shapes: dict[str, Any] | None) -> ExportedProgram:
-    if isinstance(model, PreTrainedModel):
-        config = DynamoConfig(dynamic_shapes=shapes)
-        return DynamoExporter().export_program(model, dict(sample), config)[0]
-    # A plain module around a transformers model needs the patches of that model as well.
-    wraps = any(isinstance(module, PreTrainedModel) for module in model.modules())
     # no_grad: otherwise a no_grad block inside the model becomes a higher-order operator in the graph.
-    with torch.no_grad(), apply_patches("dynamo") if wraps else nullcontext():
-        return torch.export.export(model, args=(), kwargs=dict(sample), dynamic_shapes=shapes, strict=False)
+    with torch.no_grad():
+        if isinstance(model, PreTrainedModel):
+            exported = DynamoExporter().export(model, dict(sample), DynamoConfig(dynamic_shapes=shapes))
+            # transformers 5.17 returns the program itself, later versions wrap it.
+            program: ExportedProgram = exported if isinstance(exported, ExportedProgram) else exported.program
+            return program
+        # A plain module around a transformers model needs the patches of that model as well.
+        wraps = any(isinstance(module, PreTrainedModel) for module in model.modules())
+        with apply_patches("dynamo") if wraps else nullcontext():
+            return torch.export.export(model, args=(), kwargs=sample, dynamic_shapes=shapes, strict=False)
 
 
 def _symbolic_batch(sample: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -6,6 +6,8 @@ prints it without a traceback (`-v` adds one) and exits with `exit_code`.
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class PumerError(Exception):
     """Base of every error this package raises on purpose."""
@@ -52,6 +54,10 @@ class ExportError(PumerError):
 
 
 class ParityError(PumerError):
-    """An artifact disagrees with the eager model."""
+    """An artifact disagrees with the eager model; `report` is the `ParityReport`, where there is one."""
 
     exit_code = 3
+
+    def __init__(self, message: str, report: Any = None) -> None:
+        super().__init__(message)
+        self.report = report

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
+from torch.utils._pytree import tree_unflatten
 from transformers import PreTrainedModel
 
 from .errors import CaptureError, UsageError
@@ -205,12 +206,13 @@ def exported_inputs(exported: ExportedProgram) -> dict[str, Tensor]:
     Raises CaptureError where they are not a flat list of tensors or a size other than the batch is symbolic.
     """
     nodes = {node.name: node for node in exported.graph.nodes if node.op == "placeholder"}
-    tensors = [nodes[name].meta["val"] for name in exported.graph_signature.user_inputs if name in nodes]
-    groups = exported.call_spec.in_spec.children_specs if exported.call_spec.in_spec else []
+    users = exported.graph_signature.user_inputs
+    leaves = [nodes[name].meta["val"] if name in nodes else name for name in users]
+    args, kwargs = tree_unflatten(leaves, exported.call_spec.in_spec)
     signature = exported.module_call_graph[0].signature
-    names = list((signature.forward_arg_names if signature else None) or exported.graph_signature.user_inputs)
-    flat = all(spec.is_leaf() for group in groups for spec in group.children_specs)
-    if not flat or len(names) != len(tensors) or not all(isinstance(tensor, Tensor) for tensor in tensors):
+    names = list((signature.forward_arg_names if signature else None) or users)
+    tensors = [*args, *kwargs.values()]
+    if len(names) != len(tensors) or not all(isinstance(tensor, Tensor) for tensor in tensors):
         raise CaptureError(
             "The torch.export archive does not take plain tensors: its inputs are nested, constant or None "
             f"({', '.join(str(name) for name in names)}). Export the model again with one tensor for each "

@@ -116,10 +116,12 @@ class OutputReport:
 
     def add(self, artifact: np.ndarray[Any, Any], eager: np.ndarray[Any, Any]) -> None:
         """Take in one batch, `[samples, ...]` each."""
-        a, e = (x.reshape(x.shape[0], -1).astype(np.float64) for x in (artifact, eager))
+        count = artifact.shape[0]
+        if count == 0:
+            return
+        a, e = (x.reshape(count, -1).astype(np.float64) for x in (artifact, eager))
         self.finite = self.finite and bool(np.isfinite(a).all() and np.isfinite(e).all())
-        count = a.shape[0]
-        if count == 0 or not self.finite:
+        if not self.finite:
             return
         error = np.abs(a - e)
         relative = error / np.maximum(np.abs(e), 1e-12)

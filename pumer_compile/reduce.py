@@ -13,7 +13,7 @@ from torch import fx
 
 from .capture import Program
 from .passes.insert import reducers_of
-from .passes.pipeline import History, State, run_passes
+from .passes.pipeline import PASSES, History, State, run_passes
 from .plan import Plan
 from .schedule import Schedule
 
@@ -61,10 +61,18 @@ def reduce(
     return Reduced(state.reduced, state.plan, program, schedule, history)
 
 
+def reduce_graph(program: Program, schedule: Schedule) -> fx.GraphModule:
+    """The reduced module alone, without a plan."""
+    state = State(program.module, schedule, dict(program.inputs), dict(program.streams))
+    run_passes(state, tuple(step for step in PASSES if step.name != "count"))
+    assert state.reduced is not None
+    return state.reduced
+
+
 DECISION_NAMES = ("kept", "source", "target")
 
 
-def with_decisions(module: fx.GraphModule, output_names: list[str]) -> fx.GraphModule:
+def with_decisions(module: fx.GraphModule, output_names: list[str]) -> tuple[fx.GraphModule, list[str]]:
     """A copy of a reduced module that also gives every reducer's decisions.
 
     Args:
@@ -73,7 +81,7 @@ def with_decisions(module: fx.GraphModule, output_names: list[str]) -> fx.GraphM
 
     Returns:
         A module that returns one flat dictionary: the outputs by name, then `<reducer>.<decision>` (int64) for every
-        decision that the schedule leaves to the data. Parameters are shared.
+        decision that the schedule leaves to the data; and the names of these. Parameters are shared.
     """
     twin = fx.GraphModule(module, copy.deepcopy(module.graph), class_name="ReducedWithDecisions")
     output = twin.graph.output_node()
@@ -94,4 +102,4 @@ def with_decisions(module: fx.GraphModule, output_names: list[str]) -> fx.GraphM
         spec = torch.utils._pytree.tree_structure(dict.fromkeys(named, 0))
         codegen.pytree_info = codegen.pytree_info._replace(out_spec=spec)
     twin.recompile()
-    return twin
+    return twin, [name for name in named if name not in output_names]

@@ -117,7 +117,12 @@ def margin(keys: np.ndarray, merge: int, *, protected: int = 1) -> float:
 
 
 def groups(tokens: int, pairs: Sequence[tuple[int, int]]) -> list[list[int]]:
-    """Old tokens of each new one: unmerged even positions in order, then the odd ones with what joined them."""
+    """Old tokens of each new one: unmerged even positions in order, then the odd ones with what joined them.
+
+    Where nothing merges, the order stays.
+    """
+    if not pairs:
+        return [[i] for i in range(tokens)]
     gone = {a for a, _ in pairs}
     stay = [[a] for a in range(0, tokens, 2) if a not in gone]
     odd = [[b, *(a for a, target in pairs if target == b)] for b in range(1, tokens, 2)]

@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import onnx_ir
 from torch import Tensor
 
 from ..capture import Program
@@ -22,7 +21,7 @@ from .manifest import KEY, make_manifest
 from .onnx import OnnxBuild, OnnxOptions, append_metadata, build_onnx, in_precision, save_onnx
 from .session import OnnxSession
 
-__all__ = ["Exported", "OnnxOptions", "OnnxSession", "export"]
+__all__ = ["Exported", "OnnxOptions", "OnnxSession", "export", "exporter_options"]
 
 SIDECAR = "manifest.json"
 
@@ -52,8 +51,8 @@ def export(
     with_decisions: bool = False,
     verify: bool = True,
     samples: Sequence[Mapping[str, Tensor]] | None = None,
-    atol: float | None = None,
-    rtol: float | None = None,
+    atol: float | Mapping[str, float] | None = None,
+    rtol: float | Mapping[str, float] | None = None,
 ) -> Exported:
     """Write an artifact; the suffix of `path` picks the exporter (`.onnx`).
 
@@ -75,10 +74,8 @@ def export(
         ParityError: the proof failed; the artifact is kept as `<path>.failed`.
     """
     path = Path(path)
-    if path.suffix != ".onnx":
-        raise UsageError(f"No exporter writes {path.suffix or 'a path without suffix'!r} ({path}); use model.onnx.")
+    options = options or exporter_options(path)
     check_writable(path)
-    options = options or OnnxOptions()
     program, schedule, plan = (
         (reduced.program, reduced.schedule, reduced.plan) if isinstance(reduced, Reduced) else (reduced, None, None)
     )
@@ -107,7 +104,8 @@ def export(
             publish([(f, failed if f == files[-1] else path.with_name(f.name)) for f in files])
             raise ParityError(
                 f"Parity failed, so {path} was not written: {report.failures()}. The artifact is kept as {failed} for "
-                "inspection; raise --atol/--rtol only if the difference is acceptable for your task."
+                "inspection; raise --atol/--rtol only if the difference is acceptable for your task.",
+                report,
             )
         sidecar = _sidecar(path)
         described = {"artifact": path.name, "sha256": sha256_file(files[-1]), **manifest}
@@ -116,6 +114,17 @@ def export(
         companions = [(f, path.with_name(f.name)) for f in files[:-1]]
         publish([*companions, (Path(folder) / SIDECAR, sidecar), (files[-1], path)])
     return Exported(path, sidecar, manifest, report)
+
+
+def exporter_options(path: Path, **options: Any) -> OnnxOptions:
+    """The options of the exporter that the suffix of `path` picks.
+
+    Raises:
+        UsageError: no exporter writes this suffix, or an option it does not have.
+    """
+    if path.suffix != ".onnx":
+        raise UsageError(f"No exporter writes {path.suffix or 'a path without suffix'!r} ({path}); use model.onnx.")
+    return OnnxOptions(**options)
 
 
 def _sidecar(path: Path) -> Path:
@@ -148,8 +157,8 @@ def _prove(
     reduced: Reduced | Program,
     batches: list[Mapping[str, Tensor]],
     dtype: str,
-    atol: float | None,
-    rtol: float | None,
+    atol: float | Mapping[str, float] | None,
+    rtol: float | Mapping[str, float] | None,
 ) -> ParityReport:
     eager, unreduced = _eager(reduced)
     session = OnnxSession(artifact)
@@ -171,7 +180,3 @@ def _eager(reduced: Reduced | Program) -> tuple[Any, Any]:
         return reduced.module, program.module
     return reduce(exact, reduced.schedule).module, exact.module
 
-
-def load_ir(path: Path) -> onnx_ir.Model:
-    """An ONNX artifact in memory."""
-    return onnx_ir.load(str(path))

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import onnx
 import onnx_ir
@@ -30,10 +30,10 @@ from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 from transformers.exporters.utils import get_leaf_tensors
 
 from ..capture import Program, batch_inputs, capture
-from ..errors import ExportError
+from ..errors import ExportError, UsageError
 from ..files import content_name
 from ..loading import quiet
-from ..reduce import reduce, with_decisions
+from ..reduce import reduce_graph, with_decisions
 from ..schedule import Schedule
 
 log = logging.getLogger("pumer_compile")
@@ -65,9 +65,11 @@ class OnnxOptions:
     def __post_init__(self) -> None:
         newest = onnx.defs.onnx_opset_version()
         if not MIN_OPSET <= self.opset <= newest:
-            raise ExportError(f"Opset {self.opset} is not supported: choose {MIN_OPSET} to {newest}.")
+            raise UsageError(f"Opset {self.opset} is not supported: choose {MIN_OPSET} to {newest}.")
+        if self.dtype not in get_args(Precision):
+            raise UsageError(f"No dtype {self.dtype!r}: choose {' or '.join(get_args(Precision))}.")
         if self.target is not None and self.target not in _FUSIONS:
-            raise ExportError(f"No target {self.target!r}: choose {' or '.join(_FUSIONS)}.")
+            raise UsageError(f"No target {self.target!r}: choose {' or '.join(_FUSIONS)}.")
 
 
 class _ReduceStep(DynamoExporter):
@@ -107,16 +109,13 @@ def reduced_export(
     Returns:
         The exported program and the names of the extra outputs.
     """
-    reduced = reduce(program, schedule)
-    output = reduced.module.graph.output_node()
-    names = [f"output_{i}" for i, _ in enumerate(torch.utils._pytree.tree_leaves(output.args[0]))]
-    twin = with_decisions(reduced.module, names)
+    reduced = reduce_graph(program, schedule)
+    leaves = torch.utils._pytree.tree_leaves(reduced.graph.output_node().args[0])
+    twin, decisions = with_decisions(reduced, [f"output_{i}" for i, _ in enumerate(leaves)])
     exported = torch.export.export(
         twin, args=(), kwargs=dict(program.inputs), dynamic_shapes=dynamic_shapes, strict=False
     )
-    with torch.no_grad():
-        outputs = exported.module()(**program.inputs)
-    return exported, [name for name in outputs if name not in names]
+    return exported, decisions
 
 
 @dataclass(frozen=True)
@@ -255,7 +254,7 @@ def _flat_outputs(program: Program) -> dict[str, Tensor]:
 
 
 def _export_flat(program: Program, names: list[str], shapes: dict[str, Any] | None) -> ExportedProgram:
-    module = with_decisions(program.module, names)
+    module, _ = with_decisions(program.module, names)
     return torch.export.export(
         module, args=(), kwargs=dict(program.inputs), dynamic_shapes=shapes, strict=False
     )
@@ -276,6 +275,8 @@ def _scope_names(model: onnx_ir.Model) -> None:
         ]
         path = next((s for s in reversed(scopes[:-1]) if s), "")
         node.name = f"{path}/{node.op_type}_{index}" if path else f"{node.op_type}_{index}"
+    # What remains are stack traces: half the file of a small model, and paths of the machine that compiled it.
+    ir_passes.ClearMetadataAndDocStringPass()(model)
 
 
 def _check_operators(model: onnx_ir.Model) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -24,6 +25,8 @@ from .graph import describe
 from .locate import Attention, choose
 from .rewrite import Rewriter, Step
 from .rules import aten, shape
+
+log = logging.getLogger("pumer_compile")
 
 Action = Callable[[Rewriter], None]
 
@@ -77,10 +80,25 @@ def plan_insertions(annotation: Annotation, attentions: list[Attention], schedul
     sites = []
     for attention, site in chosen:
         _check_site(attention, site)
+        if schedule.semantics == "reference" and _published_stands_still(site, counts):
+            log.warning(
+                "Site %s is left out: its share prunes none of %d image tokens, and there the published code merges "
+                "nothing either.", site.at, counts["image"]
+            )
+            continue
         sites.append(_site(annotation, attention, site, schedule.semantics, counts))
         counts.update(sites[-1].plan.after)
+    if not sites:
+        raise PlanError("Every site of the schedule rounds to nothing pruned. Raise `prune`.")
     softmaxes = _cross_modal_layers(attentions) if schedule.semantics == "reference" else []
     return Insertions(sites, softmaxes, schedule.semantics)
+
+
+def _published_stands_still(site: Site, counts: dict[str, int]) -> bool:
+    """The published code reduces a layer only where its share of image tokens to prune rounds to at least one. A site
+    that asks for merging alone (`prune: 0`) is our extension, and merges."""
+    share = site.prune
+    return isinstance(share, float) and share > 0 and round(share * counts.get("image", 0)) == 0
 
 
 def _check_site(attention: Attention, site: Site) -> None:
@@ -118,15 +136,14 @@ def _site(
     after, pruned, merged = dict(before), dict.fromkeys(before, 0), dict.fromkeys(before, 0)
     reducers: dict[str, StreamReducer] = {}
     for stream, tokens in before.items():
-        protected = max(1, annotation.learned[stream]) if semantics == "safe" else 1
+        learned = annotation.learned[stream] if semantics == "safe" else 0
         if stream == "image":
-            keep, merge = image_counts(tokens, site, semantics, annotation.learned[stream] if protected else 0)
+            keep, merge = image_counts(tokens, site, semantics, learned)
         elif stream == "text":
-            keep, merge = tokens, merge_count(site.at, stream, site.merge.text, tokens, tokens, protected)
+            keep, merge = tokens, merge_count(site.at, stream, site.merge.text, tokens, tokens, max(1, learned))
         else:
             keep, merge = tokens, 0
         if keep - merge < tokens:
-            learned = annotation.learned[stream] if semantics == "safe" else 0
             reducers[stream] = make_reducer(stream, tokens, keep, merge, semantics, learned)
             after[stream], pruned[stream], merged[stream] = keep - merge, tokens - keep, merge
     if not reducers:
@@ -151,8 +168,7 @@ def make_reducer(
     """
     safe = semantics == "safe"
     pruner = None
-    if keep < tokens or (stream == "image" and semantics == "reference"):
-        # The published code sorts by saliency even where nothing is pruned; the merger's split depends on it.
+    if keep < tokens:
         pruner = TextInformedPruner(keep, protected=learned if safe else 0, pads_vote=not safe)
     merger = ModalityAwareMerger(
         merge,
