@@ -25,20 +25,22 @@ from torch.export import ExportedProgram
 from .errors import CaptureError, UsageError
 
 _NAME = re.compile(r"[\w.:/ -]*")
-# Text that torch keeps as text: where a node came from, string arguments, guards (made into code only by
-# `module(check_guards=True)`, which capture never asks for).
+# Text that torch keeps as text: where a node came from, string arguments, guards (which only become code with
+# `module(check_guards=True)`, and capture never asks for that).
 _FREE_TEXT = frozenset({"metadata", "as_string", "as_strings", "guards_code", "torch_version"})
 _SYMBOL = re.compile(r"[a-z]+\d+|int_oo|oo|zoo|[tT]rue|[fF]alse")
-# What torch's deserialiser offers to the expressions, and sympy's own names for the same arithmetic.
+# Sizes are written like `Add(Symbol('s77', integer=True), Integer(1))`: with sympy's classes for arithmetic
+# and relations, and those that torch's deserialiser adds.
 _FUNCTIONS = frozenset(
-    "FloorDiv ModularIndexing Where PythonMod Mod CleanDiv CeilToInt FloorToInt CeilDiv LShift RShift "
-    "PowByNatural FloatPow FloatTrueDiv IntTrueDiv IsNonOverlappingAndDenseIndicator TruncToFloat "
-    "TruncToInt RoundToInt RoundDecimal "
-    "ToFloat Identity Max Min Eq Ne Lt Le Gt Ge And Or Not Abs Add Mul Pow floor ceiling".split()
+    "Symbol Integer Float Rational Add Mul Pow Mod Max Min Abs floor ceiling And Or Not Eq Ne Lt Le Gt Ge "
+    "Equality Unequality StrictLessThan LessThan StrictGreaterThan GreaterThan FloorDiv ModularIndexing "
+    "Where PythonMod CleanDiv CeilToInt FloorToInt CeilDiv LShift RShift PowByNatural FloatPow FloatTrueDiv "
+    "IntTrueDiv IsNonOverlappingAndDenseIndicator TruncToFloat TruncToInt RoundToInt RoundDecimal ToFloat "
+    "Identity".split()
 )
 _ARITHMETIC: tuple[type[ast.AST], ...] = (
     *(ast.Expression, ast.expr_context, ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare),
-    *(ast.operator, ast.unaryop, ast.boolop, ast.cmpop),
+    *(ast.operator, ast.unaryop, ast.boolop, ast.cmpop, ast.keyword),
 )
 
 
@@ -129,6 +131,8 @@ def _unsafe_values(value: Any, key: str) -> Iterator[str]:
     expression.
     """
     if isinstance(value, dict):
+        if "__enum__" in value:
+            yield f"it names a class to import ({value.get('fqn')})"
         for inner, content in value.items():
             yield from _unsafe_values(inner, "")
             free = key in _FREE_TEXT and isinstance(content, str)
@@ -140,8 +144,8 @@ def _unsafe_values(value: Any, key: str) -> Iterator[str]:
     elif isinstance(value, str) and key not in _FREE_TEXT:
         if key == "expr_str":
             plain = _is_arithmetic(value)
-        elif key in ("in_spec", "out_spec", "context"):  # JSON inside JSON
-            yield from _unsafe_values(json.loads(value), key)
+        elif key in ("in_spec", "out_spec", "context") and _NAME.fullmatch(value) is None:  # JSON inside JSON
+            yield from _unsafe_values(json.loads(value), "")
             plain = True
         else:
             plain = _NAME.fullmatch(value) is not None
@@ -160,9 +164,11 @@ def _is_arithmetic(text: str) -> bool:
         if isinstance(node, ast.Name):
             allowed = node.id in _FUNCTIONS if id(node) in called else _SYMBOL.fullmatch(node.id) is not None
         elif isinstance(node, ast.Constant):
-            allowed = isinstance(node.value, int | float)
+            # A symbol's name, or a float's digits: sympy evaluates other strings.
+            plain_text = isinstance(node.value, str) and re.fullmatch(r"[\w.+-]*", node.value) is not None
+            allowed = isinstance(node.value, int | float) or plain_text
         elif isinstance(node, ast.Call):
-            allowed = isinstance(node.func, ast.Name) and not node.keywords
+            allowed = isinstance(node.func, ast.Name) and all(keyword.arg for keyword in node.keywords)
         else:
             allowed = isinstance(node, _ARITHMETIC)
         if not allowed:

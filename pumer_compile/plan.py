@@ -55,9 +55,11 @@ class Plan:
         return {site: dict(counts) for site, counts in self.layers.items()}
 
     def to_dict(self) -> dict[str, Any]:
-        """`{"sites": [{"site", "module", "before", "after"}], "multiply_adds": {"before", "after", "ratio"}}`."""
+        """`{"sites": [{site, module, before, after}], "multiply_adds": {before, after, ratio}}`."""
         return {
-            "sites": [{"site": s.site, "module": s.module, "before": s.before, "after": s.after} for s in self.sites],
+            "sites": [
+                {"site": s.site, "module": s.module, "before": s.before, "after": s.after} for s in self.sites
+            ],
             "multiply_adds": {
                 "before": self.multiply_adds_before,
                 "after": self.multiply_adds_after,
@@ -67,7 +69,10 @@ class Plan:
 
 
 def merge_limit(tokens: int, protected: int) -> int:
-    """Most tokens that bipartite matching can merge away: the even positions after the protected ones."""
+    """Most tokens that bipartite matching can merge away: the even positions after the protected ones, as long as
+    some odd position is free to take them."""
+    if tokens // 2 <= protected // 2:
+        return 0
     return (tokens + 1) // 2 - (min(protected, tokens) + 1) // 2
 
 
@@ -76,8 +81,9 @@ def image_counts(tokens: int, site: Site, semantics: Semantics, protected: int) 
 
     Args:
         tokens: the stream's tokens, class token included.
-        site: its budgets; shares follow the published code (`n - round(p n)`, then `round(r n)` of the tokens before
-            pruning) or, with semantics `paper`, Algorithm 1 (`round((1 - p) n)`, then `round(r n)` of those kept).
+        site: its budgets; shares follow the published code (`n - round(p n)`, then `round(r n)` of the tokens
+            before pruning) or, with semantics `paper`, Algorithm 1 (`round((1 - p) n)`, then `round(r n)` of
+            those kept).
         semantics: see `Schedule`.
         protected: leading tokens that stay (class token).
 
@@ -94,7 +100,9 @@ def image_counts(tokens: int, site: Site, semantics: Semantics, protected: int) 
             f"Site {site.at} would prune {tokens - keep} of {tokens} image tokens; at most "
             f"{tokens - max(1, protected)} can go. Lower `prune`."
         )
-    return keep, merge_count(site.at, "image", site.merge.image, keep, keep if paper else tokens, max(1, protected))
+    return keep, merge_count(
+        site.at, "image", site.merge.image, keep, keep if paper else tokens, max(1, protected)
+    )
 
 
 def merge_count(site: str, stream: str, budget: Budget, keep: int, of: int, protected: int) -> int:
@@ -108,7 +116,7 @@ def merge_count(site: str, stream: str, budget: Budget, keep: int, of: int, prot
         return min(round(budget * of), limit)
     if budget > limit:
         raise PlanError(
-            f"Site {site} would merge {budget} of {keep} {stream} tokens away; at most {limit} can merge, because only "
-            f"every second token does and {protected} stay. Lower `merge: {{{stream}: ...}}`."
+            f"Site {site} would merge {budget} of {keep} {stream} tokens away; at most {limit} can merge, "
+            f"because only every second token does and {protected} stay. Lower `merge: {{{stream}: ...}}`."
         )
     return budget

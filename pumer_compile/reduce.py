@@ -23,7 +23,8 @@ class Reduced:
     """A reduced program.
 
     Attributes:
-        module: runs and trains in eager PyTorch; takes and returns what the model does, and shares its parameters.
+        module: runs and trains in eager PyTorch; takes and returns what the model does, and shares its
+            parameters.
         plan: token counts and multiply-adds.
         program: what was reduced.
         schedule: by what.
@@ -48,7 +49,8 @@ def reduce(
         dump_graph: folder for the graph after each pass.
 
     Returns:
-        The reduced program. Its module *shares* parameters with the captured model: training one trains the other.
+        The reduced program. Its module *shares* parameters with the captured model: training one trains the
+        other.
 
     Raises:
         PumerError: see the errors of the passes.
@@ -80,12 +82,15 @@ def with_decisions(module: fx.GraphModule, output_names: list[str]) -> tuple[fx.
         output_names: names for the tensors that the module returns, in order.
 
     Returns:
-        A module that returns one flat dictionary: the outputs by name, then `<reducer>.<decision>` (int64) for every
-        decision that the schedule leaves to the data; and the names of these. Parameters are shared.
+        A module that returns one flat dictionary: the outputs by name, then `<reducer>.<decision>` (int64)
+        for every decision that the schedule leaves to the data; and the names of these. Parameters are
+        shared.
     """
     twin = fx.GraphModule(module, copy.deepcopy(module.graph), class_name="ReducedWithDecisions")
     output = twin.graph.output_node()
-    named: dict[str, Any] = dict(zip(output_names, torch.utils._pytree.tree_leaves(output.args[0]), strict=True))
+    named: dict[str, Any] = dict(
+        zip(output_names, torch.utils._pytree.tree_leaves(output.args[0]), strict=True)
+    )
     reducers = reducers_of(twin)
     for node in list(twin.graph.nodes):
         reducer = reducers.get(str(node.target)) if node.op == "call_module" else None

@@ -42,7 +42,9 @@ def _check_budget(value: Any) -> Any:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError("expected a share (a float, 0 <= share < 1) or a number of tokens (an integer)")
     if isinstance(value, float) and not 0.0 <= value < 1.0:
-        raise ValueError(f"a share must be at least 0 and below 1 (an integer is a number of tokens), got {value}")
+        raise ValueError(
+            f"a share must be at least 0 and below 1 (an integer is a number of tokens), got {value}"
+        )
     if isinstance(value, int) and value < 0:
         raise ValueError(f"a number of tokens cannot be negative, got {value}")
     return value
@@ -80,11 +82,11 @@ class Schedule(_Strict):
     """A reduction schedule.
 
     Args:
-        method: the algorithm; `pumer` is text-informed pruning, then modality-aware merging (PuMer, section 4).
-        semantics: `reference` computes what the published code computes, its masked softmax included; `paper` is
-            Algorithm 1 and equation 1 as written, with the model's own softmax; `safe` is for models that were
-            not fine-tuned with reduction (padding neither votes nor merges, class tokens stay, token sizes are
-            carried from reducer to reducer).
+        method: `pumer` is text-informed pruning, then modality-aware merging (PuMer, section 4).
+        semantics: `reference` computes what the published code computes, its masked softmax included; `paper`
+            is Algorithm 1 and equation 1 as written, with the model's own softmax; `safe` is for models that
+            were not fine-tuned with reduction (padding neither votes nor merges, class tokens stay, token
+            sizes are carried from reducer to reducer).
         layers: cross-modal attention nodes in execution order, all with the budgets `prune` and `merge`.
         sites: instead of `layers`: one entry for each site, with its own budgets.
         prune: share (float) or number (int) of image tokens pruned at each layer.
@@ -98,7 +100,7 @@ class Schedule(_Strict):
     merge: Merge | None = None
     sites: tuple[Site, ...] | None = None
 
-    def __init__(self, **data: Any) -> None:
+    def __init__(self, /, **data: Any) -> None:
         try:
             super().__init__(**data)
         except ValidationError as error:
@@ -107,9 +109,13 @@ class Schedule(_Strict):
     @model_validator(mode="after")
     def _layers_or_sites(self) -> Schedule:
         if (self.layers is None) == (self.sites is None):
-            raise ValueError("a schedule names its places with either `layers` or `sites`, exactly one of them")
+            raise ValueError(
+                "a schedule names its places with either `layers` or `sites`, exactly one of them"
+            )
         if self.sites is not None and (self.prune is not None or self.merge is not None):
-            raise ValueError("`prune` and `merge` at the top go with `layers`; with `sites` each site has its own")
+            raise ValueError(
+                "`prune` and `merge` at the top go with `layers`; with `sites` each site has its own"
+            )
         places = [site.at for site in self.resolve()]
         duplicates = sorted({p for p in places if places.count(p) > 1})
         if duplicates:
@@ -131,11 +137,11 @@ class Schedule(_Strict):
 
     @property
     def sha256(self) -> str:
-        """Hash of the schedule's canonical form: method, semantics and resolved sites."""
+        """Hash of the schedule's canonical form: schedules that do the same have the same."""
         canonical = {
             "method": self.method,
             "semantics": self.semantics,
-            "sites": [site.model_dump() for site in self.resolve()],
+            "sites": sorted((s.at, *(b or 0 for b in (s.prune, s.merge.image, s.merge.text))) for s in self.resolve()),
         }
         return hashlib.sha256(json.dumps(canonical, sort_keys=True).encode()).hexdigest()
 
@@ -153,7 +159,8 @@ class Schedule(_Strict):
         path = Path(source)
         if not path.is_file():
             raise ScheduleError(
-                f"No schedule {str(source)!r}: it is neither a file nor a preset. Presets: {', '.join(PRESETS)}."
+                f"No schedule {str(source)!r}: it is neither a file nor a preset. Presets: "
+                f"{', '.join(PRESETS)}."
             )
         return cls.from_yaml(path.read_text(encoding="utf-8", errors="replace"), name=str(path))
 
@@ -171,10 +178,12 @@ class Schedule(_Strict):
         """
         try:
             data = yaml.load(text, Loader=_UniqueKeyLoader)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2026-13-01
             raise ScheduleError(f"{name} is not valid YAML: {' '.join(str(error).split())}") from error
         if not isinstance(data, dict):
-            raise ScheduleError(f"{name} must hold a mapping such as `layers: [2, 5, 8]`, found {type(data).__name__}.")
+            raise ScheduleError(
+                f"{name} must hold a mapping such as `layers: [2, 5, 8]`, found {type(data).__name__}."
+            )
         try:
             return cls(**{str(key): value for key, value in data.items()})
         except ScheduleError as error:
@@ -190,7 +199,9 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} appears twice", node.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} appears twice", node.start_mark
+                )
         return super().construct_mapping(node, deep=deep)
 
 
@@ -201,7 +212,8 @@ def _explain(error: ValidationError, name: str) -> str:
         where = ".".join(str(part) for part in item["loc"] if part not in ("int", "float"))
         message = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
-            owner = {"merge": Merge, "sites": Site}.get(str(item["loc"][0]), Schedule)
+            owners: dict[str, type[BaseModel]] = {"merge": Merge, "sites": Site}
+            owner = owners.get(str(item["loc"][0]), Schedule)
             if "merge" in item["loc"][:-1]:
                 owner = Merge
             elif len(item["loc"]) == 1:

@@ -2,7 +2,7 @@
 
     python -m examples.easy_vqa.train
 
-Two processor cores with bfloat16 arithmetic need about half an hour.
+Two processor cores with bfloat16 arithmetic need about twenty minutes.
 """
 
 from pathlib import Path

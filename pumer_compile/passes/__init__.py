@@ -1,0 +1,1 @@
+"""The passes: annotate, locate, insert, rewrite, verify; `pipeline` runs them in order."""

@@ -1,4 +1,4 @@
-"""Annotate: find the token axes of every value in a captured graph. Pure analysis; the graph is not changed."""
+"""Annotate: find the token axes of every value in a captured graph, which is not changed."""
 
 from __future__ import annotations
 
@@ -56,7 +56,11 @@ class Annotation:
 
     def axis(self, dim: Dim) -> AxisKind:
         """What a dimension indexes."""
-        return self._kind(self._axes[dim]) if dim in self._axes else Fixed(_sizes(dim.node, dim.output)[dim.index])
+        return (
+            self._kind(self._axes[dim])
+            if dim in self._axes
+            else Fixed(_sizes(dim.node, dim.output)[dim.index])
+        )
 
     def axes(self, node: fx.Node, output: int = 0) -> list[AxisKind]:
         """What each dimension of a value indexes."""
@@ -94,8 +98,8 @@ def annotate(module: fx.GraphModule, streams: dict[str, str] | None = None) -> A
 
     Args:
         module: pre-decomposition ATen graph whose nodes carry `meta["val"]`.
-        streams: names of streams by input, where seeds do not find them (`{"visual_feats": "image"}`): the last
-            dimension but one of a floating-point input, the last one of an integer input.
+        streams: names of streams by input, where seeds do not find them (`{"visual_feats": "image"}`): the
+            last dimension but one of a floating-point input, the last one of an integer input.
 
     Raises:
         NoRuleError: an operator without a rule touches a token axis.
@@ -131,9 +135,9 @@ def _constrain(annotation: Annotation, node: fx.Node, streams: dict[str, str]) -
             _apply(annotation._axes, constraint)
         except AxisConflict as error:
             raise AxisError(
-                f"The axes of {describe(node)} contradict each other: {error}. If two inputs carry tokens of the same "
-                "modality, name their streams (`streams={input: name}`); otherwise the rule of this operator in "
-                "passes/rules.py does not describe it."
+                f"The axes of {describe(node)} contradict each other: {error}. If two inputs carry tokens of "
+                "the same modality, name their streams (`streams={input: name}`); otherwise the rule of this "
+                "operator in passes/rules.py does not describe it."
             ) from error
 
 
@@ -169,7 +173,11 @@ def _reshape(sources: list[Axis], results: list[Axis]) -> None:
         _factor(results[0], sources)
         grids = [a.find().grid for a in sources]
         first = grids[0]
-        if first and all(g and g[:2] == (first[0], i) for i, g in enumerate(grids)) and len(grids) == first[2]:
+        if (
+            first
+            and all(g and g[:2] == (first[0], i) for i, g in enumerate(grids))
+            and len(grids) == first[2]
+        ):
             results[0].find().stream = first[3]
 
 
@@ -220,7 +228,8 @@ def _adopt_learned(annotation: Annotation, node: fx.Node, concat: Concat) -> Non
             if leaf.stream is None and depends_on_input(part.node):
                 raise AxisError(
                     f"{describe(node)} joins tokens of {stream} with {leaf.size} tokens of unknown origin "
-                    f"(from {part.node.name}). Name the stream of the input they come from: `streams={{input: name}}`."
+                    f"(from {part.node.name}). Name the stream of the input they come from: "
+                    f"`streams={{input: name}}`."
                 )
             if leaf.stream is None:
                 leaf.stream, leaf.learned = stream, True
@@ -247,7 +256,7 @@ def _merge_run(groups: list[list[Axis]], run: list[Axis]) -> None:
         groups.append(run)
         return
     keep = max([*touching, run], key=len)
-    # A run that holds the others in its own order is the fuller picture; anything else is a cut of a known stream.
+    # A run that holds the others in its own order is the fuller picture; any other is a cut of a known one.
     groups[groups.index(touching[0])] = keep
     for group in touching[1:]:
         groups.remove(group)
@@ -276,6 +285,7 @@ def _check_covered(annotation: Annotation, node: fx.Node) -> None:
                 if isinstance(kind, Fixed) or dim in spoken or node.op == "output":
                     continue
                 raise NoRuleError(
-                    f"No rule says how {describe(node)} carries the token axis {kind} of its input {source.name} "
-                    f"(dimension {index}). Add a rule for {node.target} to pumer_compile/passes/rules.py, with a test."
+                    f"No rule says how {describe(node)} carries the token axis {kind} of its input "
+                    f"{source.name} (dimension {index}). Add a rule for {node.target} to "
+                    "pumer_compile/passes/rules.py, with a test."
                 )

@@ -1,9 +1,10 @@
 """Token axes: what each dimension of each value indexes, found by provenance and never by a matching integer.
 
-Every dimension is an `Axis`. Rules say which axes are the same, which are joined, split, cut or flattened; axes are
-merged as in union-find. When an axis of 185 meets one joined from 40 and 145, it is cut at 40 as well. Streams start
-at seeds (integer ids into an embedding, a patch convolution) and spread over everything proved to be the same axis,
-so that text length may equal head size, number of heads or batch without confusing anything.
+Every dimension is an `Axis`. Rules say which axes are the same, which are joined, split, cut or flattened;
+axes are merged as in union-find. When an axis of 185 meets one joined from 40 and 145, it is cut at 40 as
+well. Streams start at seeds (integer ids into an embedding, a patch convolution) and spread over everything
+proved to be the same axis, so that text length may equal head size, number of heads or batch without
+confusing anything.
 """
 
 from __future__ import annotations
@@ -25,16 +26,16 @@ class Dim(NamedTuple):
     """One dimension of one value: of `node`, or of output `output` of a node that gives several."""
 
     node: fx.Node
-    index: int
+    index: int  # type: ignore[assignment]  # hides `tuple.index`, which nobody needs of a dimension
     output: int = 0
 
 
-# --- what rules say -------------------------------------------------------------------------------------------------
+# --- what rules say -----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Same:
-    """Two dimensions index the same tokens. `aligns`: the older may be brought to the newer by a reducer's map."""
+    """Two dimensions index the same tokens. `aligns`: a reducer's map may bring the older to the newer."""
 
     a: Dim
     b: Dim
@@ -59,7 +60,7 @@ class Reshape:
 
 @dataclass(frozen=True)
 class Slice:
-    """`result` is `source[start:stop]`, step 1; `start_arg` and `stop_arg` are the positions of the literals."""
+    """`result` is `source[start:stop]`, step 1; the literals are arguments `start_arg` and `stop_arg`."""
 
     source: Dim
     result: Dim
@@ -131,12 +132,12 @@ def constraint_dims(constraint: Constraint) -> tuple[Dim, ...]:
             return dims
 
 
-# --- what annotation finds ------------------------------------------------------------------------------------------
+# --- what annotation finds ----------------------------------------------------------------------------------
 
 
 class Segment(NamedTuple):
-    """`length` tokens of `stream` side by side (None: learned tokens of no stream, never reduced). `whole` is False
-    for a part of a stream cut out by the model."""
+    """`length` tokens of `stream` side by side (None: learned tokens of no stream, never reduced). `whole` is
+    False for a part of a stream cut out by the model."""
 
     stream: str | None
     length: int
@@ -201,7 +202,7 @@ class Product:
 AxisKind = Fixed | Tokens | Product
 
 
-# --- union-find -----------------------------------------------------------------------------------------------------
+# --- union-find ---------------------------------------------------------------------------------------------
 
 
 class Axis:
@@ -239,7 +240,7 @@ def same_size(a: Size, b: Size) -> bool:
     """Whether two sizes are provably equal, without adding a guard."""
     if isinstance(a, int) and isinstance(b, int):
         return a == b
-    return expression(a) == expression(b)
+    return bool(expression(a) == expression(b))
 
 
 def expression(size: Size) -> Any:
@@ -315,7 +316,8 @@ def cut_axis(axis: Axis, start: int, stop: int) -> list[Axis]:
 def reshape_groups(sources: Sequence[Size], results: Sequence[Size]) -> Iterable[tuple[range, range]]:
     """Smallest groups of dimensions with equal products, row-major: `(range of sources, range of results)`.
 
-    `[2, 185, 32] -> [2, 185, 4, 8]` gives 0-0, 1-1, 2-2..3: by position, so equal integers elsewhere do not matter.
+    `[2, 185, 32] -> [2, 185, 4, 8]` gives 0-0, 1-1, 2-2..3: by position, whatever equal integers there
+    are elsewhere.
     """
     i = j = 0
     while i < len(sources) or j < len(results):
@@ -338,5 +340,7 @@ def reshape_groups(sources: Sequence[Size], results: Sequence[Size]) -> Iterable
 
 
 def _hint(value: Any) -> float:
-    # Symbols are batch sizes of at least 2; any large stand-in orders products by their integer factors first.
-    return float(value) if isinstance(value, int) else float(value.subs({s: 7919 for s in value.free_symbols}))
+    # Symbols are batch sizes of at least 2; any large stand-in orders products by integer factors first.
+    return (
+        float(value) if isinstance(value, int) else float(value.subs({s: 7919 for s in value.free_symbols}))
+    )

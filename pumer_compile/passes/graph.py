@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 
 def values(node: fx.Node) -> Sequence[Tensor]:
-    """The tensors a node gives, with their shapes and dtypes (fake tensors, or parameters); () for other values."""
+    """The tensors a node gives, with shapes and dtypes (fake tensors, or parameters); else ()."""
     value = node.meta.get("val")
     if value is None and node.op == "get_attr":
         value = attribute(node)

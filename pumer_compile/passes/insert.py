@@ -1,4 +1,4 @@
-"""Insert: decide the reducer of every stream at every site, and put it where the rewriting walk passes the carrier."""
+"""Insert: decide the reducer of every stream at every site; the rewriting walk puts it after the carrier."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from ..reducers import (
     TextRowsAttention,
     TokenWeights,
 )
+from ..reducers.reducer import Carried
 from ..schedule import Schedule, Semantics, Site
 from .annotate import Annotation
 from .axes import Dim, Tokens
@@ -82,8 +83,11 @@ def plan_insertions(annotation: Annotation, attentions: list[Attention], schedul
         _check_site(attention, site)
         if schedule.semantics == "reference" and _published_stands_still(site, counts):
             log.warning(
-                "Site %s is left out: its share prunes none of %d image tokens, and there the published code merges "
-                "nothing either.", site.at, counts["image"]
+                "Site %s is left out: its share prunes none of %d image tokens, and there the published code "
+                "merges "
+                "nothing either.",
+                site.at,
+                counts["image"],
             )
             continue
         sites.append(_site(annotation, attention, site, schedule.semantics, counts))
@@ -95,8 +99,8 @@ def plan_insertions(annotation: Annotation, attentions: list[Attention], schedul
 
 
 def _published_stands_still(site: Site, counts: dict[str, int]) -> bool:
-    """The published code reduces a layer only where its share of image tokens to prune rounds to at least one. A site
-    that asks for merging alone (`prune: 0`) is our extension, and merges."""
+    """The published code reduces a layer only where its share of image tokens to prune rounds to at least
+    one. A site that asks for merging alone (`prune: 0`) is our extension, and merges."""
     share = site.prune
     return isinstance(share, float) and share > 0 and round(share * counts.get("image", 0)) == 0
 
@@ -112,8 +116,8 @@ def _check_site(attention: Attention, site: Site) -> None:
     if separate:
         raise LocateError(
             f"Site {site.at} ({attention.module}) is cross-attention from {attention.query_axis} to "
-            f"{attention.key_axis}. Reducing is done where text and image tokens share one attention (self-attention "
-            "over both); co-attention pairs are not reduced yet."
+            f"{attention.key_axis}. Reducing is done where text and image tokens share one attention "
+            "(self-attention over both); co-attention pairs are not reduced yet."
         )
     wanted = {"image": site.prune > 0 or site.merge.image > 0, "text": site.merge.text > 0}
     missing = [stream for stream, asked in wanted.items() if asked and stream not in attention.streams]
@@ -140,7 +144,10 @@ def _site(
         if stream == "image":
             keep, merge = image_counts(tokens, site, semantics, learned)
         elif stream == "text":
-            keep, merge = tokens, merge_count(site.at, stream, site.merge.text, tokens, tokens, max(1, learned))
+            keep, merge = (
+                tokens,
+                merge_count(site.at, stream, site.merge.text, tokens, tokens, max(1, learned)),
+            )
         else:
             keep, merge = tokens, 0
         if keep - merge < tokens:
@@ -148,8 +155,8 @@ def _site(
             after[stream], pruned[stream], merged[stream] = keep - merge, tokens - keep, merge
     if not reducers:
         raise PlanError(
-            f"Site {site.at} would reduce nothing: its shares round to zero tokens of {before}. Raise them or leave "
-            "the site out."
+            f"Site {site.at} would reduce nothing: its shares round to zero tokens of {before}. Raise them "
+            "or leave the site out."
         )
     plan = SitePlan(attention.site, attention.module, before, after, pruned, merged)
     return SiteInsertion(attention, plan, reducers)
@@ -176,7 +183,7 @@ def make_reducer(
         protected=max(1, learned) if safe else 1,
         keep_padding_apart=safe,
     )
-    carried = "sum" if safe else "ones" if semantics == "reference" and stream == "image" else "mean"
+    carried: Carried = "sum" if safe else "ones" if semantics == "reference" and stream == "image" else "mean"
     return StreamReducer(tokens, pruner, merger, averaging="sizes" if safe else "plain", carried=carried)
 
 
@@ -200,23 +207,27 @@ class _Emitter:
         self.insertions, self.attention = insertions, attention
 
     def weights(self, walk: Rewriter, stream: str) -> fx.Node | None:
-        """Carried weights of a stream, read from this attention's mask the first time; None without a mask."""
+        """Carried weights of a stream, read first from this attention's mask; None without a mask."""
         known = self.insertions.weights.get(stream)
         if known is not None or not self.attention.masks:
             return known
         if len(self.attention.masks) > 1:
             names = ", ".join(m.name for m in self.attention.masks)
             raise LocateError(
-                f"The attention {self.attention.site} ({self.attention.module}) adds several masks ({names}); which "
-                "of them marks padding cannot be told."
+                f"The attention {self.attention.site} ({self.attention.module}) adds several masks "
+                f"({names}); which of them marks padding cannot be told."
             )
         (mask,) = self.attention.masks
         if len(shape(mask)) != 4:
-            raise LocateError(f"The mask of {describe(self.attention.context)} has {len(shape(mask))} dimensions, not 4.")
+            raise LocateError(
+                f"The mask of {describe(self.attention.context)} has {len(shape(mask))} dimensions, not 4."
+            )
         axis = walk.annotation.axis(Dim(mask, 3))
         if not isinstance(axis, Tokens) or stream not in axis.streams:
             return None
-        module = TokenWeights(axis.offset(stream), next(s.length for s in axis.segments if s.stream == stream))
+        module = TokenWeights(
+            axis.offset(stream), next(s.length for s in axis.segments if s.stream == stream)
+        )
         node = walk.call_module(f"reducer.weights.{stream}", module, walk.env[mask])
         self.insertions.weights[stream] = node
         return node
@@ -231,7 +242,8 @@ class _PublishedSoftmax(_Emitter):
         present = [w for w in weights if w is not None]
         if present and len(present) < len(weights):
             raise LocateError(
-                f"The attention {attention.site} ({attention.module}) masks only some of {attention.key_axis}."
+                f"The attention {attention.site} ({attention.module}) masks only some of "
+                f"{attention.key_axis}."
             )
         module = PublishedMaskedSoftmax(diagonal=attention.query_axis == attention.key_axis)
         name = f"reducer.softmax.{attention.site.replace('.', '_')}"
@@ -297,7 +309,11 @@ class _Reduce(_Emitter):
             return None
         key_range = walk.span(site.key_axis, "image", site)
         rows = walk.span(site.query_axis, "text", site)
-        source = walk.probabilities.get(site.context) if site.fused else walk.env[site.probabilities or site.context]
+        source = (
+            walk.probabilities.get(site.context)
+            if site.fused
+            else walk.env[site.probabilities or site.context]
+        )
         if source is None:
             query = walk.call(aten.slice.Tensor, walk.env[site.query], 2, *rows)
             assert site.key is not None

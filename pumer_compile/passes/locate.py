@@ -35,8 +35,8 @@ class Attention:
     """One attention node.
 
     Attributes:
-        site: its address, `<group>.<index>` in execution order: `cross_modal`, or the stream a tower belongs to
-            (`vision` for image, else the stream's name).
+        site: its address, `<group>.<index>` in execution order: `cross_modal`, or the stream a tower belongs
+            to (`vision` for image, else the stream's name).
         module: path of the module it came from.
         query: `[batch, heads, queries, head_size]`.
         key_transposed: `[batch, heads, head_size, keys]`, or `key` where the attention is fused.
@@ -116,8 +116,13 @@ def choose(attentions: list[Attention], site: str) -> Attention:
     have = ", ".join(f"{g}.0 to {g}.{n - 1}" if n > 1 else f"{g}.0" for g, n in groups.items())
     hint = ""
     if "cross_modal" not in groups:
-        hint = " No attention mixes tokens of text and image, so there is nothing for text-informed reduction to read."
-    raise LocateError(f"The schedule names {site}, which this graph does not have. Its attention sites: {have}.{hint}")
+        hint = (
+            " No attention mixes tokens of text and image, so there is nothing for text-informed reduction "
+            "to read."
+        )
+    raise LocateError(
+        f"The schedule names {site}, which this graph does not have. Its attention sites: {have}.{hint}"
+    )
 
 
 def _match(node: fx.Node, annotation: Annotation, counts: dict[str, int]) -> Attention | None:
@@ -258,7 +263,8 @@ def has_value(node: fx.Node) -> bool:
 def _is_residual(add: fx.Node, branch: fx.Node) -> bool:
     others: Iterator[fx.Node] = (n for n in add.all_input_nodes if n is not branch)
     return any(
-        shape(other) == shape(branch) and len(list(broadcast(other, add))) == len(shape(add)) for other in others
+        shape(other) == shape(branch) and len(list(broadcast(other, add))) == len(shape(add))
+        for other in others
     )
 
 

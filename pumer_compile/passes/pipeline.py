@@ -43,7 +43,7 @@ class State:
 
 @dataclass(frozen=True)
 class Pass:
-    """A step: the fields of `State` it requires and ensures, and a function that returns its number of matches."""
+    """A step: what it requires and ensures of `State`, and a function that gives its number of matches."""
 
     name: str
     requires: tuple[str, ...]
@@ -71,7 +71,9 @@ class History:
     def __str__(self) -> str:
         lines = [f"{'pass':<10}{'matches':>9}{'nodes':>14}{'seconds':>9}"]
         for r in self.records:
-            lines.append(f"{r.name:<10}{r.matches:>9}{f'{r.nodes_before} -> {r.nodes_after}':>14}{r.seconds:>9.2f}")
+            lines.append(
+                f"{r.name:<10}{r.matches:>9}{f'{r.nodes_before} -> {r.nodes_after}':>14}{r.seconds:>9.2f}"
+            )
         return "\n".join(lines)
 
 
@@ -189,12 +191,14 @@ def count_plan(
     inputs: dict[str, Tensor],
     layers: dict[str, dict[str, int]],
 ) -> Plan:
-    """The plan with the multiply-adds of one sample, before and after, in total and from each site to the next."""
+    """The plan with one sample's multiply-adds before and after, in total and from each site to the next."""
     batch = next(iter(inputs.values())).shape[0]
     carriers = [site.attention.carrier for site in insertions.sites]
     prefixes = [f"reducer.{site.plan.site.replace('.', '_')}." for site in insertions.sites]
     before = _sections(captured, inputs, lambda node, i: node is carriers[i])
-    after = _sections(reduced, inputs, lambda node, i: node.op == "call_module" and str(node.target).startswith(prefixes[i]))
+    after = _sections(
+        reduced, inputs, lambda node, i: node.op == "call_module" and str(node.target).startswith(prefixes[i])
+    )
     sites = [
         dataclasses.replace(site.plan, multiply_adds=(before[i + 1] // batch, after[i + 1] // batch))
         for i, site in enumerate(insertions.sites)

@@ -34,7 +34,9 @@ class _FakeInterpreter(fx.Interpreter):
         return result
 
 
-def propagate(module: fx.GraphModule, inputs: Mapping[str, Tensor]) -> tuple[dict[fx.Node, Any], dict[fx.Node, int]]:
+def propagate(
+    module: fx.GraphModule, inputs: Mapping[str, Tensor]
+) -> tuple[dict[fx.Node, Any], dict[fx.Node, int]]:
     """Fake values and multiply-adds of every node.
 
     Args:
@@ -42,8 +44,8 @@ def propagate(module: fx.GraphModule, inputs: Mapping[str, Tensor]) -> tuple[dic
         inputs: sample tensors; fake ones keep their symbolic sizes.
 
     Returns:
-        Values by node, and multiply-adds by node for the whole batch: matrix products and convolutions, as fvcore
-        counts them (Table 7 of the paper).
+        Values by node, and multiply-adds by node for the whole batch: matrix products and convolutions, as
+        fvcore counts them (Table 7 of the paper).
     """
     fakes = [v for v in inputs.values() if isinstance(v, torch._subclasses.fake_tensor.FakeTensor)]
     mode = fakes[0].fake_mode if fakes else FakeTensorMode()

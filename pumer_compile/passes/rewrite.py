@@ -1,10 +1,10 @@
 """Rewrite: copy the captured graph, letting every size follow the reducers.
 
-The walk copies node after node. At the sites the inserted reducers replace the carrier, so whatever comes later sees
-the reduced stream and whatever came earlier saw the old one. Each value's token axes are at an epoch for each stream:
-0 before the first reducer of that stream, 1 after it, and so on. Literals that bake a token count get the new one; an
-input left at an older epoch than the others is aligned through the reducers' own maps. What no rule aligns is an
-error.
+The walk copies node after node. At the sites the inserted reducers replace the carrier, so whatever comes
+later sees the reduced stream and whatever came earlier saw the old one. Each value's token axes are at an
+epoch for each stream: 0 before the first reducer of that stream, 1 after it, and so on. Literals that bake a
+token count get the new one; an input left at an older epoch than the others is aligned through the reducers'
+own maps. What no rule aligns is an error.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ Epochs = dict[str, int]
 
 @dataclass(frozen=True)
 class Step:
-    """A stream from one epoch to the next: node of the map `[batch, after, before]`, tokens after, and whether any
-    tokens were merged (and not only pruned)."""
+    """A stream from one epoch to the next: node of the map `[batch, after, before]`, tokens after, and
+    whether any tokens were merged (and not only pruned)."""
 
     map: fx.Node
     after: int
@@ -93,7 +93,7 @@ class Rewriter:
         after: dict[fx.Node, Callable[[Rewriter], None]],
         instead: dict[fx.Node, Callable[[Rewriter], fx.Node]],
     ) -> fx.GraphModule:
-        """Copy the graph, with `instead` of some nodes something else and `after` some nodes something more."""
+        """Copy the graph, with something else `instead` of some nodes and something more `after` some."""
         for node in self.source.graph.nodes:
             self._origin = node
             if node in instead:
@@ -104,7 +104,7 @@ class Rewriter:
                 after[node](self)
         return self._finish()
 
-    # --- emitting ---------------------------------------------------------------------------------------------------
+    # --- emitting -------------------------------------------------------------------------------------------
 
     def call(self, target: Any, *arguments: Any) -> fx.Node:
         """Emit an operator."""
@@ -150,7 +150,7 @@ class Rewriter:
             start += length
         raise KeyError(stream)
 
-    # --- epochs -----------------------------------------------------------------------------------------------------
+    # --- epochs ---------------------------------------------------------------------------------------------
 
     def at(self, dim: Dim) -> Epochs:
         """Epochs of the newest value of a captured dimension."""
@@ -192,7 +192,7 @@ class Rewriter:
         dims = [Dim(node, i, output) for i in range(len(shape(node, output)))]
         return [self.size(self.annotation.axis(d), self.at(d)) for d in dims]
 
-    # --- the walk ---------------------------------------------------------------------------------------------------
+    # --- the walk -------------------------------------------------------------------------------------------
 
     def _visit(self, node: fx.Node) -> None:
         constraints = self.annotation.constraints.get(node, [])
@@ -240,9 +240,10 @@ class Rewriter:
     def _check_alignable(self, node: fx.Node, dim: Dim, same: list[Same]) -> None:
         if any(dim in (c.a, c.b) and not c.aligns for c in same):
             raise AxisError(
-                f"{describe(node)} sums over the token axis {self.annotation.axis(dim)} of {dim.node.name}, which was "
-                "computed before a reducer of that stream, together with values computed after it. Nothing aligns a "
-                "sum over tokens; move the site behind this operator or leave it out of the schedule."
+                f"{describe(node)} sums over the token axis {self.annotation.axis(dim)} of {dim.node.name}, "
+                "which was computed before a reducer of that stream, together with values computed after it. "
+                "Nothing aligns a sum over tokens; move the site behind this operator or leave it out of the "
+                "schedule."
             )
 
     def _follow(self, node: fx.Node, constraint: Constraint) -> None:
@@ -259,8 +260,8 @@ class Rewriter:
             case Opaque(source) if self.at(source):
                 raise AxisError(
                     f"{describe(node)} works position by position along the token axis "
-                    f"{self.annotation.axis(source)} of {source.node.name}, which a reducer has changed. Move the site "
-                    "behind this operator or leave it out of the schedule."
+                    f"{self.annotation.axis(source)} of {source.node.name}, which a reducer has changed. "
+                    "Move the site behind this operator or leave it out of the schedule."
                 )
             case _:
                 pass
@@ -276,8 +277,8 @@ class Rewriter:
                 epoch = self.at(part).get(stream, 0)
                 if joined.setdefault(stream, epoch) != epoch:
                     raise AxisError(
-                        f"{describe(node)} joins parts of the {stream} tokens from before and after a reducer; "
-                        "nothing aligns a part of a stream."
+                        f"{describe(node)} joins parts of the {stream} tokens from before and after a "
+                        "reducer; nothing aligns a part of a stream."
                     )
         self._set(result, joined)
 
@@ -290,7 +291,8 @@ class Rewriter:
             if len(holders) != 1:
                 raise AxisError(
                     f"{describe(node)} reshapes the {stream} tokens, which a reducer has changed, into "
-                    f"{[str(self.annotation.axis(r)) for r in results]}; their grid is gone. Move the site behind it."
+                    f"{[str(self.annotation.axis(r)) for r in results]}; their grid is gone. Move the site "
+                    "behind it."
                 )
             self._check_whole(node, holders[0])
             self._set(holders[0], {**self.at(holders[0]), stream: epoch})
@@ -300,11 +302,12 @@ class Rewriter:
         parts = [s for s in kind.segments if not s.whole] if isinstance(kind, Tokens) else []
         if parts:
             raise AxisError(
-                f"{describe(node)} takes {parts[0].length} of the {self.annotation.streams[parts[0].stream or '']} "
-                f"{parts[0].stream} tokens by position, after a reducer has changed them. Move the site behind it."
+                f"{describe(node)} takes {parts[0].length} of the "
+                f"{self.annotation.streams[parts[0].stream or '']} {parts[0].stream} tokens by position, "
+                "after a reducer has changed them. Move the site behind it."
             )
 
-    # --- literals ---------------------------------------------------------------------------------------------------
+    # --- literals -------------------------------------------------------------------------------------------
 
     def _literals(self, node: fx.Node, new: fx.Node, constraint: Constraint) -> None:
         match constraint:
@@ -347,11 +350,12 @@ class Rewriter:
         if position == before and not first_token:
             return now
         raise AxisError(
-            f"{describe(node)} takes position {position} of the token axis {kind}, which a reducer has changed; only "
-            "the first token of a stream keeps its place. Move the site behind it, or leave this output out."
+            f"{describe(node)} takes position {position} of the token axis {kind}, which a reducer has "
+            "changed; only the first token of a stream keeps its place. Move the site behind it, or leave "
+            "this output out."
         )
 
-    # --- alignment --------------------------------------------------------------------------------------------------
+    # --- alignment ------------------------------------------------------------------------------------------
 
     def _align(self, node: fx.Node, source: fx.Node, targets: dict[int, Epochs]) -> fx.Node:
         """The newest value of `source`, brought to the target epochs of each dimension."""
@@ -363,7 +367,9 @@ class Rewriter:
             value = self._aligned[key]
         return value
 
-    def _emit_align(self, node: fx.Node, source: fx.Node, value: fx.Node, index: int, target: Epochs) -> fx.Node:
+    def _emit_align(
+        self, node: fx.Node, source: fx.Node, value: fx.Node, index: int, target: Epochs
+    ) -> fx.Node:
         dim = Dim(source, index)
         kind, have = self.annotation.axis(dim), self.at(dim)
         if not isinstance(kind, Tokens) or index == 0 or any(not s.whole for s in kind.segments):
@@ -389,12 +395,15 @@ class Rewriter:
         if dtype.is_floating_point:
             return "log_mean_exp" if source in self.masks else "mean"
         merged = [
-            s for s in kind.streams if any(step.merged for step in self.steps[s][have.get(s, 0) : target.get(s, 0)])
+            s
+            for s in kind.streams
+            if any(step.merged for step in self.steps[s][have.get(s, 0) : target.get(s, 0)])
         ]
         if merged:
             raise AxisError(
-                f"{describe(node)} needs the integers of {source.name} for {merged[0]} tokens that were merged; "
-                "integers of merged tokens have no mean. Prune there instead of merging, or move the site."
+                f"{describe(node)} needs the integers of {source.name} for {merged[0]} tokens that were "
+                "merged; integers of merged tokens have no mean. Prune there instead of merging, or move the "
+                "site."
             )
         return "gather"
 
@@ -409,7 +418,7 @@ class Rewriter:
             self._maps[key] = composed
         return self._maps[key]
 
-    # --- finishing --------------------------------------------------------------------------------------------------
+    # --- finishing ------------------------------------------------------------------------------------------
 
     def _finish(self) -> fx.GraphModule:
         self.graph.set_codegen(copy.copy(self.source.graph._codegen))

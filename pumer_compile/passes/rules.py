@@ -1,19 +1,21 @@
 """The rule table: how each operator carries axes.
 
-A rule takes a node and yields constraints (`axes.py`). To add one, write a function under `@rule(overload, ...)`: say
-which dimensions of inputs and output are the same axis, and which literals are sizes. Dimensions that a rule does not
-mention are new and index no tokens; an input dimension that indexes tokens and is not mentioned is an error.
+A rule takes a node and yields constraints (`axes.py`). To add one, write a function under
+`@rule(overload, ...)`: say which dimensions of inputs and output are the same axis, and which literals are
+sizes. Dimensions that a rule does not mention are new and index no tokens; an input dimension that indexes
+tokens and is not mentioned is an error.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, fx
 
+from ..errors import AxisError
 from .axes import (
     Concat,
     Constraint,
@@ -30,7 +32,7 @@ from .axes import (
     reshape_groups,
     same_size,
 )
-from .graph import values
+from .graph import describe, values
 
 aten = torch.ops.aten
 Rule = Callable[[fx.Node], Iterable[Constraint]]
@@ -55,7 +57,11 @@ def rule_for(node: fx.Node) -> Rule | None:
     if node.op != "call_function":
         return None
     found = _RULES.get(node.target)
-    if found is None and isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags:
+    if (
+        found is None
+        and isinstance(node.target, torch._ops.OpOverload)
+        and torch.Tag.pointwise in node.target.tags
+    ):
         # PyTorch itself tags operators that act on each element alone.
         return pointwise
     return found
@@ -66,15 +72,45 @@ def overloads(packets: str) -> list[Any]:
     return [getattr(p, o) for name in packets.split() for p in [getattr(aten, name)] for o in p.overloads()]
 
 
-# --- helpers --------------------------------------------------------------------------------------------------------
+# --- helpers ------------------------------------------------------------------------------------------------
 
 
 def shape(node: fx.Node, output: int = 0) -> tuple[Size, ...]:
     return tuple(values(node)[output].shape)
 
 
-def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
+def argument(node: fx.Node, position: int, name: str = "", default: Any = None) -> Any:
     return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+def node_arg(node: fx.Node, position: int, name: str = "") -> fx.Node:
+    """An argument that must be a value of the graph."""
+    found = argument(node, position, name)
+    return found if isinstance(found, fx.Node) else _unexpected(node, position, found, "a value of the graph")
+
+
+def int_arg(node: fx.Node, position: int, name: str = "", default: int | None = None) -> int:
+    """An argument that must be a literal integer."""
+    found = argument(node, position, name, default)
+    return found if isinstance(found, int) else _unexpected(node, position, found, "a literal integer")
+
+
+def list_arg(node: fx.Node, position: int, name: str = "", default: Any = None) -> list[Any]:
+    """An argument that must be a list: of sizes, indices or values of the graph."""
+    found = argument(node, position, name, default)
+    return list(found) if isinstance(found, list | tuple) else _unexpected(node, position, found, "a list")
+
+
+def ints_arg(node: fx.Node, position: int, name: str = "", default: Any = None) -> list[int]:
+    """An argument that must be a literal integer or a list of them."""
+    found = argument(node, position, name, default)
+    return [found] if isinstance(found, int) else list_arg(node, position, name, default)
+
+
+def _unexpected(node: fx.Node, position: int, found: object, wanted: str) -> NoReturn:
+    raise AxisError(
+        f"Argument {position} of {describe(node)} is {found!r}; its rule in passes/rules.py expects {wanted}."
+    )
 
 
 def tensors(node: fx.Node) -> Iterator[fx.Node]:
@@ -88,7 +124,7 @@ def keep_dims(x: fx.Node, node: fx.Node, pairs: Iterable[tuple[int, int]]) -> It
 
 
 def broadcast(x: fx.Node, node: fx.Node, skip_last: int = 0) -> Iterator[Constraint]:
-    """Same axes, aligned at the right, where `x` is not stretched. `skip_last`: trailing dimensions left out."""
+    """Same axes, aligned at the right, where `x` is not stretched; without the `skip_last` last ones."""
     source, result = shape(x), shape(node)
     offset = len(result) - len(source)
     for i in range(len(source) - skip_last):
@@ -107,7 +143,7 @@ def size_literals(node: fx.Node, arg: int, sizes: Any) -> Iterator[Constraint]:
             yield Literal(Dim(node, item), arg, item)
 
 
-# --- elementwise ----------------------------------------------------------------------------------------------------
+# --- elementwise --------------------------------------------------------------------------------------------
 
 
 @rule(
@@ -127,19 +163,19 @@ def along_one_axis(node: fx.Node) -> Iterator[Constraint]:
     (x,) = tensors(node)
     yield from broadcast(x, node)
     if node.target is aten.cumsum.default:
-        yield Opaque(Dim(x, wrap(node.args[1], len(shape(x)))))
+        yield Opaque(Dim(x, wrap(int_arg(node, 1), len(shape(x)))))
 
 
 @rule(aten.layer_norm.default, aten.rms_norm.default, aten.native_layer_norm.default)
 def normalisation(node: fx.Node) -> Iterator[Constraint]:
     """Normalises the last dimensions, which are features."""
-    x, normalised = node.args[0], node.args[1]
+    x, normalised = node_arg(node, 0), list_arg(node, 1)
     rank = len(shape(x))
     yield from keep_dims(x, node, ((i, i) for i in range(rank)))
     yield from (Opaque(Dim(x, rank - 1 - i)) for i in range(len(normalised)))
 
 
-# --- constants ------------------------------------------------------------------------------------------------------
+# --- constants ----------------------------------------------------------------------------------------------
 
 
 @rule(*overloads("zeros ones full empty new_zeros new_ones new_full new_empty"))
@@ -148,7 +184,7 @@ def filled(node: fx.Node) -> Iterator[Constraint]:
     arg = 1 if "new_" in str(node.target) else 0
     for x in tensors(node):  # `new_*` take only dtype and device from it
         yield from (Reduce(Dim(x, i)) for i in range(len(shape(x))))
-    yield from size_literals(node, arg, node.args[arg])
+    yield from size_literals(node, arg, list_arg(node, arg))
 
 
 @rule(aten.arange.default, aten.arange.start, aten.arange.start_step)
@@ -158,19 +194,18 @@ def arange(node: fx.Node) -> Iterator[Constraint]:
         yield Literal(Dim(node, 0), 0)
 
 
-# --- shapes ---------------------------------------------------------------------------------------------------------
+# --- shapes -------------------------------------------------------------------------------------------------
 
 
 @rule(*overloads("view reshape _unsafe_view"))
 def view(node: fx.Node) -> Iterator[Constraint]:
-    x = node.args[0]
-    yield from _reshaped(x, node)
-    yield from size_literals(node, 1, node.args[1])
+    yield from _reshaped(node_arg(node, 0), node)
+    yield from size_literals(node, 1, list_arg(node, 1))
 
 
 @rule(aten.flatten.using_ints, aten.unflatten.int)
 def flatten(node: fx.Node) -> Iterator[Constraint]:
-    yield from _reshaped(node.args[0], node)
+    yield from _reshaped(node_arg(node, 0), node)
 
 
 def _reshaped(x: fx.Node, node: fx.Node) -> Iterator[Constraint]:
@@ -180,49 +215,49 @@ def _reshaped(x: fx.Node, node: fx.Node) -> Iterator[Constraint]:
 
 @rule(aten.transpose.int)
 def transpose(node: fx.Node) -> Iterator[Constraint]:
-    x, a, b = node.args
+    x = node_arg(node, 0)
     order = list(range(len(shape(x))))
-    a, b = wrap(a, len(order)), wrap(b, len(order))
+    a, b = wrap(int_arg(node, 1), len(order)), wrap(int_arg(node, 2), len(order))
     order[a], order[b] = order[b], order[a]
     yield from keep_dims(x, node, ((i, j) for j, i in enumerate(order)))
 
 
 @rule(aten.permute.default)
 def permute(node: fx.Node) -> Iterator[Constraint]:
-    x, order = node.args
+    x, order = node_arg(node, 0), list_arg(node, 1)
     yield from keep_dims(x, node, ((wrap(i, len(order)), j) for j, i in enumerate(order)))
 
 
 @rule(aten.t.default, aten.numpy_T.default)
 def reverse(node: fx.Node) -> Iterator[Constraint]:
-    x = node.args[0]
+    x = node_arg(node, 0)
     rank = len(shape(x))
     yield from keep_dims(x, node, ((i, rank - 1 - i) for i in range(rank)))
 
 
 @rule(aten.movedim.int)
 def movedim(node: fx.Node) -> Iterator[Constraint]:
-    x, source, target = node.args
+    x = node_arg(node, 0)
     rank = len(shape(x))
-    order = [i for i in range(rank) if i != wrap(source, rank)]
-    order.insert(wrap(target, rank), wrap(source, rank))
+    source, target = wrap(int_arg(node, 1), rank), wrap(int_arg(node, 2), rank)
+    order = [i for i in range(rank) if i != source]
+    order.insert(target, source)
     yield from keep_dims(x, node, ((i, j) for j, i in enumerate(order)))
 
 
 @rule(aten.unsqueeze.default)
 def unsqueeze(node: fx.Node) -> Iterator[Constraint]:
-    x, dim = node.args
+    x = node_arg(node, 0)
     rank = len(shape(x))
-    new = wrap(dim, rank + 1)
+    new = wrap(int_arg(node, 1), rank + 1)
     yield from keep_dims(x, node, ((i, i + (i >= new)) for i in range(rank)))
 
 
 @rule(aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default)
 def squeeze(node: fx.Node) -> Iterator[Constraint]:
-    x = node.args[0]
+    x = node_arg(node, 0)
     sizes = shape(x)
-    asked = node.args[1] if len(node.args) > 1 else list(range(len(sizes)))
-    dims = {wrap(d, len(sizes)) for d in ([asked] if isinstance(asked, int) else asked)}
+    dims = {wrap(d, len(sizes)) for d in ints_arg(node, 1, "dim", list(range(len(sizes))))}
     kept = [i for i, size in enumerate(sizes) if not (i in dims and same_size(size, 1))]
     yield from keep_dims(x, node, ((i, j) for j, i in enumerate(kept)))
     yield from (Reduce(Dim(x, i)) for i in range(len(sizes)) if i not in kept)
@@ -230,28 +265,27 @@ def squeeze(node: fx.Node) -> Iterator[Constraint]:
 
 @rule(aten.expand.default)
 def expand(node: fx.Node) -> Iterator[Constraint]:
-    x, sizes = node.args[0], node.args[1]
-    yield from broadcast(x, node)
-    yield from size_literals(node, 1, sizes)
+    yield from broadcast(node_arg(node, 0), node)
+    yield from size_literals(node, 1, list_arg(node, 1))
 
 
 @rule(aten.repeat.default)
 def repeat(node: fx.Node) -> Iterator[Constraint]:
-    x, repeats = node.args
+    x, repeats = node_arg(node, 0), list_arg(node, 1)
     offset = len(repeats) - len(shape(x))
     for i in range(len(shape(x))):
         once = isinstance(repeats[i + offset], int) and repeats[i + offset] == 1
         yield Same(Dim(x, i), Dim(node, i + offset)) if once else Opaque(Dim(x, i))
 
 
-# --- joining and cutting --------------------------------------------------------------------------------------------
+# --- joining and cutting ------------------------------------------------------------------------------------
 
 
 @rule(aten.cat.default)
 def cat(node: fx.Node) -> Iterator[Constraint]:
-    parts = node.args[0]
+    parts: list[fx.Node] = list_arg(node, 0)
     rank = len(shape(node))
-    dim = wrap(argument(node, 1, "dim", 0), rank)
+    dim = wrap(int_arg(node, 1, "dim", 0), rank)
     yield Concat(Dim(node, dim), tuple(Dim(p, dim) for p in parts))
     for part in parts:
         yield from keep_dims(part, node, ((i, i) for i in range(rank) if i != dim))
@@ -259,37 +293,36 @@ def cat(node: fx.Node) -> Iterator[Constraint]:
 
 @rule(aten.stack.default)
 def stack(node: fx.Node) -> Iterator[Constraint]:
-    parts = node.args[0]
+    parts: list[fx.Node] = list_arg(node, 0)
     rank = len(shape(node))
-    new = wrap(argument(node, 1, "dim", 0), rank)
+    new = wrap(int_arg(node, 1, "dim", 0), rank)
     for part in parts:
         yield from keep_dims(part, node, ((i, i + (i >= new)) for i in range(rank - 1)))
 
 
 @rule(aten.slice.Tensor)
 def slice_(node: fx.Node) -> Iterator[Constraint]:
-    x = node.args[0]
+    x = node_arg(node, 0)
     rank = len(shape(x))
-    dim = wrap(argument(node, 1, "dim", 0), rank)
+    dim = wrap(int_arg(node, 1, "dim", 0), rank)
     yield from keep_dims(x, node, ((i, i) for i in range(rank) if i != dim))
     size, cut = shape(x)[dim], shape(node)[dim]
     if same_size(size, cut):
         yield Same(Dim(x, dim), Dim(node, dim))
         return
     start, stop = argument(node, 2, "start") or 0, argument(node, 3, "end")
-    if argument(node, 4, "step", 1) != 1 or not isinstance(size, int) or not isinstance(start, int):
+    plain = argument(node, 4, "step", 1) == 1 and (start or stop is not None)
+    if not plain or not isinstance(size, int) or not isinstance(start, int):
         yield Opaque(Dim(x, dim))
         return
     first = max(size + start, 0) if start < 0 else start
     assert isinstance(cut, int)
-    yield Slice(Dim(x, dim), Dim(node, dim), first, first + cut, 2, 3) if stop is not None or start else Opaque(
-        Dim(x, dim)
-    )
+    yield Slice(Dim(x, dim), Dim(node, dim), first, first + cut, 2, 3)
 
 
 @rule(aten.narrow.default)
 def narrow(node: fx.Node) -> Iterator[Constraint]:
-    x, dim = node.args[0], wrap(node.args[1], len(shape(node)))
+    x, dim = node_arg(node, 0), wrap(int_arg(node, 1), len(shape(node)))
     yield from keep_dims(x, node, ((i, i) for i in range(len(shape(x))) if i != dim))
     whole = same_size(shape(x)[dim], shape(node)[dim])
     yield Same(Dim(x, dim), Dim(node, dim)) if whole else Opaque(Dim(x, dim))
@@ -297,9 +330,9 @@ def narrow(node: fx.Node) -> Iterator[Constraint]:
 
 @rule(aten.select.int)
 def select(node: fx.Node) -> Iterator[Constraint]:
-    x, dim, index = node.args
+    x, index = node_arg(node, 0), argument(node, 2)
     rank = len(shape(x))
-    dim = wrap(dim, rank)
+    dim = wrap(int_arg(node, 1), rank)
     yield from keep_dims(x, node, ((i, i - (i > dim)) for i in range(rank) if i != dim))
     size = shape(x)[dim]
     if isinstance(size, int) and isinstance(index, int):
@@ -311,10 +344,10 @@ def select(node: fx.Node) -> Iterator[Constraint]:
 @rule(*overloads("split split_with_sizes chunk unbind"))
 def pieces(node: fx.Node) -> Iterator[Constraint]:
     """Several outputs; the dimension that is divided must not be reduced."""
-    x = node.args[0]
+    x = node_arg(node, 0)
     rank = len(shape(x))
     unbinds = "unbind" in str(node.target)
-    dim = wrap(argument(node, 1 if unbinds else 2, "dim", 0), rank)
+    dim = wrap(int_arg(node, 1 if unbinds else 2, "dim", 0), rank)
     for output in range(len(values(node))):
         for i in range(rank):
             if i != dim:
@@ -324,18 +357,18 @@ def pieces(node: fx.Node) -> Iterator[Constraint]:
 
 @rule(operator.getitem)
 def getitem(node: fx.Node) -> Iterator[Constraint]:
-    x, output = node.args
     if values(node):
+        x, output = node_arg(node, 0), int_arg(node, 1)
         yield from (Same(Dim(x, i, output), Dim(node, i)) for i in range(len(shape(node))))
 
 
-# --- lookups --------------------------------------------------------------------------------------------------------
+# --- lookups ------------------------------------------------------------------------------------------------
 
 
 @rule(aten.embedding.default)
 def embedding(node: fx.Node) -> Iterator[Constraint]:
     """Integer ids that come straight from an input are text."""
-    weight, ids = node.args[0], node.args[1]
+    weight, ids = node_arg(node, 0), node_arg(node, 1)
     rank = len(shape(ids))
     yield from keep_dims(ids, node, ((i, i) for i in range(rank)))
     yield Same(Dim(weight, 1), Dim(node, rank))
@@ -345,14 +378,14 @@ def embedding(node: fx.Node) -> Iterator[Constraint]:
 
 def _straight_from_input(node: fx.Node) -> bool:
     while node.op == "call_function" and node.target in (aten.to.dtype, aten.to.device, aten.clone.default):
-        node = node.args[0]  # type: ignore[assignment]  # the first argument of these is a node
+        node = node_arg(node, 0)
     return node.op == "placeholder"
 
 
 @rule(aten.gather.default)
 def gather(node: fx.Node) -> Iterator[Constraint]:
-    x, dim, index = node.args[:3]
-    dim = wrap(dim, len(shape(x)))
+    x, index = node_arg(node, 0), node_arg(node, 2)
+    dim = wrap(int_arg(node, 1), len(shape(x)))
     yield from keep_dims(index, node, ((i, i) for i in range(len(shape(node)))))
     for i, (a, b) in enumerate(zip(shape(x), shape(node), strict=True)):
         yield Same(Dim(x, i), Dim(node, i)) if i != dim and same_size(a, b) else Opaque(Dim(x, i))
@@ -360,9 +393,9 @@ def gather(node: fx.Node) -> Iterator[Constraint]:
 
 @rule(aten.index_select.default)
 def index_select(node: fx.Node) -> Iterator[Constraint]:
-    x, dim, index = node.args
+    x, index = node_arg(node, 0), node_arg(node, 2)
     rank = len(shape(x))
-    dim = wrap(dim, rank)
+    dim = wrap(int_arg(node, 1), rank)
     yield from keep_dims(x, node, ((i, i) for i in range(rank) if i != dim))
     yield Same(Dim(index, 0), Dim(node, dim))
     yield Opaque(Dim(x, dim))
@@ -371,18 +404,19 @@ def index_select(node: fx.Node) -> Iterator[Constraint]:
 @rule(aten.index.Tensor)
 def index(node: fx.Node) -> Iterator[Constraint]:
     """`x[i, j]` with broadcast indices. An index that counts 0..n-1 over a whole dimension keeps its axis."""
-    x, indices = node.args
-    indexed = [d for d, i in enumerate(indices) if i is not None]
-    if indexed != list(range(indexed[0], indexed[-1] + 1)):
+    x = node_arg(node, 0)
+    indices: list[fx.Node | None] = list_arg(node, 1)
+    indexed = {d: i for d, i in enumerate(indices) if i is not None}
+    first, last = min(indexed), max(indexed)
+    if len(indexed) != last + 1 - first:
         yield from (Opaque(Dim(x, d)) for d in range(len(shape(x))))
         return
-    rank = max(len(shape(indices[d])) for d in indexed)
-    yield from keep_dims(x, node, ((d, d) for d in range(indexed[0])))
-    after = range(indexed[-1] + 1, len(shape(x)))
+    rank = max(len(shape(i)) for i in indexed.values())
+    yield from keep_dims(x, node, ((d, d) for d in range(first)))
+    after = range(last + 1, len(shape(x)))
     yield from keep_dims(x, node, ((d, d - len(indexed) + rank) for d in after))
-    for d in indexed:
-        i = indices[d]
-        offset = indexed[0] + rank - len(shape(i))
+    for d, i in indexed.items():
+        offset = first + rank - len(shape(i))
         for k, size in enumerate(shape(i)):
             if same_size(size, shape(node)[k + offset]):
                 yield Same(Dim(i, k), Dim(node, k + offset))
@@ -400,12 +434,12 @@ def _counts_whole(node: fx.Node, size: Size) -> int | None:
         adds_zero = node.target is aten.add.Tensor and node.args[1] == 0
         if not (adds_zero or node.target in (aten.unsqueeze.default, aten.to.dtype, aten.view.default)):
             return None
-        node = node.args[0]  # type: ignore[assignment]  # the first argument of these is a node
+        node = node_arg(node, 0)
     counts = node.target is aten.arange.default and len(shape(node)) == 1 and same_size(shape(node)[0], size)
     return position if counts else None
 
 
-# --- reductions -----------------------------------------------------------------------------------------------------
+# --- reductions ---------------------------------------------------------------------------------------------
 
 
 @rule(*overloads("sum mean amax amin any all"), aten.max.default, aten.min.default)
@@ -420,7 +454,7 @@ def arg_reduction(node: fx.Node) -> Iterator[Constraint]:
 
 
 def _reduced(node: fx.Node, gone: Callable[[Dim], Constraint]) -> Iterator[Constraint]:
-    x = node.args[0]
+    x = node_arg(node, 0)
     rank = len(shape(x))
     asked = argument(node, 1, "dim")
     if isinstance(asked, torch.dtype) or asked is None or asked == []:
@@ -436,12 +470,12 @@ def _reduced(node: fx.Node, gone: Callable[[Dim], Constraint]) -> Iterator[Const
         position += keeps or i not in dims
 
 
-# --- products -------------------------------------------------------------------------------------------------------
+# --- products -----------------------------------------------------------------------------------------------
 
 
 @rule(aten.linear.default)
 def linear(node: fx.Node) -> Iterator[Constraint]:
-    x, weight = node.args[0], node.args[1]
+    x, weight = node_arg(node, 0), node_arg(node, 1)
     rank = len(shape(x))
     yield from keep_dims(x, node, ((i, i) for i in range(rank - 1)))
     yield Same(Dim(x, rank - 1), Dim(weight, 1), aligns=False)
@@ -450,7 +484,7 @@ def linear(node: fx.Node) -> Iterator[Constraint]:
 
 @rule(aten.matmul.default, aten.bmm.default, aten.mm.default)
 def matmul(node: fx.Node) -> Iterator[Constraint]:
-    a, b = node.args
+    a, b = node_arg(node, 0), node_arg(node, 1)
     rank_a, rank_b, rank = len(shape(a)), len(shape(b)), len(shape(node))
     inner = Dim(b, rank_b - 2 if rank_b > 1 else 0)
     yield Same(Dim(a, rank_a - 1), inner, aligns=False)
@@ -467,7 +501,7 @@ def matmul(node: fx.Node) -> Iterator[Constraint]:
 
 @rule(aten.addmm.default, aten.baddbmm.default)
 def addmm(node: fx.Node) -> Iterator[Constraint]:
-    bias, a, b = node.args[:3]
+    bias, a, b = (node_arg(node, i) for i in range(3))
     rank = len(shape(node))
     yield from broadcast(bias, node)
     yield from keep_dims(a, node, ((i, i) for i in range(rank - 1)))
@@ -478,7 +512,8 @@ def addmm(node: fx.Node) -> Iterator[Constraint]:
 
 @rule(aten.einsum.default)
 def einsum(node: fx.Node) -> Iterator[Constraint]:
-    equation, operands = node.args[0], node.args[1]
+    equation: str = argument(node, 0)
+    operands: list[fx.Node] = list_arg(node, 1)
     left, _, right = equation.replace(" ", "").partition("->")
     if "." in equation or not right:
         yield from (Opaque(Dim(x, i)) for x in operands for i in range(len(shape(x))))
@@ -495,7 +530,7 @@ def einsum(node: fx.Node) -> Iterator[Constraint]:
 
 @rule(aten.scaled_dot_product_attention.default)
 def sdpa(node: fx.Node) -> Iterator[Constraint]:
-    q, k, v = node.args[:3]
+    q, k, v = (node_arg(node, i) for i in range(3))
     mask = argument(node, 3, "attn_mask")
     rank = len(shape(node))
     yield from broadcast(q, node, skip_last=1)
@@ -520,19 +555,19 @@ def sdpa(node: fx.Node) -> Iterator[Constraint]:
 @rule(aten.conv2d.default)
 def conv2d(node: fx.Node) -> Iterator[Constraint]:
     """A patch convolution (stride = kernel, no padding) makes a grid of image tokens."""
-    x, weight = node.args[0], node.args[1]
+    x, weight = node_arg(node, 0), node_arg(node, 1)
     yield Same(Dim(x, 0), Dim(node, 0))
     yield Same(Dim(weight, 0), Dim(node, 1))
     yield from (Opaque(Dim(x, i)) for i in (1, 2, 3))
-    stride = argument(node, 3, "stride", [1, 1])
-    padding = argument(node, 4, "padding", [0, 0])
-    if list(stride) == list(shape(weight)[2:]) and max(stride) > 1 and not any(padding):
+    stride = list_arg(node, 3, "stride", [1, 1])
+    padding = list_arg(node, 4, "padding", [0, 0])
+    if stride == list(shape(weight)[2:]) and max(stride) > 1 and not any(padding):
         yield Seed((Dim(node, 2), Dim(node, 3)), "image")
 
 
 @rule(aten.sym_size.int)
 def sym_size(node: fx.Node) -> Iterator[Constraint]:
-    x, dim = node.args
+    x, dim = node_arg(node, 0), int_arg(node, 1)
     rank = len(shape(x))
     yield from (Opaque(Dim(x, i)) if i == wrap(dim, rank) else Reduce(Dim(x, i)) for i in range(rank))
 

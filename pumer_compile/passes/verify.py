@@ -35,13 +35,16 @@ def verify(module: fx.GraphModule, walk: Rewriter) -> int:
         How many values past a reducer were checked.
 
     Raises:
-        VerifyError: a shape differs from the plan, an output still carries a reduced axis, or a forbidden operator.
+        VerifyError: a shape differs from the plan, an output still carries a reduced axis, or a forbidden
+            operator.
     """
     check_outputs(walk)
     for node in module.graph.nodes:
         if isinstance(node.target, torch._ops.OpOverload) and node.target.overloadpacket in FORBIDDEN:
             raise VerifyError(f"{describe(node)} has a data-dependent shape or exports to wrong values.")
-    inputs = {str(n.target): values(n)[0] for n in walk.source.graph.nodes if n.op == "placeholder" and values(n)}
+    inputs = {
+        str(n.target): values(n)[0] for n in walk.source.graph.nodes if n.op == "placeholder" and values(n)
+    }
     found, _ = propagate(module, inputs)
     for node, value in found.items():
         if isinstance(value, Tensor):
@@ -59,9 +62,10 @@ def check_outputs(walk: Rewriter) -> None:
                 kind = walk.annotation.axis(dim)
                 streams = () if isinstance(kind, Fixed) else kind.streams
                 raise VerifyError(
-                    f"The output {describe(node)} has one entry for each token of {kind}, and {', '.join(streams)} "
-                    "tokens are reduced: its entries would no longer be the model's. Leave this output out of the "
-                    "capture (`outputs=[...]`), or leave the sites before it out of the schedule."
+                    f"The output {describe(node)} has one entry for each token of {kind}, and "
+                    f"{', '.join(streams)} tokens are reduced: its entries would no longer be the model's. "
+                    "Leave this output out of the capture (`outputs=[...]`), or leave the sites before it "
+                    "out of the schedule."
                 )
 
 
@@ -78,8 +82,8 @@ def _check_shapes(module: fx.GraphModule, walk: Rewriter, found: dict[fx.Node, A
         )
         if not agree:
             raise VerifyError(
-                f"{describe(captured)} has shape {list(value.shape)} after reduction, and the plan says {expected}. "
-                "This is a defect of a rule in passes/rules.py."
+                f"{describe(captured)} has shape {list(value.shape)} after reduction, and the plan says "
+                f"{expected}. This is a defect of a rule in passes/rules.py."
             )
         checked += any(walk.at(Dim(captured, i)) for i in range(value.dim()))
     return checked

@@ -13,9 +13,9 @@ AlignMode = Literal["mean", "log_mean_exp", "any", "gather"]
 class AlignAxis(nn.Module):
     """Applies reducers' maps along one axis of a value.
 
-    Features are averaged, additive masks take the logarithm of the mean of their exponentials (a mask of 0 and -inf
-    becomes the logarithm of the share of real tokens), boolean masks are true where any merged token is, and integer
-    positions are gathered (only after pruning; the caller refuses it after a merge).
+    Features are averaged, additive masks take the logarithm of the mean of their exponentials (a mask of 0
+    and -inf becomes the logarithm of the share of real tokens), boolean masks are true where any merged token
+    is, and integer positions are gathered (only after pruning; the caller refuses it after a merge).
 
     Args:
         dim: the axis.
@@ -38,7 +38,9 @@ class AlignAxis(nn.Module):
         moved = moved.exp() if self.mode == "log_mean_exp" else moved
         parts, remaining = [], list(maps)
         for part, (_, reduced) in zip(moved.split([n for n, _ in self.pieces], -1), self.pieces, strict=True):
-            parts.append(_along_last(part, remaining.pop(0)) if reduced else part.expand(_batched(part, maps)))
+            parts.append(
+                _along_last(part, remaining.pop(0)) if reduced else part.expand(_batched(part, maps))
+            )
         result = torch.cat([p.float() for p in parts], -1) if len(parts) > 1 else parts[0].float()
         return self._back(result, value.dtype).movedim(-1, self.dim)
 
@@ -48,7 +50,7 @@ class AlignAxis(nn.Module):
         if self.mode == "gather":
             return result.round().to(dtype)
         if self.mode == "log_mean_exp":
-            # A token made of masked ones has log(0): the dtype's lowest value masks without making NaN of a row.
+            # A token of masked ones has log(0): the dtype's lowest value masks without making a row NaN.
             return result.log().clamp(min=torch.finfo(dtype).min).to(dtype)
         return result.to(dtype)
 
@@ -80,8 +82,8 @@ class TokenWeights(nn.Module):
         self.start, self.length = start, length
 
     def forward(self, mask: Tensor) -> Tensor:
-        """`[batch, length]` float32 from a mask `[batch, heads or 1, queries or 1, keys]`, boolean (true: attend) or
-        additive. A key is real when any query of any head may attend to it."""
+        """`[batch, length]` float32 from a mask `[batch, heads or 1, queries or 1, keys]`, boolean (true:
+        attend) or additive. A key is real when any query of any head may attend to it."""
         keys = mask[..., self.start : self.start + self.length]
         opened = keys.float() if mask.dtype == torch.bool else keys.float().exp()
         return opened.amax((1, 2))

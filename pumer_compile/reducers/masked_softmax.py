@@ -9,9 +9,9 @@ from torch import Tensor, nn
 class PublishedMaskedSoftmax(nn.Module):
     """Softmax over keys with multiplicative weights, as the published code has it.
 
-    `x = exp(a - max(a)) * m` and `(x + eps / N) / (sum(x) + eps)` with `m = mask + (1 - mask) * eye`: masked keys
-    still see themselves, the maximum is taken over all keys, and eps = 1e-6 spreads a little over the N keys.
-    Fractions in the mask are the weights of merged tokens.
+    `x = exp(a - max(a)) * m` and `(x + eps / N) / (sum(x) + eps)` with `m = mask + (1 - mask) * eye`: masked
+    keys still see themselves, the maximum is taken over all keys, and eps = 1e-6 spreads a little over the N
+    keys. Fractions in the mask are the weights of merged tokens.
 
     Args:
         diagonal: whether queries and keys are the same tokens, so that the diagonal is re-opened.

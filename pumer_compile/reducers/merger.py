@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from .ranking import first_argmax, one_hot, top
 
-# Below every cosine: pairs that may not merge come after all that may, and before the class token.
-_LAST_RESORT = -2.0
+# Below every similarity: pairs that may not merge come after all that may, and before the class token (-inf).
+LAST_RESORT = -1e30
 Similarity = Literal["cosine", "dot"]
 
 
@@ -33,8 +33,9 @@ class Matching(NamedTuple):
 class ModalityAwareMerger(nn.Module):
     """Merges the most similar pairs of tokens of one modality.
 
-    Tokens are split by position: even ones look for their most similar odd one, and the `merge` best pairs become
-    one token each. Token 0 never merges away. Unmerged even tokens come first, in order, then the odd ones.
+    Tokens are split by position: even ones look for their most similar odd one, and the `merge` best pairs
+    become one token each. Token 0 never merges away. Unmerged even tokens come first, in order, then the odd
+    ones.
 
     Args:
         merge: tokens to merge away.
@@ -64,13 +65,14 @@ class ModalityAwareMerger(nn.Module):
         """
         keys = keys.float()
         if self.similarity == "cosine":
-            keys = keys / keys.norm(dim=-1, keepdim=True)
+            # A key of zeros is like nothing; without the clamp it would be NaN and undo the order of all others.
+            keys = keys / keys.norm(dim=-1, keepdim=True).clamp(min=1e-30)
         even, odd = keys[:, 0::2], keys[:, 1::2]
         scores = even @ odd.transpose(-1, -2)
         if self.keep_padding_apart and weights is not None:
             real = weights > 0
             same = real[:, 0::2].unsqueeze(-1) == real[:, 1::2].unsqueeze(-2)
-            scores = torch.where(same, scores, _LAST_RESORT)
+            scores = torch.where(same, scores, LAST_RESORT)
         even_position = 2 * torch.arange(even.shape[1], device=keys.device)
         odd_position = 2 * torch.arange(odd.shape[1], device=keys.device) + 1
         if self.protected > 1:
@@ -94,8 +96,8 @@ class ModalityAwareMerger(nn.Module):
             tokens: tokens before merging.
 
         Returns:
-            the even tokens that stay, `[batch, even - merge, even]`, and the even tokens that join each odd one,
-            `[batch, odd, even]`; float32 of zeros and ones.
+            the even tokens that stay, `[batch, even - merge, even]`, and the even tokens that join each odd
+            one, `[batch, odd, even]`; float32 of zeros and ones.
         """
         n_even, n_odd = (tokens + 1) // 2, tokens // 2
         chosen = one_hot(source, n_even)

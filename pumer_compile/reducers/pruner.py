@@ -11,9 +11,9 @@ from .ranking import top
 class TextInformedPruner(nn.Module):
     """Keeps the image tokens that the text attends to most.
 
-    The saliency of an image token is the attention it receives from the text, mean over heads and summed over text
-    tokens (equation 1 up to a constant factor, which does not change the order). Kept tokens come in descending
-    saliency: the merger's even/odd split follows that order.
+    The saliency of an image token is the attention it receives from the text, mean over heads and summed over
+    text tokens (equation 1 up to a constant factor, which does not change the order). Kept tokens come in
+    descending saliency: the merger's even/odd split follows that order.
 
     Args:
         keep: image tokens to keep.
@@ -38,15 +38,14 @@ class TextInformedPruner(nn.Module):
         per_text = attention.float().mean(1)
         if not self.pads_vote and text_weights is not None:
             per_text = per_text * (text_weights > 0).unsqueeze(-1)
-        scores = per_text.sum(1)
-        if self.protected:
-            # Attention lies in 0..1 and is summed over `text` rows, so this bonus exceeds every score.
-            index = torch.arange(scores.shape[-1], device=scores.device)
-            bonus = (self.protected - index).clamp(min=0) * (attention.shape[2] + 1)
-            scores = scores + bonus
-        return scores
+        return per_text.sum(1)
 
     def forward(self, attention: Tensor, text_weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Indices of the kept tokens in descending saliency, `[batch, keep]` int64, and the saliency."""
         scores = self.saliency(attention, text_weights)
-        return top(scores, self.keep), scores
+        if not self.protected:
+            return top(scores, self.keep), scores
+        # Attention lies in 0..1 and is summed over the text, so this bonus puts protected tokens before all others.
+        index = torch.arange(scores.shape[-1], device=scores.device)
+        bonus = (self.protected - index).clamp(min=0) * (attention.shape[2] + 1)
+        return top(scores + bonus, self.keep), scores

@@ -1,8 +1,9 @@
 """Ordering by counting, and selection by comparing.
 
-`topk`, `argmax` and `sort` break ties differently in each runtime, TensorRT limits the K of `topk`, and a stable sort
-does not export. Counting how many scores beat each score gives the same order everywhere, ties to the lowest index,
-from comparisons and sums alone. It costs n * n comparisons, which is nothing beside the layer it stands in.
+`topk`, `argmax` and `sort` break ties differently in each runtime, TensorRT limits the K of `topk`, and a
+stable sort does not export. Counting how many scores beat each score gives the same order everywhere, ties to
+the lowest index, from comparisons and sums alone. It costs n * n comparisons, which is nothing beside the
+layer it stands in.
 """
 
 from __future__ import annotations

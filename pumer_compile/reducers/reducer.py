@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .merger import Matching, ModalityAwareMerger
+from .merger import LAST_RESORT, Matching, ModalityAwareMerger
 from .pruner import TextInformedPruner
 from .ranking import one_hot
 
@@ -80,16 +80,16 @@ class Forcing:
 class StreamReducer(nn.Module):
     """Prunes (image only) and merges one stream at one site.
 
-    Decisions are made in float32 whatever the model's dtype. Features are combined by one matmul with `map`; no
-    gather, scatter, sort or top-k reaches an exported graph. Gradients flow through `tokens`.
+    Decisions are made in float32 whatever the model's dtype. Features are combined by one matmul with `map`;
+    no gather, scatter, sort or top-k reaches an exported graph. Gradients flow through `tokens`.
 
     Args:
         tokens: tokens before.
         pruner: keeps `pruner.keep` of them; None prunes nothing and keeps the order.
         merger: merges `merger.merge` of the kept ones away.
         averaging: `plain` mean of merged tokens, or weighted by carried `sizes` (0 for padding).
-        carried: what becomes of the carried weights: their `mean` (published code, text), `ones` (published code,
-            image) or their `sum` (token sizes).
+        carried: what becomes of the carried weights: their `mean` (published code, text), `ones` (published
+            code, image) or their `sum` (token sizes).
     """
 
     def __init__(
@@ -125,10 +125,16 @@ class StreamReducer(nn.Module):
         Args:
             tokens: the stream's carrier, `[batch, before, width]`.
             keys: the site's keys, `[batch, heads, before, head_size]`.
-            weights: carried weights, `[batch, before]`: mask fractions or token sizes; 0 is padding; None is ones.
-            attention: text-to-image attention after softmax, `[batch, heads, text, before]`; image streams only.
+            weights: carried weights, `[batch, before]`: mask fractions or token sizes; 0 is padding; None is
+                ones.
+            attention: text-to-image attention after softmax, `[batch, heads, text, before]`; image streams
+                only.
             text_weights: carried weights of the text, `[batch, text]`; image streams only.
         """
+        if torch.is_autocast_enabled(tokens.device.type):
+            # Autocast would compute similarities in half precision, and ties with them.
+            with torch.autocast(tokens.device.type, enabled=False):
+                return self.forward(tokens, keys, weights, attention, text_weights)
         keys = keys.float().mean(1)
         if weights is None:
             weights = torch.ones_like(keys[:, :, 0])
@@ -198,7 +204,7 @@ class StreamReducer(nn.Module):
             own = Decisions(kept, *_decisions(kept, matching)[1:])
             differs = differs | (own.source != forced.source).any(1) | (own.target != forced.target).any(1)
             source, target = forced.source // 2, forced.target // 2
-            scale = matching.scores[torch.isfinite(matching.scores)].abs().max()
+            scale = matching.scores[matching.scores > LAST_RESORT].abs().max()
             margin = torch.maximum(margin, _gap(matching.best, matching.source, source) / scale)
             margin = torch.maximum(margin, _target_gap(matching, source, target) / scale)
             matching = matching._replace(source=source, target=target)

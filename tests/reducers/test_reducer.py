@@ -422,9 +422,11 @@ def test_forced_pruning_is_followed_and_measured(semantics: str) -> None:
     assert comparison.margin[1].item() == pytest.approx(gap, rel=1e-4)
 
 
+@pytest.mark.parametrize("semantics", ["reference", "safe"])
 @pytest.mark.parametrize("what", ["source", "target", "order"])
-def test_forced_merging_is_followed_and_measured(what: str) -> None:
-    model, case = Two(), example()
+def test_forced_merging_is_followed_and_measured(what: str, semantics: str) -> None:
+    """Sample 0 has no padding, sample 1 has: its pairs of real tokens and padding are no scale for sample 0."""
+    model, case = Two(semantics), example()
     free = model(**case)[1]
     wanted = decisions_of(free)
     unit = case["keys"][0].double().numpy().mean(0)
