@@ -15,7 +15,7 @@ help:
 	@echo "make clean  remove .venv and everything generated"
 
 demo: $(STAMP)
-	@$(BIN)/python examples/easy_vqa/demo.py
+	@$(BIN)/python -m examples.easy_vqa.demo
 
 test: $(STAMP)
 	@echo "==> pytest"

@@ -72,7 +72,9 @@ def machine() -> dict[str, object]:
     """What the figures were measured on."""
     from pumer_compile.exporters.manifest import library_versions
 
-    models = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    models = [
+        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+    ]
     return {
         "cpu": models[0] if models else platform.processor(),
         "cores": os.cpu_count(),
@@ -90,14 +92,14 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "vilt_b32_cpu.json")
     arguments = parser.parse_args()
     result: dict[str, object] = {"machine": machine(), "text_length": TEXT_LENGTH, "batches": {}}
-    print(f"{'batch':>5} {'schedule':<10}{'median ms':>11}{'quartiles':>17}{'speed-up':>10}{'compile s':>11}{'peak GiB':>10}")
+    print(
+        f"{'batch':>5} {'schedule':<10}{'median ms':>11}{'quartiles':>17}{'speed-up':>10}{'compile s':>11}{'peak GiB':>10}"
+    )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         save_model(folder / "model")
         for batch in arguments.batch:
-            compiled = {
-                v: compile_variant(folder / "model", v, batch, folder / f"{v}_{batch}.onnx") for v in VARIANTS
-            }
+            compiled = {v: compile_variant(folder / "model", v, batch, folder / f"{v}_{batch}.onnx") for v in VARIANTS}
             samples = run_alternating({v: folder / f"{v}_{batch}.onnx" for v in VARIANTS}, batch, arguments.rounds)
             medians = {v: statistics.median(s) for v, s in samples.items()}
             for v in VARIANTS:

@@ -45,9 +45,7 @@ _ARITHMETIC: tuple[type[ast.AST], ...] = (
 
 
 def is_archive(path: Path, names: list[str]) -> bool:
-    """Whether the zip file at `path`, with these entries, is a torch.export archive (of any version of the
-    format).
-    """
+    """Whether the zip file at `path`, with these entries, is a torch.export archive (of any version of the format)."""
     if "serialized_exported_program.json" in names:
         return True
     marker = [name for name in names if name.count("/") == 1 and name.endswith("/archive_format")]
@@ -72,11 +70,11 @@ def load(path: Path, allow_pickle: bool = False) -> ExportedProgram:
     except UsageError:
         raise
     except Exception as error:
-        lines = str(error).strip().splitlines() or [""]
+        line = next(iter(str(error).strip().splitlines()), "").rstrip(".")
         raise CaptureError(
             f"The torch.export archive {path} cannot be loaded by torch {torch.__version__}: "
-            f"{type(error).__name__}: {lines[0].rstrip('.')}. It may be damaged, or written by another "
-            "version of torch: export it again."
+            f"{type(error).__name__}: {line}. It may be truncated, or written by another version of torch: "
+            "export it again."
         ) from error
 
 
@@ -110,9 +108,7 @@ def _unsafe_entries(zipped: zipfile.ZipFile) -> Iterator[str]:
 
 
 def _unless_tensors(entry: str, content: bytes) -> Iterator[str]:
-    """Nothing if torch's weights-only unpickler accepts the entry: then torch.export.load does not go further
-    either.
-    """
+    """Nothing if torch's weights-only unpickler takes the entry: torch.export.load then goes no further either."""
     try:
         torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception:
@@ -127,9 +123,7 @@ def _unsafe_payloads(entry: str, config: dict[str, Any]) -> Iterator[str]:
 
 
 def _unsafe_values(value: Any, key: str) -> Iterator[str]:
-    """Everything below `value` (found under `key`) that is more than a plain name, number or known
-    expression.
-    """
+    """Everything below `value` (found under `key`) that is more than a plain name, number or known expression."""
     if isinstance(value, dict):
         if "__enum__" in value:
             yield f"it names a class to import ({value.get('fqn')})"
@@ -177,9 +171,7 @@ def _is_arithmetic(text: str) -> bool:
 
 
 def _import_output_types(path: Path) -> None:
-    """Import the transformers modules whose output classes the archive names: importing them makes them known
-    to torch.
-    """
+    """Import the transformers modules whose output classes the archive names: that makes them known to torch."""
     with zipfile.ZipFile(path) as zipped:
         for name in zipped.namelist():
             if name.partition("/")[2].startswith("models/"):

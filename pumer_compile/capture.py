@@ -31,7 +31,7 @@ from .inputs import (
     explain_inputs,
     exported_inputs,
 )
-from .loading import LoadedModel, quiet
+from .loading import LoadedModel, first_line, quiet
 
 
 @dataclass(frozen=True)
@@ -84,12 +84,9 @@ def capture(
     unknown = [name for name in streams or {} if name not in program.inputs]
     if unknown:
         raise UsageError(
-            f"streams names the input {unknown[0]!r}, but the captured inputs are "
-            f"{', '.join(program.inputs)}."
+            f"streams names the input {unknown[0]!r}, but the captured inputs are {', '.join(program.inputs)}."
         )
-    return Program(
-        program.module, program.inputs, program.dynamic_batch, program.model, dict(streams or {}), sha256
-    )
+    return Program(program.module, program.inputs, program.dynamic_batch, program.model, dict(streams or {}), sha256)
 
 
 def _from_module(model: nn.Module, inputs: Mapping[str, Tensor], dynamic_batch: bool) -> Program:
@@ -136,9 +133,7 @@ def _symbolic_batch(sample: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[
 
 
 def batch_inputs(sample: Mapping[str, Tensor]) -> list[str]:
-    """The inputs with the batch on dimension 0: those as long there as the token ids, or else as the first
-    input.
-    """
+    """The inputs with the batch on dimension 0: those as long there as the token ids, or else as the first input."""
     tensors = {name: tensor for name, tensor in sample.items() if tensor.ndim > 0}
     if not tensors:
         return []
@@ -146,37 +141,21 @@ def batch_inputs(sample: Mapping[str, Tensor]) -> list[str]:
     return [name for name, tensor in tensors.items() if tensor.shape[0] == batch]
 
 
-def _failure(
-    model: nn.Module, sample: dict[str, Tensor], dynamic_batch: bool, error: Exception
-) -> PumerError:
-    """The error to raise for a failed trace: the inputs' fault if they break a rule of the model, else the
-    trace's.
-    """
-    name = type(model).__name__
-    given = describe_inputs(sample)
+def _failure(model: nn.Module, sample: dict[str, Tensor], dynamic_batch: bool, error: Exception) -> PumerError:
+    """The error to raise for a failed trace: the inputs' fault if they break a rule of the model, else the trace's."""
+    name, given, line = type(model).__name__, describe_inputs(sample), first_line(error)
     fault = explain_inputs(model, sample)
     if fault:
-        return UsageError(f"{name} does not take these inputs ({given}): {fault}.")
+        return UsageError(f"{name} does not take these inputs ({given}): {fault}. Tracing ended with {line}.")
     remedy = (
         "Capture with a static batch, or find where the model reads the batch size as a number."
         if dynamic_batch
         else "If the inputs are right, the model needs a change that torch.export can trace, or a frontend."
     )
-    return CaptureError(
-        f"torch.export could not trace {name} with the inputs {given}: {useful_line(error)} {remedy}"
-    )
+    return CaptureError(f"torch.export could not trace {name} with the inputs {given}: {line}. {remedy}")
 
 
-def useful_line(error: BaseException) -> str:
-    """The exception's type and the first line of its message that says something, as one sentence."""
-    lines = [line.strip() for line in str(error).splitlines()]
-    line = next((line for line in lines if line), "no message")
-    return f"{type(error).__name__}: {line}{'' if line.endswith(('.', '!', '?')) else '.'}"
-
-
-def _from_exported(
-    exported: ExportedProgram, inputs: Mapping[str, Tensor] | None, dynamic_batch: bool
-) -> Program:
+def _from_exported(exported: ExportedProgram, inputs: Mapping[str, Tensor] | None, dynamic_batch: bool) -> Program:
     expected = exported_inputs(exported)
     symbolic = any(t.ndim > 0 and not isinstance(t.shape[0], int) for t in expected.values())
     if dynamic_batch and not symbolic:
@@ -214,7 +193,7 @@ def plain_graph_module(exported: ExportedProgram) -> fx.GraphModule:
     """
     with_parameter = "check_guards" in inspect.signature(exported.module).parameters
     unlifted = exported.module(check_guards=False) if with_parameter else exported.module()
-    for node in reversed(unlifted.graph.nodes):
+    for node in list(unlifted.graph.nodes):
         if node.target in _CHECKS or (node.op == "call_module" and node.target == "_guards_fn"):
             _erase(node)
     module = fx.GraphModule(unlifted, unlifted.graph)
@@ -269,7 +248,5 @@ def _namespaces(model: nn.Module) -> Iterator[dict[str, Any]]:
         seen.add(id(owner))
         attributes = vars(owner)
         yield attributes
-        yield from (
-            value for value in attributes.values() if isinstance(value, dict)
-        )  # _parameters, _buffers, hooks
+        yield from (value for value in attributes.values() if isinstance(value, dict))  # _parameters, _buffers, hooks
         pending += [value for value in attributes.values() if isinstance(value, PreTrainedConfig)]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
@@ -20,7 +21,7 @@ from rich.table import Table
 from .errors import ParityError, PumerError, UsageError
 
 EXAMPLES = """
-Compile a fine-tuned model to a reduced ONNX model, proved against eager PyTorch before it is written:
+Examples. Compile a fine-tuned model to a reduced ONNX model, proved against eager PyTorch before it is written:
 
     pumer-compile MODEL --schedule vilt-vqa -o model.onnx
 
@@ -37,11 +38,31 @@ MODEL is a save_pretrained folder, a torch.export archive, or a checkpoint. SCHE
 
 Exit codes: 0 done, 1 failed, 2 bad usage, 3 parity failed.
 """
+PARITY_EXAMPLES = """
+Examples. On random samples with padding, then on your own inputs with a tolerance for one output:
+
+    pumer-compile parity model.onnx --model MODEL
+
+    pumer-compile parity model.onnx --model MODEL --inputs samples.npz --atol logits=1e-3
+"""
+PLAN_EXAMPLES = """
+Examples. A table for a preset, then JSON for a schedule of your own and shorter texts:
+
+    pumer-compile plan MODEL --schedule vilt-vqa
+
+    pumer-compile plan MODEL --schedule schedule.yaml --text-length 20 --json
+"""
+
+
+def _epilog(examples: str) -> str:
+    """Paragraphs as typer keeps them apart."""
+    return examples.replace("\n\n", "\n\n\n")
+
 
 app = typer.Typer(
     name="pumer-compile",
     help="Make vision-language transformers cheap to serve: reduce tokens at compile time.",
-    epilog=EXAMPLES.replace("\n\n", "\n\n\n"),
+    epilog=_epilog(EXAMPLES),
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -116,8 +137,8 @@ def _readable_errors(command: Callable[..., None]) -> Callable[..., None]:
             raise
         except Exception as error:
             # A defect of ours: say so, without burying the user in a traceback that -v gives.
-            text = f"Unexpected {type(error).__name__}: {' '.join(str(error).split())[:400]} (run with -v for a traceback)."
-            _fail(error, text, 1, verbose)
+            text = " ".join(str(error).split())[:400]
+            _fail(error, f"Unexpected {type(error).__name__}: {text} (run with -v for a traceback).", 1, verbose)
 
     return run
 
@@ -146,7 +167,7 @@ def _stage(text: str) -> Iterator[None]:
         yield
 
 
-@app.command("compile", epilog=EXAMPLES.replace("\n\n", "\n\n\n"))
+@app.command("compile", epilog=_epilog(EXAMPLES))
 @_readable_errors
 def compile_(
     model: Model,
@@ -164,7 +185,9 @@ def compile_(
     opset: Annotated[int, typer.Option("--opset", help="ONNX opset, 18 or newer.")] = 20,
     target: Annotated[
         str | None,
-        typer.Option("--target", help="onnxruntime-cpu or onnxruntime-cuda: use its fused operators.", show_default=False),
+        typer.Option(
+            "--target", help="onnxruntime-cpu or onnxruntime-cuda: use its fused operators.", show_default=False
+        ),
     ] = None,
     with_decisions: Annotated[
         bool, typer.Option("--with-decisions", help="Give every reducer's decisions as extra outputs.")
@@ -185,8 +208,9 @@ def compile_(
 
     check_writable(output)
     options = exporter_options(output, dtype=dtype, opset=opset, target=target)
-    for path in filter(None, [report]):
-        check_writable(path)
+    absolute, relative = _tolerance(atol), _tolerance(rtol)
+    if report is not None:
+        check_writable(report)
     program, chosen = _captured(
         model, schedule, config, allow_pickle, inputs, (batch, text_length, image_size), dynamic_batch, stream
     )
@@ -199,8 +223,8 @@ def compile_(
                 options=options,
                 with_decisions=with_decisions,
                 verify=not no_verify,
-                atol=_tolerance(atol),
-                rtol=_tolerance(rtol),
+                atol=absolute,
+                rtol=relative,
             )
         except ParityError as error:
             if error.report is not None:
@@ -218,7 +242,7 @@ def compile_(
     console.print(f"Wrote {done.path} ({proved}) and {done.manifest_path}.", markup=False, highlight=False)
 
 
-@app.command("parity")
+@app.command("parity", epilog=_epilog(PARITY_EXAMPLES))
 @_readable_errors
 def parity_(
     artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Made by pumer-compile.")],
@@ -238,6 +262,7 @@ def parity_(
     from .loading import load_model
     from .parity import parity, save_report
 
+    absolute, relative = _tolerance(atol), _tolerance(rtol)
     read_manifest(artifact)
     if report is not None:
         check_writable(report)
@@ -245,7 +270,7 @@ def parity_(
         loaded = load_model(model, config=config, allow_pickle=allow_pickle)
         samples = None if inputs is None else load_inputs(inputs, loaded.source)
     with _stage("comparing"):
-        result = parity(artifact, loaded, samples, atol=_tolerance(atol), rtol=_tolerance(rtol))
+        result = parity(artifact, loaded, samples, atol=absolute, rtol=relative)
     if report is not None:
         save_report(result, report)
     _print_report(result)
@@ -253,7 +278,7 @@ def parity_(
         raise ParityError(f"Parity failed: {result.failures()}.")
 
 
-@app.command("plan")
+@app.command("plan", epilog=_epilog(PLAN_EXAMPLES))
 @_readable_errors
 def plan_(
     model: Model,
@@ -270,11 +295,11 @@ def plan_(
     verbose: Verbose = False,
 ) -> None:
     """Show token counts and multiply-adds of one sample, before and after; write nothing."""
+    if schedule == "none":
+        raise UsageError("`--schedule none` reduces nothing, so there is no plan. Name a schedule file or a preset.")
     program, chosen = _captured(
         model, schedule, config, allow_pickle, inputs, (batch, text_length, image_size), False, stream
     )
-    if chosen is None:
-        raise UsageError("`--schedule none` reduces nothing, so there is no plan. Name a schedule file or a preset.")
     reduced = _reduced(program, chosen, dump_graph)
     if as_json:
         print(json.dumps(reduced.plan.to_dict(), indent=2))
@@ -363,16 +388,28 @@ def _tolerance(items: list[str] | None) -> float | Mapping[str, float] | None:
     return by_name.get("", by_name)
 
 
+def _table(title: str, folding: list[str], *columns: str) -> Table:
+    """A table whose numbers are never cut, also on 80 columns; the `folding` first columns wrap instead."""
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for column in folding:
+        table.add_column(column, overflow="fold", min_width=8)
+    for column in columns:
+        table.add_column(column, no_wrap=True)
+    return table
+
+
 def _print_plan(plan: Any) -> None:
-    table = Table(title="Plan (one sample)")
-    for column in ("site", "module", "tokens before", "tokens after", "G multiply-adds from here, before", "after"):
-        table.add_column(column, overflow="fold")
+    table = _table(
+        "Plan (one sample; multiply-adds from each site to the next)",
+        ["site", "module"],
+        *("tokens\nbefore", "tokens\nafter", "G mult-adds\nbefore", "G mult-adds\nafter"),
+    )
     for site in plan.sites:
-        before, after = (", ".join(f"{s} {n}" for s, n in c.items()) for c in (site.before, site.after))
-        table.add_row(site.site, site.module, before, after, *(f"{n / 1e9:.3f}" for n in site.multiply_adds))
+        before, after = ("\n".join(f"{s} {n}" for s, n in c.items()) for c in (site.before, site.after))
+        table.add_row(site.site, site.module, before, after, *(f"{n / 1e9:.3g}" for n in site.multiply_adds))
     console.print(table)
     console.print(
-        f"multiply-adds: {plan.multiply_adds_before / 1e9:.3f} G before, {plan.multiply_adds_after / 1e9:.3f} G after, "
+        f"multiply-adds: {plan.multiply_adds_before / 1e9:.4g} G before, {plan.multiply_adds_after / 1e9:.4g} G after, "
         f"{plan.ratio:.2f}x fewer",
         markup=False,
         highlight=False,
@@ -381,21 +418,22 @@ def _print_plan(plan: Any) -> None:
 
 def _print_report(report: Any) -> None:
     if report.reducers:
-        table = Table(title=f"Decisions ({report.samples} samples)")
-        for column in ("reducer", "differ", "near-ties", "largest margin", "verdict"):
-            table.add_column(column)
+        columns = ("differ", "near-ties", "largest margin", "verdict")
+        table = _table(f"Decisions ({report.samples} samples)", ["reducer"], *columns)
         for row in report.reducers:
             verdict = "pass" if row.passed else "FAIL"
             table.add_row(row.name, str(row.differ), str(row.near_ties), f"{row.worst_margin:.1e}", verdict)
         console.print(table)
-    table = Table(title=f"Outputs against eager PyTorch ({report.dtype}, {report.provider})")
-    for column in ("output", "against", "samples", "max abs", "mean abs", "max rel", "cosine", "top-1", "verdict"):
-        table.add_column(column)
+    table = _table(
+        f"Outputs against eager PyTorch ({report.dtype}, {report.provider})",
+        ["output"],
+        *("against", "samples", "absolute\nmax, mean", "relative\nmax, mean", "cosine", "top-1", "verdict"),
+    )
     for row in report.outputs:
         verdict = ("pass" if row.passed else "FAIL") if row.judged or not row.finite else "reported"
-        numbers = (f"{row.max_abs:.2e}", f"{row.mean_abs:.2e}", f"{row.max_rel:.1e}", f"{row.cosine:.6f}")
+        errors = (f"{row.max_abs:.2e}\n{row.mean_abs:.2e}", f"{row.max_rel:.2e}\n{row.mean_rel:.2e}")
         against = row.against.replace("_", " ")
-        table.add_row(row.name, against, str(row.samples), *numbers, f"{row.top1:.1%}", verdict)
+        table.add_row(row.name, against, str(row.samples), *errors, f"{row.cosine:.6f}", f"{row.top1:.1%}", verdict)
     console.print(table)
     for note in report.notes:
         console.print(f"note: {note}", markup=False, highlight=False)
@@ -411,7 +449,9 @@ def _version(show: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
 ) -> None:
     pass
 

@@ -25,9 +25,7 @@ def check_writable(path: str | Path) -> None:
         raise UsageError(f"The output {path} is a directory. Give the name of a file.")
     parent = path.parent
     if not parent.exists():
-        raise UsageError(
-            f"The output {path} cannot be written: the directory {parent} does not exist. Create it."
-        )
+        raise UsageError(f"The output {path} cannot be written: the directory {parent} does not exist. Create it.")
     if not parent.is_dir():
         raise UsageError(f"The output {path} cannot be written: {parent} is not a directory.")
     try:
@@ -58,12 +56,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 
 def temporary_sibling(path: Path) -> Path:
-    """A new, empty file in the directory of `path`, so that a rename onto `path` stays within one file
-    system.
-    """
-    handle, name = tempfile.mkstemp(
-        dir=path.parent, prefix=f".{path.stem[:80]}.", suffix=f".tmp{path.suffix}"
-    )
+    """A new, empty file in the directory of `path`, so that a rename onto `path` stays within one file system."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem[:80]}.", suffix=f".tmp{path.suffix}")
     os.close(handle)
     # mkstemp makes files that only the owner reads; an artifact gets the permissions of any other new file.
     mask = os.umask(0)

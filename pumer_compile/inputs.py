@@ -1,5 +1,4 @@
-"""Sample inputs: checked against what a model takes, made at random from its config, or read from an .npz
-file.
+"""Sample inputs: checked against what a model takes, made at random from its config, or read from an .npz file.
 
 A capture fixes every token count, so the sample inputs *are* the artifact's shapes. What is certain to be
 wrong is refused before tracing (`check_inputs`); what only some models refuse is explained after a trace
@@ -9,7 +8,6 @@ failed (`explain_inputs`), because a rule that one model breaks may be how anoth
 from __future__ import annotations
 
 import inspect
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,7 @@ from torch.utils._pytree import tree_unflatten
 from transformers import PreTrainedModel
 
 from .errors import CaptureError, UsageError
-from .loading import LoadedModel
+from .loading import LoadedModel, first_line
 
 DEFAULT_TEXT_LENGTH = 40
 
@@ -75,9 +73,7 @@ def check_inputs(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Te
     sample = {key: inputs[key] for key in ordered}
     for key, tensor in sample.items():
         if tensor.numel() == 0:
-            raise UsageError(
-                f"The input {key} of {name} is empty: {describe(tensor)}. Give at least one sample."
-            )
+            raise UsageError(f"The input {key} of {name} is empty: {describe(tensor)}. Give at least one sample.")
     if not isinstance(model, PreTrainedModel):
         return sample
     _check_dtypes(name, sample)
@@ -91,9 +87,7 @@ def check_inputs(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Te
 
 
 def _takes_any_keyword(model: nn.Module) -> bool:
-    """Whether extra names reach the model. transformers' `**kwargs` swallow a misspelt input, so there they
-    do not.
-    """
+    """Whether extra names reach the model. transformers' `**kwargs` swallow a misspelt input, so there they do not."""
     kinds = [parameter.kind for parameter in inspect.signature(model.forward).parameters.values()]
     return inspect.Parameter.VAR_KEYWORD in kinds and not isinstance(model, PreTrainedModel)
 
@@ -109,15 +103,13 @@ def _check_names(
     unknown = [key for key in inputs if key not in accepted]
     if unknown and not open_ended:
         raise UsageError(
-            f"{model} has no input {unknown[0]!r}. Its forward takes {', '.join(accepted)}. Rename or remove "
-            "it."
+            f"{model} has no input {unknown[0]!r}. Its forward takes {', '.join(accepted)}. Rename or remove it."
         )
     required = [key for key, p in accepted.items() if p.default is inspect.Parameter.empty]
     missing = [key for key in required if key not in inputs]
     if missing:
         raise UsageError(
-            f"{model} needs the input {missing[0]!r}, which is missing; given were {', '.join(inputs)}. Add "
-            "it."
+            f"{model} needs the input {missing[0]!r}, which is missing; given were {', '.join(inputs)}. Add it."
         )
     for key, value in inputs.items():
         if not isinstance(value, Tensor):
@@ -130,9 +122,7 @@ def _check_names(
 def _check_dtypes(model: str, sample: Mapping[str, Tensor]) -> None:
     for key, tensor in sample.items():
         if key in _INTEGER_INPUTS and (tensor.is_floating_point() or tensor.dtype == torch.bool):
-            raise UsageError(
-                f"The input {key} of {model} must be integers (int64); found {describe(tensor)}."
-            )
+            raise UsageError(f"The input {key} of {model} must be integers (int64); found {describe(tensor)}.")
         if key in _FLOATING_INPUTS and not tensor.is_floating_point():
             raise UsageError(
                 f"The input {key} of {model} must be floating point, as the model's image processor makes "
@@ -141,9 +131,7 @@ def _check_dtypes(model: str, sample: Mapping[str, Tensor]) -> None:
 
 
 def _check_batch(model: str, sample: Mapping[str, Tensor]) -> None:
-    sizes = {
-        key: tensor.shape[0] for key, tensor in sample.items() if key in _BATCH_FIRST and tensor.ndim > 0
-    }
+    sizes = {key: tensor.shape[0] for key, tensor in sample.items() if key in _BATCH_FIRST and tensor.ndim > 0}
     if len(set(sizes.values())) > 1:
         raise UsageError(
             f"The inputs of {model} differ in their batch size (dimension 0): "
@@ -153,8 +141,11 @@ def _check_batch(model: str, sample: Mapping[str, Tensor]) -> None:
 
 
 def _check_token_ids(model: PreTrainedModel, sample: Mapping[str, Tensor]) -> None:
-    table = model.get_input_embeddings() if "input_ids" in sample else None
-    if not isinstance(table, nn.Embedding):
+    try:
+        table = model.get_input_embeddings()
+    except NotImplementedError:  # a model of two towers, such as CLIP, has no one table
+        return
+    if "input_ids" not in sample or not isinstance(table, nn.Embedding):
         return
     low, high = (int(bound) for bound in torch.aminmax(sample["input_ids"]))
     if low < 0 or high >= table.num_embeddings:
@@ -166,9 +157,7 @@ def _check_token_ids(model: PreTrainedModel, sample: Mapping[str, Tensor]) -> No
 
 
 def explain_inputs(model: nn.Module, sample: Mapping[str, Tensor]) -> str:
-    """After a failed trace: what in the inputs is likely at fault, or ''. Names the input, expected and
-    found.
-    """
+    """After a failed trace: what in the inputs is likely at fault, or ''. Names the input, expected and found."""
     config = getattr(model, "config", None)
     if config is None:
         return ""
@@ -187,9 +176,7 @@ def explain_inputs(model: nn.Module, sample: Mapping[str, Tensor]) -> str:
     channels = _lookup(config, "vision_config", "num_channels")
     if "pixel_values" in sample and isinstance(channels, int) and sample["pixel_values"].shape[1] != channels:
         found = sample["pixel_values"].shape[1]
-        return (
-            f"pixel_values should have {channels} channels (dimension 1, config.num_channels) and has {found}"
-        )
+        return f"pixel_values should have {channels} channels (dimension 1, config.num_channels) and has {found}"
     accepted = forward_inputs(model)
     for key, instead in (("input_ids", "inputs_embeds"), ("pixel_values", "image_embeds")):
         if key in accepted and key not in sample and instead not in sample:
@@ -252,24 +239,18 @@ def check_exported_inputs(exported: ExportedProgram, inputs: Mapping[str, Tensor
     """
     expected = exported_inputs(exported)
     wanted = inspect.Parameter.empty
-    parameters = {
-        name: inspect.Parameter("_", inspect.Parameter.KEYWORD_ONLY, default=wanted) for name in expected
-    }
+    parameters = {name: inspect.Parameter("_", inspect.Parameter.KEYWORD_ONLY, default=wanted) for name in expected}
     _check_names("The torch.export archive", parameters, inputs, open_ended=False)
     for name, value in expected.items():
         given = inputs[name]
-        sizes = (
-            [size if isinstance(size, int) else given.shape[0] for size in value.shape] if given.ndim else []
-        )
+        sizes = [size if isinstance(size, int) else given.shape[0] for size in value.shape] if given.ndim else []
         if given.dtype != value.dtype or list(given.shape) != sizes:
             raise UsageError(
                 f"The torch.export archive was exported with {name} {describe(value)}; found "
                 f"{describe(given)}. An archive runs with the shapes it was exported with."
             )
     batches = {
-        name: inputs[name].shape[0]
-        for name, t in expected.items()
-        if t.ndim and not isinstance(t.shape[0], int)
+        name: inputs[name].shape[0] for name, t in expected.items() if t.ndim and not isinstance(t.shape[0], int)
     }
     if len(set(batches.values())) > 1:
         raise UsageError(
@@ -308,7 +289,9 @@ def make_inputs(
     model = model.source if isinstance(model, LoadedModel) else model
     generator = torch.Generator().manual_seed(seed)
     if isinstance(model, ExportedProgram):
-        return _like_examples(model, generator)
+        alike = _like_examples(model, batch, generator)
+        _check_fixed(alike, text_length, image_size)
+        return alike
     name, config, accepted = type(model).__name__, getattr(model, "config", None), forward_inputs(model)
     if config is None:
         raise UsageError(
@@ -333,10 +316,7 @@ def make_inputs(
             f"No sample values can be made for {missing[0] if missing else 'any input'} of {name}. Give the "
             f"inputs: an .npz file with the arrays that its forward takes ({', '.join(accepted)})."
         )
-    if (
-        _lookup(config, "text_config", "image_token_id", "image_token_index") is not None
-        and "pixel_values" in made
-    ):
+    if _lookup(config, "text_config", "image_token_id", "image_token_index") is not None and "pixel_values" in made:
         raise UsageError(
             f"{name} marks the place of an image by special tokens in its text, which random text does not "
             "have. Give the inputs its processor makes: an .npz file with input_ids, pixel_values and what "
@@ -354,19 +334,18 @@ def load_inputs(path: str | Path, model: nn.Module | ExportedProgram | LoadedMod
     """
     path, model = Path(path), model.source if isinstance(model, LoadedModel) else model
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise UsageError(
-                    f"The inputs file {path} holds a single array. Write it with numpy.savez(name=array)."
-                )
-            arrays = {name: archive[name] for name in archive.files}
+        with path.open("rb") as file:
+            content = np.load(file, allow_pickle=False)
+            arrays = None if isinstance(content, np.ndarray) else dict(content)
     except FileNotFoundError as error:
         raise UsageError(f"The inputs file {path} does not exist.") from error
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, TypeError) as error:
+    except Exception as error:  # damage shows as anything from OSError to zlib.error
         raise UsageError(
-            f"The inputs file {path} cannot be read as an .npz of plain arrays: "
-            f"{str(error).splitlines()[0]}. Write it with numpy.savez(name=array)."
+            f"The inputs file {path} cannot be read as an .npz of plain arrays: {first_line(error)}. Write "
+            "it with numpy.savez(name=array)."
         ) from error
+    if arrays is None:
+        raise UsageError(f"The inputs file {path} is one array. Write it with numpy.savez(name=array).")
     if isinstance(model, ExportedProgram):
         expected = exported_inputs(model)
         tensors = {name: _tensor(path, name, array, None) for name, array in arrays.items()}
@@ -378,16 +357,13 @@ def load_inputs(path: str | Path, model: nn.Module | ExportedProgram | LoadedMod
 
 def _tensor(path: Path, name: str, array: Any, dtype: torch.dtype | None) -> Tensor:
     if array.dtype.kind == "f":
-        return torch.from_numpy(array.astype(np.float64 if array.dtype.itemsize > 4 else np.float32)).to(
-            dtype
-        )
+        native = np.float64 if array.dtype.itemsize > 4 else np.float32
+        return torch.from_numpy(array.astype(native)).to(dtype)
     if array.dtype.kind in "iu":
         return torch.from_numpy(array.astype(np.int64))
     if array.dtype.kind == "b":
         return torch.from_numpy(array)
-    raise UsageError(
-        f"The array {name} in {path} has the dtype {array.dtype}; numbers or booleans are expected."
-    )
+    raise UsageError(f"The array {name} in {path} has the dtype {array.dtype}; numbers or booleans are expected.")
 
 
 def _check_positive(**sizes: int | tuple[int, int] | None) -> None:
@@ -405,9 +381,7 @@ def _lookup(config: Any, part: str, *names: str) -> Any:
     return None
 
 
-def _make_text(
-    config: Any, padded: list[bool], length: int | None, generator: torch.Generator
-) -> dict[str, Tensor]:
+def _make_text(config: Any, padded: list[bool], length: int | None, generator: torch.Generator) -> dict[str, Tensor]:
     vocabulary = _lookup(config, "text_config", "vocab_size")
     if not isinstance(vocabulary, int):
         return {}
@@ -454,18 +428,35 @@ def _make_image_padding(
     return {"pixel_values": pixels * mask.unsqueeze(-3), "pixel_mask": mask}
 
 
-def _like_examples(exported: ExportedProgram, generator: torch.Generator) -> dict[str, Tensor]:
-    """Random inputs like the examples in an archive: noise for floats, masks as they are, ids from the same
-    range.
+def _like_examples(exported: ExportedProgram, batch: int | None, generator: torch.Generator) -> dict[str, Tensor]:
+    """Random inputs like the examples in an archive: noise, masks as they are, ids from the same range.
+
+    `batch` only changes a symbolic batch.
     """
-    made = {}
+    expected, made = exported_inputs(exported), {}
     for name, example in example_inputs(exported).items():
+        if batch is not None and example.ndim > 0 and not isinstance(expected[name].shape[0], int):
+            example = example[torch.arange(batch) % example.shape[0]]
         if example.is_floating_point():
-            noise = torch.randn(example.shape, generator=generator)
-            made[name] = noise.to(example.dtype)
-        elif example.numel() == 0 or int(example.max()) <= 1:
+            made[name] = torch.randn(example.shape, generator=generator).to(example.dtype)
+        elif int(example.max()) <= 1:
             made[name] = example.clone()
         else:
             low, high = int(example.min()), int(example.max())
             made[name] = torch.randint(low, high + 1, example.shape, generator=generator).to(example.dtype)
+    found = made["input_ids"].shape[0] if "input_ids" in made else batch
+    if batch is not None and found != batch:
+        raise UsageError(f"A batch of {batch} was asked for, but the torch.export archive has a fixed one of {found}.")
     return check_exported_inputs(exported, made)
+
+
+def _check_fixed(made: Mapping[str, Tensor], text_length: int | None, image_size: int | tuple[int, int] | None) -> None:
+    """Refuse sizes that an archive, whose shapes are fixed, does not have."""
+    size = (image_size, image_size) if isinstance(image_size, int) else image_size
+    asked = {"input_ids": None if text_length is None else (text_length,), "pixel_values": size}
+    for name, sizes in asked.items():
+        if sizes and name in made and tuple(made[name].shape[-len(sizes) :]) != tuple(sizes):
+            raise UsageError(
+                f"The torch.export archive was exported with {name} {describe(made[name])}; other sizes "
+                f"({', '.join(map(str, sizes))} were asked for) need another export."
+            )

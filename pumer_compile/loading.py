@@ -61,11 +61,8 @@ class LoadedModel:
         return source
 
 
-def load_model(
-    path: str | Path, *, config: str | Path | None = None, allow_pickle: bool = False
-) -> LoadedModel:
-    """Load the model at `path`; `config` is a config.json, or a folder with one, for weights that come
-    without.
+def load_model(path: str | Path, *, config: str | Path | None = None, allow_pickle: bool = False) -> LoadedModel:
+    """Load the model at `path`; `config` is a config.json, or a folder with one, for weights that come without.
 
     Raises UsageError for a path or option that does not fit, CaptureError for content that cannot be loaded.
     """
@@ -98,16 +95,17 @@ def _load_folder(path: Path) -> LoadedModel:
     weights = _weight_files(path)
     model_class = _architecture(_read_config(path), path)
     try:
-        loaded = model_class.from_pretrained(path, local_files_only=True, output_loading_info=True)
+        # Mismatched shapes are let through here and named in `_complete`.
+        loaded = model_class.from_pretrained(
+            path, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True
+        )
     except Exception as error:
         raise _unreadable(path, error) from error
     return LoadedModel(path, "folder", _sha256([path / "config.json", *weights]), _complete(loaded, path))
 
 
 def _weight_files(path: Path) -> list[Path]:
-    """The files that from_pretrained will read, in its order of preference; all of them must be there and not
-    empty.
-    """
+    """The files that from_pretrained will read, in its order of preference; all of them must be there and not empty."""
     for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
         single, index = path / f"{stem}.{suffix}", path / f"{stem}.{suffix}.index.json"
         if single.is_file():
@@ -116,13 +114,12 @@ def _weight_files(path: Path) -> list[Path]:
             shards = sorted(set(_read_json(index).get("weight_map", {}).values()))
             missing = [shard for shard in shards if not (path / shard).is_file()]
             if missing:
-                raise CaptureError(
-                    f"The folder {path} lacks the weights {missing[0]}, which {index.name} names."
-                )
+                raise CaptureError(f"The folder {path} lacks the weights {missing[0]}, which {index.name} names.")
             return [index, *(path / shard for shard in shards)]
+    found = ", ".join(sorted(entry.name for entry in path.iterdir())[:8])
     raise CaptureError(
         f"The folder {path} has a config.json but no weights: neither model.safetensors (or its index) nor "
-        "pytorch_model.bin. Save the model again with model.save_pretrained(folder)."
+        f"pytorch_model.bin; it holds {found}. Save the model again with model.save_pretrained(folder)."
     )
 
 
@@ -130,7 +127,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
-        raise CaptureError(f"{path} is not valid JSON: {_first_line(error)}.") from error
+        raise CaptureError(f"{path} is not valid JSON: {first_line(error)}.") from error
     if not isinstance(content, dict):
         raise CaptureError(f"{path} must hold a JSON object; found {type(content).__name__}.")
     return content
@@ -154,9 +151,7 @@ def _architecture(config: Mapping[str, Any], source: Path) -> type[PreTrainedMod
         )
     model_class = getattr(transformers, names[0], None)
     if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
-        custom = (
-            " Its config asks for custom code (auto_map), which is never run." if "auto_map" in config else ""
-        )
+        custom = " Its config asks for custom code (auto_map), which is never run." if "auto_map" in config else ""
         raise CaptureError(
             f"The architecture {names[0]} of {source} is no model class of transformers "
             f"{transformers.__version__}.{custom} Load the model in Python and pass it to "
@@ -179,8 +174,7 @@ def _complete(loaded: Any, source: Path) -> PreTrainedModel:
     if info["mismatched_keys"]:
         name, found, expected = sorted(info["mismatched_keys"])[0]
         raise CaptureError(
-            f"The weight {name} of {source} has the shape {list(found)}, but the config asks for "
-            f"{list(expected)}."
+            f"The weight {name} of {source} has the shape {list(found)}, but the config asks for {list(expected)}."
         )
     result: PreTrainedModel = model
     return result
@@ -188,7 +182,7 @@ def _complete(loaded: Any, source: Path) -> PreTrainedModel:
 
 def _unreadable(path: Path, error: Exception) -> CaptureError:
     remedy = "The file may be truncated: compare its size or hash with the original, or save the model again."
-    return CaptureError(f"The weights of {path} cannot be loaded: {_first_line(error)}. {remedy}")
+    return CaptureError(f"The weights of {path} cannot be loaded: {first_line(error)}. {remedy}")
 
 
 # --- Files --------------------------------------------------------------------------------------------------
@@ -205,14 +199,10 @@ def _load_file(path: Path, config: Path | None, allow_pickle: bool) -> LoadedMod
         names = _zip_names(path)
         if archive.is_archive(path, names):
             if config is not None:
-                raise UsageError(
-                    f"--config goes with a bare state dict, but {path} is a torch.export archive."
-                )
+                raise UsageError(f"--config goes with a bare state dict, but {path} is a torch.export archive.")
             return LoadedModel(path, "archive", sha256_file(path), exported=archive.load(path, allow_pickle))
         if any(name.endswith("/constants.pkl") for name in names):
-            raise CaptureError(
-                f"{path} is a TorchScript archive, which has no exportable graph. Expected {_ACCEPTED}."
-            )
+            raise CaptureError(f"{path} is a TorchScript archive, which has no exportable graph. Expected {_ACCEPTED}.")
         if not any(name.endswith("/data.pkl") for name in names):
             raise CaptureError(f"{path} is a zip file, but not one that torch wrote. Expected {_ACCEPTED}.")
     elif not head.startswith(b"\x80"):  # a pickle, as torch wrote before 1.6
@@ -246,9 +236,7 @@ def _load_checkpoint(path: Path, config: Path | None, allow_pickle: bool) -> Loa
             try:
                 inner = json.loads(inner)
             except ValueError as error:
-                raise CaptureError(
-                    f"The config in {path} is not valid JSON: {_first_line(error)}."
-                ) from error
+                raise CaptureError(f"The config in {path} is not valid JSON: {first_line(error)}.") from error
         if inner is not None and not isinstance(inner, Mapping):
             raise CaptureError(f"The config in {path} must be a dict or JSON; found {type(inner).__name__}.")
         return _from_state_dict(path, "checkpoint", content["state_dict"], config, inner)
@@ -286,18 +274,10 @@ def _refused_global(error: Exception) -> str:
 def _from_state_dict(
     path: Path, kind: str, state_dict: Any, config: Path | None, inner: Mapping[str, Any] | None
 ) -> LoadedModel:
-    """A model from a state dict and its config: `config` if the user gave one, else `inner`, the checkpoint's
-    own.
-    """
-    tensors = isinstance(state_dict, Mapping) and all(
-        isinstance(value, Tensor) for value in state_dict.values()
-    )
+    """A model from a state dict and its config: `config` if the user gave one, else `inner`, the checkpoint's own."""
+    tensors = isinstance(state_dict, Mapping) and all(isinstance(value, Tensor) for value in state_dict.values())
     if not tensors or not state_dict:
-        found = (
-            f"a dict with the keys {list(state_dict)[:6]}"
-            if isinstance(state_dict, Mapping)
-            else type(state_dict)
-        )
+        found = f"a dict with the keys {list(state_dict)[:6]}" if isinstance(state_dict, Mapping) else type(state_dict)
         raise CaptureError(f"{path} holds no state dict of tensors; found {found}. Expected {_ACCEPTED}.")
     if config is None and inner is None:
         raise UsageError(
@@ -310,7 +290,11 @@ def _from_state_dict(
         assert model_class.config_class is not None  # only PreTrainedModel itself has none
         model_config = model_class.config_class.from_dict(values)
         loaded = model_class.from_pretrained(
-            None, config=model_config, state_dict=dict(state_dict), output_loading_info=True
+            None,
+            config=model_config,
+            state_dict=dict(state_dict),
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
         )
     except Exception as error:
         raise _unreadable(path, error) from error
@@ -327,7 +311,8 @@ def _sha256(files: list[Path]) -> str:
     return digest.hexdigest()
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """The exception's type and the first line of its message, without a full stop."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0].rstrip('.')}" if lines else type(error).__name__
 

@@ -23,8 +23,9 @@ from torch.export import ExportedProgram
 from transformers.exporters.utils import get_leaf_tensors
 
 from .capture import capture
-from .errors import UsageError
+from .errors import ExportError, ParityError, UsageError
 from .exporters.manifest import read_manifest
+from .exporters.onnx import in_precision
 from .exporters.session import OnnxSession
 from .inputs import make_inputs
 from .loading import LoadedModel, load_model
@@ -63,6 +64,7 @@ class ReducerReport:
         differ: on how many any index differs from the eager model's choice on the same inputs.
         near_ties: how many of these are allowed, because the eager scores are nearly tied.
         worst_margin: largest relative score gap where a choice differs.
+        fault: why the artifact's decisions cannot be those of this reducer at all; empty where they can.
     """
 
     name: str
@@ -70,11 +72,12 @@ class ReducerReport:
     differ: int = 0
     near_ties: int = 0
     worst_margin: float = 0.0
+    fault: str = ""
 
     @property
     def passed(self) -> bool:
         """Whether every differing choice is a near-tie."""
-        return self.differ == self.near_ties
+        return not self.fault and self.differ == self.near_ties
 
 
 @dataclass
@@ -153,7 +156,7 @@ class ParityReport:
     @property
     def passed(self) -> bool:
         """Whether the artifact may be trusted."""
-        return self.samples > 0 and all(r.passed for r in [*self.reducers, *self.outputs])
+        return self.samples > 0 and all(r.passed for r in self.reducers) and all(o.passed for o in self.outputs)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as JSON can hold it (NaN and infinities as strings)."""
@@ -162,8 +165,10 @@ class ParityReport:
     def failures(self) -> str:
         """What failed, in one sentence each."""
         parts = [
-            f"{r.name} decides differently on {r.differ - r.near_ties} of {r.samples} samples where the eager scores "
-            f"are no near-tie (relative gap up to {r.worst_margin:.1e})"
+            f"{r.name} {r.fault}"
+            if r.fault
+            else f"{r.name} decides differently on {r.differ - r.near_ties} of {r.samples} samples where the eager "
+            f"scores are no near-tie (relative gap up to {r.worst_margin:.1e})"
             for r in self.reducers
             if not r.passed
         ]
@@ -209,21 +214,21 @@ def parity(
     """
     path = Path(artifact)
     manifest = read_manifest(path)
-    loaded = load_model(model) if isinstance(model, str | os.PathLike) else model
+    loaded = load_model(Path(model)) if isinstance(model, str | os.PathLike) else model
     session = OnnxSession(path)
     batches = _batches(samples, loaded, manifest)
-    program = capture(
-        loaded, batches[0], dynamic_batch=bool(manifest["dynamic_batch"]), streams=manifest["streams"]
-    )
+    program = capture(loaded, batches[0], dynamic_batch=bool(manifest["dynamic_batch"]), streams=manifest["streams"])
+    exact = in_precision(program, "float32") if program.model is not None else program
     schedule = Schedule.from_manifest(manifest["schedule"]) if manifest["schedule"] else None
-    eager = reduce(program, schedule).module if schedule else program.module
+    eager = reduce(exact, schedule).module if schedule else exact.module
     report = check(
         session,
         eager,
-        program.module,
+        exact.module,
         batches,
         manifest["dtype"],
         manifest["decisions"],
+        decide=deciding(session, manifest["decisions"]),
         atol=atol,
         rtol=rtol,
     )
@@ -247,9 +252,7 @@ def _batches(
     return random_batches(model, {name: tuple(spec["shape"]) for name, spec in manifest["inputs"].items()})
 
 
-def random_batches(
-    model: Any, shapes: Mapping[str, Sequence[int]], count: int = 3
-) -> list[dict[str, Tensor]]:
+def random_batches(model: Any, shapes: Mapping[str, Sequence[int]], count: int = 3) -> list[dict[str, Tensor]]:
     """Random inputs with padding in the shapes of an artifact's inputs, one batch for each seed.
 
     Raises:
@@ -268,13 +271,32 @@ def random_batches(
             source,
             batch=ids[0],
             text_length=ids[1],
-            image_size=tuple(pixels[-2:]) if pixels else None,
+            image_size=(pixels[-2], pixels[-1]) if pixels else None,
             seed=seed,
             padding=True,
         )
         for seed in range(count)
     ]
-    return [{name: batch[name] for name in shapes if name in batch} for batch in made]
+    zeros = {name: torch.zeros(shapes[name], dtype=torch.int64) for name in shapes if name == "token_type_ids"}
+    missing = [name for name in shapes if name not in {**zeros, **made[0]}]
+    if missing:
+        raise UsageError(
+            f"Random samples cannot be made for the input {missing[0]}. Give samples (`--inputs FILE.npz`)."
+        )
+    return [{name: {**zeros, **batch}[name] for name in shapes} for batch in made]
+
+
+def deciding(session: OnnxSession, decisions: Sequence[str]) -> OnnxSession:
+    """The session if it gives these decisions, else a second one on the same artifact that does.
+
+    Raises:
+        ParityError: the artifact has no such decisions.
+    """
+    hidden = [name for name in decisions if name not in session.outputs]
+    try:
+        return OnnxSession(session.path, session.provider, expose=hidden) if hidden else session
+    except ExportError as error:
+        raise ParityError(f"{session.path} does not have the decisions that its manifest names: {error}") from error
 
 
 def check(
@@ -303,10 +325,13 @@ def check(
     """
     default = TOLERANCES[dtype]
     report = ParityReport(str(session.path), dtype, session.provider, decisions_compared=bool(decisions))
-    if eager is not unreduced and not decisions:
-        report.notes.append(
-            "the artifact does not give its decisions (--with-decisions): judged end to end alone"
-        )
+    if reducers_of(eager) and not decisions:
+        report.notes.append("the artifact does not name its decisions: judged end to end alone")
+    own = [name for name in session.outputs if name not in decisions]
+    for option, tolerance in (("atol", atol), ("rtol", rtol)):
+        unknown = [name for name in tolerance if name not in own] if isinstance(tolerance, Mapping) else []
+        if unknown:
+            raise UsageError(f"--{option} names the output {unknown[0]!r}; there are {', '.join(own)}.")
     comparison = _Comparison(report, eager, unreduced, default, atol, rtol)
     with torch.no_grad():
         for batch in batches:
@@ -332,25 +357,35 @@ class _Comparison:
         size = next(iter(artifact.values())).shape[0]
         agree = np.ones(size, dtype=bool)
         free = _eager_outputs(self.eager, batch, list(artifact))
-        if decisions:
+        # Choices among NaN scores mean nothing; the outputs fail in any case.
+        if decisions and all(np.isfinite(value).all() for value in [*artifact.values(), *free.values()]):
             chosen = given if decide is session else decide.run(batch)
-            forced, forcings = self._forced(batch, {n: chosen[n] for n in decisions}, list(artifact))
-            agree = self._decisions(forcings, size)
-            self._outputs("forced", True, artifact, forced)
+            wanted = self._wanted({name: chosen[name] for name in decisions}, size)
+            if not any(row.fault for row in self.report.reducers):
+                with forced_decisions(self.eager, wanted) as forcings:
+                    forced = _eager_outputs(self.eager, batch, list(artifact))
+                agree = self._decisions(forcings, size)
+                self._outputs("forced", True, artifact, forced)
         self._outputs("end_to_end", True, artifact, free, agree)
         if self.unreduced is not self.eager:
             self._outputs("unreduced", False, artifact, _eager_outputs(self.unreduced, batch, list(artifact)))
         self.report.samples += size
 
-    def _forced(
-        self, batch: Mapping[str, Tensor], chosen: Arrays, names: list[str]
-    ) -> tuple[Arrays, dict[str, Forcing]]:
-        reducers = reducers_of(self.eager)
-        rows = next(iter(batch.values())).shape[0]
-        wanted = {name: _decisions_of(name, reducer, chosen, rows) for name, reducer in reducers.items()}
-        with forced_decisions(self.eager, wanted) as forcings:
-            outputs = _eager_outputs(self.eager, batch, names)
-        return outputs, forcings
+    def _wanted(self, chosen: Arrays, size: int) -> dict[str, Decisions]:
+        """The artifact's decisions by reducer; a row's `fault` says where they cannot be."""
+        wanted = {}
+        for name, reducer in reducers_of(self.eager).items():
+            wanted[name] = _decisions_of(name, reducer, chosen, size)
+            row = self._row(name)
+            row.fault = row.fault or _fault(reducer, wanted[name])
+        return wanted
+
+    def _row(self, name: str) -> ReducerReport:
+        known = next((row for row in self.report.reducers if row.name == name), None)
+        if known is None:
+            known = ReducerReport(name)
+            self.report.reducers.append(known)
+        return known
 
     def _decisions(self, forcings: dict[str, Forcing], size: int) -> np.ndarray[Any, Any]:
         agree = np.ones(size, dtype=bool)
@@ -358,10 +393,7 @@ class _Comparison:
             result = forcing.comparison
             if result is None:
                 continue
-            known = [r for r in self.report.reducers if r.name == name]
-            row = known[0] if known else ReducerReport(name)
-            if not known:
-                self.report.reducers.append(row)
+            row = self._row(name)
             differs, margin = result.differs.numpy(), result.margin.numpy()
             row.samples += size
             row.differ += int(differs.sum())
@@ -382,8 +414,7 @@ class _Comparison:
             known = [o for o in self.report.outputs if (o.name, o.against) == (name, against)]
             if not known:
                 atol, rtol = (
-                    _of(t, name, d)
-                    for t, d in ((self.atol, self.default.atol), (self.rtol, self.default.rtol))
+                    _of(t, name, d) for t, d in ((self.atol, self.default.atol), (self.rtol, self.default.rtol))
                 )
                 known = [OutputReport(name, against, judged, atol, rtol)]
                 self.report.outputs.append(known[0])
@@ -412,6 +443,24 @@ def _decisions_of(name: str, reducer: StreamReducer, chosen: Arrays, rows: int) 
     everything = torch.arange(reducer.tokens).expand(rows, -1)
     nothing = everything[:, :0]
     return Decisions(index("kept", everything), index("source", nothing), index("target", nothing))
+
+
+def _fault(reducer: StreamReducer, decisions: Decisions) -> str:
+    """Why these cannot be decisions of this reducer: another number of tokens, or one that is not there."""
+    keep = reducer.pruner.keep if reducer.pruner else reducer.tokens
+    merge = reducer.merger.merge
+    for what, indices, count, tokens in (
+        ("keeps", decisions.kept, keep, reducer.tokens),
+        ("merges", decisions.source, merge, keep),
+        ("merges into", decisions.target, merge, keep),
+    ):
+        if indices.shape[1] != count:
+            return f"{what} {indices.shape[1]} tokens, but the schedule asks for {count}"
+        if count and not (0 <= int(indices.min()) and int(indices.max()) < tokens):
+            return f"{what} tokens {int(indices.min())} to {int(indices.max())}, but there are only {tokens}"
+        if what != "merges into" and (indices.sort(1).values.diff() == 0).any():
+            return f"{what} the same token twice"
+    return ""
 
 
 def save_report(report: ParityReport, path: Path) -> None:

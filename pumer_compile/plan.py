@@ -57,9 +57,7 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """`{"sites": [{site, module, before, after}], "multiply_adds": {before, after, ratio}}`."""
         return {
-            "sites": [
-                {"site": s.site, "module": s.module, "before": s.before, "after": s.after} for s in self.sites
-            ],
+            "sites": [{"site": s.site, "module": s.module, "before": s.before, "after": s.after} for s in self.sites],
             "multiply_adds": {
                 "before": self.multiply_adds_before,
                 "after": self.multiply_adds_after,
@@ -69,8 +67,8 @@ class Plan:
 
 
 def merge_limit(tokens: int, protected: int) -> int:
-    """Most tokens that bipartite matching can merge away: the even positions after the protected ones, as long as
-    some odd position is free to take them."""
+    """Most tokens that bipartite matching can merge away: the even positions after the protected ones, as
+    long as some odd position is free to take them."""
     if tokens // 2 <= protected // 2:
         return 0
     return (tokens + 1) // 2 - (min(protected, tokens) + 1) // 2
@@ -100,9 +98,7 @@ def image_counts(tokens: int, site: Site, semantics: Semantics, protected: int) 
             f"Site {site.at} would prune {tokens - keep} of {tokens} image tokens; at most "
             f"{tokens - max(1, protected)} can go. Lower `prune`."
         )
-    return keep, merge_count(
-        site.at, "image", site.merge.image, keep, keep if paper else tokens, max(1, protected)
-    )
+    return keep, merge_count(site.at, "image", site.merge.image, keep, keep if paper else tokens, max(1, protected))
 
 
 def merge_count(site: str, stream: str, budget: Budget, keep: int, of: int, protected: int) -> int:

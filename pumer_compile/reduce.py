@@ -38,9 +38,7 @@ class Reduced:
     history: History
 
 
-def reduce(
-    program: Program, schedule: Schedule | str | os.PathLike[str], *, dump_graph: Path | None = None
-) -> Reduced:
+def reduce(program: Program, schedule: Schedule | str | os.PathLike[str], *, dump_graph: Path | None = None) -> Reduced:
     """Insert token reducers into a captured program.
 
     Args:
@@ -88,9 +86,7 @@ def with_decisions(module: fx.GraphModule, output_names: list[str]) -> tuple[fx.
     """
     twin = fx.GraphModule(module, copy.deepcopy(module.graph), class_name="ReducedWithDecisions")
     output = twin.graph.output_node()
-    named: dict[str, Any] = dict(
-        zip(output_names, torch.utils._pytree.tree_leaves(output.args[0]), strict=True)
-    )
+    named: dict[str, Any] = dict(zip(output_names, torch.utils._pytree.tree_leaves(output.args[0]), strict=True))
     reducers = reducers_of(twin)
     for node in list(twin.graph.nodes):
         reducer = reducers.get(str(node.target)) if node.op == "call_module" else None

@@ -42,9 +42,7 @@ def _check_budget(value: Any) -> Any:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError("expected a share (a float, 0 <= share < 1) or a number of tokens (an integer)")
     if isinstance(value, float) and not 0.0 <= value < 1.0:
-        raise ValueError(
-            f"a share must be at least 0 and below 1 (an integer is a number of tokens), got {value}"
-        )
+        raise ValueError(f"a share must be at least 0 and below 1 (an integer is a number of tokens), got {value}")
     if isinstance(value, int) and value < 0:
         raise ValueError(f"a number of tokens cannot be negative, got {value}")
     return value
@@ -109,13 +107,9 @@ class Schedule(_Strict):
     @model_validator(mode="after")
     def _layers_or_sites(self) -> Schedule:
         if (self.layers is None) == (self.sites is None):
-            raise ValueError(
-                "a schedule names its places with either `layers` or `sites`, exactly one of them"
-            )
+            raise ValueError("a schedule names its places with either `layers` or `sites`, exactly one of them")
         if self.sites is not None and (self.prune is not None or self.merge is not None):
-            raise ValueError(
-                "`prune` and `merge` at the top go with `layers`; with `sites` each site has its own"
-            )
+            raise ValueError("`prune` and `merge` at the top go with `layers`; with `sites` each site has its own")
         places = [site.at for site in self.resolve()]
         duplicates = sorted({p for p in places if places.count(p) > 1})
         if duplicates:
@@ -131,9 +125,7 @@ class Schedule(_Strict):
         if self.sites is not None:
             return self.sites
         merge = self.merge or Merge()
-        return tuple(
-            Site(at=f"cross_modal.{index}", prune=self.prune or 0, merge=merge) for index in self.layers or ()
-        )
+        return tuple(Site(at=f"cross_modal.{index}", prune=self.prune or 0, merge=merge) for index in self.layers or ())
 
     @property
     def sha256(self) -> str:
@@ -159,8 +151,7 @@ class Schedule(_Strict):
         path = Path(source)
         if not path.is_file():
             raise ScheduleError(
-                f"No schedule {str(source)!r}: it is neither a file nor a preset. Presets: "
-                f"{', '.join(PRESETS)}."
+                f"No schedule {str(source)!r}: it is neither a file nor a preset. Presets: {', '.join(PRESETS)}."
             )
         return cls.from_yaml(path.read_text(encoding="utf-8", errors="replace"), name=str(path))
 
@@ -181,9 +172,7 @@ class Schedule(_Strict):
         except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2026-13-01
             raise ScheduleError(f"{name} is not valid YAML: {' '.join(str(error).split())}") from error
         if not isinstance(data, dict):
-            raise ScheduleError(
-                f"{name} must hold a mapping such as `layers: [2, 5, 8]`, found {type(data).__name__}."
-            )
+            raise ScheduleError(f"{name} must hold a mapping such as `layers: [2, 5, 8]`, found {type(data).__name__}.")
         try:
             return cls(**{str(key): value for key, value in data.items()})
         except ScheduleError as error:
@@ -199,9 +188,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key!r} appears twice", node.start_mark
-                )
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} appears twice", node.start_mark)
         return super().construct_mapping(node, deep=deep)
 
 

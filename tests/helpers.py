@@ -6,6 +6,7 @@ float64 for decisions; only `combine` touches torch tensors, so that gradients c
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from decimal import ROUND_HALF_EVEN, Decimal
@@ -33,9 +34,7 @@ def published_counts(
     )
 
 
-def paper_counts(
-    image: int, text: int, prune: float, merge_image: float, merge_text: float
-) -> tuple[int, int, int]:
+def paper_counts(image: int, text: int, prune: float, merge_image: float, merge_text: float) -> tuple[int, int, int]:
     """The same by Algorithm 1: k' = (1 - k)|V|, r' = r|V_p|, t' = t|T|."""
     keep = half_even((1 - prune) * image)
     return (
@@ -112,8 +111,7 @@ def margin(keys: np.ndarray, merge: int, *, protected: int = 1) -> float:
         if len(scores) > 1:
             gap = min(gap, scores[0] - scores[1])
     best.sort(reverse=True)
-    pairs = zip(best, best[1:], strict=False)
-    return min([gap, *(x - y for x, y in list(pairs)[:merge])])
+    return min([gap, *(x - y for x, y in list(itertools.pairwise(best))[:merge])])
 
 
 def groups(tokens: int, pairs: Sequence[tuple[int, int]]) -> list[list[int]]:

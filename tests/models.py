@@ -13,11 +13,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pumer_compile import Program, Schedule, capture, reduce
+from pumer_compile import Program, Schedule, capture
 from tests.helpers import (
     combine,
     paper_counts,
@@ -182,10 +183,23 @@ class Fusion(nn.Module):
         return self.finish(x, input_ids.shape[1])
 
 
-def make(config: Config, seed: int = 0) -> Fusion:
+class Staged(Fusion):
+    """A text tower and an image tower of one layer each, then layers over both."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.text_layers = nn.ModuleList([Layer(config)])
+        self.image_layers = nn.ModuleList([Layer(config)])
+
+    def embed(self, input_ids: Tensor, pixel_values: Tensor) -> Tensor:
+        x, text = super().embed(input_ids, pixel_values), input_ids.shape[1]
+        return torch.cat([self.text_layers[0](x[:, :text], None), self.image_layers[0](x[:, text:], None)], 1)
+
+
+def make(config: Config, seed: int = 0, kind: type[Fusion] = Fusion) -> Fusion:
     """A model with random weights of a size that makes attention uneven."""
     torch.manual_seed(seed)
-    model = Fusion(config).eval()
+    model = kind(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith((".q.weight", ".k.weight")):
@@ -213,14 +227,9 @@ def inputs_for(config: Config, seed: int = 1, batch: int | None = None) -> dict[
 
 
 @functools.cache
-def program(config: Config) -> Program:
+def program(config: Config, kind: type[Fusion] = Fusion) -> Program:
     """The captured model; shared by tests, which must not change it."""
-    return capture(make(config), inputs_for(config), dynamic_batch=config.dynamic)
-
-
-def run(config: Config, schedule: Schedule) -> Any:
-    """Reduce a captured model."""
-    return reduce(program(config), schedule)
+    return capture(make(config, kind=kind), inputs_for(config), dynamic_batch=config.dynamic)
 
 
 def schedule(semantics: str = "reference", layers: tuple[int, ...] = (0, 1), **budgets: Any) -> Schedule:
@@ -229,7 +238,7 @@ def schedule(semantics: str = "reference", layers: tuple[int, ...] = (0, 1), **b
     return Schedule(semantics=semantics, layers=layers, **budgets)
 
 
-# --- the same model with reducers in it -----------------------------------------------------------------------------
+# --- the same model with reducers in it ---------------------------------------------------------------------
 
 
 @dataclass
@@ -243,15 +252,25 @@ class State:
     text: int
     sizes: list[float]
     shares: list[float]
+    members: list[list[int]] = dataclasses.field(default_factory=list)
+
+
+Sites = Mapping[int, tuple[Any, Any, Any]]
+"""Shares or numbers `(prune, image merge, text merge)` by layer."""
 
 
 def reduced(
-    model: Fusion, inputs: Mapping[str, Tensor], sites: Mapping[int, tuple[Any, Any, Any]], semantics: str
+    model: Fusion, inputs: Mapping[str, Tensor], sites: Sites, semantics: str
 ) -> tuple[Tensor, list[tuple[int, int]]]:
-    """The model with reducers after the attention of some layers: its output and `(text, image)` after each layer.
+    """The model with reducers after the attention of some layers: its output and `(text, image)` after each layer."""
+    states, counts = reduced_states(model, inputs, sites, semantics)
+    return model.finish(torch.stack([s.x for s in states]), states[0].text), counts
 
-    `sites`: shares or numbers `(prune, image merge, text merge)` by layer.
-    """
+
+def reduced_states(
+    model: Fusion, inputs: Mapping[str, Tensor], sites: Sites, semantics: str
+) -> tuple[list[State], list[tuple[int, int]]]:
+    """Every sample after the last layer. `members` are the groups of the last reducer."""
     config = model.config
     text = config.text
     x = model.embed(inputs["input_ids"], inputs["pixel_values"])
@@ -262,16 +281,18 @@ def reduced(
     counts = []
     for index, layer in enumerate(model.layers):
         for state in states:
-            _layer(layer, state, sites.get(index), semantics, config)
+            run_layer(layer, state, sites.get(index), semantics, config)
         counts.append((states[0].text, len(states[0].x) - states[0].text))
-    return model.finish(torch.stack([s.x for s in states]), states[0].text), counts
+    return states, counts
 
 
-def _layer(layer: Layer, state: State, budgets: tuple[Any, Any, Any] | None, semantics: str, config: Config) -> None:
+def run_layer(layer: Layer, state: State, budgets: tuple[Any, Any, Any] | None, semantics: str, config: Config) -> None:
     x = state.x
     normed = layer.norm1(x) if config.norm == "pre" else x
     heads = (config.heads, config.width // config.heads)
-    q, k, v = (m(normed).unflatten(-1, heads).movedim(-2, 0) for m in (layer.attention.q, layer.attention.k, layer.attention.v))
+    q, k, v = (
+        m(normed).unflatten(-1, heads).movedim(-2, 0) for m in (layer.attention.q, layer.attention.k, layer.attention.v)
+    )
     scores = torch.einsum("hqd,hkd->hqk", q, k) / math.sqrt(heads[1])
     probabilities = _probabilities(scores, state, semantics, config)
     context = torch.einsum("hqk,hkd->hqd", probabilities, v).movedim(0, -2).flatten(-2)
@@ -289,8 +310,6 @@ def _layer(layer: Layer, state: State, budgets: tuple[Any, Any, Any] | None, sem
 
 def _probabilities(scores: Tensor, state: State, semantics: str, config: Config) -> Tensor:
     if semantics == "reference":
-        import numpy as np
-
         weights = np.array(state.sizes)
         rows = [published_softmax(s.detach().double().numpy(), weights) for s in scores]
         return torch.from_numpy(np.stack(rows)).to(scores.dtype)
@@ -312,21 +331,24 @@ def _reduce(state: State, probabilities: Tensor, k: Tensor, budgets: tuple, sema
     real = [size > 0 for size in state.sizes]
     similarity = "dot" if semantics == "paper" else "cosine"
     keys, attention = k.detach().double().numpy(), probabilities.detach().double().numpy()
-    words = reduce_text(
-        keys[:, :text], text_merge, similarity=similarity, real=real[:text] if safe else None
-    )
-    patches = reduce_image(
-        attention[:, :text, text:],
-        keys[:, text:],
-        keep,
-        image_merge,
-        similarity=similarity,
-        votes=real[:text] if safe else None,
-        learned=int(config.cls) if safe else 0,
-        real=real[text:] if safe else None,
-        sort=keep < image,
+    words = reduce_text(keys[:, :text], text_merge, similarity=similarity, real=real[:text] if safe else None)
+    patches = (
+        []
+        if image == 0
+        else reduce_image(
+            attention[:, :text, text:],
+            keys[:, text:],
+            keep,
+            image_merge,
+            similarity=similarity,
+            votes=real[:text] if safe else None,
+            learned=int(config.cls) if safe else 0,
+            real=real[text:] if safe else None,
+            sort=keep < image,
+        )
     )
     members = words + [[text + i for i in group] for group in patches]
+    state.members = members
     state.x = combine(state.x, members, state.sizes if safe else None).to(state.x.dtype)
     old, shares = state.sizes, state.shares
     if semantics == "reference":

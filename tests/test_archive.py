@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 from torch.export import Dim
+from torch.export.pt2_archive import constants
 from transformers import ViltForQuestionAnswering
 from transformers.modeling_outputs import SequenceClassifierOutput
 
@@ -191,7 +192,8 @@ def test_opaque_objects(saved, marker):
 
     with_object = with_entry(saved, "model/data/constants/opaque_obj_0", pickle.dumps(Touch(marker)))
     path = with_json(with_object.rename(saved), "data/constants/model_constants_config.json", edit)
-    assert runs(path, marker)
+    if hasattr(constants, "OPAQUE_OBJ_FILENAME_PREFIX"):  # torch 2.11 does not know them yet
+        assert runs(path, marker)
     refused(path, "is a pickled Python object")
 
 

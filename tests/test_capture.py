@@ -8,12 +8,11 @@ from torch import nn
 from torch.export import Dim, ExportedProgram
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel, ViltModel
 from transformers.modeling_outputs import SequenceClassifierOutput
-from transformers.utils import logging as transformers_logging
 
 from pumer_compile.capture import Program, batch_inputs, capture, left_as_found, plain_graph_module
 from pumer_compile.errors import CaptureError, UsageError
 from pumer_compile.loading import LoadedModel
-from tests.tiny import image_inputs, text_inputs, tiny_vilt
+from tests.tiny import image_inputs, talkative_transformers, text_inputs, tiny_vilt
 
 
 def vilt_inputs(batch=2):
@@ -79,9 +78,7 @@ def test_keyword_order_does_not_matter_and_inputs_are_in_forward_order():
     assert torch.equal(forward.logits, backward.logits)
 
 
-@pytest.mark.parametrize(
-    "make", [lambda: (tiny_vilt(), vilt_inputs()), lambda: (Classifier(), plain_inputs())]
-)
+@pytest.mark.parametrize("make", [lambda: (tiny_vilt(), vilt_inputs()), lambda: (Classifier(), plain_inputs())])
 def test_weights_are_the_models_own(make):
     model, inputs = make()
     program = capture(model, inputs)
@@ -230,9 +227,7 @@ def mixed(model):
     return model
 
 
-@pytest.mark.parametrize(
-    "make", [lambda: (tiny_vilt(), vilt_inputs()), lambda: (Classifier(), plain_inputs())]
-)
+@pytest.mark.parametrize("make", [lambda: (tiny_vilt(), vilt_inputs()), lambda: (Classifier(), plain_inputs())])
 @pytest.mark.parametrize("dynamic_batch", [False, True])
 def test_the_model_is_left_as_it_was(make, dynamic_batch):
     model, inputs = make()
@@ -312,27 +307,18 @@ def test_the_sample_is_not_changed():
 
 
 def test_it_is_quiet_and_restores_verbosity(capfd):
-    transformers_logging.set_verbosity_info()
-    transformers_logging.enable_progress_bar()
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            capture(tiny_vilt(), vilt_inputs(), dynamic_batch=True)
-        assert transformers_logging.get_verbosity() == transformers_logging.INFO
-        assert transformers_logging.is_progress_bar_enabled()
-    finally:
-        transformers_logging.set_verbosity_warning()
+    with warnings.catch_warnings(record=True) as caught, talkative_transformers() as messages:
+        warnings.simplefilter("always")
+        capture(tiny_vilt(), vilt_inputs(), dynamic_batch=True)
     out, err = capfd.readouterr()
-    assert (out, err, caught) == ("", "", [])
+    assert (out, err, caught, messages) == ("", "", [], [])
 
 
 # --- Kinds of models
 
 
 def test_a_text_only_model_captures():
-    config = BertConfig(
-        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=60
-    )
+    config = BertConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=60)
     inputs = text_inputs(2)
     model = BertModel(config).eval()
     program = capture(model, inputs)
@@ -348,9 +334,7 @@ def test_a_plain_module_around_a_transformers_model_gets_its_frontend():
             self.head = nn.Linear(24, 2)
 
         def forward(self, input_ids, pixel_values, pixel_mask):
-            return self.head(
-                self.vilt(input_ids, pixel_values=pixel_values, pixel_mask=pixel_mask).pooler_output
-            )
+            return self.head(self.vilt(input_ids, pixel_values=pixel_values, pixel_mask=pixel_mask).pooler_output)
 
     model, inputs = Wrapper().eval(), vilt_inputs()
     del inputs["attention_mask"]
@@ -443,9 +427,7 @@ def test_exported_programs_that_do_not_fit():
         ),
         (
             lambda: capture(
-                torch.export.export(
-                    Sum(), (), {"x": torch.zeros(3, 4)}, dynamic_shapes={"x": {1: Dim("tokens")}}
-                )
+                torch.export.export(Sum(), (), {"x": torch.zeros(3, 4)}, dynamic_shapes={"x": {1: Dim("tokens")}})
             ),
             CaptureError,
             "symbolic size in dimension 1",
@@ -468,9 +450,7 @@ def refused(kind, message, model=None, **changes):
 
 
 def test_names_that_are_not_inputs():
-    assert "input_ids, attention_mask" in refused(
-        UsageError, "'pixle_mask'", pixle_mask=torch.zeros(2, 96, 96)
-    )
+    assert "input_ids, attention_mask" in refused(UsageError, "'pixle_mask'", pixle_mask=torch.zeros(2, 96, 96))
     with pytest.raises(UsageError, match="'x'"):
         capture(Classifier(), {**plain_inputs(), "x": torch.zeros(1)})
 
@@ -554,8 +534,6 @@ def test_a_model_that_cannot_be_traced():
         def forward(self, x):
             return x if x.sum() > 0 else -x
 
-    with pytest.raises(
-        CaptureError, match=r"could not trace Branch with the inputs x float32\[2, 3\]: \w+: "
-    ) as error:
+    with pytest.raises(CaptureError, match=r"could not trace Branch with the inputs x float32\[2, 3\]: \w+: ") as error:
         capture(Branch(), {"x": torch.zeros(2, 3)})
     assert error.value.__cause__ is not None and len(one_paragraph(error)) < 700

@@ -58,7 +58,7 @@ def test_integers_are_tokens_and_floats_are_shares(budget: str, kind: type) -> N
     assert site.prune == float(budget)
 
 
-# --- presets --------------------------------------------------------------------------------------------------------
+# --- presets ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_presets_are_all_there() -> None:
     assert set(PRESETS) == {"vilt-vqa", "vilt-nlvr2", "vilt-ve", "vilt-irtr"}
 
 
-# --- loading --------------------------------------------------------------------------------------------------------
+# --- loading ------------------------------------------------------------------------------------------------
 
 
 def test_load_reads_a_file(tmp_path) -> None:
@@ -111,7 +111,7 @@ def test_errors_are_usage_errors() -> None:
     assert caught.value.exit_code == 2
 
 
-# --- bad schedules --------------------------------------------------------------------------------------------------
+# --- bad schedules ------------------------------------------------------------------------------------------
 
 BAD = {
     "a share of 1.5": ("layers: [2]\nprune: 1.5", ["prune", "1.5", "below 1"]),
@@ -190,7 +190,10 @@ BAD = {
     "a tag": ("layers: !!python/object/apply:os.getcwd []\nprune: 0.1", ["not valid YAML"]),
     "a key that is a list": ("[1, 2]: 3\nlayers: [2]", ["not valid YAML"]),
     "a date that does not exist": ("layers: [2]\nprune: 2020-13-45", ["not valid"]),
-    "a key that Python reserves for the object": ("layers: [2]\nprune: 0.1\nself: 1", ["self", "unknown key"]),
+    "a key that Python reserves for the object": (
+        "layers: [2]\nprune: 0.1\nself: 1",
+        ["self", "unknown key"],
+    ),
 }
 
 
@@ -233,7 +236,7 @@ def test_a_schedule_cannot_be_changed() -> None:
     assert PRESETS["vilt-vqa"].prune == 0.1
 
 
-# --- hash -----------------------------------------------------------------------------------------------------------
+# --- hash ---------------------------------------------------------------------------------------------------
 
 EQUIVALENT = {
     "layers and sites": (

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 from transformers import PreTrainedModel, ViltConfig, ViltForQuestionAnswering
+from transformers.utils import logging as transformers_logging
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -51,3 +55,25 @@ def image_inputs(sizes: list[tuple[int, int]], canvas: tuple[int, int], seed: in
         pixels[row, :, :height, :width] = torch.randn(3, height, width, generator=generator)
         mask[row, :height, :width] = 1
     return {"pixel_values": pixels, "pixel_mask": mask}
+
+
+@contextmanager
+def talkative_transformers() -> Iterator[list[str]]:
+    """What transformers logs in the block, at its most talkative; its verbosity must be the same at the end."""
+    messages: list[str] = []
+
+    class Recorder(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            messages.append(record.getMessage())
+
+    recorder, before = Recorder(), transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_debug()
+    transformers_logging.enable_progress_bar()
+    transformers_logging.add_handler(recorder)
+    try:
+        yield messages
+        assert transformers_logging.get_verbosity() == transformers_logging.DEBUG
+        assert transformers_logging.is_progress_bar_enabled()
+    finally:
+        transformers_logging.remove_handler(recorder)
+        transformers_logging.set_verbosity(before)

@@ -93,9 +93,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     """A word-level tokenizer over the words of the training questions."""
     split_words = BertPreTokenizer()
     words = {
-        word
-        for question in get_train_questions()[0]
-        for word, _ in split_words.pre_tokenize_str(question.lower())
+        word for question in get_train_questions()[0] for word, _ in split_words.pre_tokenize_str(question.lower())
     }
     vocabulary = {word: index for index, word in enumerate(SPECIAL_TOKENS + sorted(words))}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
@@ -148,9 +146,7 @@ def question_only_correct() -> tuple[int, int]:
     overall = Counter(answer_texts)
     test_questions, test_answers, _ = get_test_questions()
     guesses = [per_question.get(question, overall).most_common(1)[0][0] for question in test_questions]
-    return sum(guess == answer for guess, answer in zip(guesses, test_answers, strict=True)), len(
-        test_answers
-    )
+    return sum(guess == answer for guess, answer in zip(guesses, test_answers, strict=True)), len(test_answers)
 
 
 def _read_image(path: str) -> Tensor:

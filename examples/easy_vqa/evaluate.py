@@ -6,7 +6,7 @@ python -m examples.easy_vqa.evaluate --retrained strong=examples/easy_vqa/model_
 import json
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, TypedDict, get_args
+from typing import Annotated, get_args
 
 import torch
 import typer
@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, ViltForQuestionAnswering
 import pumer_compile as pumer
 from examples.easy_vqa.data import TEXT_LENGTH, Split, load_split, question_only_correct
 from examples.easy_vqa.random_pruning import RandomPruning, TokenCounts
+from examples.easy_vqa.results import Results, Row, render_table
 from examples.easy_vqa.schedules import STRENGTHS, Semantics, Strength, reduce_model, schedule_for
 from examples.easy_vqa.training import count_correct, raster_logits
 
@@ -23,31 +24,7 @@ RANDOM_SEEDS = [0, 1, 2]
 PACKAGES = ["easy-vqa", "torch", "transformers"]
 
 
-class Row(TypedDict):
-    """One measured model."""
-
-    name: str
-    strength: Strength | None
-    correct: list[int]
-    """Right answers, one entry per seed; a single one where nothing is random."""
-    total: int
-    text_tokens: list[int]
-    """On entering the layers and after every site."""
-    image_tokens: list[int]
-    multiply_adds: int | None
-    """Per sample; None for the baseline that is no network."""
-
-
-class Results(TypedDict):
-    """The whole of `results.json`."""
-
-    versions: dict[str, str]
-    random_seeds: list[int]
-    schedules: dict[Strength, dict[str, object]]
-    rows: list[Row]
-
-
-def measure(model_folder: Path, retrained: dict[Strength, Path]) -> Results:
+def measure(model_folder: Path, retrained: dict[Strength, Path], control: Path | None) -> Results:
     """Every row, each on the whole test set."""
     test = load_split("test", AutoTokenizer.from_pretrained(model_folder))
     model = ViltForQuestionAnswering.from_pretrained(model_folder).eval()
@@ -62,34 +39,18 @@ def measure(model_folder: Path, retrained: dict[Strength, Path]) -> Results:
             tuned = ViltForQuestionAnswering.from_pretrained(retrained[strength]).eval()
             tuned_reduced = reduce_model(tuned, test, schedule_for(strength, "reference"))
             reduced_rows.append(_reduced_row("reduced, reference, retrained", strength, tuned_reduced, test))
+    plan = reduced.plan
+    unreduced_rows = [_unreduced_row("unreduced", model, plan, test)]
+    if control is not None:
+        further = ViltForQuestionAnswering.from_pretrained(control).eval()
+        name = "unreduced, trained further by the same recipe (control)"
+        unreduced_rows.append(_unreduced_row(name, further, plan, test))
     return {
         "versions": {"pumer-compile": pumer.__version__} | {name: version(name) for name in PACKAGES},
         "random_seeds": RANDOM_SEEDS,
         "schedules": STRENGTHS,
-        "rows": [_unreduced_row(model, reduced.plan, test), _question_only_row(), *reduced_rows],
+        "rows": [*unreduced_rows, _question_only_row(), *reduced_rows],
     }
-
-
-def render_table(results: Results) -> str:
-    """The rows as a Markdown table; the last but one column is how many times fewer than in the first row."""
-    full_work = results["rows"][0]["multiply_adds"]
-    lines = [
-        "| Model | Strength | Image tokens | Text tokens | Fewer multiply-adds | Test accuracy |",
-        "| --- | --- | --- | --- | ---: | ---: |",
-    ]
-    for row in results["rows"]:
-        work = row["multiply_adds"]
-        accuracy = sum(row["correct"]) / (len(row["correct"]) * row["total"])
-        cells = [
-            row["name"],
-            row["strength"] or "",
-            " → ".join(map(str, row["image_tokens"])),
-            " → ".join(map(str, row["text_tokens"])),
-            f"{full_work / work:.2f}x" if work and full_work else "",
-            f"{accuracy:.1%}",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
 
 
 def counts_by_layer(plan: pumer.Plan) -> dict[int, TokenCounts]:
@@ -103,9 +64,9 @@ def counts_by_layer(plan: pumer.Plan) -> dict[int, TokenCounts]:
     }
 
 
-def _unreduced_row(model: ViltForQuestionAnswering, plan: pumer.Plan, test: Split) -> Row:
+def _unreduced_row(name: str, model: ViltForQuestionAnswering, plan: pumer.Plan, test: Split) -> Row:
     return {
-        "name": "unreduced",
+        "name": name,
         "strength": None,
         "correct": [count_correct(lambda batch: raster_logits(model, batch), test)],
         "total": len(test),
@@ -162,20 +123,19 @@ def _image_tokens(model: ViltForQuestionAnswering) -> int:
 def _parse_retrained(option: str) -> tuple[Strength, Path]:
     strength, separator, folder = option.partition("=")
     if strength not in STRENGTHS or not separator:
-        raise typer.BadParameter(
-            f"{option!r} is not STRENGTH=FOLDER with a strength of {', '.join(STRENGTHS)}"
-        )
+        raise typer.BadParameter(f"{option!r} is not STRENGTH=FOLDER with a strength of {', '.join(STRENGTHS)}")
     return strength, Path(folder)
 
 
 def main(
     model_folder: Path = HERE / "model",
     retrained: Annotated[list[str] | None, typer.Option(help="STRENGTH=FOLDER of a retrained model.")] = None,
+    control: Annotated[Path | None, typer.Option(help="Folder of the control.")] = None,
     results_path: Path = HERE / "results.json",
 ) -> None:
     """Measure every row, write RESULTS_PATH and print the table."""
     torch.manual_seed(0)
-    results = measure(model_folder, dict(map(_parse_retrained, retrained or [])))
+    results = measure(model_folder, dict(map(_parse_retrained, retrained or [])), control)
     results_path.write_text(json.dumps(results, indent=1) + "\n")
     print(render_table(results))
 

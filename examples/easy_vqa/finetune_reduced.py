@@ -2,11 +2,13 @@
 
     python -m examples.easy_vqa.finetune_reduced --strength strong
 
-The loss is the answers' cross-entropy plus the divergence from the unreduced base model, the teacher.
+The loss is the answers' cross-entropy plus the divergence from the unreduced base model, the teacher. Strength `none`
+gives the control: the unreduced model, trained further by the same recipe.
 """
 
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import typer
@@ -15,8 +17,8 @@ from torch.nn import functional
 from transformers import AutoTokenizer, ViltForQuestionAnswering
 
 from examples.easy_vqa.data import load_split
-from examples.easy_vqa.schedules import Strength, reduce_model, schedule_for
-from examples.easy_vqa.training import Recipe, count_correct, fit, raster_logits, save_folder
+from examples.easy_vqa.schedules import reduce_model, schedule_for
+from examples.easy_vqa.training import LogitsOf, Recipe, count_correct, fit, raster_logits, save_folder
 
 HERE = Path(__file__).parent
 
@@ -29,7 +31,7 @@ def distillation_loss(logits: Tensor, teacher_logits: Tensor) -> Tensor:
 
 
 def main(
-    strength: Strength = "strong",
+    strength: Literal["mild", "paper", "strong", "none"] = "strong",
     model_folder: Path = HERE / "model",
     folder: Annotated[Path | None, typer.Option(help="Where to save; by default model_STRENGTH.")] = None,
     epochs: int = 4,
@@ -45,20 +47,25 @@ def main(
     teacher = ViltForQuestionAnswering.from_pretrained(model_folder).eval()
     # Reducers have no parameters and a capture copies no weight: training `reduced.module` trains `student`.
     student = ViltForQuestionAnswering.from_pretrained(model_folder)
-    reduced = reduce_model(student, train, schedule_for(strength, "reference"))
+    if strength == "none":
+        logits_of: LogitsOf = partial(raster_logits, student)
+    else:
+        reduced = reduce_model(student, train, schedule_for(strength, "reference")).module
+
+        def logits_of(batch: dict[str, Tensor]) -> Tensor:
+            return reduced(**batch).logits
+
     target = folder or HERE / f"model_{strength}"
 
     def loss_of(batch: dict[str, Tensor], labels: Tensor) -> Tensor:
-        logits = reduced.module(**batch).logits.float()
+        logits = logits_of(batch).float()
         with torch.no_grad():
             teacher_logits = raster_logits(teacher, batch).float()
-        return functional.cross_entropy(logits, labels) + distillation * distillation_loss(
-            logits, teacher_logits
-        )
+        return functional.cross_entropy(logits, labels) + distillation * distillation_loss(logits, teacher_logits)
 
     def report_and_save(epoch: int) -> None:
-        correct = count_correct(lambda batch: reduced.module(**batch).logits, test)
-        print(f"epoch {epoch}: reduced test {correct}/{len(test)} = {correct / len(test):.4f}", flush=True)
+        correct = count_correct(logits_of, test)
+        print(f"epoch {epoch}: test {correct}/{len(test)} = {correct / len(test):.4f}", flush=True)
         save_folder(student, tokenizer, target)
 
     fit(student, loss_of, train, Recipe(epochs, learning_rate, batch_size, seed=seed), report_and_save)

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..capture import Program
 from ..errors import ParityError, UsageError
 from ..files import check_writable, publish, sha256_file
-from ..parity import ParityReport, check, random_batches
+from ..parity import ParityReport, check, deciding, random_batches
 from ..reduce import Reduced
 from .manifest import KEY, make_manifest
 from .onnx import OnnxBuild, OnnxOptions, append_metadata, build_onnx, in_precision, save_onnx
@@ -85,16 +85,15 @@ def export(
         files = save_onnx(model, Path(folder) / path.name)
         report = None
         if verify:
-            twin = files[-1] if with_decisions or not build.decisions else save_onnx(build.model, Path(folder) / "twin")[-1]
             batches = _proof_batches(program, samples)
-            report = _prove(files[-1], twin, build, reduced, batches, options.dtype, atol, rtol)
+            report = _prove(files[-1], build, reduced, batches, options.dtype, atol, rtol)
         manifest = make_manifest(
             program,
             schedule,
             plan,
             inputs=[str(value.name) for value in model.graph.inputs],
             outputs=build.outputs,
-            decisions=build.decisions if with_decisions else [],
+            decisions=build.decisions,
             options=asdict(options),
             parity=report.to_dict() if report else {"verified": False},
         )
@@ -128,31 +127,33 @@ def exporter_options(path: Path, **options: Any) -> OnnxOptions:
 
 
 def _sidecar(path: Path) -> Path:
-    """`manifest.json` beside the artifact, or `<stem>.manifest.json` where that name describes another artifact."""
-    plain = path.with_name(SIDECAR)
+    """`manifest.json` beside the artifact, or `<stem>.manifest.json` where that name is taken by something else."""
+    plain, named = path.with_name(SIDECAR), path.with_name(f"{path.stem}.{SIDECAR}")
     try:
-        described = json.loads(plain.read_text(encoding="utf-8")).get("artifact", path.name)
-    except (OSError, ValueError, AttributeError):
+        described = json.loads(plain.read_text(encoding="utf-8"))["artifact"]
+    except FileNotFoundError:
         return plain
+    except (OSError, ValueError, TypeError, KeyError):
+        return named  # somebody else's manifest.json
     other = described != path.name and plain.with_name(str(described)).exists()
-    return path.with_name(f"{path.stem}.{SIDECAR}") if other else plain
+    return named if other else plain
 
 
-def _proof_batches(
-    program: Program, samples: Sequence[Mapping[str, Tensor]] | None
-) -> list[Mapping[str, Tensor]]:
+def _proof_batches(program: Program, samples: Sequence[Mapping[str, Tensor]] | None) -> list[Mapping[str, Tensor]]:
     batches: list[Mapping[str, Tensor]] = [program.inputs]
     if samples is not None:
         return [*batches, *samples]
     if program.model is None or not hasattr(program.model, "config"):
         return batches
     shapes = {name: tuple(tensor.shape) for name, tensor in program.inputs.items()}
-    return [*batches, *random_batches(program.model, shapes)] if "input_ids" in shapes else batches
+    try:
+        return [*batches, *random_batches(program.model, shapes)]
+    except UsageError:  # inputs that nobody can make up
+        return batches
 
 
 def _prove(
     artifact: Path,
-    twin: Path,
     build: OnnxBuild,
     reduced: Reduced | Program,
     batches: list[Mapping[str, Tensor]],
@@ -162,10 +163,8 @@ def _prove(
 ) -> ParityReport:
     eager, unreduced = _eager(reduced)
     session = OnnxSession(artifact)
-    decide = session if twin == artifact else OnnxSession(twin)
-    return check(
-        session, eager, unreduced, batches, dtype, build.decisions, decide=decide, atol=atol, rtol=rtol
-    )
+    decide = deciding(session, build.decisions)
+    return check(session, eager, unreduced, batches, dtype, build.decisions, decide=decide, atol=atol, rtol=rtol)
 
 
 def _eager(reduced: Reduced | Program) -> tuple[Any, Any]:
@@ -179,4 +178,3 @@ def _eager(reduced: Reduced | Program) -> tuple[Any, Any]:
     if exact is program:
         return reduced.module, program.module
     return reduce(exact, reduced.schedule).module, exact.module
-

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+from torch import Tensor
 
 from ..capture import Program
 from ..errors import UsageError
@@ -17,7 +18,16 @@ from ..schedule import Schedule
 
 KEY = "pumer_compile.manifest"
 FORMAT = 1
-_PACKAGES = ("pumer-compile", "torch", "transformers", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "onnxruntime-gpu")
+_PACKAGES = (
+    "pumer-compile",
+    "torch",
+    "transformers",
+    "onnx",
+    "onnxscript",
+    "onnx-ir",
+    "onnxruntime",
+    "onnxruntime-gpu",
+)
 
 
 def library_versions() -> dict[str, str]:
@@ -48,7 +58,7 @@ def make_manifest(
         program: captured.
         schedule: None where nothing is reduced.
         plan: its plan.
-        inputs, outputs, decisions: names in the artifact.
+        inputs, outputs, decisions: names in the artifact; decisions are outputs too, or inner values.
         options: opset, dtype, target.
         parity: the report, or `{"verified": false}`.
     """
@@ -60,8 +70,8 @@ def make_manifest(
         "plan": plan.to_dict() if plan else None,
         "checkpoint_sha256": program.checkpoint_sha256,
         "inputs": {
-            name: {"shape": list(program.inputs[name].shape), "dtype": str(program.inputs[name].dtype)[6:]}
-            for name in inputs
+            name: {"shape": list(tensor.shape), "dtype": _dtype(tensor, options)}
+            for name, tensor in ((name, program.inputs[name]) for name in inputs)
         },
         "outputs": outputs,
         "decisions": decisions,
@@ -71,6 +81,11 @@ def make_manifest(
         "versions": library_versions(),
         "parity": dict(parity),
     }
+
+
+def _dtype(tensor: Tensor, options: Mapping[str, Any]) -> str:
+    """What the artifact takes: floating-point inputs follow its own dtype."""
+    return str(options["dtype"]) if tensor.is_floating_point() else str(tensor.dtype).removeprefix("torch.")
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

@@ -25,8 +25,9 @@ from onnx_ir.passes import common as ir_passes
 from torch import Tensor
 from torch.export import ExportedProgram
 from transformers import PreTrainedModel
-from transformers.exporters.exporter_dynamo import DynamoConfig, DynamoExporter
-from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
+from transformers.exporters.configs import OnnxConfig
+from transformers.exporters.exporter_dynamo import DynamoExporter
+from transformers.exporters.exporter_onnx import OnnxExporter
 from transformers.exporters.utils import get_leaf_tensors
 
 from ..capture import Program, batch_inputs, capture
@@ -80,7 +81,7 @@ class _ReduceStep(DynamoExporter):
     decision_names: list[str]
 
     def export_program(
-        self, model: PreTrainedModel, sample_inputs: MutableMapping[str, Any], config: DynamoConfig
+        self, model: PreTrainedModel, sample_inputs: MutableMapping[str, Any], config: Any
     ) -> tuple[ExportedProgram, Any]:
         exported, metadata = super().export_program(model, sample_inputs, config)
         self.decision_names = []
@@ -90,14 +91,14 @@ class _ReduceStep(DynamoExporter):
         return exported, metadata
 
 
-class ReducedOnnxExporter(OnnxExporter, _ReduceStep):
+class ReducedOnnxExporter(OnnxExporter, _ReduceStep):  # type: ignore[misc]  # one traces, the other converts
     """transformers' ONNX exporter with the reduction between capture and conversion.
 
     The graph's outputs are the model's, then every reducer's decisions, named in `decision_names`.
     """
 
     def __init__(self, schedule: Schedule | None, streams: Mapping[str, str] | None = None) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.schedule, self.streams = schedule, dict(streams or {})
 
 
@@ -133,12 +134,14 @@ class OnnxBuild:
     decisions: list[str]
 
     def without_decisions(self) -> onnx_ir.Model:
-        """A copy that gives the model's own outputs only; weights are shared."""
+        """A copy that gives the model's own outputs only; weights are shared.
+
+        The decisions stay inside under their names, so that parity can read them (`OnnxSession(expose=...)`).
+        """
         model = self.model.clone()
         keep = [value for value in model.graph.outputs if value.name in self.outputs]
         model.graph.outputs.clear()
         model.graph.outputs.extend(keep)
-        ir_passes.RemoveUnusedNodesPass()(model)
         return model
 
 
@@ -230,8 +233,9 @@ def _through_torch(
         )
     flat = _flat_outputs(program)
     names = list(flat)
+    decisions: list[str] = []
     if schedule is None:
-        exported, decisions = _export_flat(program, names, shapes), []
+        exported = _export_flat(program, names, shapes)
     else:
         exported, decisions = reduced_export(program, schedule, shapes)
     converted = torch.onnx.export(
@@ -255,9 +259,7 @@ def _flat_outputs(program: Program) -> dict[str, Tensor]:
 
 def _export_flat(program: Program, names: list[str], shapes: dict[str, Any] | None) -> ExportedProgram:
     module, _ = with_decisions(program.module, names)
-    return torch.export.export(
-        module, args=(), kwargs=dict(program.inputs), dynamic_shapes=shapes, strict=False
-    )
+    return torch.export.export(module, args=(), kwargs=dict(program.inputs), dynamic_shapes=shapes, strict=False)
 
 
 def _named(model: onnx_ir.Model, outputs: list[str], decisions: list[str]) -> OnnxBuild:
@@ -269,10 +271,7 @@ def _named(model: onnx_ir.Model, outputs: list[str], decisions: list[str]) -> On
 def _scope_names(model: onnx_ir.Model) -> None:
     """Name nodes after the module they came from, so that reducers can be read in a viewer."""
     for index, node in enumerate(model.graph.all_nodes()):
-        scopes = [
-            s.strip(" '\"")
-            for s in node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]")[1:-1].split(",")
-        ]
+        scopes = [s.strip(" '\"") for s in node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]")[1:-1].split(",")]
         path = next((s for s in reversed(scopes[:-1]) if s), "")
         node.name = f"{path}/{node.op_type}_{index}" if path else f"{node.op_type}_{index}"
     # What remains are stack traces: half the file of a small model, and paths of the machine that compiled it.

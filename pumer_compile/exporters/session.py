@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import torch
 from torch import Tensor
 
@@ -28,13 +29,14 @@ class OnnxSession:
     Args:
         path: the model.
         provider: execution provider; it must be the one in use, since onnxruntime falls back without a word.
+        expose: inner values to give as extra outputs, by name.
 
     Raises:
         UsageError: onnxruntime is not installed, or does not have the provider.
         ExportError: onnxruntime refuses the model.
     """
 
-    def __init__(self, path: Path, provider: str = "CPUExecutionProvider") -> None:
+    def __init__(self, path: Path, provider: str = "CPUExecutionProvider", *, expose: Sequence[str] = ()) -> None:
         try:
             import onnxruntime
         except ImportError as error:
@@ -44,8 +46,14 @@ class OnnxSession:
             ) from error
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # errors only; warnings are about optimisations that do not concern the user
+        model: str | bytes = str(path)
+        if expose:
+            model = _exposing(path, expose)
+            options.add_session_config_entry(
+                "session.model_external_initializers_file_folder_path", str(path.resolve().parent)
+            )
         try:
-            self._session = onnxruntime.InferenceSession(str(path), options, providers=[provider])
+            self._session = onnxruntime.InferenceSession(model, options, providers=[provider])
         except Exception as error:
             # onnxruntime raises its own exception types, which share no base class of their own.
             raise ExportError(f"onnxruntime cannot open {path}: {' '.join(str(error).split())}") from error
@@ -85,3 +93,10 @@ class OnnxSession:
                 )
             feed[spec.name] = tensor.to(_DTYPES[spec.type]).contiguous().numpy()
         return dict(zip(self.outputs, self._session.run(None, feed), strict=True))
+
+
+def _exposing(path: Path, names: Sequence[str]) -> bytes:
+    """The model with inner values as extra outputs; weights beside it stay there."""
+    model = onnx.load(str(path), load_external_data=False)
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    return bytes(model.SerializeToString())

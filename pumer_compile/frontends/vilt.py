@@ -30,8 +30,7 @@ TARGET = "transformers.models.vilt.modeling_vilt.ViltEmbeddings.visual_embed"
 
 
 def nearest_indices(size: int, target: int) -> list[int]:
-    """The positions that `torch.nn.functional.interpolate(mode="nearest")` reads to resize `size` entries to
-    `target`.
+    """The positions that `interpolate(mode="nearest")` reads to resize `size` entries to `target`.
 
     torch computes `floor(i * scale)` in float32; so does this, because in higher precision a few sizes round
     to the neighbouring entry. The two branches are torch's own exact cases (`nearest_idx` in `UpSample.h`).
@@ -45,8 +44,7 @@ def nearest_indices(size: int, target: int) -> list[int]:
 
 
 def hat_weights(lengths: Tensor, size: int, grid: int, dtype: torch.dtype) -> Tensor:
-    """Bilinear (`align_corners=True`) weights from `grid` entries to `lengths[b]` positions of `size`, zero
-    beyond.
+    """Bilinear (`align_corners=True`) weights from `grid` entries to `lengths[b]` of `size` positions, zero beyond.
 
     `lengths` is int64 `[B]`; the result is `[B, size, grid]` of the floating `dtype`.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -29,6 +30,7 @@ from .axes import (
     Size,
     Slice,
     Tokens,
+    Total,
     constraint_dims,
     cut_axis,
     same_size,
@@ -56,11 +58,7 @@ class Annotation:
 
     def axis(self, dim: Dim) -> AxisKind:
         """What a dimension indexes."""
-        return (
-            self._kind(self._axes[dim])
-            if dim in self._axes
-            else Fixed(_sizes(dim.node, dim.output)[dim.index])
-        )
+        return self._kind(self._axes[dim]) if dim in self._axes else Fixed(_sizes(dim.node, dim.output)[dim.index])
 
     def axes(self, node: fx.Node, output: int = 0) -> list[AxisKind]:
         """What each dimension of a value indexes."""
@@ -158,7 +156,7 @@ def _apply(axes: dict[Dim, Axis], constraint: Constraint) -> None:
             _reshape([axes[s] for s in sources], [axes[r] for r in results])
         case Seed(dims, stream):
             _seed([axes[d].find() for d in dims], stream)
-        case Select() | Reduce() | Opaque() | Literal():
+        case Select() | Reduce() | Total() | Opaque() | Literal():
             pass
 
 
@@ -173,11 +171,7 @@ def _reshape(sources: list[Axis], results: list[Axis]) -> None:
         _factor(results[0], sources)
         grids = [a.find().grid for a in sources]
         first = grids[0]
-        if (
-            first
-            and all(g and g[:2] == (first[0], i) for i, g in enumerate(grids))
-            and len(grids) == first[2]
-        ):
+        if first and all(g and g[:2] == (first[0], i) for i, g in enumerate(grids)) and len(grids) == first[2]:
             results[0].find().stream = first[3]
 
 
@@ -277,6 +271,8 @@ def _check_covered(annotation: Annotation, node: fx.Node) -> None:
     spoken = {d for c in constraints for d in constraint_dims(c)}
     for source in node.all_input_nodes:
         for output, value in enumerate(values(source)):
+            if node.target is operator.getitem and output != node.args[1]:
+                continue
             if not isinstance(value, Tensor | torch.Tensor):
                 continue
             for index in range(value.dim()):

@@ -87,6 +87,13 @@ class Reduce:
 
 
 @dataclass(frozen=True)
+class Total:
+    """`source` is summed away: the sum of fewer tokens is smaller, so what divides it matters."""
+
+    source: Dim
+
+
+@dataclass(frozen=True)
 class Opaque:
     """The operator works along `source` position by position: valid only while no reducer has touched it."""
 
@@ -110,7 +117,7 @@ class Seed:
     stream: str
 
 
-Constraint = Same | Concat | Reshape | Slice | Select | Reduce | Opaque | Literal | Seed
+Constraint = Same | Concat | Reshape | Slice | Select | Reduce | Total | Opaque | Literal | Seed
 
 
 def constraint_dims(constraint: Constraint) -> tuple[Dim, ...]:
@@ -124,7 +131,7 @@ def constraint_dims(constraint: Constraint) -> tuple[Dim, ...]:
             return (*sources, *results)
         case Slice(source, result):
             return (source, result)
-        case Select(source) | Reduce(source) | Opaque(source):
+        case Select(source) | Reduce(source) | Total(source) | Opaque(source):
             return (source,)
         case Literal(result):
             return (result,)
@@ -341,6 +348,4 @@ def reshape_groups(sources: Sequence[Size], results: Sequence[Size]) -> Iterable
 
 def _hint(value: Any) -> float:
     # Symbols are batch sizes of at least 2; any large stand-in orders products by integer factors first.
-    return (
-        float(value) if isinstance(value, int) else float(value.subs({s: 7919 for s in value.free_symbols}))
-    )
+    return float(value) if isinstance(value, int) else float(value.subs({s: 7919 for s in value.free_symbols}))

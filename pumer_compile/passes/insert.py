@@ -84,8 +84,7 @@ def plan_insertions(annotation: Annotation, attentions: list[Attention], schedul
         if schedule.semantics == "reference" and _published_stands_still(site, counts):
             log.warning(
                 "Site %s is left out: its share prunes none of %d image tokens, and there the published code "
-                "merges "
-                "nothing either.",
+                "merges nothing either.",
                 site.at,
                 counts["image"],
             )
@@ -144,10 +143,8 @@ def _site(
         if stream == "image":
             keep, merge = image_counts(tokens, site, semantics, learned)
         elif stream == "text":
-            keep, merge = (
-                tokens,
-                merge_count(site.at, stream, site.merge.text, tokens, tokens, max(1, learned)),
-            )
+            keep = tokens
+            merge = merge_count(site.at, stream, site.merge.text, tokens, tokens, max(1, learned))
         else:
             keep, merge = tokens, 0
         if keep - merge < tokens:
@@ -212,23 +209,24 @@ class _Emitter:
         if known is not None or not self.attention.masks:
             return known
         if len(self.attention.masks) > 1:
-            names = ", ".join(m.name for m in self.attention.masks)
+            names = ", ".join(m.node.name for m in self.attention.masks)
             raise LocateError(
                 f"The attention {self.attention.site} ({self.attention.module}) adds several masks "
                 f"({names}); which of them marks padding cannot be told."
             )
         (mask,) = self.attention.masks
-        if len(shape(mask)) != 4:
+        if len(shape(mask.node)) != 4:
             raise LocateError(
-                f"The mask of {describe(self.attention.context)} has {len(shape(mask))} dimensions, not 4."
+                f"The mask of {describe(self.attention.context)} has {len(shape(mask.node))} dimensions, not 4."
             )
-        axis = walk.annotation.axis(Dim(mask, 3))
+        axis = walk.annotation.axis(Dim(mask.node, 3))
         if not isinstance(axis, Tokens) or stream not in axis.streams:
             return None
-        module = TokenWeights(
-            axis.offset(stream), next(s.length for s in axis.segments if s.stream == stream)
+        # Read at the first use of the stream's mask, before any reducer of this stream; others may be reduced.
+        start, stop = walk.span(axis, stream, walk.at(Dim(mask.node, 3)))
+        node = walk.call_module(
+            f"reducer.weights.{stream}", TokenWeights(start, stop - start, mask.kind), walk.env[mask.node]
         )
-        node = walk.call_module(f"reducer.weights.{stream}", module, walk.env[mask])
         self.insertions.weights[stream] = node
         return node
 
@@ -238,12 +236,16 @@ class _PublishedSoftmax(_Emitter):
 
     def __call__(self, walk: Rewriter) -> fx.Node:
         attention = self.attention
+        if attention.unusual:
+            raise LocateError(
+                f"The attention {attention.site} ({attention.module}) cannot have the published softmax, because "
+                f"{attention.unusual}. Use semantics `paper` or `safe`."
+            )
         weights = [self.weights(walk, s) for s in attention.key_axis.streams]
         present = [w for w in weights if w is not None]
         if present and len(present) < len(weights):
             raise LocateError(
-                f"The attention {attention.site} ({attention.module}) masks only some of "
-                f"{attention.key_axis}."
+                f"The attention {attention.site} ({attention.module}) masks only some of {attention.key_axis}."
             )
         module = PublishedMaskedSoftmax(diagonal=attention.query_axis == attention.key_axis)
         name = f"reducer.softmax.{attention.site.replace('.', '_')}"
@@ -307,17 +309,17 @@ class _Reduce(_Emitter):
         site = self.attention
         if "text" not in site.streams:
             return None
-        key_range = walk.span(site.key_axis, "image", site)
-        rows = walk.span(site.query_axis, "text", site)
-        source = (
-            walk.probabilities.get(site.context)
-            if site.fused
-            else walk.env[site.probabilities or site.context]
-        )
+        epochs = walk.at(Dim(site.query, 2))
+        key_range = walk.span(site.key_axis, "image", epochs)
+        rows = walk.span(site.query_axis, "text", epochs)
+        written_out = walk.probabilities.get(site.context)
+        source = written_out if site.fused else walk.env[site.probabilities or site.context]
         if source is None:
             query = walk.call(aten.slice.Tensor, walk.env[site.query], 2, *rows)
             assert site.key is not None
-            mask = [walk.used.get((site.context, m), walk.env[m]) for m in site.masks]
+            if site.unusual:
+                raise LocateError(f"Site {site.site} ({site.module}) cannot be reduced, because {site.unusual}.")
+            mask = [walk.used.get((site.context, m.node), walk.env[m.node]) for m in site.masks]
             scale = site.context.kwargs.get("scale")
             module = TextRowsAttention(scale if isinstance(scale, float) else None, rows)
             name = f"reducer.{site.site.replace('.', '_')}.attention"
@@ -328,12 +330,18 @@ class _Reduce(_Emitter):
 
     def _keys(self, walk: Rewriter, stream: str) -> fx.Node:
         site = self.attention
-        span = walk.span(site.key_axis, stream, site)
+        span = walk.span(site.key_axis, stream, walk.at(Dim(site.query, 2)))
         if site.key is not None:
             return walk.call(aten.slice.Tensor, walk.env[site.key], 2, *span)
         assert site.key_transposed is not None
         cut = walk.call(aten.slice.Tensor, walk.env[site.key_transposed], 3, *span)
         return walk.call(aten.transpose.int, cut, 2, 3)
+
+    def _first_stays(self, reducer: StreamReducer) -> bool:
+        """Whether token 0 is token 0 afterwards. The published code takes whatever comes first, and so does
+        `reference`; elsewhere a pruner that sorts by saliency moves it unless it is protected."""
+        pruner = reducer.pruner
+        return pruner is None or pruner.protected > 0 or self.insertions.semantics == "reference"
 
     def _reduce(
         self,
@@ -353,7 +361,9 @@ class _Reduce(_Emitter):
         self.insertions.weights[stream] = outputs[1]
         self.insertions.decisions[name] = (outputs[3], outputs[4], outputs[5])
         merged = reducer.merger.merge > 0
-        walk.steps.setdefault(stream, []).append(Step(outputs[2], reducer.tokens_after, merged))
+        walk.steps.setdefault(stream, []).append(
+            Step(outputs[2], reducer.tokens_after, merged, self._first_stays(reducer))
+        )
         return outputs[0]
 
 

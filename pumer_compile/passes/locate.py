@@ -3,20 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor, fx
 
 from ..errors import LocateError
+from ..reducers.align import MaskKind
 from .annotate import Annotation
 from .axes import Dim, Tokens
 from .graph import depends_on_parameter, module_path, values
-from .rules import aten, broadcast, rule_for, shape, wrap
+from .rules import argument, aten, broadcast, rule_for, shape, wrap
 
 _PRODUCTS = {aten.matmul.default, aten.bmm.default}
 _SOFTMAX = {aten.softmax.int, aten._softmax.default}
 _SDPA = aten.scaled_dot_product_attention.default
 _ADD = {aten.add.Tensor, aten.add_.Tensor}
+_MASKED_FILL = {
+    aten.masked_fill.Scalar,
+    aten.masked_fill.Tensor,
+    aten.masked_fill_.Scalar,
+    aten.masked_fill_.Tensor,
+}
+_WHERE = {aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf}
+_STRETCHES = {aten.expand.default, aten.expand_as.default, aten.unsqueeze.default, aten.squeeze.dim, aten.slice.Tensor}
+_KEEPS_VALUES = {
+    aten.to.dtype,
+    aten.to.device,
+    aten.to.dtype_layout,
+    aten.dropout.default,
+    aten.contiguous.default,
+    aten.clone.default,
+    aten.alias.default,
+}
 _RESHAPES = {
     aten.transpose.int,
     aten.permute.default,
@@ -31,6 +50,14 @@ _NORMS = {aten.layer_norm.default, aten.rms_norm.default}
 
 
 @dataclass(frozen=True)
+class Mask:
+    """A mask and how it reads: `additive` to the scores, or boolean: true means `keep` or `drop`."""
+
+    node: fx.Node
+    kind: MaskKind
+
+
+@dataclass(frozen=True)
 class Attention:
     """One attention node.
 
@@ -42,7 +69,8 @@ class Attention:
         key_transposed: `[batch, heads, head_size, keys]`, or `key` where the attention is fused.
         key: `[batch, heads, keys, head_size]` of a fused attention, else None.
         scores: scaled scores before any mask (None where fused).
-        masks: additive or boolean masks, innermost first.
+        masks: innermost first.
+        unusual: why its softmax cannot be replaced or its rows recomputed, or ''.
         probabilities: the softmax node (None where fused).
         context: probabilities times values, `[batch, heads, queries, head_size]`.
         query_axis, key_axis: what they index.
@@ -55,7 +83,8 @@ class Attention:
     key_transposed: fx.Node | None
     key: fx.Node | None
     scores: fx.Node | None
-    masks: tuple[fx.Node, ...]
+    masks: tuple[Mask, ...]
+    unusual: str
     probabilities: fx.Node | None
     context: fx.Node
     query_axis: Tokens
@@ -116,13 +145,8 @@ def choose(attentions: list[Attention], site: str) -> Attention:
     have = ", ".join(f"{g}.0 to {g}.{n - 1}" if n > 1 else f"{g}.0" for g, n in groups.items())
     hint = ""
     if "cross_modal" not in groups:
-        hint = (
-            " No attention mixes tokens of text and image, so there is nothing for text-informed reduction "
-            "to read."
-        )
-    raise LocateError(
-        f"The schedule names {site}, which this graph does not have. Its attention sites: {have}.{hint}"
-    )
+        hint = " No attention mixes tokens of text and image, so there is nothing for text-informed reduction to read."
+    raise LocateError(f"The schedule names {site}, which this graph does not have. Its attention sites: {have}.{hint}")
 
 
 def _match(node: fx.Node, annotation: Annotation, counts: dict[str, int]) -> Attention | None:
@@ -154,6 +178,7 @@ def _match(node: fx.Node, annotation: Annotation, counts: dict[str, int]) -> Att
         key=parts.key,
         scores=parts.scores,
         masks=parts.masks,
+        unusual=parts.unusual,
         probabilities=parts.probabilities,
         context=parts.context,
         query_axis=query_axis,
@@ -169,7 +194,8 @@ class _Parts:
     key_transposed: fx.Node | None
     key: fx.Node | None
     scores: fx.Node | None
-    masks: tuple[fx.Node, ...]
+    masks: tuple[Mask, ...]
+    unusual: str
     probabilities: fx.Node | None
     context: fx.Node
     key_dim: tuple[fx.Node, int]
@@ -177,10 +203,17 @@ class _Parts:
 
 def _fused(node: fx.Node) -> _Parts:
     query, key = node.args[0], node.args[1]
-    mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
+    mask = argument(node, 3, "attn_mask")
     assert isinstance(query, fx.Node) and isinstance(key, fx.Node)
-    masks = (mask,) if isinstance(mask, fx.Node) else ()
-    return _Parts(query, None, key, None, masks, None, node, (key, len(shape(key)) - 2))
+    masks: tuple[Mask, ...] = ()
+    if isinstance(mask, fx.Node):
+        masks = (Mask(mask, "keep" if values(mask)[0].dtype == torch.bool else "additive"),)
+    unusual = ""
+    if argument(node, 5, "is_causal", False):
+        unusual = "it is causal (`is_causal=True`), and reduced tokens have no order to be causal in"
+    elif node.kwargs.get("enable_gqa", False):
+        unusual = "its queries and keys have different numbers of heads (`enable_gqa=True`)"
+    return _Parts(query, None, key, None, masks, unusual, None, node, (key, len(shape(key)) - 2))
 
 
 def _unfused(node: fx.Node) -> _Parts | None:
@@ -192,34 +225,73 @@ def _unfused(node: fx.Node) -> _Parts | None:
     context = _context(node)
     if found is None or context is None:
         return None
-    product, scores, masks = found
-    query, key_transposed = product.args[0], product.args[1]
+    query, key_transposed = found.product.args[0], found.product.args[1]
     assert isinstance(query, fx.Node) and isinstance(key_transposed, fx.Node)
-    return _Parts(query, key_transposed, None, scores, masks, node, context, (node, rank - 1))
+    return _Parts(
+        query, key_transposed, None, found.scores, found.masks, found.unusual, node, context, (node, rank - 1)
+    )
 
 
-def _scores(node: object) -> tuple[fx.Node, fx.Node, tuple[fx.Node, ...]] | None:
-    """From the softmax's input back to the product of queries and keys: `(product, scaled scores, masks)`.
+@dataclass(frozen=True)
+class _Scores:
+    """From a softmax's input back to the product of queries and keys; see `Attention`."""
 
-    A mask is an operand computed without any parameter; a learned bias belongs to the scores.
-    """
+    product: fx.Node
+    scores: fx.Node
+    masks: tuple[Mask, ...] = ()
+    unusual: str = ""
+
+
+def _scores(node: object) -> _Scores | None:
     if not isinstance(node, fx.Node) or node.op != "call_function":
         return None
     if node.target in _PRODUCTS:
-        return node, node, ()
-    if rule_for(node) is None or not _is_pointwise(node):
+        return _Scores(node, node)
+    if not _is_pointwise(node):
         return None
     for operand in node.all_input_nodes:
         below = _scores(operand)
         if below is None:
             continue
-        product, scores, masks = below
-        others = [o for o in node.all_input_nodes if o is not operand and values(o) and shape(o)]
-        new = tuple(o for o in others if not depends_on_parameter(o))
-        if node.target in _ADD or "masked_fill" in str(node.target) or "where" in str(node.target):
-            return product, scores if masks or new else node, (*masks, *new)
-        return product, node if not masks else scores, masks
+        mask = _mask(node, operand)
+        if mask is not None:
+            return replace(below, masks=(*below.masks, mask))
+        if below.masks and node.target not in _KEEPS_VALUES:
+            why = f"{node.name} ({node.target}) changes its scores after the mask is applied"
+            return replace(below, unusual=why)
+        return below if below.masks else replace(below, scores=node)
     return None
+
+
+def _mask(node: fx.Node, scores: fx.Node) -> Mask | None:
+    """The mask that `node` applies to `scores`, if it does: a value computed without any learned parameter."""
+    if node.target in _ADD:
+        kind: MaskKind = "additive"
+        other = next((n for n in node.all_input_nodes if n is not scores), None)
+    elif node.target in _MASKED_FILL:
+        other, kind = node.args[1], "drop"  # type: ignore[assignment]  # a node, checked below
+    elif node.target in _WHERE:
+        other, kind = node.args[0], "keep" if node.args[1] is scores else "drop"  # type: ignore[assignment]  # as above
+    else:
+        return None
+    found = isinstance(other, fx.Node) and bool(values(other)) and bool(shape(other))
+    return Mask(other, kind) if found and isinstance(other, fx.Node) and not depends_on_parameter(other) else None
+
+
+def mask_kinds(attentions: list[Attention]) -> dict[fx.Node, MaskKind]:
+    """Every mask, and every value that is only reshaped into one, with how it reads."""
+    kinds: dict[fx.Node, MaskKind] = {}
+    stack = [(mask.node, mask.kind) for attention in attentions for mask in attention.masks]
+    while stack:
+        node, kind = stack.pop()
+        if node in kinds or not values(node):
+            continue
+        kinds[node] = kind
+        if node.target in _RESHAPES | _KEEPS_VALUES | _STRETCHES:
+            source = node.all_input_nodes[0]
+            if values(source) and values(source)[0].dtype == values(node)[0].dtype:
+                stack.append((source, kind))
+    return kinds
 
 
 def _is_pointwise(node: fx.Node) -> bool:
@@ -263,8 +335,7 @@ def has_value(node: fx.Node) -> bool:
 def _is_residual(add: fx.Node, branch: fx.Node) -> bool:
     others: Iterator[fx.Node] = (n for n in add.all_input_nodes if n is not branch)
     return any(
-        shape(other) == shape(branch) and len(list(broadcast(other, add))) == len(shape(add))
-        for other in others
+        shape(other) == shape(branch) and len(list(broadcast(other, add))) == len(shape(add)) for other in others
     )
 
 

@@ -17,7 +17,7 @@ from ..schedule import Schedule
 from .annotate import Annotation, annotate
 from .graph import values
 from .insert import Insertions, plan_insertions
-from .locate import Attention, locate
+from .locate import Attention, locate, mask_kinds
 from .propagate import propagate
 from .rewrite import Rewriter
 from .verify import verify
@@ -71,9 +71,7 @@ class History:
     def __str__(self) -> str:
         lines = [f"{'pass':<10}{'matches':>9}{'nodes':>14}{'seconds':>9}"]
         for r in self.records:
-            lines.append(
-                f"{r.name:<10}{r.matches:>9}{f'{r.nodes_before} -> {r.nodes_after}':>14}{r.seconds:>9.2f}"
-            )
+            lines.append(f"{r.name:<10}{r.matches:>9}{f'{r.nodes_before} -> {r.nodes_after}':>14}{r.seconds:>9.2f}")
         return "\n".join(lines)
 
 
@@ -96,10 +94,14 @@ def _insert(state: State) -> int:
 
 def _rewrite(state: State) -> int:
     assert state.annotation is not None and state.attentions is not None and state.insertions is not None
-    masks = {m for a in state.attentions for m in a.masks if values(m)[0].is_floating_point()}
-    state.walk = Rewriter(state.captured, state.annotation, masks)
+    state.walk = Rewriter(state.captured, state.annotation, mask_kinds(state.attentions))
     state.reduced = state.walk.run(state.insertions.after(), state.insertions.instead())
-    return state.walk.literals + state.walk.alignments
+    # A site in the last layer may leave nothing to change; what must not happen is a site that was not reached.
+    missed = [s.plan.site for s in state.insertions.sites if not set(s.reducers) <= set(state.walk.steps)]
+    if missed:
+        raise VerifyError(f"The walk passed {missed[0]} without inserting its reducers.")
+    log.info("rewrite: %d literals changed, %d values aligned", state.walk.literals, state.walk.alignments)
+    return len(state.insertions.decisions)
 
 
 def _verify(state: State) -> int:
@@ -206,9 +208,7 @@ def count_plan(
     return Plan(tuple(sites), sum(before) // batch, sum(after) // batch, layers)
 
 
-def _sections(
-    module: fx.GraphModule, inputs: dict[str, Tensor], opens: Callable[[fx.Node, int], bool]
-) -> list[int]:
+def _sections(module: fx.GraphModule, inputs: dict[str, Tensor], opens: Callable[[fx.Node, int], bool]) -> list[int]:
     """Multiply-adds of the whole batch before the first site, and from each site to the next."""
     _, counts = propagate(module, inputs)
     totals = [0]

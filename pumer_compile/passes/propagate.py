@@ -10,19 +10,25 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from .graph import attribute
+
 
 class _FakeInterpreter(fx.Interpreter):
-    """Runs nodes on fake tensors; attributes become fake once."""
+    """Runs nodes on fake tensors."""
 
     def __init__(self, module: fx.GraphModule, mode: FakeTensorMode) -> None:
         super().__init__(module)
-        self.mode = mode
         self.values: dict[fx.Node, Any] = {}
         self.multiply_adds: dict[fx.Node, int] = {}
+        # Made fake before the mode is entered, and without gradients, which a run under no_grad has no place for.
+        self.attributes = {
+            str(node.target): mode.from_tensor(value.detach(), static_shapes=True)
+            for node in module.graph.nodes
+            if node.op == "get_attr" and isinstance(value := attribute(node), Tensor)
+        }
 
     def fetch_attr(self, target: str) -> Any:
-        value = super().fetch_attr(target)
-        return self.mode.from_tensor(value, static_shapes=True) if isinstance(value, Tensor) else value
+        return self.attributes[target] if target in self.attributes else super().fetch_attr(target)
 
     def run_node(self, n: fx.Node) -> Any:
         counter = FlopCounterMode(display=False)
@@ -34,9 +40,7 @@ class _FakeInterpreter(fx.Interpreter):
         return result
 
 
-def propagate(
-    module: fx.GraphModule, inputs: Mapping[str, Tensor]
-) -> tuple[dict[fx.Node, Any], dict[fx.Node, int]]:
+def propagate(module: fx.GraphModule, inputs: Mapping[str, Tensor]) -> tuple[dict[fx.Node, Any], dict[fx.Node, int]]:
     """Fake values and multiply-adds of every node.
 
     Args:

@@ -20,7 +20,7 @@ from torch import fx, nn
 
 from ..errors import AxisError
 from ..reducers import AlignAxis
-from ..reducers.align import AlignMode
+from ..reducers.align import AlignMode, MaskKind
 from .annotate import Annotation
 from .axes import (
     AxisKind,
@@ -38,9 +38,10 @@ from .axes import (
     Size,
     Slice,
     Tokens,
+    Total,
+    same_size,
 )
-from .graph import attribute, describe, values
-from .locate import Attention
+from .graph import attribute, depends_on_parameter, describe, values
 from .rules import aten, shape
 
 Epochs = dict[str, int]
@@ -48,12 +49,19 @@ Epochs = dict[str, int]
 
 @dataclass(frozen=True)
 class Step:
-    """A stream from one epoch to the next: node of the map `[batch, after, before]`, tokens after, and
-    whether any tokens were merged (and not only pruned)."""
+    """A stream from one epoch to the next.
+
+    Attributes:
+        map: node of the map `[batch, after, before]`.
+        after: tokens after.
+        merged: whether any tokens were merged (and not only pruned).
+        first_stays: whether token 0 is token 0 afterwards.
+    """
 
     map: fx.Node
     after: int
     merged: bool
+    first_stays: bool
 
 
 @dataclass
@@ -63,18 +71,19 @@ class Rewriter:
     Attributes:
         source: captured graph module; it is not changed.
         annotation: its axes.
-        masks: its additive attention masks, which align by log-mean-exp.
+        masks: its attention masks and the values they are shaped from, which align by their kind.
         env: newest new node of each captured node.
         epochs: epochs of each captured dimension's newest value, where any is above 0.
         used: new node that a captured node read for an input (aligned where needed).
         steps: reducers of each stream so far.
         probabilities: of fused attentions that were written out.
         literals, alignments: how many were changed and inserted.
+        batch: the batch dimension of the first reduced value, which alignment maps follow.
     """
 
     source: fx.GraphModule
     annotation: Annotation
-    masks: set[fx.Node]
+    masks: dict[fx.Node, MaskKind]
     env: dict[fx.Node, fx.Node] = field(default_factory=dict)
     epochs: dict[Dim, Epochs] = field(default_factory=dict)
     used: dict[tuple[fx.Node, fx.Node], fx.Node] = field(default_factory=dict)
@@ -82,6 +91,7 @@ class Rewriter:
     probabilities: dict[fx.Node, fx.Node] = field(default_factory=dict)
     literals: int = 0
     alignments: int = 0
+    batch: Dim | None = None
     graph: fx.Graph = field(default_factory=fx.Graph)
     _modules: dict[str, nn.Module] = field(default_factory=dict)
     _aligned: dict[tuple[Any, ...], fx.Node] = field(default_factory=dict)
@@ -139,9 +149,8 @@ class Rewriter:
             start = stop
         return result
 
-    def span(self, axis: Tokens, stream: str, attention: Attention) -> tuple[int, int]:
-        """First and last-but-one position of a stream on an attention's axis, now."""
-        epochs = self.at(Dim(attention.query, len(shape(attention.query)) - 2))
+    def span(self, axis: Tokens, stream: str, epochs: Epochs) -> tuple[int, int]:
+        """First and last-but-one position of a stream on an axis at given epochs."""
         start = 0
         for segment in axis.segments:
             length = self.length(segment, epochs)
@@ -163,6 +172,7 @@ class Rewriter:
 
     def bump(self, dim: Dim, streams: tuple[str, ...]) -> None:
         """A reducer replaced a value: its streams are at their newest epochs."""
+        self.batch = self.batch or Dim(dim.node, 0)
         self._set(dim, {**self.at(dim), **{s: len(self.steps[s]) for s in streams}})
 
     def _set(self, dim: Dim, epochs: Epochs) -> None:
@@ -226,6 +236,7 @@ class Rewriter:
                     self._set(dim, target)
                 elif self._behind(dim, target):
                     self._check_alignable(node, dim, same)
+                    self._check_not_mutated(node, dim)
                     wanted.setdefault(dim.node, {})[dim.index] = target
         return {
             source: self._align(node, source, wanted[source]) if source in wanted else self.env[source]
@@ -246,6 +257,13 @@ class Rewriter:
                 "schedule."
             )
 
+    def _check_not_mutated(self, node: fx.Node, dim: Dim) -> None:
+        if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
+            raise AxisError(
+                f"{describe(node)} changes its input in place, and {dim.node.name} would have to be aligned to the "
+                "tokens after a reducer first: later uses would not see the change. Move the site."
+            )
+
     def _follow(self, node: fx.Node, constraint: Constraint) -> None:
         match constraint:
             case Concat(result, parts):
@@ -257,6 +275,8 @@ class Rewriter:
                     self._check_whole(node, result)
                     streams = self._streams(result)
                     self._set(result, {s: e for s, e in self.at(source).items() if s in streams})
+            case Total(source) if self.at(source):
+                self._check_total(node, source)
             case Opaque(source) if self.at(source):
                 raise AxisError(
                     f"{describe(node)} works position by position along the token axis "
@@ -265,6 +285,20 @@ class Rewriter:
                 )
             case _:
                 pass
+
+    def _check_total(self, node: fx.Node, source: Dim) -> None:
+        """A sum over fewer tokens is smaller. That is right for a sum divided by another one (a weighted mean), and for
+        a count of mask entries; a literal divisor would be the old number of tokens."""
+        divided = all(
+            user.target is aten.div.Tensor and user.args[0] is node and isinstance(user.args[1], fx.Node)
+            for user in node.users
+        )
+        if not divided and depends_on_parameter(source.node):
+            raise AxisError(
+                f"{describe(node)} sums over the token axis {self.annotation.axis(source)}, which a reducer has made "
+                "shorter, and the sum is not divided by a sum of weights. A mean over tokens follows the reduction; a sum "
+                "does not. Move the site behind it or leave it out."
+            )
 
     def _streams(self, dim: Dim) -> tuple[str, ...]:
         kind = self.annotation.axis(dim)
@@ -340,18 +374,21 @@ class Rewriter:
         assert isinstance(kind, Tokens)
         before = now = 0
         for segment in kind.segments:
-            same = self.length(segment, epochs) == segment.length and not epochs.get(segment.stream or "", 0)
+            reduced = self.steps.get(segment.stream or "", [])[: epochs.get(segment.stream or "", 0)]
             inside = before < position < before + segment.length
-            if position == before or (inside and same):
+            border = position == before and not first_token
+            kept = position == before and all(step.first_stays for step in reduced)
+            if border or kept or (inside and not reduced):
                 return now + position - before
-            if inside:
+            if inside or position == before:
                 break
             before, now = before + segment.length, now + self.length(segment, epochs)
-        if position == before and not first_token:
+        if position == kind.size and not first_token:
             return now
         raise AxisError(
             f"{describe(node)} takes position {position} of the token axis {kind}, which a reducer has "
-            "changed; only the first token of a stream keeps its place. Move the site behind it, or leave "
+            "changed; only the first token of a stream keeps its place, and where pruning sorts the "
+            "tokens (`paper`) not even that one. Move the site behind it, or leave "
             "this output out."
         )
 
@@ -367,15 +404,17 @@ class Rewriter:
             value = self._aligned[key]
         return value
 
-    def _emit_align(
-        self, node: fx.Node, source: fx.Node, value: fx.Node, index: int, target: Epochs
-    ) -> fx.Node:
+    def _emit_align(self, node: fx.Node, source: fx.Node, value: fx.Node, index: int, target: Epochs) -> fx.Node:
         dim = Dim(source, index)
         kind, have = self.annotation.axis(dim), self.at(dim)
-        if not isinstance(kind, Tokens) or index == 0 or any(not s.whole for s in kind.segments):
+        assert self.batch is not None
+        batched = same_size(shape(source)[0], 1) or self.annotation.same(Dim(source, 0), self.batch)
+        whole = isinstance(kind, Tokens) and all(s.whole for s in kind.segments)
+        if not isinstance(kind, Tokens) or not whole or index == 0 or not batched:
             raise AxisError(
                 f"{describe(node)} needs {source.name} at the tokens after a reducer, but its axis {kind} "
-                f"(dimension {index}) cannot be aligned: expected whole streams behind a batch dimension."
+                f"(dimension {index} of {list(shape(source))}) cannot be aligned: every sample keeps other tokens, so "
+                "it takes whole streams behind a dimension that is the batch or 1."
             )
         pieces, maps = [], []
         for segment in kind.segments:
@@ -391,13 +430,12 @@ class Rewriter:
     def _mode(self, node: fx.Node, source: fx.Node, kind: Tokens, have: Epochs, target: Epochs) -> AlignMode:
         dtype = values(source)[0].dtype
         if dtype == torch.bool:
-            return "any"
+            # A merged token counts as real where any of its parts is.
+            return "all" if self.masks.get(source) == "drop" else "any"
         if dtype.is_floating_point:
-            return "log_mean_exp" if source in self.masks else "mean"
+            return "log_mean_exp" if self.masks.get(source) == "additive" else "mean"
         merged = [
-            s
-            for s in kind.streams
-            if any(step.merged for step in self.steps[s][have.get(s, 0) : target.get(s, 0)])
+            s for s in kind.streams if any(step.merged for step in self.steps[s][have.get(s, 0) : target.get(s, 0)])
         ]
         if merged:
             raise AxisError(

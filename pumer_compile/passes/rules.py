@@ -29,6 +29,7 @@ from .axes import (
     Select,
     Size,
     Slice,
+    Total,
     reshape_groups,
     same_size,
 )
@@ -57,11 +58,7 @@ def rule_for(node: fx.Node) -> Rule | None:
     if node.op != "call_function":
         return None
     found = _RULES.get(node.target)
-    if (
-        found is None
-        and isinstance(node.target, torch._ops.OpOverload)
-        and torch.Tag.pointwise in node.target.tags
-    ):
+    if found is None and isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags:
         # PyTorch itself tags operators that act on each element alone.
         return pointwise
     return found
@@ -130,6 +127,8 @@ def broadcast(x: fx.Node, node: fx.Node, skip_last: int = 0) -> Iterator[Constra
     for i in range(len(source) - skip_last):
         if same_size(source[i], result[i + offset]):
             yield Same(Dim(x, i), Dim(node, i + offset))
+        else:  # one token stretched over many
+            yield Reduce(Dim(x, i))
 
 
 def wrap(dim: int, rank: int) -> int:
@@ -312,11 +311,10 @@ def slice_(node: fx.Node) -> Iterator[Constraint]:
         return
     start, stop = argument(node, 2, "start") or 0, argument(node, 3, "end")
     plain = argument(node, 4, "step", 1) == 1 and (start or stop is not None)
-    if not plain or not isinstance(size, int) or not isinstance(start, int):
+    if not plain or not isinstance(size, int) or not isinstance(start, int) or not isinstance(cut, int):
         yield Opaque(Dim(x, dim))
         return
     first = max(size + start, 0) if start < 0 else start
-    assert isinstance(cut, int)
     yield Slice(Dim(x, dim), Dim(node, dim), first, first + cut, 2, 3)
 
 
@@ -325,7 +323,11 @@ def narrow(node: fx.Node) -> Iterator[Constraint]:
     x, dim = node_arg(node, 0), wrap(int_arg(node, 1), len(shape(node)))
     yield from keep_dims(x, node, ((i, i) for i in range(len(shape(x))) if i != dim))
     whole = same_size(shape(x)[dim], shape(node)[dim])
-    yield Same(Dim(x, dim), Dim(node, dim)) if whole else Opaque(Dim(x, dim))
+    if whole:
+        yield Same(Dim(x, dim), Dim(node, dim))
+        yield Literal(Dim(node, dim), 3)
+    else:
+        yield Opaque(Dim(x, dim))
 
 
 @rule(aten.select.int)
@@ -442,9 +444,14 @@ def _counts_whole(node: fx.Node, size: Size) -> int | None:
 # --- reductions ---------------------------------------------------------------------------------------------
 
 
-@rule(*overloads("sum mean amax amin any all"), aten.max.default, aten.min.default)
+@rule(*overloads("mean amax amin any all"), aten.max.default, aten.min.default)
 def reduction(node: fx.Node) -> Iterator[Constraint]:
     yield from _reduced(node, lambda dim: Reduce(dim))
+
+
+@rule(*overloads("sum"))
+def total(node: fx.Node) -> Iterator[Constraint]:
+    yield from _reduced(node, lambda dim: Total(dim))
 
 
 @rule(*overloads("argmax argmin"), aten.max.dim, aten.min.dim)
@@ -533,14 +540,15 @@ def sdpa(node: fx.Node) -> Iterator[Constraint]:
     q, k, v = (node_arg(node, i) for i in range(3))
     mask = argument(node, 3, "attn_mask")
     rank = len(shape(node))
+    if argument(node, 5, "is_causal", False):
+        # The triangle goes by position, and reduced tokens are not in their old order.
+        yield from (Opaque(Dim(x, rank - 2)) for x in (q, k))
     yield from broadcast(q, node, skip_last=1)
     yield Same(Dim(q, rank - 1), Dim(k, rank - 1), aligns=False)
     yield Same(Dim(k, rank - 2), Dim(v, rank - 2), aligns=False)
     yield Same(Dim(v, rank - 1), Dim(node, rank - 1))
     for x in (k, v):
-        yield from (
-            Same(Dim(x, i), Dim(node, i)) for i in range(rank - 2) if same_size(shape(x)[i], shape(node)[i])
-        )
+        yield from (Same(Dim(x, i), Dim(node, i)) for i in range(rank - 2) if same_size(shape(x)[i], shape(node)[i]))
     if mask is not None:
         own = len(shape(mask))
         for i, against in ((own - 1, Dim(k, rank - 2)), (own - 2, Dim(q, rank - 2))):

@@ -7,7 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-AlignMode = Literal["mean", "log_mean_exp", "any", "gather"]
+AlignMode = Literal["mean", "log_mean_exp", "any", "all", "gather"]
+MaskKind = Literal["additive", "keep", "drop"]
 
 
 class AlignAxis(nn.Module):
@@ -38,15 +39,16 @@ class AlignAxis(nn.Module):
         moved = moved.exp() if self.mode == "log_mean_exp" else moved
         parts, remaining = [], list(maps)
         for part, (_, reduced) in zip(moved.split([n for n, _ in self.pieces], -1), self.pieces, strict=True):
-            parts.append(
-                _along_last(part, remaining.pop(0)) if reduced else part.expand(_batched(part, maps))
-            )
+            parts.append(_along_last(part, remaining.pop(0)) if reduced else part.expand(_batched(part, maps)))
         result = torch.cat([p.float() for p in parts], -1) if len(parts) > 1 else parts[0].float()
         return self._back(result, value.dtype).movedim(-1, self.dim)
 
     def _back(self, result: Tensor, dtype: torch.dtype) -> Tensor:
         if self.mode == "any":
             return result > 0
+        if self.mode == "all":
+            # The share of true ones is a sum of rounded fractions: compare with half a token less than all.
+            return result > 1 - 0.5 / sum(tokens for tokens, _ in self.pieces)
         if self.mode == "gather":
             return result.round().to(dtype)
         if self.mode == "log_mean_exp":
@@ -75,15 +77,17 @@ class TokenWeights(nn.Module):
     Args:
         start: first key of the stream on the mask's key axis.
         length: its number of tokens.
+        kind: how the mask reads: `additive` to the scores, or boolean, where true means `keep` or `drop`.
     """
 
-    def __init__(self, start: int, length: int) -> None:
+    def __init__(self, start: int, length: int, kind: MaskKind = "additive") -> None:
         super().__init__()
-        self.start, self.length = start, length
+        self.start, self.length, self.kind = start, length, kind
 
     def forward(self, mask: Tensor) -> Tensor:
-        """`[batch, length]` float32 from a mask `[batch, heads or 1, queries or 1, keys]`, boolean (true:
-        attend) or additive. A key is real when any query of any head may attend to it."""
+        """`[batch, length]` float32 from a mask `[batch, heads or 1, queries or 1, keys]`. A key is real when any query
+        of any head may attend to it."""
         keys = mask[..., self.start : self.start + self.length]
-        opened = keys.float() if mask.dtype == torch.bool else keys.float().exp()
-        return opened.amax((1, 2))
+        if self.kind == "additive":
+            return keys.float().exp().amax((1, 2))
+        return (keys if self.kind == "keep" else ~keys).float().amax((1, 2))

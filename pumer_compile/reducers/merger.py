@@ -65,7 +65,7 @@ class ModalityAwareMerger(nn.Module):
         """
         keys = keys.float()
         if self.similarity == "cosine":
-            # A key of zeros is like nothing; without the clamp it would be NaN and undo the order of all others.
+            # A key of zeros is like nothing; without the clamp it would be NaN and undo the order of others.
             keys = keys / keys.norm(dim=-1, keepdim=True).clamp(min=1e-30)
         even, odd = keys[:, 0::2], keys[:, 1::2]
         scores = even @ odd.transpose(-1, -2)

@@ -45,7 +45,7 @@ class TextInformedPruner(nn.Module):
         scores = self.saliency(attention, text_weights)
         if not self.protected:
             return top(scores, self.keep), scores
-        # Attention lies in 0..1 and is summed over the text, so this bonus puts protected tokens before all others.
+        # Attention lies in 0..1 and is summed over the text: this bonus puts protected tokens before others.
         index = torch.arange(scores.shape[-1], device=scores.device)
         bonus = (self.protected - index).clamp(min=0) * (attention.shape[2] + 1)
         return top(scores + bonus, self.keep), scores

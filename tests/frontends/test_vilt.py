@@ -191,9 +191,7 @@ def test_gradients_equal_stock(ordered):
 @pytest.mark.parametrize("limit", [0, 5, 35])
 def test_a_limit_on_patches_is_refused(limit):
     model = tiny_vilt(max_image_length=limit)
-    with pytest.raises(
-        CaptureError, match=rf"config.max_image_length is {limit}, .* 36 patches \(6 x 6\)"
-    ) as error:
+    with pytest.raises(CaptureError, match=rf"config.max_image_length is {limit}, .* 36 patches \(6 x 6\)") as error:
         capture(model, {**text_inputs(1), **image_inputs([(96, 96)], (96, 96))})
     assert "\n" not in str(error.value) and "at least 36" in str(error.value)
 
@@ -220,6 +218,14 @@ def test_nearest_indices_are_those_of_interpolate():
         for target in [*range(1, 42), size, 2 * size, 3 * size]:
             expected = interpolate(source, size=target)[0, 0].long().tolist()
             assert nearest_indices(size, target) == expected, (size, target)
+
+
+def test_nearest_indices_round_as_torch_does():
+    """Exact arithmetic reads another entry at these sizes: their scale is rounded to float32 in torch."""
+    for size, target in [(14, 46), (26, 22), (62, 14), (76, 28)]:
+        exact = [i * size // target for i in range(target)]
+        source = torch.arange(size, dtype=torch.float32)[None, None]
+        assert nearest_indices(size, target) == interpolate(source, size=target)[0, 0].long().tolist() != exact
 
 
 @pytest.mark.parametrize("grid", [1, 2, 6, 12])

@@ -148,7 +148,7 @@ def test_same() -> None:
     assert not any(annotation.same(Dim(ids, 1), Dim(query, i)) for i in (0, 1, 3))  # 8 = size of a head
 
 
-# --- named streams --------------------------------------------------------------------------------------------------
+# --- named streams ------------------------------------------------------------------------------------------
 
 
 class Features(nn.Module):
@@ -227,7 +227,7 @@ def test_two_inputs_of_one_modality_are_two_streams() -> None:
     assert kinds(annotation, node) == ["2", "[text:5]", "[text_1:9]"]
 
 
-# --- operators without a rule ---------------------------------------------------------------------------------------
+# --- operators without a rule -------------------------------------------------------------------------------
 
 
 class Mixing(nn.Module):
@@ -246,7 +246,10 @@ class Mixing(nn.Module):
 UNKNOWN = {
     "torch.roll": (lambda m, x: x.roll(1, 1), "aten.roll.default"),
     "torch.fft": (lambda m, x: torch.fft.fft(x, dim=1).real, "aten.fft_fft.default"),
-    "convolution over tokens": (lambda m, x: m.conv(x.transpose(1, 2)).transpose(1, 2), "aten.conv1d.default"),
+    "convolution over tokens": (
+        lambda m, x: m.conv(x.transpose(1, 2)).transpose(1, 2),
+        "aten.conv1d.default",
+    ),
     "torch.flip": (lambda m, x: x.flip(1), "aten.flip.default"),
     "torch.sort": (lambda m, x: x.sort(1).values, "aten.sort.default"),
     "torch.topk": (lambda m, x: x.topk(3, 1).values, "aten.topk.default"),

@@ -27,6 +27,7 @@ from pumer_compile.passes.axes import (
     Select,
     Slice,
     Tokens,
+    Total,
     constraint_dims,
     cut,
     cut_axis,
@@ -55,7 +56,7 @@ def symbol(size: int = 5) -> torch.SymInt:
     return next(n for n in program.graph.nodes if n.op == "placeholder").meta["val"].shape[0]
 
 
-# --- unify ----------------------------------------------------------------------------------------------------------
+# --- unify --------------------------------------------------------------------------------------------------
 
 
 def test_unified_axes_have_one_representative() -> None:
@@ -155,7 +156,7 @@ def test_factors_of_different_sizes_stay_apart() -> None:
     assert parts[1].find() is not parts[2].find()
 
 
-# --- cut ------------------------------------------------------------------------------------------------------------
+# --- cut ----------------------------------------------------------------------------------------------------
 
 
 def test_cut_keeps_the_stream() -> None:
@@ -188,7 +189,7 @@ def test_cut_axis_gives_the_positions_asked_for(size: int, data: st.DataObject) 
         assert position == size
 
 
-# --- sizes ----------------------------------------------------------------------------------------------------------
+# --- sizes --------------------------------------------------------------------------------------------------
 
 
 def test_same_size_of_symbols_adds_no_guard() -> None:
@@ -202,7 +203,7 @@ def test_same_size_of_symbols_adds_no_guard() -> None:
     assert t is not s
 
 
-# --- reshape --------------------------------------------------------------------------------------------------------
+# --- reshape ------------------------------------------------------------------------------------------------
 
 GROUPS = {
     "split heads": ([2, 185, 32], [2, 185, 4, 8], [([0], [0]), ([1], [1]), ([2], [2, 3])]),
@@ -262,7 +263,7 @@ def test_impossible_reshape() -> None:
         list(reshape_groups([2, 3], [7]))
 
 
-# --- kinds ----------------------------------------------------------------------------------------------------------
+# --- kinds --------------------------------------------------------------------------------------------------
 
 
 def test_tokens() -> None:
@@ -290,6 +291,6 @@ def test_every_constraint_says_which_dimensions_it_speaks_of() -> None:
     assert constraint_dims(Reshape((a,), (b, c))) == (a, b, c)
     assert constraint_dims(Slice(a, b, 0, 1, 2, 3)) == (a, b)
     assert constraint_dims(Select(a, 0, 2)) == (a,)
-    assert constraint_dims(Reduce(a)) == constraint_dims(Opaque(a)) == (a,)
+    assert constraint_dims(Reduce(a)) == constraint_dims(Total(a)) == constraint_dims(Opaque(a)) == (a,)
     assert constraint_dims(Literal(a, 1)) == (a,)
     assert constraint_dims(Seed((a, b), "image")) == (a, b)

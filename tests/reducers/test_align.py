@@ -113,9 +113,7 @@ def test_additive_masks_become_the_share_of_open_tokens(dtype: torch.dtype, case
     assert torch.isfinite(result).all()
     shares = expected((~closed).astype(np.float64), case["dim"], case["pieces"], case["batch"], mean)
     # As a mask: what it multiplies a key's weight with.
-    torch.testing.assert_close(
-        result.double().exp(), torch.tensor(shares, dtype=torch.float64), atol=1e-3, rtol=0
-    )
+    torch.testing.assert_close(result.double().exp(), torch.tensor(shares, dtype=torch.float64), atol=1e-3, rtol=0)
 
 
 @given(case=values())
@@ -183,7 +181,7 @@ def test_nothing_data_dependent_is_traced(mode: str) -> None:
     assert not data_dependent(program.run_decompositions().graph_module)
 
 
-# --- weights from a mask --------------------------------------------------------------------------------------------
+# --- weights from a mask ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["bool", "additive", "infinite", "half"])

@@ -107,6 +107,7 @@ def test_gradients_flow_through_scores_and_weights() -> None:
 @pytest.mark.parametrize("diagonal", [True, False])
 def test_nothing_data_dependent_is_traced(diagonal: bool) -> None:
     program = torch.export.export(
-        PublishedMaskedSoftmax(diagonal=diagonal), (torch.zeros(2, 2, 4, 4), torch.ones(2, 1), torch.ones(2, 3))
+        PublishedMaskedSoftmax(diagonal=diagonal),
+        (torch.zeros(2, 2, 4, 4), torch.ones(2, 1), torch.ones(2, 3)),
     )
     assert not data_dependent(program.run_decompositions().graph_module)

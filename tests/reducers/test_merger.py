@@ -78,9 +78,7 @@ def test_padding_stays_apart_as_long_as_it_can(data: st.DataObject) -> None:
         assert mixed == max(0, merge - avoidable)
 
 
-@given(
-    st.integers(1, 3), st.integers(3, 40), st.integers(2, 16), st.integers(0, 2**32 - 1), st.floats(0.05, 1)
-)
+@given(st.integers(1, 3), st.integers(3, 40), st.integers(2, 16), st.integers(0, 2**32 - 1), st.floats(0.05, 1))
 def test_cosine_pairs_of_ordinary_keys(batch: int, n: int, size: int, seed: int, share: float) -> None:
     keys = np.random.default_rng(seed).normal(size=(batch, n, size)).astype(np.float32)
     merge = max(1, int(share * most(n)))

@@ -39,9 +39,7 @@ def text_reducer(semantics: str, tokens: int, merge: int) -> StreamReducer:
     return StreamReducer(
         tokens,
         None,
-        ModalityAwareMerger(
-            merge, similarity="dot" if semantics == "paper" else "cosine", keep_padding_apart=safe
-        ),
+        ModalityAwareMerger(merge, similarity="dot" if semantics == "paper" else "cosine", keep_padding_apart=safe),
         averaging="sizes" if safe else "plain",
         carried="sum" if safe else "mean",
     )
@@ -97,9 +95,7 @@ def assert_reduced(result: Reduction, tokens: Tensor, members: list[list[list[in
     assert result.tokens.shape[1] == result.map.shape[1] == len(members[0])
     for b, expected in enumerate(members):
         mine = None if sizes is None else sizes[b].tolist()
-        torch.testing.assert_close(
-            result.tokens[b].double(), combine(tokens[b], expected, mine), atol=exact, rtol=0.0
-        )
+        torch.testing.assert_close(result.tokens[b].double(), combine(tokens[b], expected, mine), atol=exact, rtol=0.0)
         # A token of size 0 in a group that is not all padding has no share, so it is not seen in the map.
         for row, group in zip(result.map[b].tolist(), expected, strict=True):
             seen = sorted(i for i, share in enumerate(row) if share > 0)
@@ -161,9 +157,7 @@ def test_text(semantics: str, site: dict[str, Any]) -> None:
     reducer = text_reducer(semantics, tokens, merge)
     result = reducer(site["text"], site["text_keys"], weights)
     members = [
-        reduce_text(
-            keys, merge, similarity="dot" if semantics == "paper" else "cosine", real=real if safe else None
-        )
+        reduce_text(keys, merge, similarity="dot" if semantics == "paper" else "cosine", real=real if safe else None)
         for keys, real in zip(site["text_keys"].double().numpy(), site["real"].tolist(), strict=True)
     ]
     assert reducer.tokens_after == tokens - merge
@@ -253,7 +247,7 @@ def test_published_order_is_by_saliency_even_when_nothing_is_pruned() -> None:
     assert result.tokens.flatten().tolist() == [3, 1, 5, 2, 0, 4]
 
 
-# --- gradients and determinism --------------------------------------------------------------------------------------
+# --- gradients and determinism ------------------------------------------------------------------------------
 
 
 def example(dtype: torch.dtype = torch.float32, seed: int = 3) -> dict[str, Tensor]:
@@ -331,7 +325,7 @@ def test_exported_reducer_has_no_data_dependent_operators(semantics: str, dynami
         torch.testing.assert_close(exported.module()(**more).tokens, reducer(**more).tokens)
 
 
-# --- forced decisions -----------------------------------------------------------------------------------------------
+# --- forced decisions ---------------------------------------------------------------------------------------
 
 
 class Two(nn.Module):
@@ -400,9 +394,7 @@ def test_forced_pruning_is_followed_and_measured(semantics: str) -> None:
     wanted.kept[1, 9] = ranked[11]
     mean = case["keys"][1].double().numpy().mean(0)[[*ranked[:9], ranked[11]]]
     real = [case["weights"][1, i].item() > 0 for i in [*ranked[:9], ranked[11]]] if safe else None
-    pairs = match(
-        mean, 3, "dot" if semantics == "paper" else "cosine", protected=max(1, learned), real=real
-    )
+    pairs = match(mean, 3, "dot" if semantics == "paper" else "cosine", protected=max(1, learned), real=real)
     wanted.source[1] = torch.tensor([a for a, _ in pairs])
     wanted.target[1] = torch.tensor([b for _, b in pairs])
     with forced_decisions(model, {"image": wanted}) as forcings:

@@ -1,0 +1,62 @@
+"""Write the figures of the README from the results files, so that no number in it is typed by hand.
+
+python -m benchmarks.readme
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from pathlib import Path
+from typing import Any
+
+from examples.easy_vqa.results import render_table
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def easy_vqa() -> str:
+    """The accuracy table."""
+    return render_table(json.loads((ROOT / "examples/easy_vqa/results.json").read_text(encoding="utf-8")))
+
+
+def vilt_b32() -> str:
+    """The timing table."""
+    result: dict[str, Any] = json.loads((ROOT / "benchmarks/results/vilt_b32_cpu.json").read_text(encoding="utf-8"))
+    machine = result["machine"]
+    lines = [
+        "| Batch | Schedule | Median ms | Quartiles | Speed-up | Compile and prove | Peak memory |",
+        "| ---: | --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for batch, measured in result["batches"].items():
+        base = statistics.median(measured["milliseconds"]["none"])
+        for name, samples in measured["milliseconds"].items():
+            low, median, high = statistics.quantiles(samples, n=4)
+            compiled = measured["compile"][name]
+            lines.append(
+                f"| {batch} | `{name}` | {median:.0f} | {low:.0f}–{high:.0f} | {base / median:.2f}x | "
+                f"{compiled['seconds']:.0f} s | {compiled['peak_gib']:.1f} GiB |"
+            )
+    versions = machine["versions"]
+    lines += ["", f"{machine['cores']} cores ({machine['cpu']}), onnxruntime {versions['onnxruntime']}."]
+    return "\n".join(lines) + "\n"
+
+
+def fill(text: str, name: str, content: str) -> str:
+    """`text` with the section `name` replaced by `content`."""
+    pattern = re.compile(rf"(<!-- begin {name} .*?-->\n).*?(<!-- end {name} -->)", re.DOTALL)
+    filled, count = pattern.subn(lambda match: match[1] + content + match[2], text)
+    if count != 1:
+        raise SystemExit(f"README.md must hold the section {name} once; found {count}.")
+    return filled
+
+
+def filled_readme() -> str:
+    """The README as the results files say it should be."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    return fill(fill(text, "easy-vqa", easy_vqa()), "vilt-b32", vilt_b32())
+
+
+if __name__ == "__main__":
+    (ROOT / "README.md").write_text(filled_readme(), encoding="utf-8")

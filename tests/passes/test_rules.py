@@ -1,0 +1,742 @@
+"""The rule table: one small graph for each operator, built by hand, and the axes that must come out.
+
+Inputs are written as sizes, `text:7` where a dimension indexes seven text tokens, with an optional dtype in front:
+`"2 text:7 8"`, `"int 2 text:7"`. Sizes collide on purpose: 7 is a number of tokens and a plain size.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx
+
+from pumer_compile.errors import NoRuleError
+from pumer_compile.passes.annotate import Annotation, annotate
+from pumer_compile.passes.axes import (
+    Dim,
+    Literal,
+    Opaque,
+    Reduce,
+    Same,
+    Seed,
+    Select,
+    Slice,
+    Tokens,
+    constraint_dims,
+)
+from pumer_compile.passes.rules import _RULES, argument, overloads, rule, rule_for, wrap
+
+aten = torch.ops.aten
+DTYPES = {"int": torch.int64, "bool": torch.bool, "half": torch.float16}
+
+
+class Builder:
+    """An fx graph whose values are computed as it is built."""
+
+    def __init__(self) -> None:
+        self.graph = fx.Graph()
+        self.streams: dict[str, str] = {}
+
+    def placeholder(self, value: Tensor, name: str) -> fx.Node:
+        node = self.graph.placeholder(name)
+        node.meta["val"] = value
+        return node
+
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        node = self.graph.call_function(target, args, kwargs)
+        values = fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
+        node.meta["val"] = target(*values[0], **values[1])
+        return node
+
+    def seeded(self, spec: str, index: int) -> fx.Node:
+        """A placeholder, and for each of its token dimensions a seeded one that it is multiplied with."""
+        words = spec.split()
+        dtype = DTYPES.get(words[0], torch.float32)
+        parts = [w.split(":") for w in words if w not in DTYPES]
+        sizes = [int(p[-1]) for p in parts]
+        value = torch.zeros(sizes, dtype=dtype) if dtype != torch.float32 else torch.randn(sizes)
+        node = self.placeholder(value, f"x{index}")
+        for dim, part in enumerate(parts):
+            if len(part) == 2:
+                name = f"seed_{part[0]}_{index}_{dim}"
+                self.streams[name] = part[0]
+                seed = self.placeholder(torch.ones(sizes[dim], 1).to(torch.float32), name)
+                flat = self.call(aten.view.default, seed, [-1 if i == dim else 1 for i in range(len(sizes))])
+                target = aten.mul.Tensor if dtype in (torch.float32, torch.float16) else aten.logical_and.default
+                joined = self.call(target, node, flat)
+                if dtype == torch.int64:
+                    joined = self.call(aten.to.dtype, joined, torch.int64)
+                node = joined
+        return node
+
+
+@dataclass
+class Result:
+    annotation: Annotation
+    node: fx.Node
+    inputs: list[fx.Node]
+
+    def axes(self) -> list[list[str]]:
+        """Axes of every output."""
+        value = self.node.meta["val"]
+        outputs = len(value) if isinstance(value, list | tuple) else 1
+        return [[str(a) for a in self.annotation.axes(self.node, o)] for o in range(outputs)]
+
+    def said_of_tokens(self) -> set[str]:
+        """Names of the constraints, other than Same, that speak of a token dimension of an input."""
+        found = set()
+        for constraint in self.annotation.constraints[self.node]:
+            for dim in constraint_dims(constraint):
+                if dim.node in self.inputs and isinstance(self.annotation.axis(dim), Tokens):
+                    found.add(type(constraint).__name__)
+        return found - {"Same"}
+
+
+def build(target: Any, specs: list[str], arguments: Callable[..., tuple]) -> Result:
+    builder = Builder()
+    inputs = [builder.seeded(spec, i) for i, spec in enumerate(specs)]
+    args = arguments(*inputs)
+    kwargs = args[-1] if args and isinstance(args[-1], dict) else {}
+    node = builder.call(target, *(args[:-1] if kwargs else args), **kwargs)
+    return finish(builder, node, inputs)
+
+
+def finish(builder: Builder, node: fx.Node, inputs: list[fx.Node]) -> Result:
+    builder.graph.output(node)
+    module = fx.GraphModule(torch.nn.Module(), builder.graph)
+    return Result(annotate(module, builder.streams), node, inputs)
+
+
+T, P, B = "[text:7]", "[image:5]", "[text:7 | image:5]"
+X = "2 text:7 8"
+
+# name: operator, inputs, arguments, axes of the outputs, what else is said of the token axes
+CASES: dict[str, tuple[Any, list[str], Callable[..., tuple], list[str], set[str]]] = {
+    # elementwise
+    "add": (aten.add.Tensor, [X, "2 7 8"], lambda x, y: (x, y), [f"2 {T} 8"], set()),
+    "add a row": (aten.add.Tensor, [X, "8"], lambda x, y: (x, y), [f"2 {T} 8"], set()),
+    "add a column": (aten.add.Tensor, [X, "7 1"], lambda x, y: (x, y), [f"2 {T} 8"], set()),
+    "add a scalar": (aten.add.Tensor, [X], lambda x: (x, 3), [f"2 {T} 8"], set()),
+    "outer sum": (
+        aten.add.Tensor,
+        ["2 text:7 1", "2 1 image:5"],
+        lambda x, y: (x, y),
+        [f"2 {T} {P}"],
+        set(),
+    ),
+    "gelu": (aten.gelu.default, [X], lambda x: (x,), [f"2 {T} 8"], set()),
+    "to": (aten.to.dtype, [X], lambda x: (x, torch.float16), [f"2 {T} 8"], set()),
+    "clone": (aten.clone.default, [X], lambda x: (x,), [f"2 {T} 8"], set()),
+    "contiguous": (aten.contiguous.default, [X], lambda x: (x,), [f"2 {T} 8"], set()),
+    "dropout": (aten.dropout.default, [X], lambda x: (x, 0.1, False), [f"2 {T} 8"], set()),
+    "zeros_like": (aten.zeros_like.default, [X], lambda x: (x,), [f"2 {T} 8"], set()),
+    "masked_fill": (
+        aten.masked_fill.Scalar,
+        ["2 4 text:7 image:5", "bool 2 1 1 5"],
+        lambda x, m: (x, m, -1.0),
+        [f"2 4 {T} {P}"],
+        set(),
+    ),
+    "where": (
+        aten.where.self,
+        ["bool 2 text:7 1", "2 7 8", "8"],
+        lambda m, x, y: (m, x, y),
+        [f"2 {T} 8"],
+        set(),
+    ),
+    "expand_as": (aten.expand_as.default, ["2 text:7 1", "2 7 8"], lambda x, y: (x, y), [f"2 {T} 8"], set()),
+    # along one axis
+    "softmax over features": (aten.softmax.int, [X], lambda x: (x, -1), [f"2 {T} 8"], set()),
+    "softmax over tokens": (aten.softmax.int, [X], lambda x: (x, 1), [f"2 {T} 8"], set()),
+    "_softmax": (aten._softmax.default, [X], lambda x: (x, 1, False), [f"2 {T} 8"], set()),
+    "log_softmax": (aten.log_softmax.int, [X], lambda x: (x, 1), [f"2 {T} 8"], set()),
+    "cumsum over tokens": (aten.cumsum.default, [X], lambda x: (x, 1), [f"2 {T} 8"], {"Opaque"}),
+    "cumsum over features": (aten.cumsum.default, [X], lambda x: (x, 2), [f"2 {T} 8"], set()),
+    # normalisation
+    "layer_norm": (aten.layer_norm.default, [X], lambda x: (x, [8]), [f"2 {T} 8"], set()),
+    "layer_norm over tokens": (aten.layer_norm.default, [X], lambda x: (x, [7, 8]), [f"2 {T} 8"], {"Opaque"}),
+    "rms_norm": (aten.rms_norm.default, [X], lambda x: (x, [8]), [f"2 {T} 8"], set()),
+    # constants
+    "new_zeros": (aten.new_zeros.default, [X], lambda x: (x, [2, 7]), ["2 7"], {"Reduce"}),
+    # shapes
+    "view to heads": (aten.view.default, [X], lambda x: (x, [2, 7, 4, 2]), [f"2 {T} 4 2"], set()),
+    "view to one": (aten.view.default, ["2 text:7 4 2"], lambda x: (x, [2, 7, 8]), [f"2 {T} 8"], set()),
+    "view with -1": (aten.view.default, [X], lambda x: (x, [2, -1, 2, 4]), [f"2 {T} 2 4"], set()),
+    "flat batch": (aten.reshape.default, [X], lambda x: (x, [14, 8]), [f"(2 x {T}) 8"], set()),
+    "batch times heads": (
+        aten.reshape.default,
+        ["2 4 text:7 8"],
+        lambda x: (x, [8, 7, 8]),
+        [f"8 {T} 8"],
+        set(),
+    ),
+    "tokens and features": (aten.reshape.default, [X], lambda x: (x, [2, 56]), [f"2 ({T} x 8)"], set()),
+    "ones come and go": (aten.view.default, [X], lambda x: (x, [2, 1, 7, 1, 8]), [f"2 1 {T} 1 8"], set()),
+    "_unsafe_view": (aten._unsafe_view.default, [X], lambda x: (x, [2, 7, 2, 4]), [f"2 {T} 2 4"], set()),
+    "flatten": (aten.flatten.using_ints, ["2 text:7 4 2"], lambda x: (x, 2), [f"2 {T} 8"], set()),
+    "flatten the tokens": (aten.flatten.using_ints, [X], lambda x: (x, 0, 1), [f"(2 x {T}) 8"], set()),
+    "unflatten": (aten.unflatten.int, [X], lambda x: (x, 2, [4, 2]), [f"2 {T} 4 2"], set()),
+    "transpose": (aten.transpose.int, [X], lambda x: (x, 1, 2), [f"2 8 {T}"], set()),
+    "transpose from the end": (aten.transpose.int, [X], lambda x: (x, -1, 0), [f"8 {T} 2"], set()),
+    "permute": (aten.permute.default, ["2 text:7 4 2"], lambda x: (x, [0, 2, 1, 3]), [f"2 4 {T} 2"], set()),
+    "permute from the end": (aten.permute.default, [X], lambda x: (x, [-1, 0, -2]), [f"8 2 {T}"], set()),
+    "t": (aten.t.default, ["text:7 8"], lambda x: (x,), [f"8 {T}"], set()),
+    "numpy_T": (aten.numpy_T.default, ["text:7 8"], lambda x: (x,), [f"8 {T}"], set()),
+    "movedim": (aten.movedim.int, [X], lambda x: (x, 1, -1), [f"2 8 {T}"], set()),
+    "movedim to the front": (aten.movedim.int, ["2 4 text:7 2"], lambda x: (x, -2, 0), [f"{T} 2 4 2"], set()),
+    "unsqueeze": (aten.unsqueeze.default, [X], lambda x: (x, 1), [f"2 1 {T} 8"], set()),
+    "unsqueeze at the end": (aten.unsqueeze.default, [X], lambda x: (x, -1), [f"2 {T} 8 1"], set()),
+    "squeeze": (aten.squeeze.dim, ["2 1 text:7"], lambda x: (x, 1), [f"2 {T}"], set()),
+    "squeeze several": (aten.squeeze.dims, ["1 text:7 1"], lambda x: (x, [0, 2]), [T], set()),
+    "squeeze all": (aten.squeeze.default, ["1 text:7 1 2"], lambda x: (x,), [f"{T} 2"], set()),
+    "squeeze of no one": (aten.squeeze.dim, [X], lambda x: (x, 1), [f"2 {T} 8"], set()),
+    "expand": (aten.expand.default, ["1 text:7 1"], lambda x: (x, [2, 7, 8]), [f"2 {T} 8"], set()),
+    "expand by a dimension": (
+        aten.expand.default,
+        ["text:7 8"],
+        lambda x: (x, [2, -1, -1]),
+        [f"2 {T} 8"],
+        set(),
+    ),
+    "repeat": (aten.repeat.default, ["1 text:7 8"], lambda x: (x, [2, 1, 3]), [f"2 {T} 24"], set()),
+    "repeat with more dimensions": (
+        aten.repeat.default,
+        ["text:7 8"],
+        lambda x: (x, [2, 1, 1]),
+        [f"2 {T} 8"],
+        set(),
+    ),
+    "repeat tokens": (aten.repeat.default, [X], lambda x: (x, [1, 2, 1]), ["2 14 8"], {"Opaque"}),
+    # joining and cutting
+    "cat": (aten.cat.default, [X, "2 image:5 8"], lambda x, y: ([x, y], 1), [f"2 {B} 8"], {"Concat"}),
+    "cat from the end": (
+        aten.cat.default,
+        [X, "2 image:5 8"],
+        lambda x, y: ([x, y], -2),
+        [f"2 {B} 8"],
+        {"Concat"},
+    ),
+    "cat features": (aten.cat.default, [X, "2 7 3"], lambda x, y: ([x, y], 2), [f"2 {T} 11"], set()),
+    "cat batches": (aten.cat.default, [X, "2 7 8"], lambda x, y: ([x, y],), [f"4 {T} 8"], set()),
+    "stack": (aten.stack.default, [X, "2 7 8"], lambda x, y: ([x, y],), [f"2 2 {T} 8"], set()),
+    "stack in the middle": (
+        aten.stack.default,
+        [X, "2 7 8"],
+        lambda x, y: ([x, y], 2),
+        [f"2 {T} 2 8"],
+        set(),
+    ),
+    "slice features": (aten.slice.Tensor, [X], lambda x: (x, 2, 1, 4), [f"2 {T} 3"], set()),
+    "slice nothing away": (
+        aten.slice.Tensor,
+        [X],
+        lambda x: (x, 1, 0, 9223372036854775807),
+        [f"2 {T} 8"],
+        set(),
+    ),
+    "slice tokens": (aten.slice.Tensor, [X], lambda x: (x, 1, 2, 5), ["2 [text:3] 8"], {"Slice"}),
+    "slice from the end": (aten.slice.Tensor, [X], lambda x: (x, 1, -3), ["2 [text:3] 8"], {"Slice"}),
+    "slice up to": (aten.slice.Tensor, [X], lambda x: (x, 1, None, 2), ["2 [text:2] 8"], {"Slice"}),
+    "every second token": (aten.slice.Tensor, [X], lambda x: (x, 1, 0, 7, 2), ["2 4 8"], {"Opaque"}),
+    "narrow all": (aten.narrow.default, [X], lambda x: (x, 1, 0, 7), [f"2 {T} 8"], set()),
+    "narrow features": (aten.narrow.default, [X], lambda x: (x, 2, 0, 3), [f"2 {T} 3"], set()),
+    "narrow tokens": (aten.narrow.default, [X], lambda x: (x, 1, 0, 3), ["2 3 8"], {"Opaque"}),
+    "select a token": (aten.select.int, [X], lambda x: (x, 1, 0), ["2 8"], {"Select"}),
+    "select a feature": (aten.select.int, [X], lambda x: (x, 2, -1), [f"2 {T}"], set()),
+    "select a sample": (aten.select.int, [X], lambda x: (x, 0, 1), [f"{T} 8"], set()),
+    "chunk features": (aten.chunk.default, [X], lambda x: (x, 2, -1), [f"2 {T} 4"] * 2, set()),
+    "split features": (
+        aten.split.Tensor,
+        [X],
+        lambda x: (x, 3, 2),
+        [f"2 {T} 3", f"2 {T} 3", f"2 {T} 2"],
+        set(),
+    ),
+    "split_with_sizes": (
+        aten.split_with_sizes.default,
+        [X],
+        lambda x: (x, [6, 2], 2),
+        [f"2 {T} 6", f"2 {T} 2"],
+        set(),
+    ),
+    "unbind": (aten.unbind.int, ["3 2 text:7"], lambda x: (x,), [f"2 {T}"] * 3, set()),
+    "unbind the last": (aten.unbind.int, ["2 text:7 3"], lambda x: (x, -1), [f"2 {T}"] * 3, set()),
+    "split tokens": (aten.split.Tensor, [X], lambda x: (x, 4, 1), ["2 4 8", "2 3 8"], {"Opaque"}),
+    # lookups
+    "embedding": (aten.embedding.default, ["9 4", "int 2 text:7"], lambda w, i: (w, i), [f"2 {T} 4"], set()),
+    "gather over features": (
+        aten.gather.default,
+        [X, "int 2 7 3"],
+        lambda x, i: (x, 2, i),
+        [f"2 {T} 3"],
+        set(),
+    ),
+    "gather over tokens": (
+        aten.gather.default,
+        [X, "int 2 3 8"],
+        lambda x, i: (x, 1, i),
+        ["2 3 8"],
+        {"Opaque"},
+    ),
+    "index_select features": (
+        aten.index_select.default,
+        [X, "int 3"],
+        lambda x, i: (x, 2, i),
+        [f"2 {T} 3"],
+        set(),
+    ),
+    "index_select tokens": (
+        aten.index_select.default,
+        [X, "int 3"],
+        lambda x, i: (x, 1, i),
+        ["2 3 8"],
+        {"Opaque"},
+    ),
+    "index_select by tokens": (
+        aten.index_select.default,
+        ["9 8", "int text:7"],
+        lambda x, i: (x, 0, i),
+        [f"{T} 8"],
+        set(),
+    ),
+    "index features": (
+        aten.index.Tensor,
+        [X, "int 3"],
+        lambda x, i: (x, [None, None, i]),
+        [f"2 {T} 3"],
+        set(),
+    ),
+    "index tokens": (aten.index.Tensor, [X, "int 3"], lambda x, i: (x, [None, i]), ["2 3 8"], {"Opaque"}),
+    "index by tokens": (
+        aten.index.Tensor,
+        ["9 8", "int 2 text:7"],
+        lambda x, i: (x, [i]),
+        [f"2 {T} 8"],
+        set(),
+    ),
+    "index apart": (
+        aten.index.Tensor,
+        ["2 8 text:7", "int 2", "int 2"],
+        lambda x, i, j: (x, [i, None, j]),
+        ["2 8"],
+        {"Opaque"},
+    ),
+    # reductions
+    "sum over tokens": (aten.sum.dim_IntList, [X], lambda x: (x, [1]), ["2 8"], {"Total"}),
+    "sum over features": (aten.sum.dim_IntList, [X], lambda x: (x, [-1]), [f"2 {T}"], set()),
+    "sum of everything": (aten.sum.default, [X], lambda x: (x,), [""], {"Total"}),
+    "mean keeps the dimension": (aten.mean.dim, [X], lambda x: (x, [1], True), ["2 1 8"], {"Reduce"}),
+    "mean over several": (aten.mean.dim, ["2 4 text:7 8"], lambda x: (x, [1, 3]), [f"2 {T}"], set()),
+    "amax": (aten.amax.default, [X], lambda x: (x, [2]), [f"2 {T}"], set()),
+    "amin": (aten.amin.default, [X], lambda x: (x, [1]), ["2 8"], {"Reduce"}),
+    "any": (aten.any.dim, ["bool 2 text:7 8"], lambda x: (x, 2), [f"2 {T}"], set()),
+    "all": (aten.all.dim, ["bool 2 text:7 8"], lambda x: (x, 1), ["2 8"], {"Reduce"}),
+    "max of everything": (aten.max.default, [X], lambda x: (x,), [""], {"Reduce"}),
+    "argmax over tokens": (aten.argmax.default, [X], lambda x: (x, 1), ["2 8"], {"Opaque"}),
+    "argmax over features": (aten.argmax.default, [X], lambda x: (x, -1), [f"2 {T}"], set()),
+    "max with positions": (aten.max.dim, [X], lambda x: (x, 1), ["2 8"] * 2, {"Opaque"}),
+    "max with positions over features": (aten.max.dim, [X], lambda x: (x, 2), [f"2 {T}"] * 2, set()),
+    "min with positions": (aten.min.dim, [X], lambda x: (x, 1, True), ["2 1 8"] * 2, {"Opaque"}),
+    # products
+    "linear": (aten.linear.default, [X, "7 8"], lambda x, w: (x, w), [f"2 {T} 7"], set()),
+    "linear with bias": (
+        aten.linear.default,
+        [X, "7 8", "7"],
+        lambda x, w, b: (x, w, b),
+        [f"2 {T} 7"],
+        set(),
+    ),
+    "matmul of queries and keys": (
+        aten.matmul.default,
+        ["2 4 text:7 8", "2 4 8 image:5"],
+        lambda q, k: (q, k),
+        [f"2 4 {T} {P}"],
+        set(),
+    ),
+    "matmul over tokens": (
+        aten.matmul.default,
+        ["2 4 image:5 text:7", "2 4 7 8"],
+        lambda p, v: (p, v),
+        [f"2 4 {P} 8"],
+        set(),
+    ),
+    "matmul with a matrix": (aten.matmul.default, [X, "8 3"], lambda x, w: (x, w), [f"2 {T} 3"], set()),
+    "matmul with a vector": (aten.matmul.default, [X, "8"], lambda x, w: (x, w), [f"2 {T}"], set()),
+    "a vector with matmul": (
+        aten.matmul.default,
+        ["2", "3 2 text:7"],
+        lambda w, x: (w, x),
+        [f"3 {T}"],
+        set(),
+    ),
+    "matmul that broadcasts": (
+        aten.matmul.default,
+        ["1 4 text:7 8", "2 1 8 7"],
+        lambda x, y: (x, y),
+        [f"2 4 {T} 7"],
+        set(),
+    ),
+    "bmm": (aten.bmm.default, ["2 text:7 8", "2 8 image:5"], lambda x, y: (x, y), [f"2 {T} {P}"], set()),
+    "mm": (aten.mm.default, ["text:7 8", "8 3"], lambda x, y: (x, y), [f"{T} 3"], set()),
+    "addmm": (aten.addmm.default, ["3", "text:7 8", "8 3"], lambda b, x, y: (b, x, y), [f"{T} 3"], set()),
+    "baddbmm": (
+        aten.baddbmm.default,
+        ["2 1 image:5", "2 text:7 8", "2 8 5"],
+        lambda b, x, y: (b, x, y),
+        [f"2 {T} {P}"],
+        set(),
+    ),
+    "einsum": (
+        aten.einsum.default,
+        ["2 text:7 4 8", "2 image:5 4 8"],
+        lambda q, k: ("bnhd,bmhd->bhnm", [q, k]),
+        [f"2 4 {T} {P}"],
+        set(),
+    ),
+    "einsum over tokens": (
+        aten.einsum.default,
+        ["2 4 text:7 image:5", "2 5 4 8"],
+        lambda p, v: ("bhnm,bmhd->bnhd", [p, v]),
+        [f"2 {T} 4 8"],
+        {"Reduce"},
+    ),
+    "einsum with dots": (
+        aten.einsum.default,
+        [X, "8 3"],
+        lambda x, w: ("...d,de->...e", [x, w]),
+        ["2 7 3"],
+        {"Opaque"},
+    ),
+    "sdpa": (
+        aten.scaled_dot_product_attention.default,
+        ["2 4 text:7 8", "2 4 image:5 8", "2 4 5 3"],
+        lambda q, k, v: (q, k, v),
+        [f"2 4 {T} 3"],
+        set(),
+    ),
+    "sdpa with a mask": (
+        aten.scaled_dot_product_attention.default,
+        ["2 4 text:7 8", "2 4 image:5 8", "2 4 5 8", "2 1 7 5"],
+        lambda q, k, v, m: (q, k, v, m),
+        [f"2 4 {T} 8"],
+        set(),
+    ),
+    "conv2d": (
+        aten.conv2d.default,
+        ["2 3 8 8", "4 3 2 2"],
+        lambda x, w: (x, w, None, [2, 2]),
+        ["2 4 4 4"],
+        set(),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_axes(name: str) -> None:
+    target, specs, arguments, expected, said = CASES[name]
+    result = build(target, specs, arguments)
+    assert [" ".join(axes) for axes in result.axes()] == expected
+    assert result.said_of_tokens() - {"Reshape", "Literal"} == said
+
+
+def test_every_rule_has_a_case() -> None:
+    """Rules by name; four of them have tests of their own below."""
+    own = {"filled", "arange", "getitem", "sym_size", "conv2d"}
+    covered = {rule_for(build(*case[:3]).node).__name__ for case in CASES.values()}
+    assert covered | own == {function.__name__ for function in _RULES.values()}
+
+
+@pytest.mark.parametrize("name", ["sdpa with a mask", "masked_fill", "where", "add", "baddbmm"])
+def test_axes_spread_backwards(name: str) -> None:
+    """What meets tokens is tokens: a mask or a table whose axis was unknown before."""
+    target, specs, arguments, *_ = CASES[name]
+    result = build(target, specs, arguments)
+    backwards = {
+        "sdpa with a mask": (3, ["2", "1", T, P]),
+        "masked_fill": (1, ["2", "1", "1", P]),
+        "where": (1, ["2", T, "8"]),
+        "add": (1, ["2", T, "8"]),
+        "baddbmm": (0, ["2", "1", P]),
+    }[name]
+    node = result.inputs[backwards[0]]
+    assert [str(a) for a in result.annotation.axes(node)] == backwards[1]
+
+
+def test_values_of_sdpa_and_keys_are_the_same_tokens() -> None:
+    target, specs, arguments, *_ = CASES["sdpa"]
+    result = build(target, specs, arguments)
+    assert str(result.annotation.axis(Dim(result.inputs[2], 2))) == P
+
+
+# --- literals -----------------------------------------------------------------------------------------------
+
+LITERALS = {
+    "view": (aten.view.default, [X], lambda x: (x, [2, 7, 4, 2]), {(1, 0), (1, 1), (1, 2), (1, 3)}),
+    "view with -1": (aten.view.default, [X], lambda x: (x, [2, -1, 8]), {(1, 0), (1, 2)}),
+    "reshape": (aten.reshape.default, [X], lambda x: (x, [14, 8]), {(1, 0), (1, 1)}),
+    "expand": (aten.expand.default, ["1 text:7 1"], lambda x: (x, [2, 7, -1]), {(1, 0), (1, 1)}),
+    "new_ones": (aten.new_ones.default, [X], lambda x: (x, [2, 7]), {(1, 0), (1, 1)}),
+}
+
+
+@pytest.mark.parametrize("name", LITERALS)
+def test_literals(name: str) -> None:
+    target, specs, arguments, expected = LITERALS[name]
+    result = build(target, specs, arguments)
+    found = {(c.arg, c.item) for c in result.annotation.constraints[result.node] if isinstance(c, Literal)}
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (lambda x: (x, 1, 2, 5), (2, 5)),
+        (lambda x: (x, 1, -3), (4, 7)),
+        (lambda x: (x, 1, None, -2), (0, 5)),
+        (lambda x: (x, 1, 5, 100), (5, 7)),
+        (lambda x: (x, 1, -100, 3), (0, 3)),
+    ],
+)
+def test_slices_know_their_positions(arguments, expected: tuple[int, int]) -> None:
+    result = build(aten.slice.Tensor, [X], arguments)
+    (found,) = [c for c in result.annotation.constraints[result.node] if isinstance(c, Slice)]
+    assert (found.start, found.stop) == expected
+
+
+@pytest.mark.parametrize(("index", "expected"), [(0, 0), (3, 3), (-1, 6), (-7, 0)])
+def test_selects_know_their_position(index: int, expected: int) -> None:
+    result = build(aten.select.int, [X], lambda x: (x, 1, index))
+    (found,) = [c for c in result.annotation.constraints[result.node] if isinstance(c, Select)]
+    assert found.index == expected
+
+
+# --- constants ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("target", "args"),
+    [
+        (aten.zeros.default, ([2, 7, 8],)),
+        (aten.ones.default, ([2, 7, 8],)),
+        (aten.full.default, ([2, 7, 8], 0.5)),
+        (aten.empty.memory_format, ([2, 7, 8],)),
+    ],
+)
+def test_constants_of_a_literal_shape(target: Any, args: tuple) -> None:
+    builder = Builder()
+    x = builder.seeded(X, 0)
+    constant = builder.call(target, *args)
+    result = finish(builder, builder.call(aten.mul.Tensor, constant, x), [x])
+    assert [str(a) for a in result.annotation.axes(constant)] == ["2", T, "8"]
+    said = result.annotation.constraints[constant]
+    assert {(c.arg, c.item) for c in said if isinstance(c, Literal)} == {(0, 0), (0, 1), (0, 2)}
+
+
+@pytest.mark.parametrize(
+    ("target", "args", "literal"),
+    [
+        (aten.arange.default, (7,), True),
+        (aten.arange.start, (0, 7), False),
+        (aten.arange.start_step, (0, 14, 2), False),
+    ],
+)
+def test_ranges(target: Any, args: tuple, literal: bool) -> None:
+    builder = Builder()
+    x = builder.seeded("2 text:7", 0)
+    positions = builder.call(target, *args)
+    result = finish(builder, builder.call(aten.add.Tensor, x, positions), [x])
+    assert [str(a) for a in result.annotation.axes(positions)] == [T]
+    assert result.annotation.constraints[positions] == ([Literal(Dim(positions, 0), 0)] if literal else [])
+
+
+@pytest.mark.parametrize("adds_zero", [False, True])
+def test_counting_over_a_whole_dimension_keeps_its_axis(adds_zero: bool) -> None:
+    """`mask[batch[:, None, None, None], positions[None, None, None, :]]`, as transformers writes its masks."""
+    builder = Builder()
+    mask = builder.seeded("bool 2 text:7", 0)
+    rows, columns = builder.call(aten.arange.default, 2), builder.call(aten.arange.default, 7)
+    if adds_zero:
+        columns = builder.call(aten.add.Tensor, columns, 0)
+    for dim in (1, 2, 3):
+        rows = builder.call(aten.unsqueeze.default, rows, dim)
+        columns = builder.call(aten.unsqueeze.default, columns, 0)
+    node = builder.call(aten.index.Tensor, mask, [rows, columns])
+    result = finish(builder, node, [mask])
+    assert result.axes() == [["2", "1", "1", T]]
+    assert result.said_of_tokens() == set()
+
+
+def test_counting_over_a_part_does_not() -> None:
+    builder = Builder()
+    x = builder.seeded("2 text:7", 0)
+    some = builder.call(aten.arange.default, 6)
+    rows = builder.call(aten.unsqueeze.default, builder.call(aten.arange.default, 2), 1)
+    result = finish(builder, builder.call(aten.index.Tensor, x, [rows, some]), [x])
+    assert result.axes() == [["2", "6"]]
+    assert result.said_of_tokens() == {"Opaque"}
+
+
+# --- several outputs ----------------------------------------------------------------------------------------
+
+
+def test_getitem_takes_the_axes_of_its_output() -> None:
+    builder = Builder()
+    x = builder.seeded("3 text:7 image:5", 0)
+    both = builder.call(aten.unbind.int, x)
+    result = finish(builder, builder.call(operator.getitem, both, 2), [x])
+    assert result.axes() == [[T, P]]
+
+
+def test_getitem_of_a_positions_output() -> None:
+    builder = Builder()
+    x = builder.seeded("2 text:7 8", 0)
+    both = builder.call(aten.max.dim, x, 2)
+    result = finish(builder, builder.call(operator.getitem, both, 1), [x])
+    assert result.axes() == [["2", T]]
+
+
+# --- seeds --------------------------------------------------------------------------------------------------
+
+
+def annotated(builder: Builder, node: fx.Node) -> Annotation:
+    return finish(builder, node, []).annotation
+
+
+def test_ids_from_an_input_are_text() -> None:
+    builder = Builder()
+    table = builder.placeholder(torch.randn(9, 4), "table")
+    ids = builder.placeholder(torch.zeros(2, 7, dtype=torch.int32), "ids")
+    ids = builder.call(aten.to.dtype, ids, torch.int64)
+    node = builder.call(aten.embedding.default, table, ids)
+    annotation = annotated(builder, node)
+    assert [str(a) for a in annotation.axes(node)] == ["2", T, "4"]
+    assert annotation.streams == {"text": 7}
+
+
+def test_computed_ids_are_no_text() -> None:
+    """Positions and kinds are looked up too; only what the user gives is text."""
+    builder = Builder()
+    table = builder.placeholder(torch.randn(9, 4), "table")
+    node = builder.call(aten.embedding.default, table, builder.call(aten.arange.default, 7))
+    assert annotated(builder, node).streams == {}
+
+
+CONVOLUTIONS = {
+    "patches": ([2, 2], [0, 0], True),
+    "overlapping": ([1, 1], [0, 0], False),
+    "gaps": ([3, 3], [0, 0], False),
+    "padded": ([2, 2], [1, 1], False),
+}
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_patch_convolutions_seed_a_grid(name: str) -> None:
+    stride, padding, seeds = CONVOLUTIONS[name]
+    builder = Builder()
+    pixels = builder.placeholder(torch.randn(2, 3, 8, 12), "pixels")
+    weight = builder.placeholder(torch.randn(5, 3, 2, 2), "weight")
+    grid = builder.call(aten.conv2d.default, pixels, weight, None, stride, padding)
+    node = builder.call(aten.flatten.using_ints, grid, 2)
+    annotation = annotated(builder, node)
+    assert any(isinstance(c, Seed) for c in annotation.constraints[grid]) == seeds
+    assert annotation.streams == ({"image": 24} if seeds else {})
+    if seeds:
+        assert [str(a) for a in annotation.axes(node)] == ["2", "5", "[image:24]"]
+        # A grid is not yet a sequence of tokens.
+        assert [str(a) for a in annotation.axes(grid)] == ["2", "5", "4", "6"]
+
+
+def test_half_a_grid_is_no_stream() -> None:
+    builder = Builder()
+    pixels = builder.placeholder(torch.randn(2, 3, 8, 12), "pixels")
+    weight = builder.placeholder(torch.randn(5, 3, 2, 2), "weight")
+    grid = builder.call(aten.conv2d.default, pixels, weight, None, [2, 2])
+    node = builder.call(aten.sum.dim_IntList, grid, [3])
+    assert annotated(builder, node).streams == {}
+
+
+def test_a_one_by_one_convolution_is_no_patch_embedding() -> None:
+    builder = Builder()
+    pixels = builder.placeholder(torch.randn(2, 3, 4, 4), "pixels")
+    weight = builder.placeholder(torch.randn(5, 3, 1, 1), "weight")
+    grid = builder.call(aten.conv2d.default, pixels, weight, None, [1, 1])
+    assert annotated(builder, builder.call(aten.flatten.using_ints, grid, 2)).streams == {}
+
+
+# --- symbolic sizes -----------------------------------------------------------------------------------------
+
+
+class Symbolic(torch.nn.Module):
+    """Reads the batch size as a number and reshapes with it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = torch.nn.Embedding(9, 8)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.words(ids)
+        batch = x.size(0)
+        flat = x.reshape(batch * 7, 8)
+        return flat.view(batch, 7, 2, 4).transpose(1, 2)
+
+
+def test_a_symbolic_batch_is_followed_through_products() -> None:
+    shapes = {"ids": {0: torch.export.Dim("batch")}}
+    ids = torch.zeros(3, 7, dtype=torch.int64)
+    module = torch.export.export(Symbolic(), (), {"ids": ids}, dynamic_shapes=shapes).module(check_guards=False)
+    annotation = annotate(module)
+    reshape = next(n for n in module.graph.nodes if n.target is aten.reshape.default)
+    assert str(annotation.axes(reshape)[0]).endswith(f" x {T})")
+    transpose = next(n for n in module.graph.nodes if n.target is aten.transpose.int)
+    assert [str(a) for a in annotation.axes(transpose)[1:]] == ["2", T, "4"]
+    sizes = [n for n in module.graph.nodes if n.target is aten.sym_size.int]
+    assert sizes
+    for node in sizes:
+        said = annotation.constraints[node]
+        assert {type(c) for c in said} == {Opaque, Reduce}
+        assert [c.source.index for c in said if isinstance(c, Opaque)] == [node.args[1]]
+
+
+# --- the table itself ---------------------------------------------------------------------------------------
+
+
+def test_an_operator_has_one_rule() -> None:
+    with pytest.raises(ValueError, match="has a rule already"):
+        rule(aten.linear.default)(lambda node: [])
+    assert _RULES[aten.linear.default].__name__ == "linear"
+
+
+def test_operators_that_pytorch_tags_as_pointwise_need_no_entry() -> None:
+    builder = Builder()
+    x = builder.seeded(X, 0)
+    node = builder.call(aten.tanh.default, x)
+    assert aten.tanh.default not in _RULES
+    assert rule_for(node).__name__ == "pointwise"
+    assert rule_for(next(iter(x.graph.nodes))) is None
+
+
+def test_overloads_are_spelled_right() -> None:
+    assert aten.sum.dim_IntList in overloads("sum mean")
+    with pytest.raises(AttributeError):
+        overloads("sum no_such_operator")
+
+
+def test_wrap_and_argument() -> None:
+    assert (wrap(-1, 4), wrap(2, 4), wrap(0, 0)) == (3, 2, 0)
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    node = graph.call_function(aten.softmax.int, (x,), {"dim": 1})
+    assert argument(node, 1, "dim") == 1
+    assert argument(node, 0, "self") is x
+    assert argument(node, 2, "dtype", "none") == "none"
+
+
+def test_a_rule_that_forgets_a_token_axis_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(_RULES, aten.tanh.default, lambda node: [Same(Dim(node.args[0], 0), Dim(node, 0))])
+    with pytest.raises(NoRuleError, match=r"aten\.tanh\.default.*\[text:7\]"):
+        build(aten.tanh.default, [X], lambda x: (x,))
