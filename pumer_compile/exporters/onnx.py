@@ -30,7 +30,7 @@ from transformers.exporters.exporter_dynamo import DynamoExporter
 from transformers.exporters.exporter_onnx import OnnxExporter
 from transformers.exporters.utils import get_leaf_tensors
 
-from ..capture import Program, batch_inputs, capture
+from ..capture import Program, batch_inputs, capture, left_as_found
 from ..errors import ExportError, UsageError
 from ..files import content_name
 from ..loading import quiet
@@ -84,11 +84,22 @@ class _ReduceStep(DynamoExporter):
         self, model: PreTrainedModel, sample_inputs: MutableMapping[str, Any], config: Any
     ) -> tuple[ExportedProgram, Any]:
         exported, metadata = super().export_program(model, sample_inputs, config)
+        return self._reduced(exported, sample_inputs, config), metadata
+
+    def export(self, model: PreTrainedModel, sample_inputs: MutableMapping[str, Any], config: Any) -> Any:
+        """The step of older exporters (transformers 5.17), where it gives the program; later ones come back here with a
+        finished model."""
+        exported = super().export(model, sample_inputs, config)
+        return self._reduced(exported, sample_inputs, config) if isinstance(exported, ExportedProgram) else exported
+
+    def _reduced(
+        self, exported: ExportedProgram, sample_inputs: MutableMapping[str, Any], config: Any
+    ) -> ExportedProgram:
         self.decision_names = []
         if self.schedule is not None:
             program = capture(exported, dict(sample_inputs), streams=self.streams)
             exported, self.decision_names = reduced_export(program, self.schedule, config.dynamic_shapes)
-        return exported, metadata
+        return exported
 
 
 class ReducedOnnxExporter(OnnxExporter, _ReduceStep):  # type: ignore[misc]  # one traces, the other converts
@@ -208,17 +219,23 @@ def _through_transformers(
     options: OnnxOptions,
 ) -> OnnxBuild:
     exporter = ReducedOnnxExporter(schedule, program.streams)
-    config = OnnxConfig(
-        dynamic_shapes=shapes,
-        opset_version=options.opset,
-        ort_fusions=_FUSIONS[options.target] if options.target else None,
-    )
-    training = model.training
-    model.eval()
+    wanted: dict[str, Any] = {"dynamic_shapes": shapes, "opset_version": options.opset}
+    if options.target is not None:
+        wanted["ort_fusions"] = _FUSIONS[options.target]
     try:
-        converted, _ = exporter.export_program(model, dict(program.inputs), config)
-    finally:
-        model.train(training)
+        config = OnnxConfig(**wanted)
+    except TypeError as error:
+        raise ExportError(
+            "--target needs transformers' fusions for onnxruntime, which this version lacks: install a newer "
+            "transformers or leave --target out for portable ONNX."
+        ) from error
+    with left_as_found(model):
+        for module in model.modules():
+            module.training = False
+        if hasattr(OnnxExporter, "export_program"):
+            converted, _ = exporter.export_program(model, dict(program.inputs), config)
+        else:  # transformers 5.17
+            converted = exporter.export(model, dict(program.inputs), config).model
     own = len(converted.graph.outputs) - len(exporter.decision_names)
     return _named(converted, [str(v.name) for v in converted.graph.outputs[:own]], exporter.decision_names)
 

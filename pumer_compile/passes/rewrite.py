@@ -296,8 +296,8 @@ class Rewriter:
         if not divided and depends_on_parameter(source.node):
             raise AxisError(
                 f"{describe(node)} sums over the token axis {self.annotation.axis(source)}, which a reducer has made "
-                "shorter, and the sum is not divided by a sum of weights. A mean over tokens follows the reduction; a sum "
-                "does not. Move the site behind it or leave it out."
+                "shorter, and the sum is not divided by a sum of weights. A mean over tokens follows the reduction; a "
+                "sum does not. Move the site behind it or leave it out."
             )
 
     def _streams(self, dim: Dim) -> tuple[str, ...]:
