@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -458,6 +459,8 @@ def _root(
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point. Without a command's name, `compile` is meant."""
+    # A polite kill unwinds, so that temporary files go with it; no kill can touch the artifact itself.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     given = list(sys.argv[1:] if arguments is None else arguments)
     commands = {command.name for command in app.registered_commands}
     if given and given[0] not in commands | {"--help", "--version"}:

@@ -289,7 +289,8 @@ def _scope_names(model: onnx_ir.Model) -> None:
     """Name nodes after the module they came from, so that reducers can be read in a viewer."""
     for index, node in enumerate(model.graph.all_nodes()):
         scopes = [s.strip(" '\"") for s in node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]")[1:-1].split(",")]
-        path = next((s for s in reversed(scopes[:-1]) if s), "")
+        # torch names the scope of a node that belongs to no module after the hook that made it.
+        path = next((s for s in reversed(scopes[:-1]) if s and not s.startswith("_empty_nn_module_stack")), "")
         node.name = f"{path}/{node.op_type}_{index}" if path else f"{node.op_type}_{index}"
     # What remains are stack traces: half the file of a small model, and paths of the machine that compiled it.
     ir_passes.ClearMetadataAndDocStringPass()(model)

@@ -60,10 +60,9 @@ def check_outputs(walk: Rewriter) -> None:
                 kind = walk.annotation.axis(dim)
                 streams = () if isinstance(kind, Fixed) else kind.streams
                 raise VerifyError(
-                    f"The output {describe(node)} has one entry for each token of {kind}, and "
-                    f"{', '.join(streams)} tokens are reduced: its entries would no longer be the model's. "
-                    "Leave this output out of the capture (`outputs=[...]`), or leave the sites before it "
-                    "out of the schedule."
+                    f"The output {describe(node)} has one entry for each token of {kind}, and {', '.join(streams)} "
+                    "tokens are reduced: its entries would no longer be the model's. Capture a model that does not return it "
+                    "(a head instead of the bare encoder), or leave the sites before it out of the schedule."
                 )
 
 
