@@ -17,12 +17,13 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import ViltForQuestionAnswering
+from transformers import ViltForImagesAndTextClassification, ViltForQuestionAnswering
 
-from pumer_compile import Program, Reduced, Schedule, capture, reduce
+from pumer_compile import Program, PumerError, Reduced, Schedule, capture, reduce
 from pumer_compile.passes.insert import reducers_of
 from pumer_compile.reduce import reduce_graph
 from tests.helpers import combine, data_dependent, paper_counts, published_counts, reduce_image, reduce_text
+from tests.tiny import text_inputs, tiny_vilt
 
 FOLDER = Path(__file__).parent / "oracle" / "vilt-tiny"
 CASES: dict[str, dict[str, Any]] = json.loads((FOLDER / "cases.json").read_text())
@@ -197,13 +198,15 @@ class Sample:
                 self.sizes[self.text :] = [1.0] * len(patches)
 
 
-def by_hand(sample: dict[str, Tensor], case: dict[str, Any], semantics: str) -> tuple[np.ndarray, list[list[int]]]:
-    """Logits, and `[text, image]` after every layer."""
-    vilt, counts = model().vilt, []
-    ones = torch.ones(len(sample["input_ids"]), 384, 384)
+def encode(
+    vilt: torch.nn.Module, sample: dict[str, Tensor], case: dict[str, Any], semantics: str, kind: int = 1
+) -> tuple[Tensor, list[list[int]]]:
+    """The pooled output of a `ViltModel`, and `[text, image]` after every layer."""
+    size = vilt.config.image_size
+    ones, counts = torch.ones(len(sample["input_ids"]), size, size), []
     with torch.no_grad(), mock.patch.object(torch, "multinomial", in_order):
         x, mask = vilt.embeddings(
-            sample["input_ids"], sample["attention_mask"], None, sample["pixel_values"], ones, None, None
+            sample["input_ids"], sample["attention_mask"], None, sample["pixel_values"], ones, None, None, kind
         )
         samples = [Sample(x[b], mask[b], sample["input_ids"].shape[1]) for b in range(len(x))]
         for index, layer in enumerate(vilt.encoder.layer):
@@ -214,8 +217,14 @@ def by_hand(sample: dict[str, Tensor], case: dict[str, Any], semantics: str) -> 
                     s.reduce(probabilities, keys, case, semantics)
                 s.x = layer.output(layer.intermediate(layer.layernorm_after(s.x)), s.x)
             counts.append([samples[0].text, len(samples[0].x) - samples[0].text])
-        last = vilt.layernorm(torch.stack([s.x for s in samples]))
-        return model().classifier(vilt.pooler(last)).numpy(), counts
+        return vilt.pooler(vilt.layernorm(torch.stack([s.x for s in samples]))), counts
+
+
+def by_hand(sample: dict[str, Tensor], case: dict[str, Any], semantics: str) -> tuple[np.ndarray, list[list[int]]]:
+    """Logits of the oracle's model, and `[text, image]` after every layer."""
+    pooled, counts = encode(model().vilt, sample, case, semantics)
+    with torch.no_grad():
+        return model().classifier(pooled).numpy(), counts
 
 
 def test_by_hand_without_reducers_is_the_model() -> None:
@@ -263,3 +272,57 @@ def test_text_lengths_that_collide(name: str, semantics: str) -> None:
     expected, _ = by_hand(sample, case, semantics)
     with torch.no_grad():
         assert np.abs(module(**sample).logits.numpy() - expected).max() <= 1e-5
+
+
+# --- two images, two passes -----------------------------------------------------------------------------------------
+
+NO_SITES: dict[str, Any] = {"layers": []}
+THREE: dict[str, Any] = {"layers": [2, 5, 8], "prune": 0.1, "merge_image": 0.3, "merge_text": 0.2}
+
+
+@functools.cache
+def two_images() -> tuple[ViltForImagesAndTextClassification, dict[str, Tensor], Program]:
+    """The NLVR2 model: one encoder, run once for each image, with the same text."""
+    found = tiny_vilt(
+        ViltForImagesAndTextClassification, num_images=2, modality_type_vocab_size=3, num_hidden_layers=10
+    )
+    sample = text_inputs(2, 8)
+    sample["pixel_values"] = torch.randn(2, 2, 3, 96, 96, generator=torch.Generator().manual_seed(3))
+    return found, sample, capture(found, sample)
+
+
+def two_by_hand(cases: list[dict[str, Any]], semantics: str) -> tuple[Tensor, list[list[int]]]:
+    found, sample, _ = two_images()
+    pooled, counts = [], []
+    for index, case in enumerate(cases):
+        one = {**sample, "pixel_values": sample["pixel_values"][:, index]}
+        output, after = encode(found.vilt, one, case, semantics, index + 1)
+        pooled.append(output)
+        counts += after
+    with torch.no_grad():
+        return found.classifier(torch.cat(pooled, -1)), counts
+
+
+def test_two_images_by_hand_is_the_model() -> None:
+    found, sample, captured = two_images()
+    expected, _ = two_by_hand([NO_SITES] * 2, "paper")
+    with torch.no_grad():
+        torch.testing.assert_close(found(**sample).logits, expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(captured.module(**sample).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("semantics", ["reference", "paper", "safe"])
+@pytest.mark.parametrize("layers", [[2, 5, 8], [2, 5, 8, 12, 15, 18]], ids=["first pass", "both passes"])
+def test_two_images(layers: list[int], semantics: str) -> None:
+    """Cross-modal nodes are counted through both passes; the second starts with all its tokens again."""
+    _, sample, captured = two_images()
+    merge = {"image": THREE["merge_image"], "text": THREE["merge_text"]}
+    wanted = Schedule(semantics=semantics, layers=layers, prune=THREE["prune"], merge=merge)
+    expected, counts = two_by_hand([THREE, THREE if len(layers) > 3 else NO_SITES], semantics)
+    try:
+        found = reduce(captured, wanted)
+    except PumerError:
+        return  # refusing it in words is right too
+    with torch.no_grad():
+        torch.testing.assert_close(found.module(**sample).logits, expected, atol=1e-4, rtol=1e-4)
+    assert [list(c.values()) for c in found.plan.tokens().values()] == counts

@@ -61,8 +61,8 @@ def check_outputs(walk: Rewriter) -> None:
                 streams = () if isinstance(kind, Fixed) else kind.streams
                 raise VerifyError(
                     f"The output {describe(node)} has one entry for each token of {kind}, and {', '.join(streams)} "
-                    "tokens are reduced: its entries would no longer be the model's. Capture a model that does not return it "
-                    "(a head instead of the bare encoder), or leave the sites before it out of the schedule."
+                    "tokens are reduced: its entries would no longer be the model's. Capture a model that does not "
+                    "return it (a head instead of the bare encoder), or leave the sites before it out of the schedule."
                 )
 
 

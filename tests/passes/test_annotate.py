@@ -227,6 +227,25 @@ def test_two_inputs_of_one_modality_are_two_streams() -> None:
     assert kinds(annotation, node) == ["2", "[text:5]", "[text_1:9]"]
 
 
+@pytest.mark.parametrize("table", ["parameter", "embedding"])
+def test_a_shared_table_does_not_make_two_streams_one(table: str) -> None:
+    """Question and caption of one length, both with the same positions added: still two streams."""
+
+    class Shared(TwoTexts):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Parameter(torch.randn(1, 5, 8))
+            self.places = nn.Embedding(5, 8)
+
+        def forward(self, question: Tensor, caption: Tensor) -> Tensor:
+            places = self.table if table == "parameter" else self.places(torch.arange(5))
+            q, c = self.words(question) + places, self.words(caption) + places
+            return (q @ c.transpose(1, 2)).softmax(-1).mean((1, 2))
+
+    inputs = {name: torch.randint(0, 20, (2, 5)) for name in ("question", "caption")}
+    assert annotate(capture(Shared(), inputs).module).streams == {"text": 5, "text_1": 5}
+
+
 # --- operators without a rule -------------------------------------------------------------------------------
 
 

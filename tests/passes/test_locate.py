@@ -13,7 +13,7 @@ from pumer_compile import Program, capture
 from pumer_compile.errors import LocateError, UsageError
 from pumer_compile.passes.annotate import annotate
 from pumer_compile.passes.graph import values
-from pumer_compile.passes.locate import Attention, choose, locate
+from pumer_compile.passes.locate import Attention, choose, locate, mask_kinds
 from tests.helpers import count_op
 from tests.models import Config, describe, program, variants
 
@@ -211,6 +211,88 @@ def test_a_model_without_tokens_says_so() -> None:
 
     with pytest.raises(LocateError, match="Token streams found: none"):
         located(capture(Plain(), {"x": torch.randn(2, 7, 7)}))
+
+
+# --- masks ----------------------------------------------------------------------------------------------------------
+
+
+def open_keys(ids: Tensor) -> Tensor:
+    """`[B, 1, 1, 13]`: which keys are open."""
+    ones = torch.ones(ids.shape[0], 6, dtype=torch.bool)
+    return torch.cat([ids > 3, ones], 1)[:, None, None, :]
+
+
+class Padded(Block):
+    """A block whose attention gets a mask made from the ids."""
+
+    def forward(self, ids: Tensor, pixels: Tensor) -> Tensor:
+        x = torch.cat([self.words(ids), self.patches(pixels).flatten(2).transpose(1, 2)], 1)
+        q, k, v = self.heads(self.q(x)), self.heads(self.k(x)), self.heads(self.v(x))
+        context = self.attend(q, k, v, open_keys(ids))
+        return (x + self.out(context.transpose(1, 2).flatten(2)))[:, 0]
+
+
+def padded(attend) -> Program:
+    inputs = {"ids": torch.randint(0, 20, (2, 7)), "pixels": torch.randn(2, 3, 4, 6)}
+    return capture(Padded(attend).eval(), inputs)
+
+
+def additive(mask: Tensor) -> Tensor:
+    return torch.where(mask, 0.0, -1e9)
+
+
+POLARITIES = {
+    "added": (lambda q, k, v, m: (scores(q, k) + additive(m)).softmax(-1) @ v, "additive"),
+    "added on the left": (lambda q, k, v, m: (additive(m) + scores(q, k)).softmax(-1) @ v, "additive"),
+    "filled": (lambda q, k, v, m: scores(q, k).masked_fill(~m, -9.0).softmax(-1) @ v, "drop"),
+    "where kept": (lambda q, k, v, m: torch.where(m, scores(q, k), -9.0).softmax(-1) @ v, "keep"),
+    "where dropped": (lambda q, k, v, m: torch.where(~m, -9.0, scores(q, k)).softmax(-1) @ v, "drop"),
+    "fused boolean": (lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, attn_mask=m), "keep"),
+    "fused additive": (lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, additive(m)), "additive"),
+}
+
+
+@pytest.mark.parametrize("name", POLARITIES)
+def test_how_a_mask_reads(name: str) -> None:
+    attend, kind = POLARITIES[name]
+    (attention,) = located(padded(attend))
+    assert [m.kind for m in attention.masks] == [kind]
+    assert tuple(values(attention.masks[0].node)[0].shape) == (2, 1, 1, 13)
+    assert attention.unusual == ""
+
+
+def test_what_is_only_reshaped_into_a_mask_reads_like_it() -> None:
+    def attend_(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
+        wide = additive(m).to(q.dtype).expand(2, 1, 13, 13)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=wide)
+
+    captured = padded(attend_)
+    kinds = mask_kinds(located(captured))
+    found = {node.target for node in kinds}
+    assert aten.expand.default in found
+    assert aten.where.ScalarOther in found or aten.where.self in found or aten.where.Scalar in found
+    assert set(kinds.values()) == {"additive"}
+    assert not any(node.op == "placeholder" for node in kinds)  # of another dtype: it reads otherwise
+
+
+UNUSUAL = {
+    "causal": (lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, is_causal=True), "is_causal"),
+    "grouped": (
+        lambda q, k, v, m: F.scaled_dot_product_attention(q, k[:, :1], v[:, :1], enable_gqa=True),
+        "enable_gqa",
+    ),
+    "scaled after the mask": (
+        lambda q, k, v, m: ((scores(q, k) + additive(m)) * 0.5).softmax(-1) @ v,
+        "after the mask",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_attention_that_cannot_be_written_again(name: str) -> None:
+    attend, why = UNUSUAL[name]
+    (attention,) = located(padded(attend))
+    assert why in attention.unusual
 
 
 # --- residual -----------------------------------------------------------------------------------------------

@@ -41,12 +41,12 @@ SITES = {0: (0.2, 0.3, 0.25), 1: (0.2, 0.3, 0.25)}
 # Every form, norm and mask, a symbolic batch and padded patches with each of them somewhere.
 FORMS = [
     Config(mask="none"),
-    Config(mask="none", form="sdpa", norm="post", dynamic=True),
-    Config(mask="additive", dynamic=True, patch_mask=True),
+    Config(mask="none", form="sdpa", norm="post", dynamic=True, layers=2),
+    Config(mask="additive", dynamic=True, patch_mask=True, layers=2),
     Config(mask="additive", form="sdpa", norm="post"),
     Config(mask="bool", norm="post"),
-    Config(mask="bool", form="sdpa", dynamic=True, patch_mask=True),
-    Config(mask="expanded", norm="post", dynamic=True, patch_mask=True),
+    Config(mask="bool", form="sdpa", dynamic=True, patch_mask=True, layers=2),
+    Config(mask="expanded", norm="post", dynamic=True, patch_mask=True, layers=2),
     Config(mask="expanded", form="sdpa"),
 ]
 
@@ -57,6 +57,8 @@ COLLISIONS = [
     Config(text=5, grid=(2, 2), heads=5, width=25, batch=5, layers=2),  # text = image = heads = head size = batch
     Config(text=9, grid=(3, 3), heads=3, width=27, batch=3, cls=False, layers=2),  # text = image = head size
     Config(text=6, grid=(2, 3), cls=False, heads=2, width=12, layers=2, dynamic=True),  # text + image = width
+    Config(batch=1, layers=2),  # every mask begins with 1
+    Config(heads=1, width=8, text=8, form="sdpa", mask="bool", layers=2),  # text = width = head size
 ]
 
 
@@ -104,7 +106,7 @@ def test_budgets(name: str, semantics: str, mask: str) -> None:
 
 
 def test_semantics_are_three_different_things() -> None:
-    config = FORMS[2]
+    config = FORMS[3]
     inputs = inputs_for(config)
     with torch.no_grad():
         outputs = [reduce_graph(program(config), schedule(s))(**inputs) for s in SEMANTICS]
@@ -235,6 +237,43 @@ def test_a_mask_that_says_what_to_drop() -> None:
         expected, _ = reduced(make(config), inputs, {0: SITES[0]}, semantics)
         with torch.no_grad():
             torch.testing.assert_close(module(**inputs), expected, atol=1e-5, rtol=0)
+
+
+def subtracted(scores: Tensor, mask: Tensor) -> Tensor:
+    """As the first GPT-2 wrote it."""
+    return scores - (~mask) * 1e9
+
+
+def multiplied(scores: Tensor, mask: Tensor) -> Tensor:
+    return scores * mask - 1e9 * (~mask)
+
+
+def lowered(scores: Tensor, mask: Tensor) -> Tensor:
+    return torch.minimum(scores, torch.where(mask, 1e9, -1e9))
+
+
+@pytest.mark.parametrize("semantics", SEMANTICS)
+@pytest.mark.parametrize("apply", [subtracted, multiplied, lowered])
+def test_masks_in_other_words_are_read_or_refused(apply: Any, semantics: str) -> None:
+    """Padding must not be taken for real tokens because the mask was not recognised."""
+
+    class Other(Attention):
+        def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+            q, k, v = self.split(self.q(x)), self.split(self.k(x)), self.split(self.v(x))
+            scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+            return self.out((apply(scores, mask).softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+    config = Config(layers=1, mask="bool", head=lambda x, text: x.amax(1))
+    model, inputs = make(config), inputs_for(config)
+    model.layers[0].attention.__class__ = Other
+    captured = capture(model, inputs)
+    try:
+        module = reduce_graph(captured, schedule(semantics, (0,)))
+    except PumerError:
+        return
+    expected, _ = reduced(make(config), inputs, {0: SITES[0]}, semantics)
+    with torch.no_grad():
+        torch.testing.assert_close(module(**inputs), expected, atol=1e-5, rtol=0)
 
 
 # --- what comes out -------------------------------------------------------------------------------------------------

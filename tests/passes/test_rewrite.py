@@ -179,9 +179,11 @@ HEADS: tuple[Head, ...] = (
     first_image,
     gathered_features,
     norm_and_dropout,
+    narrowed,
+    chunked,
 )
 
-ALONE: tuple[Head, ...] = (flat_batch, flatten_unflatten, narrowed, chunked)
+ALONE: tuple[Head, ...] = (flat_batch, flatten_unflatten)
 """Each in a model of its own, so that it fails by itself."""
 
 

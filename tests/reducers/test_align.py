@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -65,9 +66,6 @@ def log_mean_exp(values: list[float]) -> float:
     return math.log(total) if total > 0 else -math.inf
 
 
-HOW = {"mean": mean, "log_mean_exp": log_mean_exp, "any": any}
-
-
 @st.composite
 def values(draw: st.DrawFn) -> dict:
     """A value of rank 2 to 4 whose axis `dim` holds one to three segments, some of them reduced."""
@@ -124,12 +122,21 @@ def test_additive_masks_of_any_value(case: dict) -> None:
     torch.testing.assert_close(result.double(), torch.tensor(wanted, dtype=torch.float64), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize(("mode", "how", "share"), [("any", any, 0.3), ("all", all, 0.7)])
 @given(case=values())
-def test_boolean_masks_are_true_where_any_token_is(case: dict) -> None:
-    value = torch.from_numpy(case["rng"].random(case["sizes"]) < 0.3)
-    result = align(case, "any", value)
+def test_boolean_masks(mode: str, how: Callable[[list], bool], share: float, case: dict) -> None:
+    value = torch.from_numpy(case["rng"].random(case["sizes"]) < share)
+    result = align(case, mode, value)
     assert result.dtype == torch.bool
-    assert result.tolist() == expected(value.numpy(), case["dim"], case["pieces"], case["batch"], any)
+    assert result.tolist() == expected(value.numpy(), case["dim"], case["pieces"], case["batch"], how)
+
+
+def test_all_of_very_many() -> None:
+    """One false among three hundred is seen, and rounding of three hundred shares is not."""
+    value = torch.ones(2, 300, dtype=torch.bool)
+    value[1, 17] = False
+    rows = torch.full((2, 1, 300), 1 / 300)
+    assert AlignAxis(1, ((300, True),), "all")(value, rows).tolist() == [[True], [False]]
 
 
 @given(case=values())
@@ -172,38 +179,42 @@ def test_gradients_flow_through_features() -> None:
     torch.testing.assert_close(gradient, wanted.unsqueeze(-1).expand(-1, -1, 3).double(), atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("mode", ["mean", "log_mean_exp", "any", "gather"])
+@pytest.mark.parametrize("mode", ["mean", "log_mean_exp", "any", "all", "gather"])
 def test_nothing_data_dependent_is_traced(mode: str) -> None:
-    dtype = {"any": torch.bool, "gather": torch.int64}.get(mode, torch.float32)
+    dtype = {"any": torch.bool, "all": torch.bool, "gather": torch.int64}.get(mode, torch.float32)
     value = torch.ones(1, 2, 5, dtype=dtype)
     rows = torch.eye(4)[:2].unsqueeze(0).expand(3, -1, -1)
     program = torch.export.export(AlignAxis(2, ((1, False), (4, True)), mode), (value, rows))
     assert not data_dependent(program.run_decompositions().graph_module)
 
 
-# --- weights from a mask ------------------------------------------------------------------------------------
+# --- weights from a mask --------------------------------------------------------------------------------------------
+
+REAL = torch.tensor([[True, True, True, False, True], [True, True, False, False, True]])[:, None, None, :]
+MASKS = {
+    "additive": (torch.where(REAL, 0.0, torch.finfo(torch.float32).min), "additive"),
+    "infinite": (torch.where(REAL, 0.0, float("-inf")), "additive"),
+    "half": (torch.where(REAL, 0.0, torch.finfo(torch.float16).min).half(), "additive"),
+    "true is kept": (REAL, "keep"),
+    "true is dropped": (~REAL, "drop"),
+}
 
 
-@pytest.mark.parametrize("kind", ["bool", "additive", "infinite", "half"])
-def test_weights_of_a_mask(kind: str) -> None:
-    real = torch.tensor([[True, True, True, False, True], [True, True, False, False, True]])
-    shape = real[:, None, None, :]
-    mask = {
-        "bool": shape,
-        "additive": torch.where(shape, 0.0, torch.finfo(torch.float32).min),
-        "infinite": torch.where(shape, 0.0, float("-inf")),
-        "half": torch.where(shape, 0.0, torch.finfo(torch.float16).min).half(),
-    }[kind]
-    weights = TokenWeights(1, 3)(mask)
+@pytest.mark.parametrize("name", MASKS)
+def test_weights_of_a_mask(name: str) -> None:
+    mask, kind = MASKS[name]
+    weights = TokenWeights(1, 3, kind)(mask)
     assert weights.dtype == torch.float32
     assert weights.tolist() == [[1, 1, 0], [1, 0, 0]]
 
 
-def test_a_key_is_real_when_any_query_of_any_head_sees_it() -> None:
+@pytest.mark.parametrize("kind", ["keep", "drop", "additive"])
+def test_a_key_is_real_when_any_query_of_any_head_sees_it(kind: str) -> None:
     mask = torch.zeros(1, 2, 3, 4, dtype=torch.bool)
     mask[0, 1, 2, 1] = True
     mask[0, 0, 0, 3] = True
-    assert TokenWeights(0, 4)(mask).tolist() == [[0, 1, 0, 1]]
+    given = {"keep": mask, "drop": ~mask, "additive": torch.where(mask, 0.0, -1e9)}[kind]
+    assert TokenWeights(0, 4, kind)(given).tolist() == [[0, 1, 0, 1]]
 
 
 def test_weights_of_a_soft_mask_are_its_exponentials() -> None:
