@@ -164,7 +164,7 @@ def _stage(text: str) -> Iterator[None]:
         with status.status(f"{text} ..."):
             yield
     else:
-        status.print(f"{text} ...", markup=False, highlight=False)
+        status.print(f"{text} ...", markup=False, highlight=False, soft_wrap=True)
         yield
 
 

@@ -7,6 +7,7 @@ import functools
 import io
 import json
 import logging
+import signal
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ class Result:
 def run(*arguments: Any) -> Result:
     """Run `pumer-compile` with these arguments."""
     out, err = io.StringIO(), io.StringIO()
-    with _logger_as_found(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    with _process_as_found(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             main([str(argument) for argument in arguments])
         except SystemExit as stop:
@@ -56,13 +57,15 @@ def done(*arguments: Any) -> Result:
 
 
 @contextlib.contextmanager
-def _logger_as_found() -> Iterator[None]:
-    # The command sets up logging for its process, but other tests run in this one.
+def _process_as_found() -> Iterator[None]:
+    # The command sets up logging and signals for its process, but other tests run in this one.
     log = logging.getLogger("pumer_compile")
     handlers, level, propagate = log.handlers, log.level, log.propagate
+    handler = signal.getsignal(signal.SIGTERM)
     try:
         yield
     finally:
+        signal.signal(signal.SIGTERM, handler)
         log.handlers, log.propagate = handlers, propagate
         log.setLevel(level)
 

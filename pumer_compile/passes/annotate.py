@@ -106,6 +106,7 @@ def annotate(module: fx.GraphModule, streams: dict[str, str] | None = None) -> A
     annotation = Annotation()
     for node in module.graph.nodes:
         _constrain(annotation, node, streams or {})
+    _check_separate_texts(annotation)
     _name_streams(annotation)
     for node in module.graph.nodes:
         _check_covered(annotation, node)
@@ -194,6 +195,26 @@ def _seed(dims: list[Axis], stream: str) -> None:
     grid = object()
     for index, axis in enumerate(dims):
         axis.grid = (grid, index, len(dims), stream)
+
+
+def _check_separate_texts(annotation: Annotation) -> None:
+    """Two inputs that look their ids up in one table are two texts. A constant added to both (positions) proves their
+    axes the same, and reducing one would then reduce the other by the wrong map."""
+    seen: dict[object, tuple[fx.Node, set[Axis]]] = {}
+    for node, constraints in annotation.constraints.items():
+        for seed in constraints:
+            if not isinstance(seed, Seed) or node.target is not torch.ops.aten.embedding.default:
+                continue
+            table, ids = node.args[0], seed.dims[0]
+            assert isinstance(table, fx.Node)
+            leaves = set(annotation._axes[ids].leaves())
+            other, taken = seen.setdefault(table.target, (ids.node, leaves))
+            if other is not ids.node and taken & leaves:
+                raise AxisError(
+                    f"{describe(node)} looks up {ids.node.name} in the table that {other.name} is looked up in, "
+                    "and something added to both makes their tokens one axis. Two texts of one length that share "
+                    "positions cannot be told apart: capture with texts of different lengths."
+                )
 
 
 def _name_streams(annotation: Annotation) -> None:
