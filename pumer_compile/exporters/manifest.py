@@ -103,7 +103,10 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path} is not an ONNX model: {' '.join(str(error).split())}") from error
     for entry in model.metadata_props:
         if entry.key == KEY:
-            manifest: dict[str, Any] = json.loads(entry.value)
+            try:
+                manifest: dict[str, Any] = dict(json.loads(entry.value))
+            except (ValueError, TypeError) as error:
+                raise UsageError(f"The manifest in {path} cannot be read: {error}.") from error
             if manifest.get("format") != FORMAT:
                 raise UsageError(f"{path} has a manifest of format {manifest.get('format')}; this reads {FORMAT}.")
             return manifest

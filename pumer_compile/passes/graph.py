@@ -34,7 +34,9 @@ def source_line(node: fx.Node) -> str:
     files = [line for line in frames if line.startswith("File ")]
     if not files:
         return ""
-    parts = files[-1].removeprefix("File ").split(", ")
+    # torch's own modules call the operators; the line that called the module says more.
+    outside = [line for line in files if "/torch/" not in line] or files
+    parts = outside[-1].removeprefix("File ").split(", ")
     return f"{parts[0].strip(chr(34))}:{parts[1].removeprefix('line ')}" if len(parts) > 1 else parts[0]
 
 

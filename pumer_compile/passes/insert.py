@@ -17,6 +17,7 @@ from ..reducers import (
     TextInformedPruner,
     TextRowsAttention,
     TokenWeights,
+    UnitWeights,
 )
 from ..reducers.reducer import Carried
 from ..schedule import Schedule, Semantics, Site
@@ -51,6 +52,7 @@ class Insertions:
         semantics: see `Schedule`.
         weights: node of the carried weights of each stream, as of now in the walk.
         decisions: nodes of `(kept, source, target)` by reducer name.
+        ones: modules that give weights of 1, by length.
     """
 
     sites: list[SiteInsertion]
@@ -58,6 +60,7 @@ class Insertions:
     semantics: Semantics
     weights: dict[str, fx.Node] = field(default_factory=dict)
     decisions: dict[str, tuple[fx.Node, fx.Node, fx.Node]] = field(default_factory=dict)
+    ones: dict[int, UnitWeights] = field(default_factory=dict)
 
     def after(self) -> dict[fx.Node, Action]:
         """Actions by the captured node they follow."""
@@ -93,6 +96,7 @@ def plan_insertions(annotation: Annotation, attentions: list[Attention], schedul
         counts.update(sites[-1].plan.after)
     if not sites:
         raise PlanError("Every site of the schedule rounds to nothing pruned. Raise `prune`.")
+    _check_masks(attentions[attentions.index(chosen[0][0]) :])
     softmaxes = _cross_modal_layers(attentions) if schedule.semantics == "reference" else []
     return Insertions(sites, softmaxes, schedule.semantics)
 
@@ -104,10 +108,25 @@ def _published_stands_still(site: Site, counts: dict[str, int]) -> bool:
     return isinstance(share, float) and share > 0 and round(share * counts.get("image", 0)) == 0
 
 
+def _check_masks(attentions: list[Attention]) -> None:
+    """From the first site on, a mask that is not understood could not be aligned."""
+    for attention in attentions:
+        if "no known mask" in attention.unusual:
+            raise LocateError(
+                f"The attention {attention.site} ({attention.module}) cannot follow a reducer, because "
+                f"{attention.unusual}: add a mask, or use masked_fill or where."
+            )
+
+
 def _check_site(attention: Attention, site: Site) -> None:
     if attention.carrier is None:
         raise LocateError(
             f"Site {site.at} ({attention.module}) has no residual value to reduce: {attention.no_carrier}."
+        )
+    if len(shape(attention.query)) != 4:
+        raise LocateError(
+            f"Site {site.at} ({attention.module}) has queries of shape {list(shape(attention.query))}; a reducer reads "
+            "[batch, heads, tokens, head size]. Use a model whose attention keeps heads in a dimension of their own."
         )
     separate = attention.cross_modal and not (
         set(attention.query_axis.streams) == set(attention.key_axis.streams) == set(attention.streams)
@@ -203,6 +222,9 @@ class _Emitter:
     def __init__(self, insertions: Insertions, attention: Attention) -> None:
         self.insertions, self.attention = insertions, attention
 
+    def _ones(self, length: int) -> UnitWeights:
+        return self.insertions.ones.setdefault(length, UnitWeights(length))
+
     def weights(self, walk: Rewriter, stream: str) -> fx.Node | None:
         """Carried weights of a stream, read first from this attention's mask; None without a mask."""
         known = self.insertions.weights.get(stream)
@@ -242,11 +264,20 @@ class _PublishedSoftmax(_Emitter):
                 f"{attention.unusual}. Use semantics `paper` or `safe`."
             )
         weights = [self.weights(walk, s) for s in attention.key_axis.streams]
-        present = [w for w in weights if w is not None]
-        if present and len(present) < len(weights):
+        if len(shape(attention.query)) != 4:
             raise LocateError(
-                f"The attention {attention.site} ({attention.module}) masks only some of {attention.key_axis}."
+                f"The attention {attention.site} ({attention.module}) has queries of shape "
+                f"{list(shape(attention.query))}; the published softmax needs [batch, heads, tokens, head size]. Use "
+                "semantics `paper` or `safe`."
             )
+        # A stream without a mask is all real tokens.
+        epochs = walk.at(Dim(attention.query, 2))
+        lengths = {s.stream: walk.length(s, epochs) for s in attention.key_axis.segments}
+        present = [
+            w or walk.call_module(f"reducer.ones.{lengths[s]}", self._ones(lengths[s]), walk.env[attention.query])
+            for s, w in zip(attention.key_axis.streams, weights, strict=True)
+            if any(weights)
+        ]
         module = PublishedMaskedSoftmax(diagonal=attention.query_axis == attention.key_axis)
         name = f"reducer.softmax.{attention.site.replace('.', '_')}"
         if not attention.fused:

@@ -259,6 +259,10 @@ def _scores(node: object) -> _Scores | None:
         if below.masks and node.target not in _KEEPS_VALUES:
             why = f"{node.name} ({node.target}) changes its scores after the mask is applied"
             return replace(below, unusual=why)
+        strange = [n.name for n in node.all_input_nodes if n is not operand and _data(n)]
+        if strange:
+            why = f"{node.name} ({node.target}) applies {strange[0]} to its scores in a way that is no known mask"
+            return replace(below, unusual=why)
         return below if below.masks else replace(below, scores=node)
     return None
 
@@ -274,8 +278,12 @@ def _mask(node: fx.Node, scores: fx.Node) -> Mask | None:
         other, kind = node.args[0], "keep" if node.args[1] is scores else "drop"  # type: ignore[assignment]  # as above
     else:
         return None
-    found = isinstance(other, fx.Node) and bool(values(other)) and bool(shape(other))
-    return Mask(other, kind) if found and isinstance(other, fx.Node) and not depends_on_parameter(other) else None
+    return Mask(other, kind) if isinstance(other, fx.Node) and _data(other) else None
+
+
+def _data(node: fx.Node) -> bool:
+    """Whether a value has dimensions and is computed without any learned parameter."""
+    return bool(values(node)) and bool(shape(node)) and not depends_on_parameter(node)
 
 
 def mask_kinds(attentions: list[Attention]) -> dict[fx.Node, MaskKind]:

@@ -11,15 +11,17 @@ from pathlib import Path
 
 from torch import Tensor, fx
 
-from ..errors import PumerError, VerifyError
+from ..errors import AxisError, PumerError, VerifyError
 from ..plan import Plan
 from ..schedule import Schedule
 from .annotate import Annotation, annotate
+from .axes import Dim
 from .graph import values
 from .insert import Insertions, plan_insertions
 from .locate import Attention, locate, mask_kinds
 from .propagate import propagate
 from .rewrite import Rewriter
+from .rules import shape
 from .verify import verify
 
 log = logging.getLogger("pumer_compile")
@@ -100,8 +102,28 @@ def _rewrite(state: State) -> int:
     missed = [s.plan.site for s in state.insertions.sites if not set(s.reducers) <= set(state.walk.steps)]
     if missed:
         raise VerifyError(f"The walk passed {missed[0]} without inserting its reducers.")
+    _check_one_pass(state.attentions, state.insertions, state.walk)
     log.info("rewrite: %d literals changed, %d values aligned", state.walk.literals, state.walk.alignments)
     return len(state.insertions.decisions)
+
+
+def _check_one_pass(attentions: list[Attention], insertions: Insertions, walk: Rewriter) -> None:
+    """Every attention after a site must see its streams reduced; a model that runs the same text beside a second image
+    does not, and neither its plan nor its masks would be right."""
+    sites = {site.plan.site: site for site in insertions.sites}
+    passed: dict[str, int] = {}
+    for attention in attentions:
+        epochs = walk.at(Dim(attention.query, len(shape(attention.query)) - 2))
+        for stream in attention.query_axis.streams:
+            if epochs.get(stream, 0) != passed.get(stream, 0):
+                raise AxisError(
+                    f"The attention {attention.site} ({attention.module}) sees the {stream} tokens from before a "
+                    "site that comes earlier in execution: the model runs them more than once (one pass for each image, "
+                    "say). Reducing such a model is not supported."
+                )
+        if attention.site in sites:
+            for stream in sites[attention.site].reducers:
+                passed[stream] = passed.get(stream, 0) + 1
 
 
 def _verify(state: State) -> int:

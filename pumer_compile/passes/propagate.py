@@ -10,7 +10,8 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from .graph import attribute
+from ..errors import VerifyError
+from .graph import attribute, describe
 
 
 class _FakeInterpreter(fx.Interpreter):
@@ -32,8 +33,16 @@ class _FakeInterpreter(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         counter = FlopCounterMode(display=False)
-        with counter:
-            result = super().run_node(n)
+        try:
+            with counter:
+                result = super().run_node(n)
+        except Exception as error:
+            # Whatever a kernel's shape function raises, the node is what the user needs to know.
+            first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            raise VerifyError(
+                f"{describe(n)} cannot run on the reduced tokens: {first.strip()} A size that the rules did not follow "
+                "is written into the graph; the rule of this operator, or of one before it, is in passes/rules.py."
+            ) from error
         self.values[n] = result
         # One multiply-add counts as two floating-point operations there.
         self.multiply_adds[n] = counter.get_total_flops() // 2

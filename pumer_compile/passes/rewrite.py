@@ -42,7 +42,7 @@ from .axes import (
     same_size,
 )
 from .graph import attribute, depends_on_parameter, describe, values
-from .rules import aten, shape
+from .rules import aten, overloads, shape
 
 Epochs = dict[str, int]
 
@@ -96,6 +96,7 @@ class Rewriter:
     _modules: dict[str, nn.Module] = field(default_factory=dict)
     _aligned: dict[tuple[Any, ...], fx.Node] = field(default_factory=dict)
     _maps: dict[tuple[str, int, int], fx.Node] = field(default_factory=dict)
+    _totals: dict[fx.Node, Epochs] = field(default_factory=dict)
     _origin: fx.Node | None = None
 
     def run(
@@ -112,6 +113,7 @@ class Rewriter:
                 self._visit(node)
             if node in after:
                 after[node](self)
+        self._check_totals()
         return self._finish()
 
     # --- emitting -------------------------------------------------------------------------------------------
@@ -275,8 +277,8 @@ class Rewriter:
                     self._check_whole(node, result)
                     streams = self._streams(result)
                     self._set(result, {s: e for s, e in self.at(source).items() if s in streams})
-            case Total(source) if self.at(source):
-                self._check_total(node, source)
+            case Total(source):
+                self._totals[node] = dict(self.at(source))
             case Opaque(source) if self.at(source):
                 raise AxisError(
                     f"{describe(node)} works position by position along the token axis "
@@ -286,19 +288,20 @@ class Rewriter:
             case _:
                 pass
 
-    def _check_total(self, node: fx.Node, source: Dim) -> None:
-        """A sum over fewer tokens is smaller. That is right for a sum divided by another one (a weighted mean), and for
-        a count of mask entries; a literal divisor would be the old number of tokens."""
-        divided = all(
-            user.target is aten.div.Tensor and user.args[0] is node and isinstance(user.args[1], fx.Node)
-            for user in node.users
-        )
-        if not divided and depends_on_parameter(source.node):
-            raise AxisError(
-                f"{describe(node)} sums over the token axis {self.annotation.axis(source)}, which a reducer has made "
-                "shorter, and the sum is not divided by a sum of weights. A mean over tokens follows the reduction; a "
-                "sum does not. Move the site behind it or leave it out."
-            )
+    def _check_totals(self) -> None:
+        """A sum over fewer tokens is smaller. That is right for a sum divided by another one over the same tokens (a
+        weighted mean), and for a count of mask entries; a literal divisor would be the old number of tokens."""
+        for node, epochs in self._totals.items():
+            source = node.all_input_nodes[0]
+            if not any(epochs.values()) or not depends_on_parameter(source):
+                continue
+            divisors = [_summed(u.args[1]) if u.args[:1] == (node,) else None for u in node.users]
+            if not all(d is not None and self._totals.get(d) == epochs for d in divisors):
+                raise AxisError(
+                    f"{describe(node)} sums over the tokens of {source.name}, which a reducer has made fewer, and the "
+                    "sum is not divided by a sum over the same reduced tokens. A mean over tokens follows the "
+                    "reduction; a sum does not. Move the site behind it or leave it out."
+                )
 
     def _streams(self, dim: Dim) -> tuple[str, ...]:
         kind = self.annotation.axis(dim)
@@ -347,10 +350,13 @@ class Rewriter:
         match constraint:
             case Literal(result, arg, item) if self.at(result):
                 size = self.size(self.annotation.axis(result), self.at(result))
-                value = list(new.args[arg]) if item is not None else size  # type: ignore[arg-type]  # a list of sizes
-                if item is not None:
-                    value[item] = size  # type: ignore[index]  # the list made above
-                self._set_arg(new, arg, value)
+                if item is None:
+                    self._set_arg(new, arg, size)
+                    return
+                sizes = list(new.args[arg])  # type: ignore[arg-type]  # a list of sizes
+                # A size with a symbolic factor is left to inference.
+                sizes[item] = size if isinstance(size, int) else -1
+                self._set_arg(new, arg, sizes)
             case Slice(source, _, start, stop, start_arg, stop_arg) if self.at(source):
                 self._set_arg(new, start_arg, self._moved(node, source, start))
                 self._set_arg(new, stop_arg, self._moved(node, source, stop))
@@ -435,7 +441,9 @@ class Rewriter:
         if dtype.is_floating_point:
             return "log_mean_exp" if self.masks.get(source) == "additive" else "mean"
         merged = [
-            s for s in kind.streams if any(step.merged for step in self.steps[s][have.get(s, 0) : target.get(s, 0)])
+            s
+            for s in kind.streams
+            if any(step.merged for step in self.steps.get(s, [])[have.get(s, 0) : target.get(s, 0)])
         ]
         if merged:
             raise AxisError(
@@ -481,6 +489,17 @@ def _classes(same: list[Same]) -> list[set[Dim]]:
             classes.remove(c)
         classes.append(pair.union(*touching))
     return classes
+
+
+def _summed(node: object) -> fx.Node | None:
+    """The sum that a divisor comes from, through operators that keep its meaning."""
+    while isinstance(node, fx.Node) and node.op == "call_function":
+        if node.target in overloads("sum"):
+            return node
+        if node.target not in overloads("clamp clamp_min unsqueeze expand view reshape to add"):
+            return None
+        node = node.args[0]
+    return None
 
 
 def _keep_buffers_transient(module: fx.GraphModule, source: fx.GraphModule) -> None:

@@ -138,7 +138,7 @@ def wrap(dim: int, rank: int) -> int:
 def size_literals(node: fx.Node, arg: int, sizes: Any) -> Iterator[Constraint]:
     """Literals in a list of sizes that says the shape of the result."""
     for item, size in enumerate(sizes):
-        if isinstance(size, int) and size != -1:
+        if isinstance(size, fx.Node) or (isinstance(size, int) and size != -1):
             yield Literal(Dim(node, item), arg, item)
 
 
@@ -204,7 +204,13 @@ def view(node: fx.Node) -> Iterator[Constraint]:
 
 @rule(aten.flatten.using_ints, aten.unflatten.int)
 def flatten(node: fx.Node) -> Iterator[Constraint]:
-    yield from _reshaped(node_arg(node, 0), node)
+    x = node_arg(node, 0)
+    yield from _reshaped(x, node)
+    if node.target is aten.unflatten.int:
+        first = wrap(int_arg(node, 1), len(shape(x)))
+        for item, size in enumerate(list_arg(node, 2)):
+            if isinstance(size, fx.Node) or (isinstance(size, int) and size != -1):
+                yield Literal(Dim(node, first + item), 2, item)
 
 
 def _reshaped(x: fx.Node, node: fx.Node) -> Iterator[Constraint]:
@@ -218,6 +224,14 @@ def transpose(node: fx.Node) -> Iterator[Constraint]:
     order = list(range(len(shape(x))))
     a, b = wrap(int_arg(node, 1), len(order)), wrap(int_arg(node, 2), len(order))
     order[a], order[b] = order[b], order[a]
+    yield from keep_dims(x, node, ((i, j) for j, i in enumerate(order)))
+
+
+@rule(aten.mT.default)
+def matrix_transpose(node: fx.Node) -> Iterator[Constraint]:
+    x = node_arg(node, 0)
+    rank = len(shape(x))
+    order = [*range(rank - 2), rank - 1, rank - 2]
     yield from keep_dims(x, node, ((i, j) for j, i in enumerate(order)))
 
 

@@ -1,6 +1,6 @@
 """Token reducers: plain `nn.Module`s without parameters, readable beside the paper."""
 
-from .align import AlignAxis, TokenWeights
+from .align import AlignAxis, TokenWeights, UnitWeights
 from .attention import TextRowsAttention
 from .masked_softmax import PublishedMaskedSoftmax
 from .merger import ModalityAwareMerger
@@ -15,5 +15,6 @@ __all__ = [
     "TextInformedPruner",
     "TextRowsAttention",
     "TokenWeights",
+    "UnitWeights",
     "forced_decisions",
 ]

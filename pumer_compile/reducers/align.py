@@ -91,3 +91,19 @@ class TokenWeights(nn.Module):
         if self.kind == "additive":
             return keys.float().exp().amax((1, 2))
         return (keys if self.kind == "keep" else ~keys).float().amax((1, 2))
+
+
+class UnitWeights(nn.Module):
+    """The weights of tokens that no mask covers: all 1.
+
+    Args:
+        length: number of tokens.
+    """
+
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self.length = length
+
+    def forward(self, like: Tensor) -> Tensor:
+        """`[batch, length]` float32 of ones, on the device of a value with the batch first."""
+        return torch.ones(like.shape[0], self.length, device=like.device)

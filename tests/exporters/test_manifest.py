@@ -55,9 +55,7 @@ def test_where_it_comes_from(manifest: dict[str, Any]) -> None:
     assert manifest["checkpoint_sha256"] != load_model(folder(seed=1)).sha256
     versions = manifest["versions"]
     assert versions == library_versions()
-    assert {"pumer-compile", "torch", "transformers", "onnx", "onnxscript", "onnxruntime"} >= set(versions) - {
-        "onnx-ir"
-    }
+    assert {"torch", "transformers", "onnx", "onnxscript", "onnxruntime"} <= set(versions)
     assert versions["torch"] == metadata.version("torch") and versions["onnx"] == metadata.version("onnx")
     assert manifest["format"] == FORMAT
 
@@ -126,7 +124,7 @@ def with_metadata(path: Path, **metadata: str) -> Path:
     model = onnx.load(str(artifact()))
     del model.metadata_props[:]
     for key, value in metadata.items():
-        model.metadata_props.add(key=key.replace("_", ".", 1).replace(".", "_", 1) if False else key, value=value)
+        model.metadata_props.add(key=key, value=value)
     onnx.save(model, str(path))
     return path
 
@@ -142,8 +140,8 @@ def test_what_it_refuses(tmp_path: Path) -> None:
         read_manifest(with_metadata(path, author="somebody"))
     with pytest.raises(UsageError, match=f"format 99; this reads {FORMAT}"):
         read_manifest(with_metadata(path, **{KEY: json.dumps({"format": 99})}))
-    for text in ("not JSON", "[]"):
-        with pytest.raises(UsageError, match="not made by pumer-compile"):
+    for text in ("not JSON", "[1]"):
+        with pytest.raises(UsageError, match=r"manifest .* cannot be read"):
             read_manifest(with_metadata(path, **{KEY: text}))
     path.write_bytes(artifact().read_bytes()[:-1000])
     with pytest.raises(UsageError, match=r"not an ONNX model|not made by"):

@@ -93,8 +93,12 @@ def test_half_precision_from_end_to_end(eager: dict[str, np.ndarray]) -> None:
     kinds = {value.name: value.type.tensor_type.elem_type for value in [*model.graph.input, *model.graph.output]}
     assert kinds.pop("pixel_values") == kinds.pop("logits") == TensorProto.FLOAT16
     assert set(kinds.values()) == {TensorProto.INT64}
-    weights = [w for w in model.graph.initializer if ".weight" in w.name and len(w.dims) == 2]
-    assert len(weights) >= 10 and {w.data_type for w in weights} == {TensorProto.FLOAT16}
+    # Reducers decide, and positions are interpolated, in single precision; nothing else is.
+    exact = ("reducer.", "vilt.embeddings/")
+    used = {name for node in model.graph.node if not node.name.startswith(exact) for name in node.input}
+    floating = (TensorProto.FLOAT, TensorProto.FLOAT16)
+    weights = [w for w in model.graph.initializer if w.data_type in floating and w.name in used]
+    assert len(weights) >= 30 and {w.data_type for w in weights} == {TensorProto.FLOAT16}
 
     outputs = onnx_outputs(artifact(*HALF), half_feed())
     assert np.isfinite(outputs["logits"]).all()
@@ -258,7 +262,7 @@ def test_metadata_is_appended(build: Any, tmp_path: Path) -> None:
     assert [(entry.key, entry.value) for entry in after.metadata_props] == [("one", "ä" * 1000), ("two", "{}")]
     del after.metadata_props[:]
     assert after == before
-    assert path.read_bytes()[:size] == before.SerializeToString() or path.stat().st_size > size
+    assert path.stat().st_size > size
     onnx.checker.check_model(str(path), full_check=True)
 
 
