@@ -118,8 +118,8 @@ def _check_one_pass(attentions: list[Attention], insertions: Insertions, walk: R
             if epochs.get(stream, 0) != passed.get(stream, 0):
                 raise AxisError(
                     f"The attention {attention.site} ({attention.module}) sees the {stream} tokens from before a "
-                    "site that comes earlier in execution: the model runs them more than once (one pass for each image, "
-                    "say). Reducing such a model is not supported."
+                    "site that comes earlier in execution: the model runs them more than once (one pass for each "
+                    "image, say). Reducing such a model is not supported."
                 )
         if attention.site in sites:
             for stream in sites[attention.site].reducers:
