@@ -40,11 +40,13 @@ MODEL is a save_pretrained folder, a torch.export archive, or a checkpoint. SCHE
 Exit codes: 0 done, 1 failed, 2 bad usage, 3 parity failed.
 """
 PARITY_EXAMPLES = """
-Examples. On random samples with padding, then on your own inputs with a tolerance for one output:
+Examples. On random samples with padding, on your own inputs, with a tolerance for one output:
 
     pumer-compile parity model.onnx --model MODEL
 
-    pumer-compile parity model.onnx --model MODEL --inputs samples.npz --atol logits=1e-3
+    pumer-compile parity model.onnx --model MODEL --inputs samples.npz
+
+    pumer-compile parity model.onnx --model MODEL --atol logits=1e-3
 """
 PLAN_EXAMPLES = """
 Examples. A table for a preset, then JSON for a schedule of your own and shorter texts:

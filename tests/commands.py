@@ -7,19 +7,21 @@ import functools
 import io
 import json
 import logging
+import os
 import signal
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import onnx
 import onnxruntime
 import torch
 
-from pumer_compile.cli import main
+from pumer_compile import cli
 from tests.tiny import tiny_vilt
 
 
@@ -38,11 +40,17 @@ class Result:
 
 
 def run(*arguments: Any) -> Result:
-    """Run `pumer-compile` with these arguments."""
+    """Run `pumer-compile` with these arguments, on a screen of 80 columns."""
     out, err = io.StringIO(), io.StringIO()
-    with _process_as_found(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    cli.console.width = cli.status.width = 80
+    with (
+        _process_as_found(),
+        mock.patch.dict(os.environ, COLUMNS="80"),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
         try:
-            main([str(argument) for argument in arguments])
+            cli.main([str(argument) for argument in arguments])
         except SystemExit as stop:
             code = stop.code
     assert isinstance(code, int)

@@ -35,6 +35,7 @@ from tests.commands import (
     snapshot,
 )
 from tests.models import Config, inputs_for, make
+from tests.tiny import tiny_vilt
 
 
 @pytest.fixture
@@ -252,7 +253,7 @@ def test_a_truncated_checkpoint(tmp_path: Path, out: Path, unchanged: Any) -> No
 
 
 def test_a_pickled_module_without_the_flag(tmp_path: Path, out: Path, unchanged: Any) -> None:
-    torch.save(ViltForQuestionAnswering.from_pretrained(folder(layers=1)), tmp_path / "model.pt")
+    torch.save(tiny_vilt(num_hidden_layers=1), tmp_path / "model.pt")
     check = unchanged()
     message = refused(2, tmp_path / "model.pt", "--schedule", schedule(), "-o", out)
     assert "--allow-pickle" in message and "ViltForQuestionAnswering" in message
@@ -548,7 +549,7 @@ def test_every_kind_of_file_compiles(
     kind: Callable[..., tuple[Any, ...]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """To the current directory, by a bare name, in the shapes of an .npz file."""
-    model = ViltForQuestionAnswering.from_pretrained(folder(layers=1))
+    model = tiny_vilt(num_hidden_layers=1)
     arguments = kind(tmp_path / "model.bin", model)  # the suffix says nothing
     np.savez(tmp_path / "inputs.npz", **feed())
     (tmp_path / "here").mkdir()

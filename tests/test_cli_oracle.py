@@ -154,7 +154,7 @@ def test_reducers_can_be_read_in_a_viewer(compiled: Compiled, case: str) -> None
     for scope in wanted:
         assert any(found == scope or found.startswith(f"{scope}.") for found in scopes), scope
     for scope in scopes:
-        known = {*wanted, "reducer.weights"}  # what a mask makes of each stream's tokens, once for all sites
+        known = {*wanted, "reducer.weights", "reducer.softmax"}  # masks, once; the published softmax, in every layer
         assert any(scope == found or scope.startswith(f"{found}.") for found in known), scope
     picking = ("Gather", "ArgMax", "ArgMin")
     kinds = {node.op_type for node in model.graph.node if node.name.startswith("reducer.")}

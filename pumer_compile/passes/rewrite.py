@@ -298,8 +298,8 @@ class Rewriter:
             divisors = [_summed(u.args[1]) if u.args[:1] == (node,) else None for u in node.users]
             if not all(d is not None and self._totals.get(d) == epochs for d in divisors):
                 raise AxisError(
-                    f"{describe(node)} sums over the tokens of {source.name}, which a reducer has made fewer, and the "
-                    "sum is not divided by a sum over the same reduced tokens. A mean over tokens follows the "
+                    f"{describe(node)} sums over the token axis of {source.name}, which a reducer has made shorter, "
+                    "and the sum is not divided by a sum over the same reduced tokens. A mean over tokens follows the "
                     "reduction; a sum does not. Move the site behind it or leave it out."
                 )
 

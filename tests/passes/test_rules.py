@@ -181,6 +181,7 @@ CASES: dict[str, tuple[Any, list[str], Callable[..., tuple], list[str], set[str]
     "flatten": (aten.flatten.using_ints, ["2 text:7 4 2"], lambda x: (x, 2), [f"2 {T} 8"], set()),
     "flatten the tokens": (aten.flatten.using_ints, [X], lambda x: (x, 0, 1), [f"(2 x {T}) 8"], set()),
     "unflatten": (aten.unflatten.int, [X], lambda x: (x, 2, [4, 2]), [f"2 {T} 4 2"], set()),
+    "matrix transpose": (aten.mT.default, [X], lambda x: (x,), [f"2 8 {T}"], set()),
     "transpose": (aten.transpose.int, [X], lambda x: (x, 1, 2), [f"2 8 {T}"], set()),
     "transpose from the end": (aten.transpose.int, [X], lambda x: (x, -1, 0), [f"8 {T} 2"], set()),
     "permute": (aten.permute.default, ["2 text:7 4 2"], lambda x: (x, [0, 2, 1, 3]), [f"2 4 {T} 2"], set()),
