@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from ..errors import AxisError
 from .axes import (
@@ -592,8 +592,3 @@ def sym_size(node: fx.Node) -> Iterator[Constraint]:
     x, dim = node_arg(node, 0), int_arg(node, 1)
     rank = len(shape(x))
     yield from (Opaque(Dim(x, i)) if i == wrap(dim, rank) else Reduce(Dim(x, i)) for i in range(rank))
-
-
-def has_tensor_output(node: fx.Node) -> bool:
-    """Whether a node gives any tensor."""
-    return any(isinstance(v, Tensor) for v in values(node))
