@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .errors import PlanError
-from .schedule import Budget, Semantics, Site
+from .schedule import Budget, Schedule, Semantics, Site
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,7 @@ class SitePlan:
         before, after: tokens by stream.
         pruned, merged: tokens removed by stream.
         multiply_adds: of one sample from this site to the next (or the end), as (before, after) reduction.
+        call: 1 and more where the model runs the layer again on other inputs (a second image).
     """
 
     site: str
@@ -28,6 +29,12 @@ class SitePlan:
     pruned: dict[str, int]
     merged: dict[str, int]
     multiply_adds: tuple[int, int] = (0, 0)
+    call: int = 0
+
+    @property
+    def name(self) -> str:
+        """The address, and `@1` and so on where the layer runs again."""
+        return self.site + (f"@{self.call}" if self.call else "")
 
 
 @dataclass(frozen=True)
@@ -57,7 +64,7 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """`{"sites": [{site, module, before, after}], "multiply_adds": {before, after, ratio}}`."""
         return {
-            "sites": [{"site": s.site, "module": s.module, "before": s.before, "after": s.after} for s in self.sites],
+            "sites": [{"site": s.name, "module": s.module, "before": s.before, "after": s.after} for s in self.sites],
             "multiply_adds": {
                 "before": self.multiply_adds_before,
                 "after": self.multiply_adds_after,
@@ -116,3 +123,48 @@ def merge_count(site: str, stream: str, budget: Budget, keep: int, of: int, prot
             f"because only every second token does and {protected} stay. Lower `merge: {{{stream}: ...}}`."
         )
     return budget
+
+
+def published_stands_still(site: Site, image: int) -> bool:
+    """The published code reduces a layer only where its share of image tokens to prune rounds to at least
+    one. A site that asks for merging alone (`prune: 0`) is our extension, and merges."""
+    share = site.prune
+    return isinstance(share, float) and share > 0 and round(share * image) == 0
+
+
+def stream_counts(
+    site: Site, schedule: Schedule, before: dict[str, int], modality: dict[str, str], learned: dict[str, int]
+) -> dict[str, tuple[int, int]]:
+    """Tokens to keep and to merge of every stream that shrinks.
+
+    Args:
+        site: its budgets.
+        schedule: their method and semantics.
+        before: tokens by stream.
+        modality: `text` or `image` by stream.
+        learned: leading learned tokens by stream.
+
+    Raises:
+        PlanError: a budget that cannot be met, or nothing to reduce.
+    """
+    counts: dict[str, tuple[int, int]] = {}
+    for stream, tokens in before.items():
+        keep, merge = tokens, 0
+        if schedule.method == "tome":
+            budget = site.merge.image if modality[stream] == "image" else site.merge.text
+            if modality[stream] in ("image", "text"):
+                merge = merge_count(site.at, modality[stream], budget, tokens, tokens, learned[stream])
+        elif modality[stream] == "image":
+            stays = learned[stream] if schedule.semantics == "safe" else 0
+            keep, merge = image_counts(tokens, site, schedule.semantics, stays)
+        elif modality[stream] == "text":
+            stays = learned[stream] if schedule.semantics == "safe" else 0
+            merge = merge_count(site.at, "text", site.merge.text, tokens, tokens, max(1, stays))
+        if keep - merge < tokens:
+            counts[stream] = (keep, merge)
+    if not counts:
+        raise PlanError(
+            f"Site {site.at} would reduce nothing: its shares round to zero tokens of {before}. Raise them "
+            "or leave the site out."
+        )
+    return counts

@@ -35,6 +35,7 @@ from pydantic import (
 
 from .errors import ScheduleError
 
+Method = Literal["pumer", "tome"]
 Semantics = Literal["reference", "paper", "safe"]
 
 
@@ -80,7 +81,8 @@ class Schedule(_Strict):
     """A reduction schedule.
 
     Args:
-        method: `pumer` is text-informed pruning, then modality-aware merging (PuMer, section 4).
+        method: `pumer` is text-informed pruning, then modality-aware merging (PuMer, section 4); `tome` is merging
+            alone, with token sizes carried along and counted in every later attention (Bolya et al. 2023).
         semantics: `reference` computes what the published code computes, its masked softmax included; `paper`
             is Algorithm 1 and equation 1 as written, with the model's own softmax; `safe` is for models that
             were not fine-tuned with reduction (padding neither votes nor merges, class tokens stay, token
@@ -91,7 +93,7 @@ class Schedule(_Strict):
         merge: share or number of tokens merged away, by modality.
     """
 
-    method: Literal["pumer"] = "pumer"
+    method: Method = "pumer"
     semantics: Semantics = "reference"
     layers: tuple[Annotated[int, Field(ge=0, strict=True)], ...] | None = None
     prune: Budget | None = None
@@ -110,6 +112,8 @@ class Schedule(_Strict):
             raise ValueError("a schedule names its places with either `layers` or `sites`, exactly one of them")
         if self.sites is not None and (self.prune is not None or self.merge is not None):
             raise ValueError("`prune` and `merge` at the top go with `layers`; with `sites` each site has its own")
+        if self.method == "tome" and (self.semantics != "reference" or any(s.prune for s in self.resolve())):
+            raise ValueError("`method: tome` merges and has one meaning: leave out `prune` and `semantics`")
         places = [site.at for site in self.resolve()]
         duplicates = sorted({p for p in places if places.count(p) > 1})
         if duplicates:
@@ -213,11 +217,16 @@ def _explain(error: ValidationError, name: str) -> str:
 
 
 _BUDGETS: dict[str, Any] = {"prune": 0.1, "merge": Merge(image=0.3, text=0.2)}
+_METER: dict[str, Any] = {"prune": 0.3, "merge": Merge(image=0.5, text=0.2)}
 
 PRESETS: dict[str, Schedule] = {
     "vilt-vqa": Schedule(layers=(2, 5, 8), **_BUDGETS),
     "vilt-nlvr2": Schedule(layers=(2, 5, 8), **_BUDGETS),
     "vilt-ve": Schedule(layers=(2, 4, 6, 8), **_BUDGETS),
     "vilt-irtr": Schedule(layers=(2, 4, 6, 8), **_BUDGETS),
+    "meter-vqa": Schedule(layers=(0, 2, 4, 6), prune=0.2, merge=Merge(image=0.2, text=0.2)),
+    "meter-ve": Schedule(layers=(0, 2, 4, 6), **_METER),
+    "meter-nlvr2": Schedule(layers=(2, 4, 6), **_METER),
+    "meter-irtr": Schedule(layers=(2, 4, 6), prune=0.2, merge=Merge(image=0.5, text=0.2)),
 }
-"""Table 6 of the paper, for the ViLT model."""
+"""Table 6 of the paper."""

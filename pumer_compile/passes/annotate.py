@@ -48,11 +48,13 @@ class Annotation:
         constraints: what the rules said of each node.
         streams: tokens of each stream, learned tokens joined to it included, by name.
         learned: how many learned tokens lead each stream.
+        modality: `text` or `image` (or a name the user gave) of each stream; the second image is stream `image_1`.
     """
 
     constraints: dict[fx.Node, list[Constraint]] = field(default_factory=dict)
     streams: dict[str, int] = field(default_factory=dict)
     learned: dict[str, int] = field(default_factory=dict)
+    modality: dict[str, str] = field(default_factory=dict)
     _axes: dict[Dim, Axis] = field(default_factory=dict)
     _names: dict[Axis, str] = field(default_factory=dict)
 
@@ -230,6 +232,7 @@ def _name_streams(annotation: Annotation) -> None:
         name = f"{base}_{number}" if number else base
         annotation.streams[name] = sum(leaf.size for leaf in leaves if isinstance(leaf.size, int))
         annotation.learned[name] = _leading_learned(leaves)
+        annotation.modality[name] = base
         annotation._names.update(dict.fromkeys(leaves, name))
 
 

@@ -69,6 +69,18 @@ def _reaches(node: fx.Node, ops: set[str]) -> bool:
     return False
 
 
+def ancestors(node: fx.Node) -> set[fx.Node]:
+    """Every node that a node is computed from."""
+    found: set[fx.Node] = set()
+    stack = list(node.all_input_nodes)
+    while stack:
+        current = stack.pop()
+        if current not in found:
+            found.add(current)
+            stack.extend(current.all_input_nodes)
+    return found
+
+
 def depends_on_input(node: fx.Node) -> bool:
     """Whether a value is computed from the content of any input."""
     return _reaches(node, {"placeholder"})

@@ -12,7 +12,7 @@ from ..errors import LocateError
 from ..reducers.align import MaskKind
 from .annotate import Annotation
 from .axes import Dim, Tokens
-from .graph import depends_on_parameter, module_path, values
+from .graph import ancestors, depends_on_parameter, module_path, values
 from .rules import argument, aten, broadcast, rule_for, shape, wrap
 
 _PRODUCTS = {aten.matmul.default, aten.bmm.default}
@@ -63,8 +63,10 @@ class Attention:
 
     Attributes:
         site: its address, `<group>.<index>` in execution order: `cross_modal`, or the stream a tower belongs
-            to (`vision` for image, else the stream's name).
+            to (`vision` for image, else the stream's name). A layer that the model runs again on other inputs
+            (a second image) is the same site.
         module: path of the module it came from.
+        call: how many times the layer ran before, on other inputs.
         query: `[batch, heads, queries, head_size]`.
         key_transposed: `[batch, heads, head_size, keys]`, or `key` where the attention is fused.
         key: `[batch, heads, keys, head_size]` of a fused attention, else None.
@@ -79,6 +81,7 @@ class Attention:
 
     site: str
     module: str
+    call: int
     query: fx.Node
     key_transposed: fx.Node | None
     key: fx.Node | None
@@ -104,8 +107,31 @@ class Attention:
 
     @property
     def cross_modal(self) -> bool:
-        """Whether tokens of different streams meet in it."""
-        return len(self.streams) > 1
+        """Whether tokens of different modalities meet in it."""
+        return self.site.startswith("cross_modal.")
+
+    @property
+    def query_dim(self) -> Dim:
+        """The dimension that indexes the queries."""
+        return Dim(self.query, len(shape(self.query)) - 2)
+
+    @property
+    def key_dim(self) -> Dim:
+        """The dimension that indexes the keys."""
+        if self.key is not None:
+            return Dim(self.key, len(shape(self.key)) - 2)
+        assert self.key_transposed is not None
+        return Dim(self.key_transposed, len(shape(self.key_transposed)) - 1)
+
+    @property
+    def name(self) -> str:
+        """Its address as part of a module's name: `cross_modal_2`, or `cross_modal_2.call_1`."""
+        return self.site.replace(".", "_") + (f".call_{self.call}" if self.call else "")
+
+    @property
+    def described(self) -> str:
+        """For messages: `cross_modal.2 (encoder.layer.2.attention)`."""
+        return f"{self.site} ({self.module})"
 
 
 def locate(module: fx.GraphModule, annotation: Annotation) -> list[Attention]:
@@ -117,7 +143,7 @@ def locate(module: fx.GraphModule, annotation: Annotation) -> list[Attention]:
     found: list[Attention] = []
     counts: dict[str, int] = {}
     for node in module.graph.nodes:
-        attention = _match(node, annotation, counts)
+        attention = _match(node, annotation, counts, found)
         if attention is not None:
             found.append(attention)
     if not found:
@@ -129,19 +155,19 @@ def locate(module: fx.GraphModule, annotation: Annotation) -> list[Attention]:
     return found
 
 
-def choose(attentions: list[Attention], site: str) -> Attention:
-    """The attention a schedule names.
+def choose(attentions: list[Attention], site: str) -> list[Attention]:
+    """The attention a schedule names: one node, or one for each time its layer runs.
 
     Raises:
         LocateError: there is none of that name; the message lists what there is.
     """
-    for attention in attentions:
-        if attention.site == site:
-            return attention
+    found = [attention for attention in attentions if attention.site == site]
+    if found:
+        return found
     groups: dict[str, int] = {}
     for attention in attentions:
         group = attention.site.partition(".")[0]
-        groups[group] = groups.get(group, 0) + 1
+        groups[group] = groups.get(group, 0) + (attention.call == 0)
     have = ", ".join(f"{g}.0 to {g}.{n - 1}" if n > 1 else f"{g}.0" for g, n in groups.items())
     hint = ""
     if "cross_modal" not in groups:
@@ -149,7 +175,7 @@ def choose(attentions: list[Attention], site: str) -> Attention:
     raise LocateError(f"The schedule names {site}, which this graph does not have. Its attention sites: {have}.{hint}")
 
 
-def _match(node: fx.Node, annotation: Annotation, counts: dict[str, int]) -> Attention | None:
+def _match(node: fx.Node, annotation: Annotation, counts: dict[str, int], earlier: list[Attention]) -> Attention | None:
     if node.target in _SOFTMAX:
         parts = _unfused(node)
     elif node.target is _SDPA:
@@ -163,16 +189,23 @@ def _match(node: fx.Node, annotation: Annotation, counts: dict[str, int]) -> Att
     key_axis = annotation.axis(Dim(*parts.key_dim))
     if not isinstance(query_axis, Tokens) or not isinstance(key_axis, Tokens):
         return None
-    streams = tuple(dict.fromkeys((*query_axis.streams, *key_axis.streams)))
     if not key_axis.streams or not query_axis.streams:
         return None
-    group = "cross_modal" if len(streams) > 1 else {"image": "vision"}.get(streams[0], streams[0])
-    index = counts.get(group, 0)
-    counts[group] = index + 1
+    modalities = tuple(tuple(sorted({annotation.modality[s] for s in axis.streams})) for axis in (query_axis, key_axis))
+    together = sorted({m for group in modalities for m in group})
+    group = "cross_modal" if len(together) > 1 else {"image": "vision"}.get(together[0], together[0])
     carrier, why = _carrier(parts.context, annotation)
+    path = module_path(node)
+    again = _same_layer(path, parts.query, modalities, annotation, earlier)
+    if again is None:
+        site, call = f"{group}.{counts.get(group, 0)}", 0
+        counts[group] = counts.get(group, 0) + 1
+    else:
+        site, call = again.site, again.call + 1
     return Attention(
-        site=f"{group}.{index}",
-        module=module_path(node),
+        site=site,
+        module=path,
+        call=call,
         query=parts.query,
         key_transposed=parts.key_transposed,
         key=parts.key,
@@ -186,6 +219,25 @@ def _match(node: fx.Node, annotation: Annotation, counts: dict[str, int]) -> Att
         carrier=carrier,
         no_carrier=why,
     )
+
+
+def _same_layer(
+    path: str,
+    query: fx.Node,
+    modalities: tuple[tuple[str, ...], ...],
+    annotation: Annotation,
+    earlier: list[Attention],
+) -> Attention | None:
+    """The last time the same layer ran, on other inputs: not on what came out of it, as in a model whose layers share
+    their weights, and not the other way round, as in cross-attention whose two directions do."""
+    for attention in reversed(earlier):
+        if not path or attention.module != path:
+            continue
+        axes = (attention.query_axis, attention.key_axis)
+        if tuple(tuple(sorted({annotation.modality[s] for s in axis.streams})) for axis in axes) != modalities:
+            continue
+        return None if attention.context in ancestors(query) else attention
+    return None
 
 
 @dataclass(frozen=True)

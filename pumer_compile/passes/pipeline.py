@@ -11,17 +11,16 @@ from pathlib import Path
 
 from torch import Tensor, fx
 
-from ..errors import AxisError, PumerError, VerifyError
+from ..errors import AxisError, PlanError, PumerError, VerifyError
 from ..plan import Plan
 from ..schedule import Schedule
 from .annotate import Annotation, annotate
-from .axes import Dim
+from .emit import actions_after, actions_instead
 from .graph import values
-from .insert import Insertions, plan_insertions
+from .insert import Insertions, cross_modal_layers, plan_insertions
 from .locate import Attention, locate, mask_kinds
 from .propagate import propagate
 from .rewrite import Rewriter
-from .rules import shape
 from .verify import verify
 
 log = logging.getLogger("pumer_compile")
@@ -91,39 +90,38 @@ def _locate(state: State) -> int:
 def _insert(state: State) -> int:
     assert state.annotation is not None and state.attentions is not None
     state.insertions = plan_insertions(state.annotation, state.attentions, state.schedule)
-    return sum(len(site.reducers) for site in state.insertions.sites)
+    return len(state.insertions.sites)
 
 
 def _rewrite(state: State) -> int:
     assert state.annotation is not None and state.attentions is not None and state.insertions is not None
-    state.walk = Rewriter(state.captured, state.annotation, mask_kinds(state.attentions))
-    state.reduced = state.walk.run(state.insertions.after(), state.insertions.instead())
-    # A site in the last layer may leave nothing to change; what must not happen is a site that was not reached.
-    missed = [s.plan.site for s in state.insertions.sites if not set(s.reducers) <= set(state.walk.steps)]
-    if missed:
-        raise VerifyError(f"The walk passed {missed[0]} without inserting its reducers.")
-    _check_one_pass(state.attentions, state.insertions, state.walk)
+    insertions = state.insertions
+    state.walk = Rewriter(
+        state.captured,
+        state.annotation,
+        mask_kinds(state.attentions),
+        layers=cross_modal_layers(state.attentions),
+    )
+    state.reduced = state.walk.run(actions_after(insertions), actions_instead(insertions))
+    if not insertions.done:
+        raise PlanError("Every site of the schedule rounds to nothing pruned. Raise `prune`.")
+    _check_one_pass(state.attentions, insertions, state.walk)
     log.info("rewrite: %d literals changed, %d values aligned", state.walk.literals, state.walk.alignments)
-    return len(state.insertions.decisions)
+    return sum(len(site.reducers) for site, _ in insertions.done)
 
 
 def _check_one_pass(attentions: list[Attention], insertions: Insertions, walk: Rewriter) -> None:
-    """Every attention after a site must see its streams reduced; a model that runs the same text beside a second image
-    does not, and neither its plan nor its masks would be right."""
-    sites = {site.plan.site: site for site in insertions.sites}
-    passed: dict[str, int] = {}
-    for attention in attentions:
-        epochs = walk.at(Dim(attention.query, len(shape(attention.query)) - 2))
-        for stream in attention.query_axis.streams:
-            if epochs.get(stream, 0) != passed.get(stream, 0):
-                raise AxisError(
-                    f"The attention {attention.site} ({attention.module}) sees the {stream} tokens from before a "
-                    "site that comes earlier in execution: the model runs them more than once (one pass for each "
-                    "image, say). Reducing such a model is not supported."
-                )
-        if attention.site in sites:
-            for stream in sites[attention.site].reducers:
-                passed[stream] = passed.get(stream, 0) + 1
+    """A layer that runs again on other inputs must find them as it did the first time: a text encoded once and fused
+    with each image in turn would come to the second one reduced for the first."""
+    first: dict[str, dict[str, int]] = {}
+    for site, plan in insertions.done:
+        by_modality = {walk.annotation.modality[s]: n for s, n in plan.before.items()}
+        if first.setdefault(plan.site, by_modality) != by_modality:
+            raise AxisError(
+                f"Site {site.attention.described} runs more than once (one pass for each image, say), on "
+                f"{first[plan.site]} tokens and then on {by_modality}: its inputs were computed before both and "
+                "reduced for the first. Reducing such a model is not supported."
+            )
 
 
 def _verify(state: State) -> int:
@@ -134,7 +132,8 @@ def _verify(state: State) -> int:
 def _count(state: State) -> int:
     assert state.insertions is not None and state.reduced is not None and state.annotation is not None
     assert state.attentions is not None
-    layers = tokens_after_layers(state.attentions, state.insertions, state.annotation.streams)
+    assert state.walk is not None
+    layers = tokens_after_layers(state.attentions, state.insertions, state.walk)
     state.plan = count_plan(state.captured, state.reduced, state.insertions, state.inputs, layers)
     return len(state.plan.sites)
 
@@ -197,14 +196,17 @@ def _dump(state: State, path: Path) -> None:
 
 
 def tokens_after_layers(
-    attentions: list[Attention], insertions: Insertions, streams: dict[str, int]
+    attentions: list[Attention], insertions: Insertions, walk: Rewriter
 ) -> dict[str, dict[str, int]]:
-    """Tokens by stream after every attention node, by its address."""
-    after = {site.plan.site: site.plan.after for site in insertions.sites}
-    counts, layers = dict(streams), {}
+    """Tokens by stream after every attention node, by its address (and `@1` where its layer runs again)."""
+    after = {plan.name: plan.after for _, plan in insertions.done}
+    layers: dict[str, dict[str, int]] = {}
     for attention in attentions:
-        counts.update(after.get(attention.site, {}))
-        layers[attention.site] = {stream: counts[stream] for stream in attention.streams}
+        counts: dict[str, int] = {}
+        for axis, dim in ((attention.query_axis, attention.query_dim), (attention.key_axis, attention.key_dim)):
+            counts.update({s.stream: walk.length(s, walk.at(dim)) for s in axis.segments if s.stream})
+        name = attention.site + (f"@{attention.call}" if attention.call else "")
+        layers[name] = {**counts, **after.get(name, {})}
     return layers
 
 
@@ -217,15 +219,15 @@ def count_plan(
 ) -> Plan:
     """The plan with one sample's multiply-adds before and after, in total and from each site to the next."""
     batch = next(iter(inputs.values())).shape[0]
-    carriers = [site.attention.carrier for site in insertions.sites]
-    prefixes = [f"reducer.{site.plan.site.replace('.', '_')}." for site in insertions.sites]
+    carriers = [site.attention.carrier for site, _ in insertions.done]
+    prefixes = [f"reducer.{site.attention.name}." for site, _ in insertions.done]
     before = _sections(captured, inputs, lambda node, i: node is carriers[i])
     after = _sections(
         reduced, inputs, lambda node, i: node.op == "call_module" and str(node.target).startswith(prefixes[i])
     )
     sites = [
-        dataclasses.replace(site.plan, multiply_adds=(before[i + 1] // batch, after[i + 1] // batch))
-        for i, site in enumerate(insertions.sites)
+        dataclasses.replace(plan, multiply_adds=(before[i + 1] // batch, after[i + 1] // batch))
+        for i, (_, plan) in enumerate(insertions.done)
     ]
     return Plan(tuple(sites), sum(before) // batch, sum(after) // batch, layers)
 

@@ -2,9 +2,10 @@
 
 The walk copies node after node. At the sites the inserted reducers replace the carrier, so whatever comes
 later sees the reduced stream and whatever came earlier saw the old one. Each value's token axes are at an
-epoch for each stream: 0 before the first reducer of that stream, 1 after it, and so on. Literals that bake a
-token count get the new one; an input left at an older epoch than the others is aligned through the reducers'
-own maps. What no rule aligns is an error.
+epoch for each stream: 0 before the first reducer of that stream; every reducer makes a new one out of the one
+it read, so that a model which runs a text once for each image has a branch of epochs for each. Literals that bake
+a token count get the new one; an input left at an older epoch than the others is aligned through the
+reducers' own maps. What no rule aligns is an error.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from .axes import (
     Total,
     same_size,
 )
-from .graph import attribute, depends_on_parameter, describe, values
+from .graph import ancestors, attribute, depends_on_parameter, describe, module_path, values
 from .rules import aten, overloads, shape
 
 Epochs = dict[str, int]
@@ -52,13 +53,17 @@ class Step:
     """A stream from one epoch to the next.
 
     Attributes:
+        parent: the epoch it was made from.
         map: node of the map `[batch, after, before]`.
+        assigned: node that says which old tokens went into which new one, like `map`.
         after: tokens after.
         merged: whether any tokens were merged (and not only pruned).
         first_stays: whether token 0 is token 0 afterwards.
     """
 
+    parent: int
     map: fx.Node
+    assigned: fx.Node
     after: int
     merged: bool
     first_stays: bool
@@ -75,7 +80,8 @@ class Rewriter:
         env: newest new node of each captured node.
         epochs: epochs of each captured dimension's newest value, where any is above 0.
         used: new node that a captured node read for an input (aligned where needed).
-        steps: reducers of each stream so far.
+        steps: reducers of each stream so far; step `i` made epoch `i + 1`.
+        layers: paths of the modules in whose uses a promised value is reduced (`promise`).
         probabilities: of fused attentions that were written out.
         literals, alignments: how many were changed and inserted.
         batch: the batch dimension of the first reduced value, which alignment maps follow.
@@ -88,6 +94,7 @@ class Rewriter:
     epochs: dict[Dim, Epochs] = field(default_factory=dict)
     used: dict[tuple[fx.Node, fx.Node], fx.Node] = field(default_factory=dict)
     steps: dict[str, list[Step]] = field(default_factory=dict)
+    layers: frozenset[str] = frozenset()
     probabilities: dict[fx.Node, fx.Node] = field(default_factory=dict)
     literals: int = 0
     alignments: int = 0
@@ -97,20 +104,26 @@ class Rewriter:
     _aligned: dict[tuple[Any, ...], fx.Node] = field(default_factory=dict)
     _maps: dict[tuple[str, int, int], fx.Node] = field(default_factory=dict)
     _totals: dict[fx.Node, Epochs] = field(default_factory=dict)
+    _promised: dict[fx.Node, dict[int, Epochs]] = field(default_factory=dict)
+    _features: set[fx.Node] = field(default_factory=set)
     _origin: fx.Node | None = None
 
     def run(
         self,
         after: dict[fx.Node, Callable[[Rewriter], None]],
-        instead: dict[fx.Node, Callable[[Rewriter], fx.Node]],
+        instead: dict[fx.Node, Callable[[Rewriter], fx.Node | None]],
     ) -> fx.GraphModule:
-        """Copy the graph, with something else `instead` of some nodes and something more `after` some."""
+        """Copy the graph, with something else `instead` of some nodes (None: the node itself after all) and something
+        more `after` some."""
         for node in self.source.graph.nodes:
             self._origin = node
-            if node in instead:
-                self.env[node] = instead[node](self)
+            new = instead[node](self) if node in instead else None
+            if new is not None:
+                self.env[node] = new
             else:
-                self._visit(node)
+                self.visit(node)
+            if _is_feature(node, self._features):
+                self._features.add(node)
             if node in after:
                 after[node](self)
         self._check_totals()
@@ -172,10 +185,54 @@ class Rewriter:
         for index in range(len(shape(node))):
             self._set(Dim(node, index), self.at(Dim(like, index)))
 
-    def bump(self, dim: Dim, streams: tuple[str, ...]) -> None:
-        """A reducer replaced a value: its streams are at their newest epochs."""
-        self.batch = self.batch or Dim(dim.node, 0)
-        self._set(dim, {**self.at(dim), **{s: len(self.steps[s]) for s in streams}})
+    def bump(self, dim: Dim, epochs: Epochs) -> None:
+        """A reducer replaced a value: some of its streams are at new epochs."""
+        self._set(dim, {**self.at(dim), **epochs})
+
+    def add_step(self, stream: str, step: Step) -> int:
+        """A reducer of a stream; gives the epoch it makes."""
+        self.steps.setdefault(stream, []).append(step)
+        return len(self.steps[stream])
+
+    def lineage(self, stream: str, epoch: int, since: int = 0) -> list[Step]:
+        """The reducers between two epochs of a stream, oldest first."""
+        found: list[Step] = []
+        while epoch > since:
+            found.insert(0, self.steps[stream][epoch - 1])
+            epoch = found[0].parent
+        return found
+
+    def newer(self, node: fx.Node, stream: str, a: int, b: int) -> int:
+        """The later of two epochs of a stream that meet in a node.
+
+        Raises:
+            AxisError: neither was made from the other.
+        """
+        for old, new in ((a, b), (b, a)):
+            epoch = new
+            while epoch > old:
+                epoch = self.steps[stream][epoch - 1].parent
+            if epoch == old:
+                return new
+        raise AxisError(
+            f"{describe(node)} joins the {stream} tokens of two passes that were reduced apart (one pass for each "
+            "image, say); their tokens are no longer the same. Leave the sites before it out of the schedule."
+        )
+
+    def promise(self, site: fx.Node, stream: str, old: int, new: int) -> None:
+        """Every later use, in a cross-modal layer, of a feature that the site depends on sees the reduced stream.
+
+        So the image layer of a co-attention pair gets the image its text layer reduced. Uses elsewhere (a tower that
+        runs on beside the pairs) keep their tokens and are aligned where they meet reduced ones.
+        """
+        for node in ancestors(site) & self._features:
+            if all(user in self.env for user in node.users):
+                continue
+            for index in range(len(shape(node))):
+                dim = Dim(node, index)
+                have = self._promised.get(node, {}).get(index) or self.at(dim)
+                if stream in self._streams(dim) and have.get(stream, 0) == old:
+                    self._promised.setdefault(node, {})[index] = {**have, stream: new}
 
     def _set(self, dim: Dim, epochs: Epochs) -> None:
         if any(epochs.values()):
@@ -206,6 +263,27 @@ class Rewriter:
 
     # --- the walk -------------------------------------------------------------------------------------------
 
+    def visit(self, node: fx.Node) -> None:
+        """Copy one node."""
+        promised = [n for n in node.all_input_nodes if n in self._promised] if self._promised else []
+        if not promised or not self._in_layers(node):
+            self._visit(node)
+            return
+        before = {n: (self.env[n], {Dim(n, i): self.at(Dim(n, i)) for i in self._promised[n]}) for n in promised}
+        for source in promised:
+            self.env[source] = self._align(node, source, self._promised[source])
+            for index, epochs in self._promised[source].items():
+                self._set(Dim(source, index), epochs)
+        self._visit(node)
+        for source, (value, epochs_of) in before.items():
+            self.env[source] = value
+            for dim, epochs in epochs_of.items():
+                self.epochs.pop(dim, None)
+                self._set(dim, epochs)
+
+    def _in_layers(self, node: fx.Node) -> bool:
+        return any(inside(module_path(node), layer) for layer in self.layers)
+
     def _visit(self, node: fx.Node) -> None:
         constraints = self.annotation.constraints.get(node, [])
         if node.op != "call_function" or not any(map(self._reduced, node.all_input_nodes)):
@@ -232,7 +310,7 @@ class Rewriter:
             target: Epochs = {}
             for dim in dims:
                 for stream, epoch in self.at(dim).items():
-                    target[stream] = max(epoch, target.get(stream, 0))
+                    target[stream] = self.newer(node, stream, epoch, target.get(stream, 0))
             for dim in dims:
                 if dim.node is node:
                     self._set(dim, target)
@@ -248,7 +326,7 @@ class Rewriter:
     def _behind(self, dim: Dim, target: Epochs) -> bool:
         kind, have = self.annotation.axis(dim), self.at(dim)
         streams = () if isinstance(kind, Fixed) else kind.streams
-        return any(have.get(s, 0) < target.get(s, 0) for s in streams)
+        return any(have.get(s, 0) != target.get(s, 0) for s in streams)
 
     def _check_alignable(self, node: fx.Node, dim: Dim, same: list[Same]) -> None:
         if any(dim in (c.a, c.b) and not c.aligns for c in same):
@@ -322,7 +400,7 @@ class Rewriter:
     def _reshape(self, node: fx.Node, sources: tuple[Dim, ...], results: tuple[Dim, ...]) -> None:
         epochs: Epochs = {}
         for source in sources:
-            epochs.update({s: max(e, epochs.get(s, 0)) for s, e in self.at(source).items()})
+            epochs.update({s: self.newer(node, s, e, epochs.get(s, 0)) for s, e in self.at(source).items()})
         for stream, epoch in epochs.items():
             holders = [r for r in results if stream in self._streams(r)]
             if len(holders) != 1:
@@ -380,7 +458,7 @@ class Rewriter:
         assert isinstance(kind, Tokens)
         before = now = 0
         for segment in kind.segments:
-            reduced = self.steps.get(segment.stream or "", [])[: epochs.get(segment.stream or "", 0)]
+            reduced = self.lineage(segment.stream or "", epochs.get(segment.stream or "", 0))
             inside = before < position < before + segment.length
             border = position == before and not first_token
             kept = position == before and all(step.first_stays for step in reduced)
@@ -413,7 +491,7 @@ class Rewriter:
     def _emit_align(self, node: fx.Node, source: fx.Node, value: fx.Node, index: int, target: Epochs) -> fx.Node:
         dim = Dim(source, index)
         kind, have = self.annotation.axis(dim), self.at(dim)
-        assert self.batch is not None
+        assert self.batch is not None, "a reducer names the batch"
         batched = same_size(shape(source)[0], 1) or self.annotation.same(Dim(source, 0), self.batch)
         whole = isinstance(kind, Tokens) and all(s.whole for s in kind.segments)
         if not isinstance(kind, Tokens) or not whole or index == 0 or not batched:
@@ -425,8 +503,8 @@ class Rewriter:
         pieces, maps = [], []
         for segment in kind.segments:
             old, new = (e.get(segment.stream or "", 0) for e in (have, target))
-            pieces.append((self.length(segment, have), new > old))
-            if new > old:
+            pieces.append((self.length(segment, have), new != old))
+            if new != old:
                 maps.append(self._map(segment.stream or "", old, new))
         mode = self._mode(node, source, kind, have, target)
         self.alignments += 1
@@ -441,9 +519,7 @@ class Rewriter:
         if dtype.is_floating_point:
             return "log_mean_exp" if self.masks.get(source) == "additive" else "mean"
         merged = [
-            s
-            for s in kind.streams
-            if any(step.merged for step in self.steps.get(s, [])[have.get(s, 0) : target.get(s, 0)])
+            s for s in kind.streams if any(step.merged for step in self.lineage(s, target.get(s, 0), have.get(s, 0)))
         ]
         if merged:
             raise AxisError(
@@ -457,9 +533,9 @@ class Rewriter:
         """The map from one epoch of a stream to a later one, composed where it spans several reducers."""
         key = (stream, old, new)
         if key not in self._maps:
-            steps = self.steps[stream]
-            composed = steps[old].map
-            for step in steps[old + 1 : new]:
+            first, *rest = self.lineage(stream, new, old)
+            composed = first.map
+            for step in rest:
                 composed = self.call(aten.matmul.default, step.map, composed)
             self._maps[key] = composed
         return self._maps[key]
@@ -500,6 +576,19 @@ def _summed(node: object) -> fx.Node | None:
             return None
         node = node.args[0]
     return None
+
+
+def inside(path: str, module: str) -> bool:
+    """Whether a module path is that of a module or of one inside it; everything is inside the whole model ''."""
+    return not module or path == module or path.startswith(f"{module}.")
+
+
+def _is_feature(node: fx.Node, features: set[fx.Node]) -> bool:
+    """Whether a value is a feature: floating point, and computed with learned parameters."""
+    floats = bool(values(node)) and values(node)[0].is_floating_point()
+    if node.op == "get_attr":
+        return floats and isinstance(attribute(node), nn.Parameter)
+    return floats and any(n in features for n in node.all_input_nodes)
 
 
 def _keep_buffers_transient(module: fx.GraphModule, source: fx.GraphModule) -> None:

@@ -1,7 +1,7 @@
 """Token reducers: plain `nn.Module`s without parameters, readable beside the paper."""
 
 from .align import AlignAxis, TokenWeights, UnitWeights
-from .attention import TextRowsAttention
+from .attention import SizeBias, TextRowsAttention
 from .masked_softmax import PublishedMaskedSoftmax
 from .merger import ModalityAwareMerger
 from .pruner import TextInformedPruner
@@ -11,6 +11,7 @@ __all__ = [
     "AlignAxis",
     "ModalityAwareMerger",
     "PublishedMaskedSoftmax",
+    "SizeBias",
     "StreamReducer",
     "TextInformedPruner",
     "TextRowsAttention",

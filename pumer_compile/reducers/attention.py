@@ -1,4 +1,4 @@
-"""Text rows of an attention whose probabilities are hidden in a fused operator."""
+"""Attention beside the model's own: text rows of a fused one, and scores that know the sizes of merged tokens."""
 
 from __future__ import annotations
 
@@ -33,3 +33,21 @@ class TextRowsAttention(nn.Module):
             boolean = mask.dtype == torch.bool
             scores = scores.masked_fill(~mask, float("-inf")) if boolean else scores + mask.float()
         return scores.softmax(-1)
+
+
+class SizeBias(nn.Module):
+    """Proportional attention (ToMe, section 3.3): a key that stands for s tokens counts s times, `scores + log(s)`."""
+
+    def forward(self, scores: Tensor | None, *sizes: Tensor) -> Tensor:
+        """Scores, or a mask to add to them, with the logarithm of the sizes.
+
+        Args:
+            scores: `[..., keys]`, or a boolean mask (true: attend); None without a mask.
+            sizes: `[batch, n]` each, side by side along the keys; below 1 (padding, which a mask hides) counts as 1.
+        """
+        bias = torch.cat(sizes, 1).float().clamp(min=1).log().unsqueeze(1).unsqueeze(1)
+        if scores is None:
+            return bias
+        if scores.dtype == torch.bool:
+            return torch.where(scores, bias, float("-inf"))
+        return (scores.float() + bias).to(scores.dtype)

@@ -11,17 +11,11 @@ class PublishedMaskedSoftmax(nn.Module):
 
     `x = exp(a - max(a)) * m` and `(x + eps / N) / (sum(x) + eps)` with `m = mask + (1 - mask) * eye`: masked
     keys still see themselves, the maximum is taken over all keys, and eps = 1e-6 spreads a little over the N
-    keys. Fractions in the mask are the weights of merged tokens.
-
-    Args:
-        diagonal: whether queries and keys are the same tokens, so that the diagonal is re-opened.
+    keys. Fractions in the mask are the weights of merged tokens. In cross-attention the same `eye`, no longer
+    square, lets query i see key i: that means nothing there, and it is what the published code computes.
     """
 
     eps = 1e-6
-
-    def __init__(self, *, diagonal: bool) -> None:
-        super().__init__()
-        self.diagonal = diagonal
 
     def forward(self, scores: Tensor, *weights: Tensor) -> Tensor:
         """Probabilities.
@@ -34,8 +28,7 @@ class PublishedMaskedSoftmax(nn.Module):
         x = (x - x.amax(-1, keepdim=True)).exp()
         if weights:
             mask = torch.cat(weights, 1).float().unsqueeze(1).unsqueeze(1)
-            if self.diagonal:
-                mask = mask + (1 - mask) * torch.eye(scores.shape[-1], device=scores.device)
-            x = x * mask
+            eye = torch.eye(scores.shape[-2], scores.shape[-1], device=scores.device)
+            x = x * (mask + (1 - mask) * eye)
         spread = self.eps / scores.shape[-1]
         return ((x + spread) / (x.sum(-1, keepdim=True) + self.eps)).to(scores.dtype)

@@ -22,20 +22,22 @@ class Reduction(NamedTuple):
     """What a `StreamReducer` gives.
 
     Attributes:
-        tokens: the reduced stream, `[batch, after, width]`.
+        tokens: the reduced stream, `[batch, after, width]`; None where none was given.
         weights: the carried weights of the reduced tokens, `[batch, after]`.
         map: rows that average old tokens into new ones, `[batch, after, before]`, float32.
         kept: see `Decisions`.
         source: see `Decisions`.
         target: see `Decisions`.
+        assigned: 1 where an old token went into a new one, else 0, `[batch, after, before]`, float32.
     """
 
-    tokens: Tensor
+    tokens: Tensor | None
     weights: Tensor
     map: Tensor
     kept: Tensor
     source: Tensor
     target: Tensor
+    assigned: Tensor
 
 
 class Decisions(NamedTuple):
@@ -114,7 +116,7 @@ class StreamReducer(nn.Module):
 
     def forward(
         self,
-        tokens: Tensor,
+        tokens: Tensor | None,
         keys: Tensor,
         weights: Tensor | None = None,
         attention: Tensor | None = None,
@@ -123,7 +125,7 @@ class StreamReducer(nn.Module):
         """Reduce the stream.
 
         Args:
-            tokens: the stream's carrier, `[batch, before, width]`.
+            tokens: the stream's carrier, `[batch, before, width]`; None where only the map is wanted.
             keys: the site's keys, `[batch, heads, before, head_size]`.
             weights: carried weights, `[batch, before]`: mask fractions or token sizes; 0 is padding; None is
                 ones.
@@ -131,9 +133,9 @@ class StreamReducer(nn.Module):
                 only.
             text_weights: carried weights of the text, `[batch, text]`; image streams only.
         """
-        if torch.is_autocast_enabled(tokens.device.type):
+        if torch.is_autocast_enabled(keys.device.type):
             # Autocast would compute similarities in half precision, and ties with them.
-            with torch.autocast(tokens.device.type, enabled=False):
+            with torch.autocast(keys.device.type, enabled=False):
                 return self.forward(tokens, keys, weights, attention, text_weights)
         keys = keys.float().mean(1)
         if weights is None:
@@ -170,7 +172,7 @@ class StreamReducer(nn.Module):
         even, odd = select[:, 0::2], select[:, 1::2]
         return torch.cat((stay @ even, join @ even + odd), 1)
 
-    def _combine(self, tokens: Tensor, weights: Tensor, assigned: Tensor, decisions: Decisions) -> Reduction:
+    def _combine(self, tokens: Tensor | None, weights: Tensor, assigned: Tensor, decisions: Decisions) -> Reduction:
         carried = weights.float()
         share = assigned
         if self.averaging == "sizes":
@@ -178,13 +180,13 @@ class StreamReducer(nn.Module):
             # Padding has size 0: a token made of padding alone is the plain mean of it.
             share = torch.where(sized.sum(-1, keepdim=True) > 0, sized, assigned)
         average = share / share.sum(-1, keepdim=True)
-        reduced = average.to(tokens.dtype) @ tokens
+        reduced = None if tokens is None else average.to(tokens.dtype) @ tokens
         if self.carried == "ones":
             after = torch.ones_like(assigned[:, :, 0])
         else:
             rows = average if self.carried == "mean" else assigned
             after = (rows @ carried.unsqueeze(-1)).squeeze(-1)
-        return Reduction(reduced, after.to(weights.dtype), average, *decisions)
+        return Reduction(reduced, after.to(weights.dtype), average, *decisions, assigned)
 
     def _force(
         self, kept: Tensor, saliency: Tensor | None, keys: Tensor, weights: Tensor, matching: Matching | None
