@@ -8,9 +8,9 @@ it is. The model object is left as it was found, also when the capture fails.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ from .inputs import (
     exported_inputs,
 )
 from .loading import LoadedModel, first_line, quiet
+from .outputs import select_outputs
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ class Program:
     and returns the model's own output type; its parameters are the model's own `nn.Parameter` objects under
     their own names (a weight is never copied), so training it trains the model. `inputs` are the sample
     inputs it was captured with, by forward argument and in forward order, cast to the model's floating dtype
-    and device; their batch is 2 where the batch is dynamic and the sample had a batch of 1.
+    and device; their batch is 2 where the batch is dynamic and the sample had a batch of 1. `outputs` are the
+    names that were asked for; with any, the module returns a dictionary of them.
     """
 
     module: fx.GraphModule
@@ -51,6 +53,7 @@ class Program:
     model: nn.Module | None = None
     streams: dict[str, str] = field(default_factory=dict)
     checkpoint_sha256: str | None = None
+    outputs: tuple[str, ...] = ()
 
 
 def capture(
@@ -59,12 +62,14 @@ def capture(
     *,
     dynamic_batch: bool = False,
     streams: Mapping[str, str] | None = None,
+    outputs: Sequence[str] | None = None,
 ) -> Program:
     """Capture `model` as a graph, in eval mode, with the shapes of `inputs` (tensors by forward argument).
 
     `dynamic_batch` keeps dimension 0 symbolic for every input that has the batch there; all other sizes are
     fixed. `streams` names the token stream that an input starts (`{"input_ids": "text"}`) where the graph
-    alone does not say. `inputs` may be left out for an `ExportedProgram` that holds its example inputs.
+    alone does not say. `outputs` keeps only some outputs, by name (`["itm_score"]`).
+    `inputs` may be left out for an `ExportedProgram` that holds its example inputs.
 
     Raises UsageError for inputs that do not fit the model and CaptureError for a model that cannot be traced.
     """
@@ -86,7 +91,9 @@ def capture(
         raise UsageError(
             f"streams names the input {unknown[0]!r}, but the captured inputs are {', '.join(program.inputs)}."
         )
-    return Program(program.module, program.inputs, program.dynamic_batch, program.model, dict(streams or {}), sha256)
+    if outputs:
+        select_outputs(program.module, outputs)
+    return replace(program, streams=dict(streams or {}), checkpoint_sha256=sha256, outputs=tuple(outputs or ()))
 
 
 def _from_module(model: nn.Module, inputs: Mapping[str, Tensor], dynamic_batch: bool) -> Program:

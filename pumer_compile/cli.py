@@ -103,6 +103,10 @@ Streams = Annotated[
     list[str] | None,
     typer.Option("--stream", metavar="INPUT=NAME", help="Name the token stream of an input.", show_default=False),
 ]
+Outputs = Annotated[
+    str | None,
+    typer.Option("--outputs", metavar="NAME,...", help="Keep only these outputs of the model.", show_default=False),
+]
 DumpGraph = Annotated[
     Path | None,
     typer.Option("--dump-graph", metavar="DIR", help="Write the graph after each pass.", show_default=False),
@@ -184,6 +188,7 @@ def compile_(
     image_size: ImageSize = None,
     dynamic_batch: Annotated[bool, typer.Option("--dynamic-batch", help="Leave the batch size open.")] = False,
     stream: Streams = None,
+    outputs: Outputs = None,
     dtype: Annotated[str, typer.Option("--dtype", help="float32 or float16.")] = "float32",
     opset: Annotated[int, typer.Option("--opset", help="ONNX opset, 18 or newer.")] = 20,
     target: Annotated[
@@ -215,7 +220,7 @@ def compile_(
     if report is not None:
         check_writable(report)
     program, chosen = _captured(
-        model, schedule, config, allow_pickle, inputs, (batch, text_length, image_size), dynamic_batch, stream
+        model, schedule, config, allow_pickle, inputs, (batch, text_length, image_size), dynamic_batch, stream, outputs
     )
     reduced = _reduced(program, chosen, dump_graph)
     with _stage("exporting" if no_verify else "exporting and proving"):
@@ -293,6 +298,7 @@ def plan_(
     text_length: TextLength = None,
     image_size: ImageSize = None,
     stream: Streams = None,
+    outputs: Outputs = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     dump_graph: DumpGraph = None,
     verbose: Verbose = False,
@@ -301,7 +307,7 @@ def plan_(
     if schedule == "none":
         raise UsageError("`--schedule none` reduces nothing, so there is no plan. Name a schedule file or a preset.")
     program, chosen = _captured(
-        model, schedule, config, allow_pickle, inputs, (batch, text_length, image_size), False, stream
+        model, schedule, config, allow_pickle, inputs, (batch, text_length, image_size), False, stream, outputs
     )
     reduced = _reduced(program, chosen, dump_graph)
     if as_json:
@@ -319,6 +325,7 @@ def _captured(
     sizes: tuple[int | None, int | None, str | None],
     dynamic_batch: bool,
     stream: list[str] | None,
+    outputs: str | None,
 ) -> tuple[Any, Any]:
     """Load and capture, the schedule first: a typo should not wait for a model to load."""
     from .schedule import Schedule
@@ -341,7 +348,8 @@ def _captured(
         else:
             sample = make_inputs(loaded.source, batch=batch, text_length=text_length, image_size=pixels)
     with _stage("capturing"):
-        return capture(loaded, sample, dynamic_batch=dynamic_batch, streams=streams), chosen
+        kept = [name.strip() for name in (outputs or "").split(",") if name.strip()]
+        return capture(loaded, sample, dynamic_batch=dynamic_batch, streams=streams, outputs=kept), chosen
 
 
 def _reduced(program: Any, schedule: Any, dump_graph: Path | None) -> Any:

@@ -22,13 +22,14 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from transformers.exporters.utils import get_leaf_tensors
 
-from .capture import capture
+from .capture import batch_inputs, capture
 from .errors import ExportError, ParityError, UsageError
 from .exporters.manifest import read_manifest
 from .exporters.onnx import in_precision
 from .exporters.session import OnnxSession
 from .inputs import make_inputs
 from .loading import LoadedModel, load_model
+from .outputs import output_nodes
 from .passes.insert import reducers_of
 from .reduce import reduce
 from .reducers import StreamReducer, forced_decisions
@@ -217,7 +218,13 @@ def parity(
     loaded = load_model(Path(model)) if isinstance(model, str | os.PathLike) else model
     session = OnnxSession(path)
     batches = _batches(samples, loaded, manifest)
-    program = capture(loaded, batches[0], dynamic_batch=bool(manifest["dynamic_batch"]), streams=manifest["streams"])
+    program = capture(
+        loaded,
+        batches[0],
+        dynamic_batch=bool(manifest["dynamic_batch"]),
+        streams=manifest["streams"],
+        outputs=manifest.get("kept_outputs"),
+    )
     exact = in_precision(program, "float32") if program.model is not None else program
     schedule = Schedule.from_manifest(manifest["schedule"]) if manifest["schedule"] else None
     eager = reduce(exact, schedule).module if schedule else exact.module
@@ -354,7 +361,7 @@ class _Comparison:
         """Take in one batch."""
         given = session.run(batch)
         artifact = {name: value for name, value in given.items() if name not in decisions}
-        size = next(iter(artifact.values())).shape[0]
+        size = next(v.shape[0] for name, v in batch.items() if name in batch_inputs(batch))
         agree = np.ones(size, dtype=bool)
         free = _eager_outputs(self.eager, batch, list(artifact))
         # Choices among NaN scores mean nothing; the outputs fail in any case.
@@ -368,7 +375,9 @@ class _Comparison:
                 self._outputs("forced", True, artifact, forced)
         self._outputs("end_to_end", True, artifact, free, agree)
         if self.unreduced is not self.eager:
-            self._outputs("unreduced", False, artifact, _eager_outputs(self.unreduced, batch, list(artifact)))
+            before = _eager_outputs(self.unreduced, batch, list(output_nodes(self.unreduced)))
+            alike = {n: v for n, v in artifact.items() if n in before and before[n].shape == v.shape}
+            self._outputs("unreduced", False, alike, before)
         self.report.samples += size
 
     def _wanted(self, chosen: Arrays, size: int) -> dict[str, Decisions]:
@@ -418,8 +427,12 @@ class _Comparison:
                 )
                 known = [OutputReport(name, against, judged, atol, rtol)]
                 self.report.outputs.append(known[0])
-            chosen = slice(None) if rows is None else rows
-            known[0].add(value[chosen], eager[name][chosen])
+            # An output without the batch in front (a learned scale, say) is one sample.
+            per_sample = value.ndim > 0 and rows is not None and value.shape[0] == len(rows)
+            if per_sample:
+                known[0].add(value[rows], eager[name][rows])
+            else:
+                known[0].add(np.atleast_1d(value), np.atleast_1d(eager[name]))
 
 
 def _of(tolerance: float | Mapping[str, float] | None, name: str, default: float) -> float:

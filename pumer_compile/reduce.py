@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import fx
 
 from .capture import Program
+from .outputs import output_nodes, set_outputs
 from .passes.insert import reducers_of
 from .passes.pipeline import PASSES, History, State, run_passes
 from .plan import Plan
@@ -72,12 +72,12 @@ def reduce_graph(program: Program, schedule: Schedule) -> fx.GraphModule:
 DECISION_NAMES = ("kept", "source", "target")
 
 
-def with_decisions(module: fx.GraphModule, output_names: list[str]) -> tuple[fx.GraphModule, list[str]]:
+def with_decisions(module: fx.GraphModule, output_names: list[str] | None = None) -> tuple[fx.GraphModule, list[str]]:
     """A copy of a reduced module that also gives every reducer's decisions.
 
     Args:
         module: from `reduce`.
-        output_names: names for the tensors that the module returns, in order.
+        output_names: names for the tensors that the module returns, in order; None takes the model's own.
 
     Returns:
         A module that returns one flat dictionary: the outputs by name, then `<reducer>.<decision>` (int64)
@@ -86,7 +86,8 @@ def with_decisions(module: fx.GraphModule, output_names: list[str]) -> tuple[fx.
     """
     twin = fx.GraphModule(module, copy.deepcopy(module.graph), class_name="ReducedWithDecisions")
     output = twin.graph.output_node()
-    named: dict[str, Any] = dict(zip(output_names, torch.utils._pytree.tree_leaves(output.args[0]), strict=True))
+    own = output_nodes(twin)
+    named: dict[str, Any] = dict(zip(output_names or own, own.values(), strict=True))
     reducers = reducers_of(twin)
     for node in list(twin.graph.nodes):
         reducer = reducers.get(str(node.target)) if node.op == "call_module" else None
@@ -97,10 +98,5 @@ def with_decisions(module: fx.GraphModule, output_names: list[str]) -> tuple[fx.
             if wanted:
                 with twin.graph.inserting_before(output):
                     named[f"{node.target}.{name}"] = twin.graph.call_method("__getitem__", (node, 3 + index))
-    output.args = (tuple(named.values()),)
-    codegen = twin.graph._codegen
-    if hasattr(codegen, "pytree_info"):
-        spec = torch.utils._pytree.tree_structure(dict.fromkeys(named, 0))
-        codegen.pytree_info = codegen.pytree_info._replace(out_spec=spec)
-    twin.recompile()
-    return twin, [name for name in named if name not in output_names]
+    set_outputs(twin, named)
+    return twin, [name for name in named if name not in (output_names or own)]

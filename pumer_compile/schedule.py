@@ -37,6 +37,7 @@ from .errors import ScheduleError
 
 Method = Literal["pumer", "tome"]
 Semantics = Literal["reference", "paper", "safe"]
+TokenOutputs = Literal["refused", "reduced", "restored"]
 
 
 def _check_budget(value: Any) -> Any:
@@ -89,6 +90,9 @@ class Schedule(_Strict):
             sizes are carried from reducer to reducer).
         layers: cross-modal attention nodes in execution order, all with the budgets `prune` and `merge`.
         sites: instead of `layers`: one entry for each site, with its own budgets.
+        outputs: what becomes of outputs with one entry for each token: `refused` (an error), `reduced` (one entry for
+            each token that is left), or `restored` (every original position gets the token it was merged into; pruned
+            ones get zeros, and an extra output `<name>.kept` says which those are).
         prune: share (float) or number (int) of image tokens pruned at each layer.
         merge: share or number of tokens merged away, by modality.
     """
@@ -99,6 +103,7 @@ class Schedule(_Strict):
     prune: Budget | None = None
     merge: Merge | None = None
     sites: tuple[Site, ...] | None = None
+    outputs: TokenOutputs = "refused"
 
     def __init__(self, /, **data: Any) -> None:
         try:
@@ -134,11 +139,13 @@ class Schedule(_Strict):
     @property
     def sha256(self) -> str:
         """Hash of the schedule's canonical form: schedules that do the same have the same."""
-        canonical = {
+        canonical: dict[str, Any] = {
             "method": self.method,
             "semantics": self.semantics,
             "sites": sorted((s.at, *(b or 0 for b in (s.prune, s.merge.image, s.merge.text))) for s in self.resolve()),
         }
+        if self.outputs != "refused":
+            canonical["outputs"] = self.outputs
         return hashlib.sha256(json.dumps(canonical, sort_keys=True).encode()).hexdigest()
 
     @classmethod

@@ -77,6 +77,7 @@ def make_manifest(
         "decisions": decisions,
         "dynamic_batch": program.dynamic_batch,
         "streams": program.streams,
+        "kept_outputs": list(program.outputs),
         **options,
         "versions": library_versions(),
         "parity": dict(parity),

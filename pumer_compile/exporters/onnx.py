@@ -12,7 +12,7 @@ import copy
 import hashlib
 import io
 import logging
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,18 +22,17 @@ import onnx
 import onnx_ir
 import torch
 from onnx_ir.passes import common as ir_passes
-from torch import Tensor
 from torch.export import ExportedProgram
 from transformers import PreTrainedModel
 from transformers.exporters.configs import OnnxConfig
 from transformers.exporters.exporter_dynamo import DynamoExporter
 from transformers.exporters.exporter_onnx import OnnxExporter
-from transformers.exporters.utils import get_leaf_tensors
 
 from ..capture import Program, batch_inputs, capture, left_as_found
 from ..errors import ExportError, UsageError
 from ..files import content_name
 from ..loading import quiet
+from ..outputs import output_nodes
 from ..reduce import reduce_graph, with_decisions
 from ..schedule import Schedule
 
@@ -78,6 +77,8 @@ class _ReduceStep(DynamoExporter):
 
     schedule: Schedule | None = None
     streams: Mapping[str, str] = {}
+    outputs: Sequence[str] = ()
+    output_names: list[str]
     decision_names: list[str]
 
     def export_program(
@@ -95,10 +96,12 @@ class _ReduceStep(DynamoExporter):
     def _reduced(
         self, exported: ExportedProgram, sample_inputs: MutableMapping[str, Any], config: Any
     ) -> ExportedProgram:
-        self.decision_names = []
-        if self.schedule is not None:
-            program = capture(exported, dict(sample_inputs), streams=self.streams)
-            exported, self.decision_names = reduced_export(program, self.schedule, config.dynamic_shapes)
+        self.output_names, self.decision_names = [], []
+        if self.schedule is not None or self.outputs:
+            program = capture(exported, dict(sample_inputs), streams=self.streams, outputs=self.outputs)
+            exported, self.output_names, self.decision_names = reduced_export(
+                program, self.schedule, config.dynamic_shapes
+            )
         return exported
 
 
@@ -108,26 +111,29 @@ class ReducedOnnxExporter(OnnxExporter, _ReduceStep):  # type: ignore[misc]  # o
     The graph's outputs are the model's, then every reducer's decisions, named in `decision_names`.
     """
 
-    def __init__(self, schedule: Schedule | None, streams: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, schedule: Schedule | None, streams: Mapping[str, str] | None = None, outputs: Sequence[str] = ()
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.schedule, self.streams = schedule, dict(streams or {})
+        self.schedule, self.streams, self.outputs = schedule, dict(streams or {}), tuple(outputs)
 
 
 def reduced_export(
-    program: Program, schedule: Schedule, dynamic_shapes: dict[str, Any] | None
-) -> tuple[ExportedProgram, list[str]]:
-    """Reduce a program whose outputs are flat, and export it again with its decisions as extra outputs.
+    program: Program, schedule: Schedule | None, dynamic_shapes: dict[str, Any] | None
+) -> tuple[ExportedProgram, list[str], list[str]]:
+    """Reduce a program (None: not at all), and export it again with its decisions as extra outputs.
 
     Returns:
-        The exported program and the names of the extra outputs.
+        The exported program, the names of its own outputs and those of the extra ones.
     """
-    reduced = reduce_graph(program, schedule)
-    leaves = torch.utils._pytree.tree_leaves(reduced.graph.output_node().args[0])
-    twin, decisions = with_decisions(reduced, [f"output_{i}" for i, _ in enumerate(leaves)])
+    module = program.module if schedule is None else reduce_graph(program, schedule)
+    # A graph may not give an output the name of an input.
+    names = [f"output.{name}" if name in program.inputs else name for name in output_nodes(module)]
+    twin, decisions = with_decisions(module, names)
     exported = torch.export.export(
         twin, args=(), kwargs=dict(program.inputs), dynamic_shapes=dynamic_shapes, strict=False
     )
-    return exported, decisions
+    return exported, names, decisions
 
 
 @dataclass(frozen=True)
@@ -200,7 +206,7 @@ def in_precision(program: Program, dtype: Precision) -> Program:
         )
     model = copy.deepcopy(program.model).to(wanted)
     inputs = {k: v.to(wanted) if v.is_floating_point() else v for k, v in program.inputs.items()}
-    return capture(model, inputs, dynamic_batch=program.dynamic_batch, streams=program.streams)
+    return capture(model, inputs, dynamic_batch=program.dynamic_batch, streams=program.streams, outputs=program.outputs)
 
 
 def _dynamic_shapes(program: Program) -> dict[str, Any] | None:
@@ -218,7 +224,7 @@ def _through_transformers(
     shapes: dict[str, Any] | None,
     options: OnnxOptions,
 ) -> OnnxBuild:
-    exporter = ReducedOnnxExporter(schedule, program.streams)
+    exporter = ReducedOnnxExporter(schedule, program.streams, program.outputs)
     wanted: dict[str, Any] = {"dynamic_shapes": shapes, "opset_version": options.opset}
     if options.target is not None:
         wanted["ort_fusions"] = _FUSIONS[options.target]
@@ -236,8 +242,8 @@ def _through_transformers(
             converted, _ = exporter.export_program(model, dict(program.inputs), config)
         else:  # transformers 5.17
             converted = exporter.export(model, dict(program.inputs), config).model
-    own = len(converted.graph.outputs) - len(exporter.decision_names)
-    return _named(converted, [str(v.name) for v in converted.graph.outputs[:own]], exporter.decision_names)
+    names = exporter.output_names or [str(value.name) for value in converted.graph.outputs]
+    return _named(converted, names, exporter.decision_names)
 
 
 def _through_torch(
@@ -248,13 +254,7 @@ def _through_torch(
             "--target uses transformers' fusions, which need a transformers model; this one is a plain module or a "
             "torch.export archive. Leave --target out for portable ONNX."
         )
-    flat = _flat_outputs(program)
-    names = list(flat)
-    decisions: list[str] = []
-    if schedule is None:
-        exported = _export_flat(program, names, shapes)
-    else:
-        exported, decisions = reduced_export(program, schedule, shapes)
+    exported, names, decisions = reduced_export(program, schedule, shapes)
     converted = torch.onnx.export(
         exported,
         args=(),
@@ -265,18 +265,6 @@ def _through_torch(
     )
     assert converted is not None
     return _named(converted.model, names, decisions)
-
-
-def _flat_outputs(program: Program) -> dict[str, Tensor]:
-    with torch.no_grad():
-        outputs = program.module(**program.inputs)
-    flat = get_leaf_tensors(outputs)
-    return {name or f"output_{i}": tensor for i, (name, tensor) in enumerate(flat.items())}
-
-
-def _export_flat(program: Program, names: list[str], shapes: dict[str, Any] | None) -> ExportedProgram:
-    module, _ = with_decisions(program.module, names)
-    return torch.export.export(module, args=(), kwargs=dict(program.inputs), dynamic_shapes=shapes, strict=False)
 
 
 def _named(model: onnx_ir.Model, outputs: list[str], decisions: list[str]) -> OnnxBuild:

@@ -21,6 +21,7 @@ from .insert import Insertions, cross_modal_layers, plan_insertions
 from .locate import Attention, locate, mask_kinds
 from .propagate import propagate
 from .rewrite import Rewriter
+from .token_outputs import check_outputs, restoring
 from .verify import verify
 
 log = logging.getLogger("pumer_compile")
@@ -102,7 +103,10 @@ def _rewrite(state: State) -> int:
         mask_kinds(state.attentions),
         layers=cross_modal_layers(state.attentions),
     )
-    state.reduced = state.walk.run(actions_after(insertions), actions_instead(insertions))
+    instead = actions_instead(insertions)
+    if state.schedule.outputs == "restored":
+        instead |= restoring(state.captured)
+    state.reduced = state.walk.run(actions_after(insertions), instead)
     if not insertions.done:
         raise PlanError("Every site of the schedule rounds to nothing pruned. Raise `prune`.")
     _check_one_pass(state.attentions, insertions, state.walk)
@@ -126,6 +130,8 @@ def _check_one_pass(attentions: list[Attention], insertions: Insertions, walk: R
 
 def _verify(state: State) -> int:
     assert state.reduced is not None and state.walk is not None
+    if state.schedule.outputs == "refused":
+        check_outputs(state.walk)
     return verify(state.reduced, state.walk)
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import fx, nn
 
 from ..errors import AxisError
+from ..outputs import set_output_names
 from ..reducers import AlignAxis
 from ..reducers.align import AlignMode, MaskKind
 from .annotate import Annotation
@@ -85,6 +86,7 @@ class Rewriter:
         probabilities: of fused attentions that were written out.
         literals, alignments: how many were changed and inserted.
         batch: the batch dimension of the first reduced value, which alignment maps follow.
+        output_names: names of the outputs where they are not those of the captured graph.
     """
 
     source: fx.GraphModule
@@ -99,6 +101,7 @@ class Rewriter:
     literals: int = 0
     alignments: int = 0
     batch: Dim | None = None
+    output_names: list[str] = field(default_factory=list)
     graph: fx.Graph = field(default_factory=fx.Graph)
     _modules: dict[str, nn.Module] = field(default_factory=dict)
     _aligned: dict[tuple[Any, ...], fx.Node] = field(default_factory=dict)
@@ -490,16 +493,7 @@ class Rewriter:
 
     def _emit_align(self, node: fx.Node, source: fx.Node, value: fx.Node, index: int, target: Epochs) -> fx.Node:
         dim = Dim(source, index)
-        kind, have = self.annotation.axis(dim), self.at(dim)
-        assert self.batch is not None, "a reducer names the batch"
-        batched = same_size(shape(source)[0], 1) or self.annotation.same(Dim(source, 0), self.batch)
-        whole = isinstance(kind, Tokens) and all(s.whole for s in kind.segments)
-        if not isinstance(kind, Tokens) or not whole or index == 0 or not batched:
-            raise AxisError(
-                f"{describe(node)} needs {source.name} at the tokens after a reducer, but its axis {kind} "
-                f"(dimension {index} of {list(shape(source))}) cannot be aligned: every sample keeps other tokens, so "
-                "it takes whole streams behind a dimension that is the batch or 1."
-            )
+        kind, have = self.whole_streams(dim, node), self.at(dim)
         pieces, maps = [], []
         for segment in kind.segments:
             old, new = (e.get(segment.stream or "", 0) for e in (have, target))
@@ -510,6 +504,23 @@ class Rewriter:
         self.alignments += 1
         module = AlignAxis(index, tuple(pieces), mode)
         return self.call_module(f"reducer.align.{source.name}_{self.alignments}", module, value, *maps)
+
+    def whole_streams(self, dim: Dim, node: fx.Node) -> Tokens:
+        """The axis of a dimension that a map can be applied to, for the use of `node`.
+
+        Raises:
+            AxisError: it is cut, flattened, or does not come after the batch.
+        """
+        source, kind = dim.node, self.annotation.axis(dim)
+        assert self.batch is not None, "a reducer names the batch"
+        batched = same_size(shape(source)[0], 1) or self.annotation.same(Dim(source, 0), self.batch)
+        if isinstance(kind, Tokens) and all(s.whole for s in kind.segments) and dim.index > 0 and batched:
+            return kind
+        raise AxisError(
+            f"{describe(node)} needs {source.name} at the tokens after a reducer, but its axis {kind} "
+            f"(dimension {dim.index} of {list(shape(source))}) cannot be aligned: every sample keeps other tokens, so "
+            "it takes whole streams behind a dimension that is the batch or 1."
+        )
 
     def _mode(self, node: fx.Node, source: fx.Node, kind: Tokens, have: Epochs, target: Epochs) -> AlignMode:
         dtype = values(source)[0].dtype
@@ -544,6 +555,8 @@ class Rewriter:
 
     def _finish(self) -> fx.GraphModule:
         self.graph.set_codegen(copy.copy(self.source.graph._codegen))
+        if self.output_names:
+            set_output_names(self.graph, self.output_names)
         targets = {str(n.target): attribute(n) for n in self.source.graph.nodes if n.op == "get_attr"}
         module = fx.GraphModule({**targets, **self._modules}, self.graph, class_name="ReducedModule")
         module.graph.eliminate_dead_code()

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, fx
 
 from ..errors import VerifyError
-from .axes import Dim, Fixed, same_size
+from .axes import Dim, same_size
 from .graph import describe, values
 from .propagate import propagate
 from .rewrite import Rewriter
-from .rules import aten, shape
+from .rules import aten
 
 FORBIDDEN = {
     packet
@@ -35,10 +35,9 @@ def verify(module: fx.GraphModule, walk: Rewriter) -> int:
         How many values past a reducer were checked.
 
     Raises:
-        VerifyError: a shape differs from the plan, an output still carries a reduced axis, or a forbidden
+        VerifyError: a shape differs from the plan, or a forbidden
             operator.
     """
-    check_outputs(walk)
     for node in module.graph.nodes:
         if isinstance(node.target, torch._ops.OpOverload) and node.target.overloadpacket in FORBIDDEN:
             raise VerifyError(f"{describe(node)} has a data-dependent shape or exports to wrong values.")
@@ -48,22 +47,6 @@ def verify(module: fx.GraphModule, walk: Rewriter) -> int:
         if isinstance(value, Tensor):
             node.meta["val"] = value
     return _check_shapes(module, walk, found)
-
-
-def check_outputs(walk: Rewriter) -> None:
-    """Refuse outputs with one entry for each token of a reduced stream."""
-    output = next(n for n in walk.source.graph.nodes if n.op == "output")
-    for node in output.all_input_nodes:
-        for index in range(len(shape(node)) if values(node) else 0):
-            dim = Dim(node, index)
-            if walk.at(dim):
-                kind = walk.annotation.axis(dim)
-                streams = () if isinstance(kind, Fixed) else kind.streams
-                raise VerifyError(
-                    f"The output {describe(node)} has one entry for each token of {kind}, and {', '.join(streams)} "
-                    "tokens are reduced: its entries would no longer be the model's. Capture a model that does not "
-                    "return it (a head instead of the bare encoder), or leave the sites before it out of the schedule."
-                )
 
 
 def _check_shapes(module: fx.GraphModule, walk: Rewriter, found: dict[fx.Node, Any]) -> int:

@@ -1,0 +1,105 @@
+"""Outputs with one entry for each token: refused, given as they are after reduction, or restored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import fx
+
+from ..errors import VerifyError
+from ..outputs import output_nodes
+from ..reducers import AlignAxis, UnitWeights
+from ..reducers.align import AlignMode
+from .axes import Dim, Fixed
+from .graph import describe, values
+from .rewrite import Rewriter
+from .rules import aten, shape
+
+
+def reduced_dims(walk: Rewriter, node: fx.Node) -> list[Dim]:
+    """The dimensions of a captured value that a reducer has shortened."""
+    dims = [Dim(node, index) for index in range(len(shape(node)) if values(node) else 0)]
+    return [dim for dim in dims if any(walk.at(dim).values())]
+
+
+def check_outputs(walk: Rewriter) -> None:
+    """Refuse outputs with one entry for each token of a reduced stream.
+
+    Raises:
+        VerifyError: there is one.
+    """
+    outputs = output_nodes(walk.source)
+    token_level = {name: dims for name, node in outputs.items() if (dims := reduced_dims(walk, node))}
+    if not token_level:
+        return
+    name, dims = next(iter(token_level.items()))
+    kind = walk.annotation.axis(dims[0])
+    streams = () if isinstance(kind, Fixed) else kind.streams
+    others = [other for other in outputs if other not in token_level]
+    keep = (
+        f"Keep only the others (capture(..., outputs={others}), or --outputs {','.join(others)}), or say "
+        if others
+        else "Say "
+    )
+    raise VerifyError(
+        f"The output {name}, {describe(outputs[name])}, has one entry for each token of {kind}, and "
+        f"{', '.join(streams)} tokens are reduced: its entries would no longer be the model's. {keep}in the schedule "
+        "what to give instead: `outputs: restored` (every position gets the token it was merged into) or `outputs: "
+        "reduced` (one entry for each token that is left)."
+    )
+
+
+def restoring(captured: fx.GraphModule) -> dict[fx.Node, Callable[[Rewriter], fx.Node | None]]:
+    """The replacement of the output node that restores what it returns."""
+    return {captured.graph.output_node(): _restore}
+
+
+def _restore(walk: Rewriter) -> fx.Node:
+    """Each original position receives the token it was merged into; pruned ones get zeros, and `<name>.kept` says
+    which positions those are not, `[batch, tokens]` bool."""
+    named: dict[str, fx.Node] = {}
+    flags: dict[str, fx.Node] = {}
+    for name, node in output_nodes(walk.source).items():
+        value = walk.env[node]
+        for number, dim in enumerate(reduced_dims(walk, node)):
+            pieces, maps = _inverse(walk, dim)
+            value = walk.call_module(
+                f"reducer.restore.{_path(name)}_{dim.index}", AlignAxis(dim.index, pieces, _mode(node)), value, *maps
+            )
+            tokens = sum(n for n, _ in pieces)
+            ones = walk.call_module(f"reducer.restore.ones_{tokens}", UnitWeights(tokens), maps[0])
+            there = walk.call_module(
+                f"reducer.restore.{_path(name)}_{dim.index}_kept", AlignAxis(1, pieces, "mean"), ones, *maps
+            )
+            flags[f"{name}.kept" + (f"_{dim.index}" if number else "")] = walk.call(aten.gt.Scalar, there, 0.5)
+        named[name] = value
+    named.update(flags)
+    walk.output_names = list(named)
+    result: fx.Node = walk.graph.output(tuple(named.values()))
+    return result
+
+
+def _inverse(walk: Rewriter, dim: Dim) -> tuple[tuple[tuple[int, bool], ...], list[fx.Node]]:
+    """Lengths of the reduced segments, and for each the old position of every token, `[batch, before, after]`."""
+    kind, epochs = walk.whole_streams(dim, walk.source.graph.output_node()), walk.at(dim)
+    pieces, maps = [], []
+    for segment in kind.segments:
+        stream = segment.stream or ""
+        steps = walk.lineage(stream, epochs.get(stream, 0))
+        pieces.append((walk.length(segment, epochs), bool(steps)))
+        if steps:
+            assigned = steps[0].assigned
+            for step in steps[1:]:
+                assigned = walk.call(aten.matmul.default, step.assigned, assigned)
+            maps.append(walk.call(aten.transpose.int, assigned, 1, 2))
+    return tuple(pieces), maps
+
+
+def _mode(node: fx.Node) -> AlignMode:
+    dtype = values(node)[0].dtype
+    return "any" if dtype == torch.bool else "mean" if dtype.is_floating_point else "gather"
+
+
+def _path(name: str) -> str:
+    return name.replace(".", "_")
