@@ -148,7 +148,8 @@ def _apply(axes: dict[Dim, Axis], constraint: Constraint) -> None:
             unify(axes[a], axes[b])
         case Concat(result, parts):
             joined = Axis(axes[result].size)
-            joined.parts = tuple(axes[part] for part in parts)
+            # Learned tokens get an axis of their own wherever they are joined: one class token may lead two images.
+            joined.parts = tuple(axes[p] if depends_on_input(p.node) else Axis(axes[p].size) for p in parts)
             unify(joined, axes[result])
         case Slice(source, result, start, stop):
             chosen = cut_axis(axes[source], start, stop)
@@ -237,7 +238,8 @@ def _name_streams(annotation: Annotation) -> None:
 
 
 def _adopt_learned(annotation: Annotation, node: fx.Node, concat: Concat) -> None:
-    found = {leaf.stream for leaf in annotation._axes[concat.result].leaves() if leaf.stream}
+    leaves = annotation._axes[concat.result].leaves()
+    found = {leaf.stream for leaf in leaves if leaf.stream}
     if len(found) != 1:
         return
     (stream,) = found
@@ -249,8 +251,9 @@ def _adopt_learned(annotation: Annotation, node: fx.Node, concat: Concat) -> Non
                     f"(from {part.node.name}). Name the stream of the input they come from: "
                     f"`streams={{input: name}}`."
                 )
-            if leaf.stream is None:
-                leaf.stream, leaf.learned = stream, True
+    for leaf in leaves:
+        if leaf.stream is None:
+            leaf.stream, leaf.learned = stream, True
 
 
 def _stream_groups(annotation: Annotation, concats: list[Concat]) -> list[tuple[str, list[Axis]]]:
