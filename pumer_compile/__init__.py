@@ -11,6 +11,7 @@ report = pumer.parity("model.onnx", model)
 """
 
 from .capture import Program, capture
+from .distill import Teacher, distillation_loss
 from .errors import PumerError
 from .exporters import Exported, OnnxOptions, OnnxSession, export
 from .parity import ParityReport, parity
@@ -30,7 +31,9 @@ __all__ = [
     "PumerError",
     "Reduced",
     "Schedule",
+    "Teacher",
     "capture",
+    "distillation_loss",
     "export",
     "parity",
     "reduce",

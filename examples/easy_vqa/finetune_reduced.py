@@ -19,15 +19,9 @@ from transformers import AutoTokenizer, ViltForQuestionAnswering
 from examples.easy_vqa.data import load_split
 from examples.easy_vqa.schedules import reduce_model, schedule_for
 from examples.easy_vqa.training import LogitsOf, Recipe, count_correct, fit, raster_logits, save_folder
+from pumer_compile.distill import distillation_loss
 
 HERE = Path(__file__).parent
-
-
-def distillation_loss(logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """Mean divergence of the student's answers from the teacher's; both float [batch, answers]."""
-    return functional.kl_div(
-        logits.log_softmax(dim=-1), teacher_logits.log_softmax(dim=-1), reduction="batchmean", log_target=True
-    )
 
 
 def main(
@@ -37,7 +31,7 @@ def main(
     epochs: int = 4,
     learning_rate: float = 2e-4,
     batch_size: int = 64,
-    distillation: Annotated[float, typer.Option(help="Weight of the teacher's part of the loss.")] = 1.0,
+    distillation: Annotated[float, typer.Option(help="Weight of the teacher's part of the loss; 0 for none.")] = 1.0,
     seed: int = 0,
 ) -> None:
     """Fine-tune, report reduced test accuracy after every epoch, and keep the latest epoch in FOLDER."""
