@@ -29,8 +29,9 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from . import archive
-from .errors import CaptureError, UsageError
+from .errors import CaptureError, PumerError, UsageError
 from .files import sha256_file
+from .frontends import MODELS
 
 _ACCEPTED = (
     "a save_pretrained folder, a torch.export archive, a checkpoint holding {'config', 'state_dict'}, or "
@@ -99,6 +100,8 @@ def _load_folder(path: Path) -> LoadedModel:
         loaded = model_class.from_pretrained(
             path, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True
         )
+    except PumerError:
+        raise
     except Exception as error:
         raise _unreadable(path, error) from error
     return LoadedModel(path, "folder", _sha256([path / "config.json", *weights]), _complete(loaded, path))
@@ -142,20 +145,20 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _architecture(config: Mapping[str, Any], source: Path) -> type[PreTrainedModel]:
-    """The transformers class that `config["architectures"]` names."""
+    """The class that `config["architectures"]` names: one of transformers, or one that transformers lacks."""
     names = config.get("architectures")
     if not isinstance(names, list) or not names or not isinstance(names[0], str):
         raise CaptureError(
             f"The config of {source} names no architecture, so the model's class is unknown. Add "
             '"architectures": ["ViltForQuestionAnswering"], or whichever class the weights are of.'
         )
-    model_class = getattr(transformers, names[0], None)
+    model_class = getattr(transformers, names[0], None) or MODELS.get(names[0])
     if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
         custom = " Its config asks for custom code (auto_map), which is never run." if "auto_map" in config else ""
         raise CaptureError(
             f"The architecture {names[0]} of {source} is no model class of transformers "
-            f"{transformers.__version__}.{custom} Load the model in Python and pass it to "
-            "pumer_compile.capture, or save it with torch.export.save."
+            f"{transformers.__version__} or of pumer_compile.frontends.{custom} Load the model in Python and pass "
+            "it to pumer_compile.capture, or save it with torch.export.save."
         )
     return model_class
 
@@ -296,6 +299,8 @@ def _from_state_dict(
             output_loading_info=True,
             ignore_mismatched_sizes=True,
         )
+    except PumerError:
+        raise
     except Exception as error:
         raise _unreadable(path, error) from error
     config_file = [] if config is None else [config / "config.json" if config.is_dir() else config]

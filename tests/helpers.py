@@ -172,8 +172,11 @@ def reduce_text(
     return groups(len(mean), match(mean, merge, similarity, real=real))
 
 
-def published_softmax(scores: np.ndarray, weights: np.ndarray | None, *, diagonal: bool = True) -> np.ndarray:
-    """The published masked softmax of one head of one sample: `scores [queries, keys]`, `weights [keys]`."""
+def published_softmax(scores: np.ndarray, weights: np.ndarray | None) -> np.ndarray:
+    """The published masked softmax of one head of one sample: `scores [queries, keys]`, `weights [keys]`.
+
+    Query i sees key i whatever its weight, also in cross-attention.
+    """
     eps = 1e-6
     queries, keys = scores.shape
     out = np.zeros((queries, keys))
@@ -183,7 +186,7 @@ def published_softmax(scores: np.ndarray, weights: np.ndarray | None, *, diagona
         for k in range(keys):
             x = math.exp(float(scores[q, k]) - highest)
             if weights is not None:
-                x *= 1.0 if diagonal and q == k else float(weights[k])
+                x *= 1.0 if q == k else float(weights[k])
             row.append(x)
         for k in range(keys):
             out[q, k] = (row[k] + eps / keys) / (sum(row) + eps)

@@ -30,7 +30,7 @@ def test_the_loss_is_the_mean_divergence(temperature: float) -> None:
 
 def test_equal_answers_cost_nothing_and_only_the_student_learns() -> None:
     student, teacher = torch.randn(2, 4, requires_grad=True), torch.randn(2, 4, requires_grad=True)
-    assert float(distillation_loss(student, student)) == pytest.approx(0, abs=1e-6)
+    assert distillation_loss(student, student).item() == pytest.approx(0, abs=1e-6)
     distillation_loss(student, teacher).backward()
     assert teacher.grad is None and student.grad is not None
     # The gradient of a divergence is the difference of the two distributions.
@@ -67,13 +67,16 @@ def test_the_papers_recipe_moves_the_reduced_model_towards_its_teacher() -> None
         pumer.capture(model, batch), pumer.Schedule(layers=[0, 1], prune=0.2, merge={"image": 0.3, "text": 0.2})
     )
     teacher = Teacher(model, weight=2.0)
-    start = float(teacher.loss(reduced.module(**batch).logits, batch))
+    with torch.no_grad():  # random weights hardly tell tokens apart: start from a student that is really off
+        for parameter in model.classifier.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    start = teacher.loss(reduced.module(**batch).logits, batch).item()
     optimizer = torch.optim.Adam(reduced.module.parameters(), lr=1e-3)
     for _ in range(15):
         optimizer.zero_grad()
         teacher.loss(reduced.module(**batch).logits, batch).backward()
         optimizer.step()
-    assert float(teacher.loss(reduced.module(**batch).logits, batch)) < 0.5 * start
+    assert teacher.loss(reduced.module(**batch).logits, batch).item() < 0.2 * start
     assert not torch.allclose(model(**batch).logits, before, atol=1e-4)  # the student is the model
     # Labels are the student's affair, and the random order of ViLT's patches does not change its logits.
     assert torch.allclose(teacher.logits({**batch, "labels": torch.zeros(4)}), before, atol=1e-4)

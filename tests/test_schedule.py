@@ -78,8 +78,26 @@ def test_presets_of_table_6(name: str, layers: tuple[int, ...]) -> None:
         assert (site.prune, site.merge.image, site.merge.text) == (0.1, 0.3, 0.2)
 
 
+@pytest.mark.parametrize(
+    ("name", "layers", "prune", "image"),
+    [
+        ("meter-vqa", (0, 2, 4, 6), 0.2, 0.2),
+        ("meter-ve", (0, 2, 4, 6), 0.3, 0.5),
+        ("meter-nlvr2", (2, 4, 6), 0.3, 0.5),
+        ("meter-irtr", (2, 4, 6), 0.2, 0.5),
+    ],
+)
+def test_presets_of_table_6_for_meter(name: str, layers: tuple[int, ...], prune: float, image: float) -> None:
+    """Even nodes only: the odd ones of a pair are image-to-text."""
+    schedule = Schedule.load(name)
+    assert (schedule.method, schedule.semantics, schedule.outputs) == ("pumer", "reference", "refused")
+    assert [site.at for site in schedule.resolve()] == [f"cross_modal.{i}" for i in layers]
+    for site in schedule.resolve():
+        assert (site.prune, site.merge.image, site.merge.text) == (prune, image, 0.2)
+
+
 def test_presets_are_all_there() -> None:
-    assert set(PRESETS) == {"vilt-vqa", "vilt-nlvr2", "vilt-ve", "vilt-irtr"}
+    assert set(PRESETS) == {f"{model}-{task}" for model in ("vilt", "meter") for task in ("vqa", "nlvr2", "ve", "irtr")}
 
 
 # --- loading ------------------------------------------------------------------------------------------------

@@ -1,15 +1,23 @@
-"""Exact, reversible rewrites of the pieces of a model that torch.export cannot trace.
+"""What single models need: exact, reversible rewrites, and definitions of models that transformers lacks.
 
-Importing this package registers them with transformers' dynamo exporter, which installs them while it traces
-and takes them out again. A frontend is a module with a `TARGET` (the dotted path of the method) and a
-`patch(original)`.
+Importing this package registers the rewrites of pieces that torch.export cannot trace with transformers' dynamo
+exporter, which installs them while it traces and takes them out again. Such a frontend is a module with a
+`TARGET` (the dotted path of the method) and a `patch(original)`. `MODELS` holds the definitions, by the class
+name that a config.json gives.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
 from transformers.exporters.utils import register_patch
 
 from . import vilt
+from .meter import MODELS as MODELS
 
 FRONTENDS = (vilt,)
 
@@ -20,3 +28,33 @@ for _frontend in FRONTENDS:
     if _frontend.TARGET not in _registered:
         register_patch("dynamo", _frontend.TARGET)(_frontend.patch)
         _registered.add(_frontend.TARGET)
+
+
+def install_for_dynamo(active: Callable[[], bool]) -> None:
+    """Make Dynamo trace the rewrites wherever `active` says so, and the models' own methods everywhere else.
+
+    The methods are wrapped once and for all, also in models that exist already; eager calls reach the original.
+
+    Args:
+        active: asked by Dynamo while it traces.
+    """
+    for frontend in FRONTENDS:
+        path, _, name = frontend.TARGET.rpartition(".")
+        module, _, owner = path.rpartition(".")
+        target = getattr(importlib.import_module(module), owner)
+        original = getattr(target, name)
+        if not hasattr(original, "_pumer_original"):
+            setattr(target, name, _dispatching(original, frontend.patch(original), active))
+
+
+def _dispatching(
+    original: Callable[..., Any], rewrite: Callable[..., Any], active: Callable[[], bool]
+) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def method(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling() and active():
+            return rewrite(*args, **kwargs)
+        return original(*args, **kwargs)
+
+    method._pumer_original = original  # type: ignore[attr-defined]  # says that it is wrapped already
+    return method

@@ -17,10 +17,11 @@ their order) for every mask the image processor makes, that is one rectangle of 
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -39,8 +40,14 @@ def nearest_indices(size: int, target: int) -> list[int]:
         return list(range(size))
     if target == 2 * size:
         return [i // 2 for i in range(target)]
-    scale = np.float32(size) / np.float32(target)
-    return [min(int(np.float32(i) * scale), size - 1) for i in range(target)]
+    scale = _float32(size / target)
+    return [min(int(_float32(i * scale)), size - 1) for i in range(target)]
+
+
+def _float32(value: float) -> float:
+    """The float32 nearest to a positive number (or 0). Dynamo would put NumPy's arithmetic into the graph."""
+    mantissa, exponent = math.frexp(value)
+    return math.ldexp(round(math.ldexp(mantissa, 24)), exponent - 24)
 
 
 def hat_weights(lengths: Tensor, size: int, grid: int, dtype: torch.dtype) -> Tensor:
@@ -70,10 +77,12 @@ def visual_embed(
     """
     x = self.patch_embeddings(pixel_values)
     batch, channels, height, width = x.shape
+    # The canvas is fixed in the graph: operator.index fixes a size that Dynamo left open.
+    height, width = operator.index(height), operator.index(width)
     check_max_image_length(max_image_length, height, width)
 
-    rows = torch.tensor(nearest_indices(pixel_mask.shape[1], height), device=pixel_mask.device)
-    columns = torch.tensor(nearest_indices(pixel_mask.shape[2], width), device=pixel_mask.device)
+    rows = torch.tensor(nearest_indices(operator.index(pixel_mask.shape[1]), height), device=pixel_mask.device)
+    columns = torch.tensor(nearest_indices(operator.index(pixel_mask.shape[2]), width), device=pixel_mask.device)
     mask = pixel_mask.index_select(1, rows).index_select(2, columns).long()
 
     # The stock method takes an image's height from its first column and its width from its first row.

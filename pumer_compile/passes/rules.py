@@ -392,8 +392,12 @@ def embedding(node: fx.Node) -> Iterator[Constraint]:
         yield Seed((Dim(ids, rank - 1),), "text")
 
 
+_UNCHANGED = {*overloads("to clone contiguous alias detach view reshape _to_copy"), aten.slice.Tensor}
+
+
 def _straight_from_input(node: fx.Node) -> bool:
-    while node.op == "call_function" and node.target in (aten.to.dtype, aten.to.device, aten.clone.default):
+    """Whether a value is an input, whole or cut, under another shape or dtype."""
+    while node.op == "call_function" and node.target in _UNCHANGED:
         node = node_arg(node, 0)
     return node.op == "placeholder"
 
@@ -501,6 +505,9 @@ def linear(node: fx.Node) -> Iterator[Constraint]:
     yield from keep_dims(x, node, ((i, i) for i in range(rank - 1)))
     yield Same(Dim(x, rank - 1), Dim(weight, 1), aligns=False)
     yield Same(Dim(weight, 0), Dim(node, rank - 1))
+    if rank == 3 and x.op == "placeholder":
+        # A feature matrix, one row for each region or patch of an image.
+        yield Seed((Dim(x, 1),), "image")
 
 
 @rule(aten.matmul.default, aten.bmm.default, aten.mm.default)

@@ -21,6 +21,7 @@ from pumer_compile.passes.insert import (
     repeated_module,
 )
 from pumer_compile.passes.locate import locate
+from pumer_compile.passes.pipeline import PASSES, State, run_passes
 from pumer_compile.reduce import reduce_graph
 from tests.helpers import paper_counts, published_counts
 from tests.models import Config, Fusion, Staged, inputs_for, make, program, schedule
@@ -28,9 +29,29 @@ from tests.models import Config, Fusion, Staged, inputs_for, make, program, sche
 SEMANTICS = ("reference", "paper", "safe")
 
 
-def planned(captured: Program, wanted: Schedule) -> Insertions:
+def chosen(captured: Program, wanted: Schedule) -> Insertions:
+    """What is known before the walk: the sites, in order."""
     annotation = annotate(captured.module, captured.streams)
     return plan_insertions(annotation, locate(captured.module, annotation), wanted)
+
+
+def planned(captured: Program, wanted: Schedule) -> Insertions:
+    """With the plans and reducers that the walk makes."""
+    state = State(captured.module, wanted, dict(captured.inputs), dict(captured.streams))
+    run_passes(state, tuple(step for step in PASSES if step.name not in ("verify", "count")))
+    assert state.insertions is not None
+    return state.insertions
+
+
+def test_the_walk_makes_the_plans() -> None:
+    """Choosing a site says nothing of its tokens: what came before it decides how many there are."""
+    insertions = chosen(program(Config()), schedule(layers=(2, 0), prune=0.2))
+    assert [(s.attention.site, s.plan, s.reducers) for s in insertions.sites] == [
+        ("cross_modal.0", None, {}),
+        ("cross_modal.2", None, {}),
+    ]
+    assert insertions.done == []
+    assert insertions.sites[0].site.prune == 0.2
 
 
 @pytest.mark.parametrize("form", ["unfused", "sdpa"])
@@ -40,16 +61,17 @@ def test_counts_go_from_site_to_site(semantics: str, form: str) -> None:
     insertions = planned(program(Config(form=form)), schedule(semantics, (0, 1, 2), **budgets))
     text, image = 7, 25
     counting = paper_counts if semantics == "paper" else published_counts
-    assert len(insertions.sites) == 3
-    for index, site in enumerate(insertions.sites):
+    assert len(insertions.sites) == len(insertions.done) == 3
+    for index, (site, plan) in enumerate(insertions.done):
         keep, merge, words = counting(image, text, 0.2, 0.3, 0.25)
-        assert site.plan.site == f"cross_modal.{index}"
-        assert site.plan.module == f"layers.{index}.attention"
-        assert site.plan.before == {"text": text, "image": image}
-        assert site.plan.pruned == {"text": 0, "image": image - keep}
-        assert site.plan.merged == {"text": words, "image": merge}
+        assert plan is site.plan
+        assert (plan.site, plan.call, plan.name) == (f"cross_modal.{index}", 0, f"cross_modal.{index}")
+        assert plan.module == f"layers.{index}.attention"
+        assert plan.before == {"text": text, "image": image}
+        assert plan.pruned == {"text": 0, "image": image - keep}
+        assert plan.merged == {"text": words, "image": merge}
         text, image = text - words, keep - merge
-        assert site.plan.after == {"text": text, "image": image}
+        assert plan.after == {"text": text, "image": image}
         assert set(site.reducers) == {"text", "image"}
         assert site.reducers["image"].tokens_after == image
         assert site.reducers["text"].tokens_after == text
@@ -57,17 +79,18 @@ def test_counts_go_from_site_to_site(semantics: str, form: str) -> None:
 
 def test_sites_are_taken_in_execution_order() -> None:
     insertions = planned(program(Config()), schedule(layers=(2, 0), prune=0.2))
-    assert [s.plan.site for s in insertions.sites] == ["cross_modal.0", "cross_modal.2"]
-    assert insertions.sites[1].plan.before == insertions.sites[0].plan.after
+    (_, first), (_, second) = insertions.done
+    assert [first.site, second.site] == ["cross_modal.0", "cross_modal.2"]
+    assert second.before == first.after
 
 
 def test_a_stream_without_budget_has_no_reducer() -> None:
-    (site,) = planned(program(Config()), schedule(layers=(1,), merge={"text": 2})).sites
+    ((site, plan),) = planned(program(Config()), schedule(layers=(1,), merge={"text": 2})).done
     assert set(site.reducers) == {"text"}
-    assert site.plan.after == {"text": 5, "image": 25}
-    (site,) = planned(program(Config()), schedule(layers=(1,), prune=5)).sites
+    assert plan.after == {"text": 5, "image": 25}
+    ((site, plan),) = planned(program(Config()), schedule(layers=(1,), prune=5)).done
     assert set(site.reducers) == {"image"}
-    assert site.plan.after == {"text": 7, "image": 20}
+    assert plan.after == {"text": 7, "image": 20}
 
 
 @pytest.mark.parametrize("semantics", SEMANTICS)
@@ -125,7 +148,7 @@ def test_repeated_module(path: str, expected: str) -> None:
 
 
 def test_reference_reducers() -> None:
-    image, text = (make_reducer(s, 20, k, 4, "reference", 1) for s, k in (("image", 15), ("text", 20)))
+    image, text = (make_reducer(s, 20, k, 4, schedule("reference"), 1) for s, k in (("image", 15), ("text", 20)))
     assert (image.pruner.keep, image.pruner.protected, image.pruner.pads_vote) == (15, 0, True)
     assert (image.merger.similarity, image.merger.protected) == ("cosine", 1)
     assert not image.merger.keep_padding_apart
@@ -135,20 +158,33 @@ def test_reference_reducers() -> None:
 
 
 def test_paper_reducers() -> None:
-    image, text = (make_reducer(s, 20, k, 4, "paper", 1) for s, k in (("image", 15), ("text", 20)))
+    image, text = (make_reducer(s, 20, k, 4, schedule("paper"), 1) for s, k in (("image", 15), ("text", 20)))
     assert (image.pruner.protected, image.pruner.pads_vote) == (0, True)
     assert image.merger.similarity == text.merger.similarity == "dot"
     assert (image.averaging, text.averaging) == ("plain", "plain")
 
 
 def test_safe_reducers() -> None:
-    image, text = (make_reducer(s, 20, k, 4, "safe", n) for s, k, n in (("image", 15, 3), ("text", 20, 0)))
+    parts = (("image", 15, 3), ("text", 20, 0))
+    image, text = (make_reducer(s, 20, k, 4, schedule("safe"), n) for s, k, n in parts)
     assert (image.pruner.protected, image.pruner.pads_vote) == (3, False)
     assert (image.merger.protected, text.merger.protected) == (3, 1)
     for reducer in (image, text):
         assert reducer.merger.similarity == "cosine"
         assert reducer.merger.keep_padding_apart
         assert (reducer.averaging, reducer.carried) == ("sizes", "sum")
+
+
+@pytest.mark.parametrize("learned", [0, 1, 3])
+@pytest.mark.parametrize("stream", ["image", "text"])
+def test_tome_reducers(stream: str, learned: int) -> None:
+    """Merging alone; learned tokens stay, and where there are none, token 0 may merge away like any other."""
+    wanted = Schedule(method="tome", sites=({"at": "vision.0", "merge": {"image": 4}},))
+    reducer = make_reducer(stream, 20, 20, 4, wanted, learned)
+    assert reducer.pruner is None
+    assert (reducer.merger.merge, reducer.merger.protected, reducer.merger.similarity) == (4, learned, "cosine")
+    assert reducer.merger.keep_padding_apart
+    assert (reducer.averaging, reducer.carried) == ("sizes", "sum")
 
 
 def test_reducers_of() -> None:
@@ -195,15 +231,20 @@ def test_the_published_code_merges_nothing_where_it_prunes_nothing(caplog: pytes
     two = {"prune": 0.021, "merge": {"image": 0.45, "text": 0.2}}  # rounds to 1 of 25, then to 0 of 13
     with caplog.at_level(logging.WARNING, "pumer_compile"):
         insertions = planned(program(Config()), schedule(layers=(0, 1), **two))
-    assert [s.plan.site for s in insertions.sites] == ["cross_modal.0"]
+    assert [plan.site for _, plan in insertions.done] == ["cross_modal.0"]
+    assert [(s.attention.site, s.plan is None) for s in insertions.sites] == [
+        ("cross_modal.0", False),
+        ("cross_modal.1", True),
+    ]
     assert "cross_modal.1" in caplog.text
     assert "13 image tokens" in caplog.text
 
 
 def test_merging_alone_is_not_left_out() -> None:
     insertions = planned(program(Config()), schedule(layers=(0,), merge={"image": 0.3, "text": 0.2}))
-    assert insertions.sites[0].plan.after == {"text": 6, "image": 17}
-    assert insertions.sites[0].reducers["image"].pruner is None
+    ((site, plan),) = insertions.done
+    assert plan.after == {"text": 6, "image": 17}
+    assert site.reducers["image"].pruner is None
 
 
 def at(site: str, semantics: str = "paper", **budgets: Any) -> Schedule:
@@ -235,7 +276,7 @@ def test_towers_merge_their_own_tokens(semantics: str) -> None:
             sites=({"at": "vision.0", "merge": {"image": 8}}, {"at": "text.0", "merge": {"text": 2}}),
         ),
     )
-    assert {s.plan.site: s.plan.after for s in insertions.sites} == {
+    assert {plan.site: plan.after for _, plan in insertions.done} == {
         "text.0": {"text": 5},
         "vision.0": {"image": 17},
     }
@@ -255,21 +296,53 @@ def test_a_site_without_residual_is_refused() -> None:
     assert "residual" in message
 
 
-def test_cross_attention_is_refused() -> None:
-    class Cross(Fusion):
-        def forward(self, input_ids: Tensor, pixel_values: Tensor) -> Tensor:
-            x, n = self.embed(input_ids, pixel_values), input_ids.shape[1]
-            attention = self.layers[0].attention
-            text, image = attention.split(x[:, :n]), attention.split(x[:, n:])
-            context = F.scaled_dot_product_attention(text, image, image).transpose(1, 2).flatten(2)
-            return (x[:, :n] + attention.out(context)).mean(1)
+class Cross(Fusion):
+    """One cross-attention between the streams, after a self-attention of each."""
 
-    config = Config(mask="none", layers=1)
-    captured = capture(make(config, kind=Cross), inputs_for(config))
-    message = refused(captured, schedule("paper", (0,), prune=3), LocateError)
-    assert "cross-attention" in message
-    assert "[text:7]" in message
-    assert "[image:25]" in message
+    direction = ""
+
+    def forward(self, input_ids: Tensor, pixel_values: Tensor) -> Tensor:
+        x, n = self.embed(input_ids, pixel_values), input_ids.shape[1]
+        text, image = self.layers[1](x[:, :n], None), self.layers[2](x[:, n:], None)
+        asking, asked = (text, image) if self.direction == "text to image" else (image, text)
+        attention = self.layers[0].attention
+        query, key = attention.split(attention.q(asking)), attention.split(attention.k(asked))
+        context = F.scaled_dot_product_attention(query, key, key).transpose(1, 2).flatten(2)
+        return (asking + attention.out(context)).mean(1) + asked.mean(1)
+
+
+def crossing(direction: str) -> Program:
+    config = Config(mask="none")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Cross, "direction", direction)
+        return capture(make(config, kind=Cross), inputs_for(config))
+
+
+@pytest.mark.parametrize("semantics", SEMANTICS)
+def test_image_to_text_attention_is_refused(semantics: str) -> None:
+    for budgets in ({"prune": 3}, {"merge": {"image": 3}}, {"merge": {"text": 2}}):
+        message = refused(crossing("image to text"), schedule(semantics, (0,), **budgets), LocateError)
+        assert "cross_modal.0 (layers.0.attention)" in message or "cross_modal.0 ()" in message
+        assert "from [image:25] to [text:7]" in message
+        assert "image-to-text" in message
+        assert "text layer" in message  # what to do instead
+
+
+@pytest.mark.parametrize("semantics", SEMANTICS)
+def test_text_to_image_attention_reduces_both(semantics: str) -> None:
+    ((site, plan),) = planned(
+        crossing("text to image"), schedule(semantics, (0,), prune=5, merge={"image": 4, "text": 2})
+    ).done
+    assert plan.before == {"text": 7, "image": 25}
+    assert plan.after == {"text": 5, "image": 16}
+    assert set(site.reducers) == {"text", "image"}
+
+
+@pytest.mark.parametrize("at_text", ["text.0", "vision.0"])
+def test_the_plain_towers_of_a_cross_attention_have_sites_too(at_text: str) -> None:
+    merge = {"image": 4} if at_text == "vision.0" else {"text": 2}
+    ((_, plan),) = planned(crossing("text to image"), at(at_text, merge=merge)).done
+    assert plan.after == ({"image": 21} if at_text == "vision.0" else {"text": 5})
 
 
 # --- masks that cannot be read --------------------------------------------------------------------------------------

@@ -381,8 +381,10 @@ def test_sites_are_named_by_tower_and_counted_in_execution_order() -> None:
 
 def test_choose() -> None:
     found = located(towers())
-    assert choose(found, "vision.0") is found[1]
-    assert choose(found, "cross_modal.1") is found[3]
+    assert choose(found, "vision.0") == [found[1]]
+    assert choose(found, "cross_modal.1") == [found[3]]
+    assert [a.name for a in found[1:4]] == ["vision_0", "cross_modal_0", "cross_modal_1"]
+    assert {a.call for a in found} == {0}
 
 
 def test_an_unknown_site_lists_those_there_are() -> None:

@@ -307,7 +307,9 @@ def test_plan_and_history() -> None:
 
     records = result.history.records
     assert [r.name for r in records] == ["annotate", "locate", "insert", "rewrite", "verify", "count"]
-    assert [r.matches for r in records][:3] == [2, 2, 2]
+    # Two streams, two attentions, one site of two reducers.
+    assert [r.matches for r in records][:4] == [2, 2, 1, 2]
+    assert records[5].matches == 1
     assert all(r.matches > 0 for r in records)
     nodes = len(program(config).module.graph.nodes)
     assert [r.nodes_before for r in records][:4] == [nodes] * 4

@@ -20,7 +20,8 @@ from pumer_compile import Schedule, capture
 from pumer_compile.errors import AxisError, NoRuleError, PumerError
 from pumer_compile.passes.annotate import annotate
 from pumer_compile.passes.axes import Dim, Fixed, Product, Segment, Tokens
-from pumer_compile.passes.insert import plan_insertions
+from pumer_compile.passes.emit import actions_after, actions_instead
+from pumer_compile.passes.insert import cross_modal_layers, plan_insertions
 from pumer_compile.passes.locate import locate, mask_kinds
 from pumer_compile.passes.rewrite import Rewriter, Step
 from pumer_compile.reduce import reduce_graph
@@ -40,8 +41,8 @@ def walk(config: Config, wanted: Schedule) -> tuple[Rewriter, fx.GraphModule]:
     annotation = annotate(module)
     attentions = locate(module, annotation)
     insertions = plan_insertions(annotation, attentions, wanted)
-    rewriter = Rewriter(module, annotation, mask_kinds(attentions))
-    return rewriter, rewriter.run(insertions.after(), insertions.instead())
+    rewriter = Rewriter(module, annotation, mask_kinds(attentions), layers=cross_modal_layers(attentions))
+    return rewriter, rewriter.run(actions_after(insertions), actions_instead(insertions))
 
 
 # --- heads that follow ----------------------------------------------------------------------------------------------

@@ -13,13 +13,13 @@ from pumer_compile.reducers import PublishedMaskedSoftmax
 from tests.helpers import data_dependent, published_softmax
 
 
-def oracle(scores: Tensor, weights: Tensor | None, *, diagonal: bool) -> np.ndarray:
+def oracle(scores: Tensor, weights: Tensor | None) -> np.ndarray:
     """Head by head, sample by sample."""
     out = np.zeros(tuple(scores.shape))
     for b in range(scores.shape[0]):
         for h in range(scores.shape[1]):
             w = None if weights is None else weights[b].double().numpy()
-            out[b, h] = published_softmax(scores[b, h].double().numpy(), w, diagonal=diagonal)
+            out[b, h] = published_softmax(scores[b, h].double().numpy(), w)
     return out
 
 
@@ -39,75 +39,86 @@ def cases(draw: st.DrawFn) -> dict:
 @given(cases())
 def test_self_attention(case: dict) -> None:
     parts = case["weights"].split(case["lengths"], 1)
-    found = PublishedMaskedSoftmax(diagonal=True)(case["scores"], *parts)
-    wanted = torch.from_numpy(oracle(case["scores"], case["weights"], diagonal=True))
+    found = PublishedMaskedSoftmax()(case["scores"], *parts)
+    wanted = torch.from_numpy(oracle(case["scores"], case["weights"]))
     torch.testing.assert_close(found.double(), wanted, atol=1e-6, rtol=0)
 
 
-@given(cases(), st.integers(1, 4))
-def test_cross_attention_has_no_diagonal(case: dict, queries: int) -> None:
-    scores = case["scores"][:, :, :queries]
-    found = PublishedMaskedSoftmax(diagonal=False)(scores, case["weights"])
-    wanted = torch.from_numpy(oracle(scores, case["weights"], diagonal=False))
+@given(cases(), st.integers(1, 4), st.integers(0, 4))
+def test_cross_attention(case: dict, fewer: int, more: int) -> None:
+    """Fewer queries than keys, or more: query i sees key i, where there is one."""
+    square = case["scores"]
+    scores = torch.cat([square[:, :, :fewer], square.flip(2)[:, :, :more]], 2)
+    found = PublishedMaskedSoftmax()(scores, case["weights"])
+    wanted = torch.from_numpy(oracle(scores, case["weights"]))
     torch.testing.assert_close(found.double(), wanted, atol=1e-6, rtol=0)
+
+
+def test_the_eye_is_not_square_in_cross_attention() -> None:
+    scores = torch.zeros(1, 1, 3, 2)
+    found = PublishedMaskedSoftmax()(scores, torch.tensor([[1.0, 0.0]]))
+    torch.testing.assert_close(found[0, 0], torch.tensor([[1.0, 0.0], [0.5, 0.5], [1.0, 0.0]]), atol=1e-6, rtol=0)
+    found = PublishedMaskedSoftmax()(torch.zeros(1, 1, 1, 3), torch.tensor([[0.0, 0.0, 1.0]]))
+    torch.testing.assert_close(found.flatten(), torch.tensor([0.5, 0.0, 0.5]), atol=1e-6, rtol=0)
 
 
 @given(cases())
 def test_without_a_mask_it_is_nearly_softmax(case: dict) -> None:
-    found = PublishedMaskedSoftmax(diagonal=True)(case["scores"])
+    found = PublishedMaskedSoftmax()(case["scores"])
     torch.testing.assert_close(found, case["scores"].softmax(-1), atol=2e-6, rtol=0)
-    wanted = torch.from_numpy(oracle(case["scores"], None, diagonal=True))
+    wanted = torch.from_numpy(oracle(case["scores"], None))
     torch.testing.assert_close(found.double(), wanted, atol=1e-6, rtol=0)
     assert not torch.equal(found, case["scores"].softmax(-1)) or case["scores"].shape[-1] == 1
 
 
 @given(cases())
 def test_rows_sum_to_one(case: dict) -> None:
-    found = PublishedMaskedSoftmax(diagonal=True)(case["scores"], case["weights"])
+    found = PublishedMaskedSoftmax()(case["scores"], case["weights"])
     torch.testing.assert_close(found.sum(-1), torch.ones_like(found[..., 0]), atol=1e-5, rtol=0)
 
 
 def test_a_masked_query_sees_itself() -> None:
     scores = torch.zeros(1, 1, 3, 3)
-    found = PublishedMaskedSoftmax(diagonal=True)(scores, torch.tensor([[1.0, 0.0, 0.0]]))
+    found = PublishedMaskedSoftmax()(scores, torch.tensor([[1.0, 0.0, 0.0]]))
     expected = torch.tensor([[1.0, 0.0, 0.0], [0.5, 0.5, 0.0], [0.5, 0.0, 0.5]])
     torch.testing.assert_close(found[0, 0], expected, atol=1e-6, rtol=0)
 
 
 def test_epsilon_is_spread_over_the_keys() -> None:
-    """Nothing but masked keys: epsilon makes the row uniform instead of zero."""
-    found = PublishedMaskedSoftmax(diagonal=False)(torch.zeros(1, 1, 1, 4), torch.zeros(1, 4))
-    torch.testing.assert_close(found.flatten(), torch.full((4,), 0.25))
+    """Nothing but masked keys, and no key of the query's own: epsilon makes the row uniform instead of zero."""
+    found = PublishedMaskedSoftmax()(torch.zeros(1, 1, 5, 4), torch.zeros(1, 4))
+    torch.testing.assert_close(found[0, 0, 4], torch.full((4,), 0.25))
+    torch.testing.assert_close(found[0, 0, :4], torch.eye(4), atol=1e-6, rtol=0)
 
 
 def test_the_maximum_is_taken_over_masked_keys_too() -> None:
     """A masked key far above the others takes them below epsilon: the published code does this."""
-    scores = torch.tensor([[[[0.0, 0.0, 40.0]]]])
-    found = PublishedMaskedSoftmax(diagonal=False)(scores, torch.tensor([[1.0, 1.0, 0.0]]))
-    torch.testing.assert_close(found.flatten(), torch.full((3,), 1 / 3), atol=1e-5, rtol=0)
+    scores = torch.tensor([0.0, 0.0, 40.0]).expand(1, 1, 2, 3)
+    found = PublishedMaskedSoftmax()(scores, torch.tensor([[1.0, 1.0, 0.0]]))
+    torch.testing.assert_close(found[0, 0], torch.full((2, 3), 1 / 3), atol=1e-5, rtol=0)
 
 
 def test_half_precision_is_computed_in_single() -> None:
     scores = torch.randn(1, 2, 5, 5, generator=torch.Generator().manual_seed(0)).half()
     weights = torch.tensor([[1.0, 1.0, 0.5, 0.0, 1.0]])
-    found = PublishedMaskedSoftmax(diagonal=True)(scores, weights)
+    found = PublishedMaskedSoftmax()(scores, weights)
     assert found.dtype == torch.float16
-    wanted = torch.from_numpy(oracle(scores, weights, diagonal=True))
+    wanted = torch.from_numpy(oracle(scores, weights))
     torch.testing.assert_close(found.double(), wanted, atol=5e-4, rtol=0)
 
 
 def test_gradients_flow_through_scores_and_weights() -> None:
     scores = torch.randn(1, 1, 3, 3, generator=torch.Generator().manual_seed(0), requires_grad=True)
     weights = torch.tensor([[1.0, 0.5, 0.25]], requires_grad=True)
-    out = PublishedMaskedSoftmax(diagonal=True)(scores, weights)
+    out = PublishedMaskedSoftmax()(scores, weights)
     grads = torch.autograd.grad((out * torch.arange(9.0).view(1, 1, 3, 3)).sum(), (scores, weights))
     assert all(torch.isfinite(g).all() and g.abs().sum() > 0 for g in grads)
 
 
-@pytest.mark.parametrize("diagonal", [True, False])
-def test_nothing_data_dependent_is_traced(diagonal: bool) -> None:
+@pytest.mark.parametrize("queries", [4, 3])
+def test_nothing_data_dependent_is_traced(queries: int) -> None:
     program = torch.export.export(
-        PublishedMaskedSoftmax(diagonal=diagonal),
-        (torch.zeros(2, 2, 4, 4), torch.ones(2, 1), torch.ones(2, 3)),
+        PublishedMaskedSoftmax(),
+        (torch.zeros(2, 2, queries, 4), torch.ones(2, 1), torch.ones(2, 3)),
     )
     assert not data_dependent(program.run_decompositions().graph_module)
