@@ -167,7 +167,7 @@ def explain_inputs(model: nn.Module, sample: Mapping[str, Tensor]) -> str:
     text = {key: sample[key].shape[1] for key in _TEXT_INPUTS if key in sample}
     if len(set(text.values())) > 1:
         return f"the text inputs differ in length: {', '.join(f'{key} has {n}' for key, n in text.items())}"
-    limit = _lookup(config, "text_config", "max_position_embeddings")
+    limit = _lookup(config, "text_config", "max_text_length", "max_position_embeddings")
     if text and isinstance(limit, int) and max(text.values()) > limit:
         return f"the text has {max(text.values())} tokens, but config.max_position_embeddings is {limit}"
     rows = {key: tensor.shape[0] for key, tensor in sample.items()}
@@ -385,7 +385,7 @@ def _make_text(config: Any, padded: list[bool], length: int | None, generator: t
     vocabulary = _lookup(config, "text_config", "vocab_size")
     if not isinstance(vocabulary, int):
         return {}
-    limit = _lookup(config, "text_config", "max_position_embeddings") or DEFAULT_TEXT_LENGTH
+    limit = _lookup(config, "text_config", "max_text_length", "max_position_embeddings") or DEFAULT_TEXT_LENGTH
     length = min(limit, DEFAULT_TEXT_LENGTH) if length is None else length
     kinds = ("pad", "bos", "eos", "cls", "sep", "mask", "image", "video", "decoder_start")
     special = {_lookup(config, "text_config", f"{kind}_token_id") for kind in kinds}
