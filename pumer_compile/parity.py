@@ -256,41 +256,52 @@ def _batches(
         return [dict(samples)]
     if samples is not None:
         return [dict(sample) for sample in samples]
-    return random_batches(model, {name: tuple(spec["shape"]) for name, spec in manifest["inputs"].items()})
+    specs = manifest["inputs"]
+    return random_batches(
+        model, {n: tuple(s["shape"]) for n, s in specs.items()}, {n: s["dtype"] for n, s in specs.items()}
+    )
 
 
-def random_batches(model: Any, shapes: Mapping[str, Sequence[int]], count: int = 3) -> list[dict[str, Tensor]]:
+def random_batches(
+    model: Any, shapes: Mapping[str, Sequence[int]], dtypes: Mapping[str, str], count: int = 3
+) -> list[dict[str, Tensor]]:
     """Random inputs with padding in the shapes of an artifact's inputs, one batch for each seed.
+
+    Args:
+        model: whose config says what random ids and images are.
+        shapes: by input name.
+        dtypes: by input name, such as `int64`. What a config does not describe is standard normal where it is
+            floating point (region features), all ones where it is a mask, and zeros where it is token types.
+        count: how many.
 
     Raises:
         UsageError: inputs cannot be made up for this model; give real ones.
     """
-    ids = shapes.get("input_ids")
-    pixels = shapes.get("pixel_values")
-    if ids is None:
-        raise UsageError(
-            f"Random samples cannot be made for inputs {', '.join(shapes)}: none is named input_ids. Give samples "
-            "(`--inputs FILE.npz`)."
-        )
     source = model.source if isinstance(model, LoadedModel) else model
-    made = [
-        make_inputs(
+    ids, pixels = shapes.get("input_ids"), shapes.get("pixel_values")
+    batches = []
+    for seed in range(count):
+        made = make_inputs(
             source,
-            batch=ids[0],
-            text_length=ids[1],
+            batch=next(iter(shapes.values()))[0],
+            text_length=ids[1] if ids else None,
             image_size=(pixels[-2], pixels[-1]) if pixels else None,
             seed=seed,
             padding=True,
         )
-        for seed in range(count)
-    ]
-    zeros = {name: torch.zeros(shapes[name], dtype=torch.int64) for name in shapes if name == "token_type_ids"}
-    missing = [name for name in shapes if name not in {**zeros, **made[0]}]
-    if missing:
-        raise UsageError(
-            f"Random samples cannot be made for the input {missing[0]}. Give samples (`--inputs FILE.npz`)."
-        )
-    return [{name: {**zeros, **batch}[name] for name in shapes} for batch in made]
+        generator = torch.Generator().manual_seed(seed)
+        batches.append({n: made[n] if n in made else _made_up(n, shapes[n], dtypes[n], generator) for n in shapes})
+    return batches
+
+
+def _made_up(name: str, shape: Sequence[int], dtype: str, generator: torch.Generator) -> Tensor:
+    if dtype.startswith(("float", "bfloat")):
+        return torch.randn(list(shape), generator=generator)
+    if name.endswith("mask"):
+        return torch.ones(list(shape), dtype=getattr(torch, dtype))
+    if name.endswith("token_type_ids"):
+        return torch.zeros(list(shape), dtype=torch.int64)
+    raise UsageError(f"Random samples cannot be made for the input {name}. Give samples (`--inputs FILE.npz`).")
 
 
 def deciding(session: OnnxSession, decisions: Sequence[str]) -> OnnxSession:

@@ -146,8 +146,9 @@ def _proof_batches(program: Program, samples: Sequence[Mapping[str, Tensor]] | N
     if program.model is None or not hasattr(program.model, "config"):
         return batches
     shapes = {name: tuple(tensor.shape) for name, tensor in program.inputs.items()}
+    dtypes = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in program.inputs.items()}
     try:
-        return [*batches, *random_batches(program.model, shapes)]
+        return [*batches, *random_batches(program.model, shapes, dtypes)]
     except UsageError:  # inputs that nobody can make up
         return batches
 

@@ -210,7 +210,7 @@ class _Reduce(_Emitter):
         assert carrier is not None
         dim, axis = self._token_dim(walk, carrier)
         self.epochs = {**walk.at(attention.key_dim), **walk.at(Dim(carrier, dim))}
-        walk.batch = walk.batch or Dim(carrier, 0)
+        walk.batch = walk.batch or Dim(carrier, 1 - dim)
         if not self._plan(walk):
             return
         pieces = walk.pieces(carrier, dim)
@@ -218,8 +218,13 @@ class _Reduce(_Emitter):
         carries = self.insertions.schedule.semantics != "paper"
         readers = self._readers()
         weights = {s: self.weights(walk, s, self._epoch(s), readers) if carries else None for s in attention.streams}
+        if dim == 0:
+            # A tower that runs with its tokens in front; reducers take the batch there.
+            pieces = {name: walk.call(aten.transpose.int, piece, 0, 1) for name, piece in pieces.items()}
         results = {s: self._reduce(walk, s, pieces.get(s), weights) for s in self.site.reducers}
         new = [results[name][TOKENS] if name in results else piece for name, piece in pieces.items()]
+        if dim == 0:
+            new = [walk.call(aten.transpose.int, piece, 0, 1) for piece in new]
         walk.env[carrier] = walk.call(aten.cat.default, new, dim) if len(new) > 1 else new[0]
         made = {s: self._step(walk, s, result) for s, result in results.items()}
         walk.bump(Dim(carrier, dim), {s: epoch for s, epoch in made.items() if s in axis.streams})
@@ -263,10 +268,10 @@ class _Reduce(_Emitter):
     def _token_dim(self, walk: Rewriter, carrier: fx.Node) -> tuple[int, Tokens]:
         axes = walk.annotation.axes(carrier)
         dims = [(i, a) for i, a in enumerate(axes) if isinstance(a, Tokens)]
-        if len(axes) != 3 or len(dims) != 1 or dims[0][0] != 1:
+        if len(axes) != 3 or len(dims) != 1 or dims[0][0] > 1:
             raise LocateError(
                 f"The carrier of {self.attention.site}, {describe(carrier)}, has axes "
-                f"({', '.join(map(str, axes))}); expected [batch, tokens, width]."
+                f"({', '.join(map(str, axes))}); expected [batch, tokens, width] or [tokens, batch, width]."
             )
         return dims[0]
 
