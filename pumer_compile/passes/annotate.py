@@ -309,6 +309,6 @@ def _check_covered(annotation: Annotation, node: fx.Node) -> None:
                     continue
                 raise NoRuleError(
                     f"No rule says how {describe(node)} carries the token axis {kind} of its input "
-                    f"{source.name} (dimension {index}). Add a rule for {node.target} to "
-                    "pumer_compile/passes/rules.py, with a test."
+                    f"{source.name} (dimension {index}). Add a rule for {node.target}: one function and one test "
+                    "(docs/adding-a-rule.md; the table is pumer_compile/passes/rules.py)."
                 )
