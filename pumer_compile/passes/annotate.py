@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from ..errors import AxisError, NoRuleError
+from . import positional as _positional  # noqa: F401  (importing it registers its rules)
 from .axes import (
     Axis,
     AxisConflict,
@@ -36,7 +37,7 @@ from .axes import (
     same_size,
     unify,
 )
-from .graph import depends_on_input, describe, values
+from .graph import after_attention, ancestors, depends_on_input, describe, values
 from .rules import rule_for
 
 
@@ -246,14 +247,27 @@ def _adopt_learned(annotation: Annotation, node: fx.Node, concat: Concat) -> Non
     for part in concat.parts:
         for leaf in annotation._axes[part].leaves():
             if leaf.stream is None and depends_on_input(part.node):
+                if _derived(annotation, part.node, stream):
+                    return  # a summary of the stream, beside it: a segment of no stream
                 raise AxisError(
                     f"{describe(node)} joins tokens of {stream} with {leaf.size} tokens of unknown origin "
                     f"(from {part.node.name}). Name the stream of the input they come from: "
                     f"`streams={{input: name}}`."
                 )
+    if any(after_attention(part.node) for part in concat.parts):
+        return  # latents that join a finished tower are no part of it
     for leaf in leaves:
         if leaf.stream is None:
             leaf.stream, leaf.learned = stream, True
+
+
+def _derived(annotation: Annotation, node: fx.Node, stream: str) -> bool:
+    """Whether a value is computed from tokens of a stream."""
+    for source in ancestors(node):
+        dims = [Dim(source, i, o) for o, v in enumerate(values(source)) for i in range(v.dim())]
+        if any(leaf.stream == stream for dim in dims for leaf in annotation._axes[dim].leaves()):
+            return True
+    return False
 
 
 def _stream_groups(annotation: Annotation, concats: list[Concat]) -> list[tuple[str, list[Axis]]]:

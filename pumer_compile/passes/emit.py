@@ -131,10 +131,12 @@ class _PublishedSoftmax(_Emitter):
 
     def _check(self) -> None:
         attention = self.attention
-        if attention.unusual:
+        by_query = [mask.node.name for mask in attention.masks if mask.by_query]
+        why = attention.unusual or (f"its mask {by_query[0]} differs from query to query" if by_query else "")
+        if why:
             raise LocateError(
-                f"The attention {attention.described} cannot have the published softmax, because "
-                f"{attention.unusual}. Use semantics `paper` or `safe`."
+                f"The attention {attention.described} cannot have the published softmax, because {why}. Use semantics "
+                "`paper` or `safe`."
             )
         if len(shape(attention.query)) != 4:
             raise LocateError(

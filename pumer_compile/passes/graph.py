@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, fx
@@ -54,18 +54,32 @@ def describe(node: fx.Node) -> str:
     return f"{node.target} (node {node.name}{''.join(', ' + w for w in where)})"
 
 
-def _reaches(node: fx.Node, ops: set[str]) -> bool:
+_LIKE = {"zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty"}
+_TAKES_FIRST = {"type_as", "expand_as", "view_as", "reshape_as", "_to_copy"}
+
+
+def content_inputs(node: fx.Node) -> list[fx.Node]:
+    """The inputs whose numbers a node's value depends on, and not only whose shape, dtype or device."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return node.all_input_nodes
+    name = node.target.overloadpacket.__name__
+    if name in _LIKE or name == "sym_size":
+        return []
+    if name in _TAKES_FIRST or node.target is torch.ops.aten.to.other:
+        return [x for x in node.args[:1] if isinstance(x, fx.Node)]
+    return node.all_input_nodes
+
+
+def _reaches(node: fx.Node, wanted: Callable[[fx.Node], bool]) -> bool:
     stack, seen = [node], set()
     while stack:
         current = stack.pop()
         if current in seen:
             continue
         seen.add(current)
-        if current.op in ops:
+        if wanted(current):
             return True
-        # A size read from an input is a number, not its content.
-        if current.target is not torch.ops.aten.sym_size.int:
-            stack.extend(current.all_input_nodes)
+        stack.extend(content_inputs(current))
     return False
 
 
@@ -83,18 +97,21 @@ def ancestors(node: fx.Node) -> set[fx.Node]:
 
 def depends_on_input(node: fx.Node) -> bool:
     """Whether a value is computed from the content of any input."""
-    return _reaches(node, {"placeholder"})
+    return _reaches(node, lambda n: n.op == "placeholder")
 
 
 def depends_on_parameter(node: fx.Node) -> bool:
     """Whether a value is computed from any learned parameter."""
-    stack, seen = [node], set()
-    while stack:
-        current = stack.pop()
-        if current in seen:
-            continue
-        seen.add(current)
-        if current.op == "get_attr" and isinstance(attribute(current), torch.nn.Parameter):
-            return True
-        stack.extend(current.all_input_nodes)
-    return False
+    return _reaches(node, lambda n: n.op == "get_attr" and isinstance(attribute(n), torch.nn.Parameter))
+
+
+_ATTENTION = {
+    torch.ops.aten.softmax.int,
+    torch.ops.aten._softmax.default,
+    torch.ops.aten.scaled_dot_product_attention.default,
+}
+
+
+def after_attention(node: fx.Node) -> bool:
+    """Whether a value is computed from the output of any attention."""
+    return _reaches(node, lambda n: n.target in _ATTENTION)

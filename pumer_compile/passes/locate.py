@@ -11,8 +11,8 @@ from torch import Tensor, fx
 from ..errors import LocateError
 from ..reducers.align import MaskKind
 from .annotate import Annotation
-from .axes import Dim, Tokens
-from .graph import ancestors, depends_on_parameter, module_path, values
+from .axes import Dim, Tokens, same_size
+from .graph import ancestors, content_inputs, depends_on_parameter, module_path, values
 from .rules import argument, aten, broadcast, rule_for, shape, wrap
 
 _PRODUCTS = {aten.matmul.default, aten.bmm.default}
@@ -55,6 +55,11 @@ class Mask:
 
     node: fx.Node
     kind: MaskKind
+
+    @property
+    def by_query(self) -> bool:
+        """Whether it may differ from query to query, as a causal mask does."""
+        return not _alike_for_queries(self.node)
 
 
 @dataclass(frozen=True)
@@ -338,6 +343,21 @@ def _data(node: fx.Node) -> bool:
     return bool(values(node)) and bool(shape(node)) and not depends_on_parameter(node)
 
 
+def _alike_for_queries(node: fx.Node) -> bool:
+    """Whether a value is the same along its last dimension but one: of size 1, or stretched from that."""
+    while values(node):
+        sizes = shape(node)
+        if len(sizes) < 2 or same_size(sizes[-2], 1):
+            return True
+        if node.target in (aten.expand.default, *_KEEPS_VALUES):
+            node = node.all_input_nodes[0]
+        elif node.op == "call_function" and _is_pointwise(node):
+            return all(_alike_for_queries(n) for n in content_inputs(node) if values(n))
+        else:
+            return not content_inputs(node) and node.op == "call_function"  # a constant fill
+    return False
+
+
 def mask_kinds(attentions: list[Attention]) -> dict[fx.Node, MaskKind]:
     """Every mask, and every value that is only reshaped into one, with how it reads."""
     kinds: dict[fx.Node, MaskKind] = {}
@@ -380,7 +400,7 @@ def _carrier(context: fx.Node, annotation: Annotation) -> tuple[fx.Node | None, 
         if len(users) != 1:
             return None, f"{node.name} has {len(users)} uses and none of them is a residual addition"
         (user,) = users
-        if user.target in _LINEAR and user.args[0] is node:
+        if user.target in _LINEAR and user.args[user.target is aten.addmm.default] is node:
             projected = True
         elif user.target not in _RESHAPES and not (user.op == "call_function" and _is_pointwise(user)):
             return None, f"{user.name} ({user.target}) stands between the attention and a residual addition"

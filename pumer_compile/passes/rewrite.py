@@ -43,7 +43,7 @@ from .axes import (
     Total,
     same_size,
 )
-from .graph import ancestors, attribute, depends_on_parameter, describe, module_path, values
+from .graph import ancestors, attribute, content_inputs, depends_on_parameter, describe, module_path, values
 from .rules import aten, overloads, shape
 
 Epochs = dict[str, int]
@@ -601,7 +601,7 @@ def _is_feature(node: fx.Node, features: set[fx.Node]) -> bool:
     floats = bool(values(node)) and values(node)[0].is_floating_point()
     if node.op == "get_attr":
         return floats and isinstance(attribute(node), nn.Parameter)
-    return floats and any(n in features for n in node.all_input_nodes)
+    return floats and any(n in features for n in content_inputs(node))
 
 
 def _keep_buffers_transient(module: fx.GraphModule, source: fx.GraphModule) -> None:

@@ -148,12 +148,20 @@ def size_literals(node: fx.Node, arg: int, sizes: Any) -> Iterator[Constraint]:
 @rule(
     *overloads("to alias detach detach_ clone contiguous lift_fresh_copy lift_fresh dropout feature_dropout"),
     *overloads("_to_copy __and__ __or__ type_as zeros_like ones_like full_like empty_like"),
-    *overloads("masked_fill masked_fill_ where expand_as"),
+    *overloads("masked_fill masked_fill_ where expand_as copy_"),
 )
 def pointwise(node: fx.Node) -> Iterator[Constraint]:
     """Each element on its own; inputs broadcast."""
     for x in tensors(node):
         yield from broadcast(x, node)
+
+
+@rule(aten.isin.Tensor_Tensor)
+def isin(node: fx.Node) -> Iterator[Constraint]:
+    """Whether each element is among those of a set, which has no order."""
+    elements, members = node_arg(node, 0), node_arg(node, 1)
+    yield from broadcast(elements, node)
+    yield from (Reduce(Dim(members, i)) for i in range(len(shape(members))))
 
 
 @rule(aten.softmax.int, aten._softmax.default, aten.log_softmax.int, aten.cumsum.default)
@@ -276,7 +284,7 @@ def squeeze(node: fx.Node) -> Iterator[Constraint]:
     yield from (Reduce(Dim(x, i)) for i in range(len(sizes)) if i not in kept)
 
 
-@rule(aten.expand.default)
+@rule(aten.expand.default, aten.broadcast_to.default)
 def expand(node: fx.Node) -> Iterator[Constraint]:
     yield from broadcast(node_arg(node, 0), node)
     yield from size_literals(node, 1, list_arg(node, 1))
@@ -296,8 +304,9 @@ def repeat(node: fx.Node) -> Iterator[Constraint]:
 
 @rule(aten.cat.default)
 def cat(node: fx.Node) -> Iterator[Constraint]:
-    parts: list[fx.Node] = list_arg(node, 0)
     rank = len(shape(node))
+    # `cat` skips an empty vector whatever the shape of the others: a cache before its first keys.
+    parts: list[fx.Node] = [p for p in list_arg(node, 0) if shape(p) != (0,) or rank == 1]
     dim = wrap(int_arg(node, 1, "dim", 0), rank)
     yield Concat(Dim(node, dim), tuple(Dim(p, dim) for p in parts))
     for part in parts:
@@ -505,7 +514,7 @@ def linear(node: fx.Node) -> Iterator[Constraint]:
     yield from keep_dims(x, node, ((i, i) for i in range(rank - 1)))
     yield Same(Dim(x, rank - 1), Dim(weight, 1), aligns=False)
     yield Same(Dim(weight, 0), Dim(node, rank - 1))
-    if rank == 3 and x.op == "placeholder":
+    if rank == 3 and _straight_from_input(x):
         # A feature matrix, one row for each region or patch of an image.
         yield Seed((Dim(x, 1),), "image")
 
@@ -581,7 +590,7 @@ def sdpa(node: fx.Node) -> Iterator[Constraint]:
                 yield Same(Dim(mask, i), Dim(node, j))
 
 
-@rule(aten.conv2d.default)
+@rule(aten.conv2d.default, aten.conv2d.padding)
 def conv2d(node: fx.Node) -> Iterator[Constraint]:
     """A patch convolution (stride = kernel, no padding) makes a grid of image tokens."""
     x, weight = node_arg(node, 0), node_arg(node, 1)
@@ -589,8 +598,10 @@ def conv2d(node: fx.Node) -> Iterator[Constraint]:
     yield Same(Dim(weight, 0), Dim(node, 1))
     yield from (Opaque(Dim(x, i)) for i in (1, 2, 3))
     stride = list_arg(node, 3, "stride", [1, 1])
-    padding = list_arg(node, 4, "padding", [0, 0])
-    if stride == list(shape(weight)[2:]) and max(stride) > 1 and not any(padding):
+    stride = stride * 2 if len(stride) == 1 else stride
+    padding = argument(node, 4, "padding", [0, 0])
+    unpadded = padding == "valid" if isinstance(padding, str) else not any(padding)
+    if stride == list(shape(weight)[2:]) and max(stride) > 1 and unpadded:
         yield Seed((Dim(node, 2), Dim(node, 3)), "image")
 
 
