@@ -226,7 +226,7 @@ class _Reduce(_Emitter):
         results = {s: self._reduce(walk, s, pieces.get(s), weights) for s in self.site.reducers}
         new = [results[name][TOKENS] if name in results else piece for name, piece in pieces.items()]
         if dim == 0:
-            new = [walk.call(aten.transpose.int, piece, 0, 1) for piece in new]
+            new = [walk.call(aten.contiguous.default, walk.call(aten.transpose.int, piece, 0, 1)) for piece in new]
         walk.env[carrier] = walk.call(aten.cat.default, new, dim) if len(new) > 1 else new[0]
         made = {s: self._step(walk, s, result) for s, result in results.items()}
         walk.bump(Dim(carrier, dim), {s: epoch for s, epoch in made.items() if s in axis.streams})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -115,3 +116,38 @@ _ATTENTION = {
 def after_attention(node: fx.Node) -> bool:
     """Whether a value is computed from the output of any attention."""
     return _reaches(node, lambda n: n.target in _ATTENTION)
+
+
+def constant_value(node: fx.Node) -> Tensor | None:
+    """The value of a node that depends on no input's content, computed; None where a symbolic size is in the way."""
+    known: dict[fx.Node, Any] = {}
+
+    def run(current: fx.Node) -> Any:
+        if current not in known:
+            if current.op == "get_attr":
+                known[current] = attribute(current)
+            elif current not in needed:  # only its shape and dtype are asked for
+                (value,) = values(current)
+                known[current] = torch.zeros([int(n) for n in value.shape], dtype=value.dtype)
+            else:
+                args = fx.map_arg(current.args, run)
+                kwargs = fx.map_arg(current.kwargs, run)
+                known[current] = current.target(*args, **kwargs)  # type: ignore[operator]  # an operator, as it is needed
+        return known[current]
+
+    needed = {node}
+    stack = [node]
+    while stack:
+        for source in content_inputs(stack.pop()):
+            if source not in needed:
+                needed.add(source)
+                stack.append(source)
+    if any(n.op == "call_function" and not all(map(_static, values(n))) for n in needed):
+        return None
+    with torch.no_grad():
+        result = run(node)
+    return result if isinstance(result, Tensor) else None
+
+
+def _static(value: Tensor) -> bool:
+    return all(isinstance(size, int) for size in value.shape)

@@ -12,7 +12,15 @@ from ..errors import LocateError
 from ..reducers.align import MaskKind
 from .annotate import Annotation
 from .axes import Dim, Tokens, same_size
-from .graph import ancestors, content_inputs, depends_on_parameter, module_path, values
+from .graph import (
+    ancestors,
+    constant_value,
+    content_inputs,
+    depends_on_input,
+    depends_on_parameter,
+    module_path,
+    values,
+)
 from .rules import argument, aten, broadcast, rule_for, shape, wrap
 
 _PRODUCTS = {aten.matmul.default, aten.bmm.default}
@@ -351,10 +359,12 @@ def _alike_for_queries(node: fx.Node) -> bool:
             return True
         if node.target in (aten.expand.default, *_KEEPS_VALUES):
             node = node.all_input_nodes[0]
-        elif node.op == "call_function" and _is_pointwise(node):
-            return all(_alike_for_queries(n) for n in content_inputs(node) if values(n))
+        elif not depends_on_input(node):
+            constant = constant_value(node)
+            return constant is not None and bool((constant == constant[..., :1, :]).all())
         else:
-            return not content_inputs(node) and node.op == "call_function"  # a constant fill
+            pointwise = node.op == "call_function" and _is_pointwise(node)
+            return pointwise and all(_alike_for_queries(n) for n in content_inputs(node) if values(n))
     return False
 
 

@@ -353,8 +353,8 @@ class Rewriter:
                 self._concat(node, result, parts)
             case Reshape(sources, results):
                 self._reshape(node, sources, results)
-            case Slice(source, result):
-                if self.at(source):
+            case Slice(source, result, start, stop):
+                if self.at(source) and not self._first_token(source, start, stop):
                     self._check_whole(node, result)
                     streams = self._streams(result)
                     self._set(result, {s: e for s, e in self.at(source).items() if s in streams})
@@ -439,8 +439,10 @@ class Rewriter:
                 sizes[item] = size if isinstance(size, int) else -1
                 self._set_arg(new, arg, sizes)
             case Slice(source, _, start, stop, start_arg, stop_arg) if self.at(source):
-                self._set_arg(new, start_arg, self._moved(node, source, start))
-                self._set_arg(new, stop_arg, self._moved(node, source, stop))
+                first = self._first_token(source, start, stop)
+                moved = self._moved(node, source, start, first_token=first)
+                self._set_arg(new, start_arg, moved)
+                self._set_arg(new, stop_arg, moved + 1 if first else self._moved(node, source, stop))
             case Select(source, index, arg) if self.at(source):
                 self._set_arg(new, arg, self._moved(node, source, index, first_token=True))
             case _:
@@ -478,6 +480,16 @@ class Rewriter:
             "tokens (`paper`) not even that one. Move the site behind it, or leave "
             "this output out."
         )
+
+    def _first_token(self, source: Dim, start: int, stop: int) -> bool:
+        """Whether a slice is the first token alone of a stream that a reducer has changed."""
+        kind, position = self.annotation.axis(source), 0
+        assert isinstance(kind, Tokens)
+        for segment in kind.segments:
+            if position == start and segment.stream and self.at(source).get(segment.stream, 0):
+                return stop == start + 1 < start + segment.length
+            position += segment.length
+        return False
 
     # --- alignment ------------------------------------------------------------------------------------------
 

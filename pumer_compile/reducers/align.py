@@ -35,13 +35,16 @@ class AlignAxis(nn.Module):
             value: any rank of at least 2, batch (or 1) first.
             maps: one for each reduced segment, `[batch, after, before]`, float32.
         """
+        if self.mode == "mean" and self.dim == 1 and value.dim() == 3 and len(self.pieces) == 1:
+            return (maps[0] @ value.float()).to(value.dtype)
         moved = value.movedim(self.dim, -1)
         moved = moved.exp() if self.mode == "log_mean_exp" else moved
         parts, remaining = [], list(maps)
         for part, (_, reduced) in zip(moved.split([n for n, _ in self.pieces], -1), self.pieces, strict=True):
             parts.append(_along_last(part, remaining.pop(0)) if reduced else part.expand(_batched(part, maps)))
         result = torch.cat([p.float() for p in parts], -1) if len(parts) > 1 else parts[0].float()
-        return self._back(result, value.dtype).movedim(-1, self.dim)
+        # Contiguous, as the captured value was: a `view` of it must not fail.
+        return self._back(result, value.dtype).movedim(-1, self.dim).contiguous()
 
     def _back(self, result: Tensor, dtype: torch.dtype) -> Tensor:
         if self.mode == "any":
