@@ -3,6 +3,8 @@
 BIN := .venv/bin
 STAMP := .venv/.installed
 BENCHMARK ?= benchmarks/vilt_b32.py
+# Test processes: one for each core.
+JOBS ?= auto
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint bench clean
@@ -19,7 +21,7 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	@echo "==> pytest"
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	@echo "==> ruff check"
