@@ -161,8 +161,9 @@ def explain_inputs(model: nn.Module, sample: Mapping[str, Tensor]) -> str:
     config = getattr(model, "config", None)
     if config is None:
         return ""
+    packed = {"image_grid_thw", "spatial_shapes"} & set(forward_inputs(model))  # patches come as rows
     for key, rank in _USUAL_RANK.items():
-        if key in sample and sample[key].ndim != rank:
+        if key in sample and sample[key].ndim != rank and not (packed and key.startswith("pixel")):
             return f"{key} should have {rank} dimensions and has {sample[key].ndim}"
     text = {key: sample[key].shape[1] for key in _TEXT_INPUTS if key in sample}
     if len(set(text.values())) > 1:

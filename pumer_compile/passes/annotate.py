@@ -224,8 +224,10 @@ def _check_separate_texts(annotation: Annotation) -> None:
 def _name_streams(annotation: Annotation) -> None:
     """Adopt learned tokens joined to one stream, and name the streams in order of appearance."""
     concats = [(n, c) for n, cs in annotation.constraints.items() for c in cs if isinstance(c, Concat)]
-    for node, concat in concats:
-        _adopt_learned(annotation, node, concat)
+    # All are checked before any learned token is adopted: a mask may be joined before the tokens it belongs to.
+    adopting = [concat for node, concat in concats if _joins_learned(annotation, node, concat)]
+    for concat in adopting:
+        _adopt_learned(annotation, concat)
     groups = _stream_groups(annotation, [c for _, c in concats])
     counts: dict[str, int] = {}
     for base, leaves in groups:
@@ -238,24 +240,33 @@ def _name_streams(annotation: Annotation) -> None:
         annotation._names.update(dict.fromkeys(leaves, name))
 
 
-def _adopt_learned(annotation: Annotation, node: fx.Node, concat: Concat) -> None:
-    leaves = annotation._axes[concat.result].leaves()
-    found = {leaf.stream for leaf in leaves if leaf.stream}
-    if len(found) != 1:
-        return
-    (stream,) = found
+def _joins_learned(annotation: Annotation, node: fx.Node, concat: Concat) -> bool:
+    """Whether a `cat` joins learned tokens to one stream, before its first attention.
+
+    Raises:
+        AxisError: it joins tokens of unknown origin to a stream.
+    """
+    streams = {leaf.stream for leaf in annotation._axes[concat.result].leaves() if leaf.stream}
+    if len(streams) != 1:
+        return False
+    (stream,) = streams
     for part in concat.parts:
         for leaf in annotation._axes[part].leaves():
             if leaf.stream is None and depends_on_input(part.node):
                 if _derived(annotation, part.node, stream):
-                    return  # a summary of the stream, beside it: a segment of no stream
+                    return False  # a summary of the stream, beside it: a segment of no stream
                 raise AxisError(
                     f"{describe(node)} joins tokens of {stream} with {leaf.size} tokens of unknown origin "
                     f"(from {part.node.name}). Name the stream of the input they come from: "
                     f"`streams={{input: name}}`."
                 )
-    if any(after_attention(part.node) for part in concat.parts):
-        return  # latents that join a finished tower are no part of it
+    # Latents that join a finished tower are no part of it.
+    return not any(after_attention(part.node) for part in concat.parts)
+
+
+def _adopt_learned(annotation: Annotation, concat: Concat) -> None:
+    leaves = annotation._axes[concat.result].leaves()
+    stream = next(leaf.stream for leaf in leaves if leaf.stream)
     for leaf in leaves:
         if leaf.stream is None:
             leaf.stream, leaf.learned = stream, True

@@ -79,6 +79,7 @@ def plan_insertions(annotation: Annotation, attentions: list[Attention], schedul
     for attention, site in chosen:
         check_site(annotation, attention, site)
     _check_masks(attentions[attentions.index(chosen[0][0]) :])
+    _check_order(attentions, chosen)
     published = schedule.method == "pumer" and schedule.semantics == "reference"
     softmaxes = attentions_in(attentions, cross_modal_layers(attentions)) if published else []
     sites = [SiteInsertion(attention, site) for attention, site in chosen]
@@ -100,6 +101,21 @@ def _check_masks(attentions: list[Attention]) -> None:
             )
 
 
+def _check_order(attentions: list[Attention], chosen: list[tuple[Attention, Site]]) -> None:
+    """Words that may see only those before them cannot merge: a word would see what comes after it."""
+    for site, budgets in chosen:
+        if budgets.merge.text == 0:
+            continue
+        for attention in attentions[attentions.index(site) :]:
+            mask = next((mask for mask in attention.masks if mask.by_query), None)
+            if mask is not None and attention.query_axis.streams and attention.key_axis == attention.query_axis:
+                raise LocateError(
+                    f"Site {site.described} merges text tokens, but the mask {mask.node.name} of the attention "
+                    f"{attention.described} differs from query to query, as a causal mask does, and merged tokens have "
+                    "no order. Set `merge: {text: 0}`; the image may be reduced."
+                )
+
+
 def check_site(annotation: Annotation, attention: Attention, site: Site) -> None:
     """Whether a site has what its budgets need.
 
@@ -113,6 +129,13 @@ def check_site(annotation: Annotation, attention: Attention, site: Site) -> None
         raise LocateError(
             f"Site {attention.described} has queries of shape {list(shape(attention.query))}; a reducer reads "
             "[batch, heads, tokens, head size]. Use a model whose attention keeps heads in a dimension of their own."
+        )
+    parts = [s for axis in (attention.query_axis, attention.key_axis) for s in axis.segments if not s.whole]
+    if parts:
+        raise LocateError(
+            f"Site {attention.described} is attention from {attention.query_axis} to {attention.key_axis}, where "
+            f"{parts[0].length} of the {annotation.streams[parts[0].stream or '']} {parts[0].stream} tokens stand "
+            "apart (learned queries, say); a reducer takes a stream whole."
         )
     queries, keys = modalities(annotation, attention.query_axis), modalities(annotation, attention.key_axis)
     if attention.cross_modal and "text" not in queries and "image" not in keys:
