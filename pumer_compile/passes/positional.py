@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 
 from torch import fx
 
-from .axes import Constraint, Dim, Opaque, Reduce, Same, same_size
+from .axes import Constraint, Dim, Opaque, Reduce, Same, Seed, same_size
 from .graph import values
 from .rules import (
     _reduced,
@@ -76,18 +76,27 @@ def pad(node: fx.Node) -> Iterator[Constraint]:
     *overloads("upsample_nearest1d _upsample_bilinear2d_aa _upsample_bicubic2d_aa pixel_shuffle pixel_unshuffle"),
 )
 def spatial(node: fx.Node) -> Iterator[Constraint]:
-    """Pools or resizes the dimensions after batch and channels."""
+    """Pools or resizes the dimensions after batch and channels: a new grid, where there are two."""
     x = node_arg(node, 0)
-    yield from by_position(node, x, range(2 if len(shape(x)) > 2 else 1, len(shape(x))))
+    rank = len(shape(x))
+    yield from by_position(node, x, range(2 if rank > 2 else 1, rank))
+    if rank == 4:
+        yield from (Seed((Dim(node, 2, o), Dim(node, 3, o)), "image") for o in range(len(values(node))))
 
 
-@rule(
-    *overloads("conv1d conv3d conv_transpose1d conv_transpose2d group_norm instance_norm batch_norm native_group_norm")
-)
-def over_channels(node: fx.Node) -> Iterator[Constraint]:
+@rule(*overloads("conv1d conv3d conv_transpose1d conv_transpose2d"))
+def neighbours(node: fx.Node) -> Iterator[Constraint]:
     """Mixes channels, and positions with their neighbours."""
     x = node_arg(node, 0)
     yield Same(Dim(x, 0), Dim(node, 0))
+    yield from (Opaque(Dim(x, i)) for i in range(1, len(shape(x))))
+
+
+@rule(*overloads("group_norm instance_norm batch_norm native_group_norm"))
+def over_channels(node: fx.Node) -> Iterator[Constraint]:
+    """Normalises channels, by statistics over positions unless they are fixed; positions stay where they are."""
+    x = node_arg(node, 0)
+    yield from (Same(Dim(x, i), Dim(node, i)) for i in range(len(shape(x))))
     yield from (Opaque(Dim(x, i)) for i in range(1, len(shape(x))))
 
 

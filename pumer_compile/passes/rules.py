@@ -592,17 +592,12 @@ def sdpa(node: fx.Node) -> Iterator[Constraint]:
 
 @rule(aten.conv2d.default, aten.conv2d.padding)
 def conv2d(node: fx.Node) -> Iterator[Constraint]:
-    """A patch convolution (stride = kernel, no padding) makes a grid of image tokens."""
+    """A convolution makes a grid; flattened, its cells are image tokens."""
     x, weight = node_arg(node, 0), node_arg(node, 1)
     yield Same(Dim(x, 0), Dim(node, 0))
     yield Same(Dim(weight, 0), Dim(node, 1))
     yield from (Opaque(Dim(x, i)) for i in (1, 2, 3))
-    stride = list_arg(node, 3, "stride", [1, 1])
-    stride = stride * 2 if len(stride) == 1 else stride
-    padding = argument(node, 4, "padding", [0, 0])
-    unpadded = padding == "valid" if isinstance(padding, str) else not any(padding)
-    if stride == list(shape(weight)[2:]) and max(stride) > 1 and unpadded:
-        yield Seed((Dim(node, 2), Dim(node, 3)), "image")
+    yield Seed((Dim(node, 2), Dim(node, 3)), "image")
 
 
 @rule(aten.sym_size.int)
