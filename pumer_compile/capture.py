@@ -102,9 +102,7 @@ def _from_module(model: nn.Module, inputs: Mapping[str, Tensor], dynamic_batch: 
     if dynamic_batch:
         sample, shapes = _symbolic_batch(sample)
     with left_as_found(model), quiet():
-        for module in model.modules():
-            # Not eval(): a model may override it with work that nothing undoes.
-            module.training = False
+        set_for_inference(model)
         try:
             exported = _export(model, sample, shapes)
             graph = plain_graph_module(exported)
@@ -113,6 +111,16 @@ def _from_module(model: nn.Module, inputs: Mapping[str, Tensor], dynamic_batch: 
         except Exception as error:
             raise _failure(model, sample, dynamic_batch, error) from error
     return Program(graph, sample, dynamic_batch, model)
+
+
+def set_for_inference(model: nn.Module) -> None:
+    """Put a model in eval mode, without its loss; `left_as_found` undoes it."""
+    for module in model.modules():
+        # Not eval(): a model may override it with work that nothing undoes.
+        module.training = False
+        config = getattr(module, "config", None)
+        if isinstance(config, PreTrainedConfig) and getattr(config, "return_loss", False):
+            config.return_loss = False  # transformers traces no loss
 
 
 def _export(model: nn.Module, sample: dict[str, Tensor], shapes: dict[str, Any] | None) -> ExportedProgram:

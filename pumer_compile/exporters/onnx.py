@@ -28,7 +28,7 @@ from transformers.exporters.configs import OnnxConfig
 from transformers.exporters.exporter_dynamo import DynamoExporter
 from transformers.exporters.exporter_onnx import OnnxExporter
 
-from ..capture import Program, batch_inputs, capture, left_as_found
+from ..capture import Program, batch_inputs, capture, left_as_found, set_for_inference
 from ..errors import ExportError, UsageError
 from ..files import content_name
 from ..loading import quiet
@@ -236,8 +236,7 @@ def _through_transformers(
             "transformers or leave --target out for portable ONNX."
         ) from error
     with left_as_found(model):
-        for module in model.modules():
-            module.training = False
+        set_for_inference(model)
         if hasattr(OnnxExporter, "export_program"):
             converted, _ = exporter.export_program(model, dict(program.inputs), config)
         else:  # transformers 5.17

@@ -196,6 +196,8 @@ def _seed(dims: list[Axis], stream: str) -> None:
                 raise AxisConflict(f"tokens of {leaf.stream} meet tokens of {stream}")
             leaf.stream = stream
         return
+    if not all(isinstance(axis.size, int) for axis in dims):
+        return  # a grid whose size depends on data
     grid = object()
     for index, axis in enumerate(dims):
         axis.grid = (grid, index, len(dims), stream)

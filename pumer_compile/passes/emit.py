@@ -172,10 +172,9 @@ class _ProportionalAttention(_Emitter):
         ]
         if not any(epochs.values()):
             return None
-        if len(shape(attention.query)) != 4 or "causal" in attention.unusual:
+        if "causal" in attention.unusual:
             raise LocateError(
-                f"The attention {attention.described} cannot weigh merged tokens by their sizes: its queries are "
-                f"{list(shape(attention.query))}{', and ' + attention.unusual if attention.unusual else ''}."
+                f"The attention {attention.described} cannot weigh merged tokens by their sizes: {attention.unusual}."
             )
         present = [
             size if size is not None else self.ones(walk, walk.length(s, epochs), walk.env[attention.query])
@@ -188,7 +187,8 @@ class _ProportionalAttention(_Emitter):
         given = new.args[position] if len(new.args) > position else new.kwargs.get("attn_mask")
         with walk.graph.inserting_before(new):
             name = f"reducer.sizes.{attention.name}"
-            biased = walk.call_module(name, SizeBias(), given if isinstance(given, fx.Node) else None, *present)
+            scores = given if isinstance(given, fx.Node) else None
+            biased = walk.call_module(name, SizeBias(), scores, walk.env[attention.query], *present)
         if attention.fused:
             new.kwargs = {**new.kwargs, "attn_mask": biased}
             new.args = (*new.args[:3], biased, *new.args[4:]) if len(new.args) > 3 else new.args

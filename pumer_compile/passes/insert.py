@@ -123,6 +123,11 @@ def check_site(annotation: Annotation, attention: Attention, site: Site) -> None
         LocateError: no carrier, no heads of their own, image-to-text attention.
         PlanError: a budget for tokens that it does not have.
     """
+    if not attention.query_axis.streams:
+        raise LocateError(
+            f"Site {attention.described} is attention of learned queries, {attention.query_axis}, to "
+            f"{attention.key_axis}: there is no stream of tokens to carry on. Choose a site before it."
+        )
     if attention.carrier is None:
         raise LocateError(f"Site {attention.described} has no residual value to reduce: {attention.no_carrier}.")
     if len(shape(attention.query)) != 4:

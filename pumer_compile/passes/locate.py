@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from ..errors import LocateError
 from ..reducers.align import MaskKind
 from .annotate import Annotation
-from .axes import Dim, Tokens, same_size
+from .axes import Dim, Fixed, Segment, Tokens, same_size
 from .graph import (
     ancestors,
     constant_value,
@@ -76,8 +76,8 @@ class Attention:
 
     Attributes:
         site: its address, `<group>.<index>` in execution order: `cross_modal`, or the stream a tower belongs
-            to (`vision` for image, else the stream's name). A layer that the model runs again on other inputs
-            (a second image) is the same site.
+            to (`vision` for image, else the stream's name), or `readout` where learned queries read a stream. A
+            layer that the model runs again on other inputs (a second image) is the same site.
         module: path of the module it came from.
         call: how many times the layer ran before, on other inputs.
         query: `[batch, heads, queries, head_size]`.
@@ -179,6 +179,8 @@ def choose(attentions: list[Attention], site: str) -> list[Attention]:
         return found
     groups: dict[str, int] = {}
     for attention in attentions:
+        if attention.site.startswith("readout."):
+            continue
         group = attention.site.partition(".")[0]
         groups[group] = groups.get(group, 0) + (attention.call == 0)
     have = ", ".join(f"{g}.0 to {g}.{n - 1}" if n > 1 else f"{g}.0" for g, n in groups.items())
@@ -200,13 +202,15 @@ def _match(node: fx.Node, annotation: Annotation, counts: dict[str, int], earlie
     rank = len(shape(parts.query))
     query_axis = annotation.axis(Dim(parts.query, rank - 2))
     key_axis = annotation.axis(Dim(*parts.key_dim))
-    if not isinstance(query_axis, Tokens) or not isinstance(key_axis, Tokens):
-        return None
-    if not key_axis.streams or not query_axis.streams:
+    if isinstance(query_axis, Fixed) and isinstance(query_axis.size, int):
+        query_axis = Tokens((Segment(None, query_axis.size),))
+    if not isinstance(query_axis, Tokens) or not isinstance(key_axis, Tokens) or not key_axis.streams:
         return None
     modalities = tuple(tuple(sorted({annotation.modality[s] for s in axis.streams})) for axis in (query_axis, key_axis))
     together = sorted({m for group in modalities for m in group})
     group = "cross_modal" if len(together) > 1 else {"image": "vision"}.get(together[0], together[0])
+    if not query_axis.streams:
+        group = "readout"
     carrier, why = _carrier(parts.context, annotation)
     path = module_path(node)
     again = _same_layer(path, parts.query, modalities, annotation, earlier)

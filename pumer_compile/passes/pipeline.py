@@ -207,7 +207,7 @@ def tokens_after_layers(
     """Tokens by stream after every attention node, by its address (and `@1` where its layer runs again)."""
     after = {plan.name: plan.after for _, plan in insertions.done}
     layers: dict[str, dict[str, int]] = {}
-    for attention in attentions:
+    for attention in (a for a in attentions if a.query_axis.streams):
         counts: dict[str, int] = {}
         for axis, dim in ((attention.query_axis, attention.query_dim), (attention.key_axis, attention.key_dim)):
             counts.update({s.stream: walk.length(s, walk.at(dim)) for s in axis.segments if s.stream})

@@ -56,7 +56,7 @@ class AlignAxis(nn.Module):
             return result.round().to(dtype)
         if self.mode == "log_mean_exp":
             # A token of masked ones has log(0): the dtype's lowest value masks without making a row NaN.
-            return result.log().clamp(min=torch.finfo(dtype).min).to(dtype)
+            return result.log().to(dtype).clamp(min=torch.finfo(dtype).min)
         return result.to(dtype)
 
 

@@ -38,16 +38,22 @@ class TextRowsAttention(nn.Module):
 class SizeBias(nn.Module):
     """Proportional attention (ToMe, section 3.3): a key that stands for s tokens counts s times, `scores + log(s)`."""
 
-    def forward(self, scores: Tensor | None, *sizes: Tensor) -> Tensor:
+    def forward(self, scores: Tensor | None, like: Tensor, *sizes: Tensor) -> Tensor:
         """Scores, or a mask to add to them, with the logarithm of the sizes.
 
         Args:
-            scores: `[..., keys]`, or a boolean mask (true: attend); None without a mask.
+            scores: `[batch, heads, queries, keys]` or `[batch x heads, queries, keys]`, or a boolean mask (true:
+                attend); None without a mask.
+            like: the queries, whose dtype the result has.
             sizes: `[batch, n]` each, side by side along the keys; below 1 (padding, which a mask hides) counts as 1.
         """
-        bias = torch.cat(sizes, 1).float().clamp(min=1).log().unsqueeze(1).unsqueeze(1)
+        bias = torch.cat(sizes, 1).float().clamp(min=1).log().unsqueeze(1)
+        if like.dim() == 3:
+            bias = bias.repeat_interleave(like.shape[0] // bias.shape[0], 0)
+        else:
+            bias = bias.unsqueeze(1)
         if scores is None:
-            return bias
+            return bias.to(like.dtype)
         if scores.dtype == torch.bool:
-            return torch.where(scores, bias, float("-inf"))
-        return (scores.float() + bias).to(scores.dtype)
+            return torch.where(scores, bias, float("-inf")).to(like.dtype)
+        return (scores.to(bias.dtype if scores.dtype != torch.float64 else scores.dtype) + bias).to(like.dtype)
