@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from math import prod
 
 import torch
 from torch import Tensor, fx
@@ -72,6 +73,16 @@ class Annotation:
         if a not in self._axes or b not in self._axes:
             return a == b
         return self._axes[a].leaves() == self._axes[b].leaves()
+
+    def folded(self, whole: Dim, outer: Dim) -> int | None:
+        """How many positions of a flattened dimension go to each of its `outer` factor; None where that does not lead
+        its factors."""
+        leaves = self._axes[whole].leaves()
+        factors = leaves[0].factors if len(leaves) == 1 else None
+        if not factors or factors[0].leaves() != self._axes[outer].leaves():
+            return None
+        sizes = [factor.find().size for factor in factors[1:]]
+        return prod(size for size in sizes if isinstance(size, int)) if all(isinstance(s, int) for s in sizes) else None
 
     def _kind(self, axis: Axis) -> AxisKind:
         leaves = axis.leaves()

@@ -514,7 +514,7 @@ class Rewriter:
                 maps.append(self._map(segment.stream or "", old, new))
         mode = self._mode(node, source, kind, have, target)
         self.alignments += 1
-        module = AlignAxis(index, tuple(pieces), mode)
+        module = AlignAxis(index, tuple(pieces), mode, fold=self._fold(source) or 1)
         return self.call_module(f"reducer.align.{source.name}_{self.alignments}", module, value, *maps)
 
     def whole_streams(self, dim: Dim, node: fx.Node) -> Tokens:
@@ -525,14 +525,23 @@ class Rewriter:
         """
         source, kind = dim.node, self.annotation.axis(dim)
         assert self.batch is not None, "a reducer names the batch"
-        batched = same_size(shape(source)[0], 1) or self.annotation.same(Dim(source, 0), self.batch)
-        if isinstance(kind, Tokens) and all(s.whole for s in kind.segments) and dim.index > 0 and batched:
+        whole = isinstance(kind, Tokens) and all(s.whole for s in kind.segments)
+        if isinstance(kind, Tokens) and whole and dim.index > 0 and self._fold(source) is not None:
             return kind
         raise AxisError(
             f"{describe(node)} needs {source.name} at the tokens after a reducer, but its axis {kind} "
             f"(dimension {dim.index} of {list(shape(source))}) cannot be aligned: every sample keeps other tokens, so "
             "it takes whole streams behind a dimension that is the batch or 1."
         )
+
+    def _fold(self, source: fx.Node) -> int | None:
+        """How many rows of a value belong to each sample (heads folded into the batch, say); None where its first
+        dimension is not the batch."""
+        assert self.batch is not None
+        batch, first = shape(self.batch.node)[self.batch.index], Dim(source, 0)
+        if same_size(shape(source)[0], 1) or same_size(batch, 1) or self.annotation.same(first, self.batch):
+            return 1
+        return self.annotation.folded(first, self.batch)
 
     def _mode(self, node: fx.Node, source: fx.Node, kind: Tokens, have: Epochs, target: Epochs) -> AlignMode:
         dtype = values(source)[0].dtype

@@ -22,11 +22,12 @@ class AlignAxis(nn.Module):
         dim: the axis.
         pieces: its segments in order: tokens before, and whether the next map in `maps` applies to it.
         mode: how values combine.
+        fold: rows of the value for each sample, where heads are folded into its batch.
     """
 
-    def __init__(self, dim: int, pieces: tuple[tuple[int, bool], ...], mode: AlignMode) -> None:
+    def __init__(self, dim: int, pieces: tuple[tuple[int, bool], ...], mode: AlignMode, fold: int = 1) -> None:
         super().__init__()
-        self.dim, self.pieces, self.mode = dim, pieces, mode
+        self.dim, self.pieces, self.mode, self.fold = dim, pieces, mode, fold
 
     def forward(self, value: Tensor, *maps: Tensor) -> Tensor:
         """Align.
@@ -35,6 +36,8 @@ class AlignAxis(nn.Module):
             value: any rank of at least 2, batch (or 1) first.
             maps: one for each reduced segment, `[batch, after, before]`, float32.
         """
+        if self.fold > 1:
+            maps = tuple(map_.repeat_interleave(self.fold, 0) for map_ in maps)
         if self.mode == "mean" and self.dim == 1 and value.dim() == 3 and len(self.pieces) == 1:
             return (maps[0] @ value.float()).to(value.dtype)
         moved = value.movedim(self.dim, -1)
