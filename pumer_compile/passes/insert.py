@@ -79,7 +79,7 @@ def plan_insertions(annotation: Annotation, attentions: list[Attention], schedul
     for attention, site in chosen:
         check_site(annotation, attention, site)
     _check_masks(attentions[attentions.index(chosen[0][0]) :])
-    _check_order(attentions, chosen)
+    _check_order(annotation, attentions, chosen)
     published = schedule.method == "pumer" and schedule.semantics == "reference"
     softmaxes = attentions_in(attentions, cross_modal_layers(attentions)) if published else []
     sites = [SiteInsertion(attention, site) for attention, site in chosen]
@@ -101,14 +101,16 @@ def _check_masks(attentions: list[Attention]) -> None:
             )
 
 
-def _check_order(attentions: list[Attention], chosen: list[tuple[Attention, Site]]) -> None:
+def _check_order(annotation: Annotation, attentions: list[Attention], chosen: list[tuple[Attention, Site]]) -> None:
     """Words that may see only those before them cannot merge: a word would see what comes after it."""
     for site, budgets in chosen:
+        words = {stream for stream in site.streams if annotation.modality[stream] == "text"}
         if budgets.merge.text == 0:
             continue
         for attention in attentions[attentions.index(site) :]:
             mask = next((mask for mask in attention.masks if mask.by_query), None)
-            if mask is not None and attention.query_axis.streams and attention.key_axis == attention.query_axis:
+            over = words & set(attention.query_axis.streams) & set(attention.key_axis.streams)
+            if mask is not None and over:
                 raise LocateError(
                     f"Site {site.described} merges text tokens, but the mask {mask.node.name} of the attention "
                     f"{attention.described} differs from query to query, as a causal mask does, and merged tokens have "

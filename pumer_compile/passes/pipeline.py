@@ -109,9 +109,21 @@ def _rewrite(state: State) -> int:
     state.reduced = state.walk.run(actions_after(insertions), instead)
     if not insertions.done:
         raise PlanError("Every site of the schedule rounds to nothing pruned. Raise `prune`.")
+    _check_alive(insertions, state.reduced)
     _check_one_pass(state.attentions, insertions, state.walk)
     log.info("rewrite: %d literals changed, %d values aligned", state.walk.literals, state.walk.alignments)
     return sum(len(site.reducers) for site, _ in insertions.done)
+
+
+def _check_alive(insertions: Insertions, reduced: fx.GraphModule) -> None:
+    """Something must read what a site reduces."""
+    called = {str(node.target) for node in reduced.graph.nodes if node.op == "call_module"}
+    for site, plan in insertions.done:
+        if not any(name.startswith(f"reducer.{site.attention.name}.") for name in called):
+            raise PlanError(
+                f"Site {site.attention.described} reduces {' and '.join(site.reducers)} tokens that nothing reads after "
+                f"it ({plan.before} to {plan.after}). Leave it out, or choose an earlier one."
+            )
 
 
 def _check_one_pass(attentions: list[Attention], insertions: Insertions, walk: Rewriter) -> None:

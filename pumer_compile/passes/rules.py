@@ -306,7 +306,7 @@ def repeat(node: fx.Node) -> Iterator[Constraint]:
 def cat(node: fx.Node) -> Iterator[Constraint]:
     rank = len(shape(node))
     # `cat` skips an empty vector whatever the shape of the others: a cache before its first keys.
-    parts: list[fx.Node] = [p for p in list_arg(node, 0) if shape(p) != (0,) or rank == 1]
+    parts: list[fx.Node] = [p for p in list_arg(node, 0) if len(shape(p)) == rank]
     dim = wrap(int_arg(node, 1, "dim", 0), rank)
     yield Concat(Dim(node, dim), tuple(Dim(p, dim) for p in parts))
     for part in parts:
