@@ -121,8 +121,8 @@ def _check_alive(insertions: Insertions, reduced: fx.GraphModule) -> None:
     for site, plan in insertions.done:
         if not any(name.startswith(f"reducer.{site.attention.name}.") for name in called):
             raise PlanError(
-                f"Site {site.attention.described} reduces {' and '.join(site.reducers)} tokens that nothing reads after "
-                f"it ({plan.before} to {plan.after}). Leave it out, or choose an earlier one."
+                f"Site {site.attention.described} reduces {' and '.join(site.reducers)} tokens that nothing reads "
+                f"after it ({plan.before} to {plan.after}). Leave it out, or choose an earlier one."
             )
 
 
