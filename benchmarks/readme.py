@@ -21,6 +21,15 @@ def easy_vqa() -> str:
     return render_table(json.loads((ROOT / "examples/easy_vqa/results.json").read_text(encoding="utf-8")))
 
 
+def distillation() -> str:
+    """With and without a teacher."""
+    result = json.loads((ROOT / "examples/easy_vqa/distillation.json").read_text(encoding="utf-8"))
+    lines = ["| Strength | Weight of the teacher's loss | Test accuracy |", "| --- | ---: | ---: |"]
+    for row in result["rows"]:
+        lines.append(f"| {row['strength']} | {row['weight']:g} | {row['correct'] / row['total']:.2%} |")
+    return "\n".join(lines) + "\n"
+
+
 def vilt_b32() -> str:
     """The timing table."""
     result: dict[str, Any] = json.loads((ROOT / "benchmarks/results/vilt_b32_cpu.json").read_text(encoding="utf-8"))
@@ -55,7 +64,10 @@ def fill(text: str, name: str, content: str) -> str:
 def filled_readme() -> str:
     """The README as the results files say it should be."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    return fill(fill(text, "easy-vqa", easy_vqa()), "vilt-b32", vilt_b32())
+    sections = {"easy-vqa": easy_vqa(), "distillation": distillation(), "vilt-b32": vilt_b32()}
+    for name, content in sections.items():
+        text = fill(text, name, content)
+    return text
 
 
 if __name__ == "__main__":
