@@ -33,7 +33,7 @@ def _translator() -> Any:
 def callback() -> Any:
     """What stands for one call of `torch.compile`: the same object for all of its graphs. None where unknown."""
     output = getattr(_translator(), "output", None)
-    found = getattr(output, "compiler_fn", None)
+    found: Any = getattr(output, "compiler_fn", None)
     while hasattr(found, "_torchdynamo_orig_backend"):
         found = found._torchdynamo_orig_backend
     return found if hasattr(found, "compiler_fn") else None
@@ -50,6 +50,16 @@ def function() -> str:
         name, _, line = name.removeprefix(_REST_OF).rpartition("_at_")
         return f"what is left of {name} after the graph break at {code.co_filename}:{line}"
     return f"{name} at {where}"
+
+
+def break_after(module: fx.GraphModule) -> str:
+    """A sentence on the graph break behind a graph, or ''."""
+    reason: Any = getattr(module, "compile_subgraph_reason", None)
+    if not getattr(reason, "graph_break", False):
+        return ""
+    where = "".join(f" at {frame.filename}:{frame.lineno}" for frame in reason.user_stack[-1:])
+    why = next((line.strip() for line in reason.reason.splitlines() if line.strip()), "a graph break")
+    return f"Dynamo splits the function behind it{where} ({why})."
 
 
 def recompiles_left() -> int | None:
