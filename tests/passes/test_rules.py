@@ -434,6 +434,86 @@ CASES: dict[str, tuple[Any, list[str], Callable[..., tuple], list[str], set[str]
         ["2 4 4 4"],
         set(),
     ),
+    # by position: carried along other axes, an error along this one once a reducer has changed it
+    "isin": (aten.isin.Tensor_Tensor, [X, "image:5"], lambda x, s: (x, s), [f"2 {T} 8"], {"Reduce"}),
+    "sort": (aten.sort.default, [X], lambda x: (x, 1), ["2 7 8", "2 7 8"], {"Opaque"}),
+    "sort features": (aten.sort.default, [X], lambda x: (x, 2), [f"2 {T} 8", f"2 {T} 8"], set()),
+    "topk": (aten.topk.default, [X], lambda x: (x, 3, 1), ["2 3 8", "2 3 8"], {"Opaque"}),
+    "topk features": (aten.topk.default, [X], lambda x: (x, 3), [f"2 {T} 3", f"2 {T} 3"], set()),
+    "cummax": (aten.cummax.default, [X], lambda x: (x, 1), ["2 7 8", "2 7 8"], {"Opaque"}),
+    "roll": (aten.roll.default, [X], lambda x: (x, [1], [1]), ["2 7 8"], {"Opaque"}),
+    "roll features": (aten.roll.default, [X], lambda x: (x, [1], [-1]), [f"2 {T} 8"], set()),
+    "flip": (aten.flip.default, [X], lambda x: (x, [1]), ["2 7 8"], {"Opaque"}),
+    "flip features": (aten.flip.default, [X], lambda x: (x, [2]), [f"2 {T} 8"], set()),
+    "tril": (aten.tril.default, ["2 text:7 image:5"], lambda x: (x,), [f"2 {T} {P}"], {"Opaque"}),
+    "tril of features": (aten.tril.default, ["text:7 8 8"], lambda x: (x,), [f"{T} 8 8"], set()),
+    "pad tokens": (aten.constant_pad_nd.default, [X], lambda x: (x, [0, 0, 1, 0]), ["2 8 8"], {"Opaque"}),
+    "pad features": (aten.pad.default, [X], lambda x: (x, [0, 4]), [f"2 {T} 12"], set()),
+    "avg_pool2d": (aten.avg_pool2d.default, ["text:7 3 8 8"], lambda x: (x, [2, 2]), [f"{T} 3 4 4"], set()),
+    "avg_pool1d over tokens": (aten.avg_pool1d.default, ["2 8 text:6"], lambda x: (x, [2]), ["2 8 3"], {"Opaque"}),
+    "conv1d over tokens": (
+        aten.conv1d.default,
+        ["2 8 text:7", "4 8 3"],
+        lambda x, w: (x, w, None, [1], [1]),
+        ["2 4 7"],
+        {"Opaque"},
+    ),
+    "group_norm": (aten.group_norm.default, ["2 8 text:7"], lambda x: (x, 2), [f"2 8 {T}"], {"Opaque"}),
+    "grid_sampler": (
+        aten.grid_sampler.default,
+        ["2 3 8 8", "2 text:7 1 2"],
+        lambda x, g: (x, g, 0, 0, False),
+        [f"2 3 {T} 1"],
+        set(),
+    ),
+    "scatter over tokens": (
+        aten.scatter.value,
+        [X, "int 2 1 8"],
+        lambda x, i: (x, 1, i, 1.0),
+        ["2 7 8"],
+        {"Opaque"},
+    ),
+    "scatter over features": (
+        aten.scatter.value,
+        [X, "int 2 7 1"],
+        lambda x, i: (x, 2, i, 1.0),
+        [f"2 {T} 8"],
+        set(),
+    ),
+    "masked_scatter": (
+        aten.masked_scatter.default,
+        [X, "bool 2 7 1", "image:5 8"],
+        lambda x, m, s: (x, m, s),
+        [f"2 {T} 8"],
+        {"Opaque"},
+    ),
+    "index_put": (
+        aten.index_put.default,
+        [X, "int 3", "3 7 8"],
+        lambda x, i, v: (x, [i], v),
+        ["2 7 8"],
+        {"Opaque"},
+    ),
+    "nonzero": (aten.bincount.default, ["int text:7"], lambda x: (x, None, 3), ["3"], {"Opaque"}),
+    "var over tokens": (aten.var.dim, [X], lambda x: (x, [1]), ["2 8"], {"Opaque"}),
+    "var over features": (aten.var.dim, [X], lambda x: (x, [2]), [f"2 {T}"], set()),
+    "norm of features": (
+        aten.linalg_vector_norm.default,
+        [X],
+        lambda x: (x, 2, [-1], True),
+        [f"2 {T} 1"],
+        set(),
+    ),
+    "norm over tokens": (aten.linalg_vector_norm.default, [X], lambda x: (x, 2, [1]), ["2 8"], {"Opaque"}),
+    "bucketize": (aten.bucketize.Tensor, [X, "5"], lambda x, b: (x, b), [f"2 {T} 8"], set()),
+    "one_hot": (aten.one_hot.default, ["int 2 text:7"], lambda x: (x, 3), [f"2 {T} 3"], set()),
+    "repeat_interleave": (
+        aten.repeat_interleave.self_int,
+        [X],
+        lambda x: (x, 2, 1),
+        ["2 14 8"],
+        {"Opaque"},
+    ),
 }
 
 
@@ -628,28 +708,27 @@ def test_computed_ids_are_no_text() -> None:
 
 
 CONVOLUTIONS = {
-    "patches": ([2, 2], [0, 0], True),
-    "overlapping": ([1, 1], [0, 0], False),
-    "gaps": ([3, 3], [0, 0], False),
-    "padded": ([2, 2], [1, 1], False),
+    "patches": ([2, 2], [0, 0], (4, 6)),
+    "overlapping": ([1, 1], [0, 0], (7, 11)),
+    "gaps": ([3, 3], [0, 0], (3, 4)),
+    "padded": ([2, 2], [1, 1], (5, 7)),
 }
 
 
 @pytest.mark.parametrize("name", CONVOLUTIONS)
-def test_patch_convolutions_seed_a_grid(name: str) -> None:
-    stride, padding, seeds = CONVOLUTIONS[name]
+def test_convolutions_seed_a_grid(name: str) -> None:
+    stride, padding, (height, width) = CONVOLUTIONS[name]
     builder = Builder()
     pixels = builder.placeholder(torch.randn(2, 3, 8, 12), "pixels")
     weight = builder.placeholder(torch.randn(5, 3, 2, 2), "weight")
     grid = builder.call(aten.conv2d.default, pixels, weight, None, stride, padding)
     node = builder.call(aten.flatten.using_ints, grid, 2)
     annotation = annotated(builder, node)
-    assert any(isinstance(c, Seed) for c in annotation.constraints[grid]) == seeds
-    assert annotation.streams == ({"image": 24} if seeds else {})
-    if seeds:
-        assert [str(a) for a in annotation.axes(node)] == ["2", "5", "[image:24]"]
-        # A grid is not yet a sequence of tokens.
-        assert [str(a) for a in annotation.axes(grid)] == ["2", "5", "4", "6"]
+    assert any(isinstance(c, Seed) for c in annotation.constraints[grid])
+    assert annotation.streams == {"image": height * width}
+    assert [str(a) for a in annotation.axes(node)] == ["2", "5", f"[image:{height * width}]"]
+    # A grid is not yet a sequence of tokens.
+    assert [str(a) for a in annotation.axes(grid)] == ["2", "5", str(height), str(width)]
 
 
 def test_half_a_grid_is_no_stream() -> None:
@@ -661,12 +740,14 @@ def test_half_a_grid_is_no_stream() -> None:
     assert annotated(builder, node).streams == {}
 
 
-def test_a_one_by_one_convolution_is_no_patch_embedding() -> None:
+def test_a_projection_of_a_grid_is_the_next_grid() -> None:
+    """A convolution of one by one after the patches: its cells are the tokens, in one stream."""
     builder = Builder()
-    pixels = builder.placeholder(torch.randn(2, 3, 4, 4), "pixels")
-    weight = builder.placeholder(torch.randn(5, 3, 1, 1), "weight")
-    grid = builder.call(aten.conv2d.default, pixels, weight, None, [1, 1])
-    assert annotated(builder, builder.call(aten.flatten.using_ints, grid, 2)).streams == {}
+    pixels = builder.placeholder(torch.randn(2, 3, 8, 8), "pixels")
+    weights = [builder.placeholder(torch.randn(5, c, k, k), f"weight_{k}") for c, k in ((3, 2), (5, 1))]
+    patches = builder.call(aten.conv2d.default, pixels, weights[0], None, [2, 2])
+    grid = builder.call(aten.conv2d.default, patches, weights[1], None, [1, 1])
+    assert annotated(builder, builder.call(aten.flatten.using_ints, grid, 2)).streams == {"image": 16}
 
 
 # --- symbolic sizes -----------------------------------------------------------------------------------------
