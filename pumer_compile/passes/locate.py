@@ -67,7 +67,7 @@ class Mask:
     @property
     def by_query(self) -> bool:
         """Whether it may differ from query to query, as a causal mask does."""
-        return not _alike_for_queries(self.node)
+        return not alike_for_queries(self.node)
 
 
 @dataclass(frozen=True)
@@ -355,7 +355,7 @@ def _data(node: fx.Node) -> bool:
     return bool(values(node)) and bool(shape(node)) and not depends_on_parameter(node)
 
 
-def _alike_for_queries(node: fx.Node) -> bool:
+def alike_for_queries(node: fx.Node) -> bool:
     """Whether a value is the same along its last dimension but one: of size 1, or stretched from that."""
     while values(node):
         sizes = shape(node)
@@ -368,7 +368,7 @@ def _alike_for_queries(node: fx.Node) -> bool:
             return constant is not None and bool((constant == constant[..., :1, :]).all())
         else:
             pointwise = node.op == "call_function" and _is_pointwise(node)
-            return pointwise and all(_alike_for_queries(n) for n in content_inputs(node) if values(n))
+            return pointwise and all(alike_for_queries(n) for n in content_inputs(node) if values(n))
     return False
 
 

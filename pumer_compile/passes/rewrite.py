@@ -44,6 +44,7 @@ from .axes import (
     same_size,
 )
 from .graph import ancestors, attribute, content_inputs, depends_on_parameter, describe, module_path, values
+from .locate import alike_for_queries
 from .rules import aten, overloads, shape
 
 Epochs = dict[str, int]
@@ -496,12 +497,35 @@ class Rewriter:
     def _align(self, node: fx.Node, source: fx.Node, targets: dict[int, Epochs]) -> fx.Node:
         """The newest value of `source`, brought to the target epochs of each dimension."""
         value = self.env[source]
+        rank = len(shape(source))
+        if rank > 2 and source in self.masks and rank - 2 in targets and alike_for_queries(source):
+            return self._align_alike(node, source, targets)
         for index, target in sorted(targets.items()):
             key = (source, value, index, tuple(sorted(target.items())))
             if key not in self._aligned:
                 self._aligned[key] = self._emit_align(node, source, value, index, target)
             value = self._aligned[key]
         return value
+
+    def _align_alike(self, node: fx.Node, source: fx.Node, targets: dict[int, Epochs]) -> fx.Node:
+        """A mask whose rows are all the same: one row is aligned, and stretched over the queries that are left."""
+        key = (
+            source,
+            self.env[source],
+            "alike",
+            *((i, *sorted(target.items())) for i, target in sorted(targets.items())),
+        )
+        if key not in self._aligned:
+            queries, rank = len(shape(source)) - 2, len(shape(source))
+            value = self.call(aten.slice.Tensor, self.env[source], queries, 0, 1)
+            for index, target in sorted(targets.items()):
+                if index != queries:
+                    value = self._emit_align(node, source, value, index, target)
+            rows = self.size(self.whole_streams(Dim(source, queries), node), targets[queries])
+            self._aligned[key] = self.call(
+                aten.expand.default, value, [rows if index == queries else -1 for index in range(rank)]
+            )
+        return self._aligned[key]
 
     def _emit_align(self, node: fx.Node, source: fx.Node, value: fx.Node, index: int, target: Epochs) -> fx.Node:
         dim = Dim(source, index)

@@ -165,12 +165,20 @@ class StreamReducer(nn.Module):
 
     def _assignment(self, kept: Tensor, matching: Matching | None) -> Tensor:
         """Zeros and ones, `[batch, after, before]`: the old tokens that make each new one."""
+        if self.pruner is None and matching is not None:
+            return self._interleaved(*self.merger.assignment(matching.source, matching.target, self.tokens))
         select = one_hot(kept, self.tokens).float()
         if matching is None:
             return select
         stay, join = self.merger.assignment(matching.source, matching.target, kept.shape[1])
         even, odd = select[:, 0::2], select[:, 1::2]
         return torch.cat((stay @ even, join @ even + odd), 1)
+
+    def _interleaved(self, stay: Tensor, join: Tensor) -> Tensor:
+        """The assignment where nothing is pruned: columns of even and odd tokens in turn, without a product."""
+        odd = torch.eye(join.shape[1], join.shape[2], device=join.device).expand_as(join)
+        rows = [torch.stack(pair, -1).flatten(2) for pair in ((stay, torch.zeros_like(stay)), (join, odd))]
+        return torch.cat(rows, 1)[:, :, : self.tokens]
 
     def _combine(self, tokens: Tensor | None, weights: Tensor, assigned: Tensor, decisions: Decisions) -> Reduction:
         carried = weights.float()
