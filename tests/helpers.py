@@ -150,26 +150,33 @@ def reduce_image(
     learned: int = 0,
     real: Sequence[bool] | None = None,
     sort: bool = True,
+    first_stays: bool = True,
 ) -> list[list[int]]:
     """Groups of old image tokens of one sample after pruning and merging.
 
-    `attention` is `[heads, text, image]`, `keys` `[heads, image, size]`; `learned` leading tokens stay and lead.
+    `attention` is `[heads, text, image]`, `keys` `[heads, image, size]`; `learned` leading tokens stay and lead. Token
+    0 never merges away, unless it is not said to stay.
     """
     scores = saliency(attention, votes)
     kept = list(range(learned)) + [i for i in order(scores, len(scores)) if i >= learned]
     kept = kept[:keep] if sort else list(range(keep))
     mean = keys.astype(np.float64).mean(0)[kept]
     alive = None if real is None else [real[i] for i in kept]
-    pairs = match(mean, merge, similarity, protected=max(1, learned), real=alive)
+    pairs = match(mean, merge, similarity, protected=max(int(first_stays), learned), real=alive)
     return [[kept[i] for i in group] for group in groups(keep, pairs)]
 
 
 def reduce_text(
-    keys: np.ndarray, merge: int, *, similarity: str = "cosine", real: Sequence[bool] | None = None
+    keys: np.ndarray,
+    merge: int,
+    *,
+    similarity: str = "cosine",
+    real: Sequence[bool] | None = None,
+    first_stays: bool = True,
 ) -> list[list[int]]:
     """Groups of old text tokens of one sample after merging; `keys` is `[heads, text, size]`."""
     mean = keys.astype(np.float64).mean(0)
-    return groups(len(mean), match(mean, merge, similarity, real=real))
+    return groups(len(mean), match(mean, merge, similarity, protected=int(first_stays), real=real))
 
 
 def published_softmax(scores: np.ndarray, weights: np.ndarray | None) -> np.ndarray:

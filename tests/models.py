@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pumer_compile import Program, Schedule, capture
+from pumer_compile.passes.pipeline import PASSES, run_passes
+from pumer_compile.passes.pipeline import State as PassState
 from tests.helpers import (
     combine,
     paper_counts,
@@ -65,7 +67,7 @@ class Config:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, written out or fused."""
+    """Multi-head attention to itself or to a memory, written out or fused."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -79,8 +81,9 @@ class Attention(nn.Module):
         batch, n, width = x.shape
         return x.view(batch, n, self.heads, width // self.heads).transpose(1, 2)
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        q, k, v = self.split(self.q(x)), self.split(self.k(x)), self.split(self.v(x))
+    def forward(self, x: Tensor, mask: Tensor | None, memory: Tensor | None = None) -> Tensor:
+        memory = x if memory is None else memory
+        q, k, v = self.split(self.q(x)), self.split(self.k(memory)), self.split(self.v(memory))
         if self.form == "sdpa":
             context = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         else:
@@ -238,6 +241,14 @@ def schedule(semantics: str = "reference", layers: tuple[int, ...] = (0, 1), **b
     return Schedule(semantics=semantics, layers=layers, **budgets)
 
 
+def passed(captured: Program, wanted: Schedule, verified: bool = False) -> PassState:
+    """What the passes make of a program: quickly, without counting or (unless asked) verifying."""
+    state = PassState(captured.module, wanted, dict(captured.inputs), dict(captured.streams))
+    left_out = {"count"} if verified else {"verify", "count"}
+    run_passes(state, tuple(step for step in PASSES if step.name not in left_out))
+    return state
+
+
 # --- the same model with reducers in it ---------------------------------------------------------------------
 
 
@@ -245,7 +256,8 @@ def schedule(semantics: str = "reference", layers: tuple[int, ...] = (0, 1), **b
 class State:
     """The stream of one sample on its way through the layers.
 
-    `sizes` and `shares` by token: how much of it is real, as carried by the reducers and as the mask has it.
+    `sizes` and `shares` by token: how much of it is real, as carried by the reducers and as the mask has it. `members`
+    are the groups of the last reducer, `history` those of each.
     """
 
     x: Tensor
@@ -253,10 +265,22 @@ class State:
     sizes: list[float]
     shares: list[float]
     members: list[list[int]] = dataclasses.field(default_factory=list)
+    history: list[list[list[int]]] = dataclasses.field(default_factory=list)
+
+    def places(self, tokens: int) -> list[int | None]:
+        """Where each of the first tokens is now; None for those that were pruned."""
+        now: list[int | None] = list(range(tokens))
+        for members in self.history:
+            place = {old: new for new, group in enumerate(members) for old in group}
+            now = [None if old is None else place.get(old) for old in now]
+        return now
 
 
 Sites = Mapping[int, tuple[Any, Any, Any]]
 """Shares or numbers `(prune, image merge, text merge)` by layer."""
+
+WEIGHTED = ("safe", "tome")
+"""Semantics whose means go by size, and that keep padding apart; `tome` stands for the method of that name."""
 
 
 def reduced(
@@ -270,7 +294,7 @@ def reduced(
 def reduced_states(
     model: Fusion, inputs: Mapping[str, Tensor], sites: Sites, semantics: str
 ) -> tuple[list[State], list[tuple[int, int]]]:
-    """Every sample after the last layer. `members` are the groups of the last reducer."""
+    """Every sample after the last layer."""
     config = model.config
     text = config.text
     x = model.embed(inputs["input_ids"], inputs["pixel_values"])
@@ -289,18 +313,14 @@ def reduced_states(
 def run_layer(layer: Layer, state: State, budgets: tuple[Any, Any, Any] | None, semantics: str, config: Config) -> None:
     x = state.x
     normed = layer.norm1(x) if config.norm == "pre" else x
-    heads = (config.heads, config.width // config.heads)
-    q, k, v = (
-        m(normed).unflatten(-1, heads).movedim(-2, 0) for m in (layer.attention.q, layer.attention.k, layer.attention.v)
+    output, probabilities, keys = attend(
+        layer.attention, normed, normed, state.sizes, state.shares, semantics, config.mask
     )
-    scores = torch.einsum("hqd,hkd->hqk", q, k) / math.sqrt(heads[1])
-    probabilities = _probabilities(scores, state, semantics, config)
-    context = torch.einsum("hqk,hkd->hqd", probabilities, v).movedim(0, -2).flatten(-2)
-    x = x + layer.attention.out(context)
+    x = x + output
     x = layer.norm1(x) if config.norm == "post" else x
     state.x = x
     if budgets is not None:
-        _reduce(state, probabilities, k, budgets, semantics, config)
+        _reduce(state, probabilities, keys, budgets, semantics, config)
         x = state.x
     if config.norm == "pre":
         state.x = x + layer.mlp(layer.norm2(x))
@@ -308,64 +328,117 @@ def run_layer(layer: Layer, state: State, budgets: tuple[Any, Any, Any] | None, 
         state.x = layer.norm2(x + layer.mlp(x))
 
 
-def _probabilities(scores: Tensor, state: State, semantics: str, config: Config) -> Tensor:
+def attend(
+    attention: Attention, x: Tensor, memory: Tensor, sizes: list[float], shares: list[float], semantics: str, mask: str
+) -> tuple[Tensor, np.ndarray, np.ndarray]:
+    """Output of an attention of one sample, its probabilities `[heads, queries, keys]` and its keys `[heads, keys,
+    size]`. `sizes` and `shares` are the memory's."""
+    q, k, v = (
+        linear(given).unflatten(-1, (attention.heads, -1)).movedim(-2, 0)
+        for linear, given in ((attention.q, x), (attention.k, memory), (attention.v, memory))
+    )
+    scores = torch.einsum("hqd,hkd->hqk", q, k) / math.sqrt(q.shape[-1])
+    probabilities = _probabilities(scores, sizes, shares, semantics, mask)
+    context = torch.einsum("hqk,hkd->hqd", probabilities, v).movedim(0, -2).flatten(-2)
+    return attention.out(context), probabilities.detach().double().numpy(), k.detach().double().numpy()
+
+
+def _probabilities(scores: Tensor, sizes: list[float], shares: list[float], semantics: str, mask: str) -> Tensor:
     if semantics == "reference":
-        weights = np.array(state.sizes)
+        weights = np.array(sizes)
         rows = [published_softmax(s.detach().double().numpy(), weights) for s in scores]
         return torch.from_numpy(np.stack(rows)).to(scores.dtype)
-    shares = torch.tensor(state.shares)
-    if config.mask == "bool":
-        shares = (shares > 0).float()
-    return (scores + shares.log().clamp(min=torch.finfo(scores.dtype).min)).softmax(-1)
+    if semantics == "tome":
+        return (scores + torch.tensor(sizes).log()).softmax(-1)
+    opened = torch.tensor(shares)
+    if mask == "bool":
+        opened = (opened > 0).float()
+    return (scores + opened.log().clamp(min=torch.finfo(scores.dtype).min)).softmax(-1)
 
 
-def _reduce(state: State, probabilities: Tensor, k: Tensor, budgets: tuple, semantics: str, config: Config) -> None:
-    text, image = state.text, len(state.x) - state.text
-    safe = semantics == "safe"
-    counting = paper_counts if semantics == "paper" else published_counts
-    prune, merge_image, merge_text = (float(b) if isinstance(b, float) else 0.0 for b in budgets)
-    keep, image_merge, text_merge = counting(image, text, prune, merge_image, merge_text)
-    keep = image - budgets[0] if isinstance(budgets[0], int) else keep
-    image_merge = budgets[1] if isinstance(budgets[1], int) else image_merge
-    text_merge = budgets[2] if isinstance(budgets[2], int) else text_merge
+def _reduce(
+    state: State,
+    probabilities: np.ndarray,
+    keys: np.ndarray,
+    budgets: tuple[Any, Any, Any],
+    semantics: str,
+    config: Config,
+) -> None:
+    text = state.text
     real = [size > 0 for size in state.sizes]
-    similarity = "dot" if semantics == "paper" else "cosine"
-    keys, attention = k.detach().double().numpy(), probabilities.detach().double().numpy()
-    words = reduce_text(keys[:, :text], text_merge, similarity=similarity, real=real[:text] if safe else None)
-    patches = (
-        []
-        if image == 0
-        else reduce_image(
-            attention[:, :text, text:],
-            keys[:, text:],
-            keep,
-            image_merge,
-            similarity=similarity,
-            votes=real[:text] if safe else None,
-            learned=int(config.cls) if safe else 0,
-            real=real[text:] if safe else None,
-            sort=keep < image,
-        )
+    words, patches = choose(
+        probabilities[:, :text, text:],
+        (keys[:, :text], keys[:, text:]),
+        (real[:text], real[text:]),
+        budgets,
+        semantics,
+        int(config.cls),
     )
     members = words + [[text + i for i in group] for group in patches]
     state.members = members
-    state.x = combine(state.x, members, state.sizes if safe else None).to(state.x.dtype)
-    old, shares = state.sizes, state.shares
-    if semantics == "reference":
-        state.sizes = [sum(old[i] for i in g) / len(g) for g in words] + [1.0] * len(patches)
-        if len(words) == text:
-            state.sizes[:text] = old[:text]
-        if len(patches) == image:
-            state.sizes[len(words) :] = old[text:]
+    state.history.append(members)
+    state.x = combine(state.x, members, state.sizes if semantics in WEIGHTED else None).to(state.x.dtype)
+    parts = (slice(0, text), words, False), (slice(text, None), patches, True)
+    carried = [carry(state.sizes[part], state.shares[part], *how, semantics) for part, *how in parts]
+    state.sizes, state.shares = (a + b for a, b in zip(*carried, strict=True))
+    state.text = len(words)
+
+
+def choose(
+    attention: np.ndarray,
+    keys: tuple[np.ndarray, np.ndarray],
+    real: tuple[list[bool], list[bool]],
+    budgets: tuple[Any, Any, Any],
+    semantics: str,
+    learned: int,
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Groups of old text tokens and of old image tokens of one sample, each numbered from 0.
+
+    `attention` is `[heads, text, image]`, `keys` and `real` are of text and image; `learned` leads the image.
+    """
+    safe = semantics in WEIGHTED
+    text, image = len(real[0]), len(real[1])
+    counting = paper_counts if semantics == "paper" else published_counts
+    keep, merge_image, merge_text = counting(image, text, *(b if isinstance(b, float) else 0.0 for b in budgets))
+    keep = image - budgets[0] if isinstance(budgets[0], int) else keep
+    merge_image = budgets[1] if isinstance(budgets[1], int) else merge_image
+    merge_text = budgets[2] if isinstance(budgets[2], int) else merge_text
+    similarity = "dot" if semantics == "paper" else "cosine"
+    how: dict[str, Any] = {"similarity": similarity, "first_stays": semantics != "tome"}
+    words = reduce_text(keys[0], merge_text, real=real[0] if safe else None, **how)
+    if image == 0:
+        return words, []
+    patches = reduce_image(
+        attention,
+        keys[1],
+        keep,
+        merge_image,
+        votes=real[0] if safe else None,
+        learned=learned if safe else 0,
+        real=real[1] if safe else None,
+        sort=keep < image,
+        **how,
+    )
+    return words, patches
+
+
+def carry(
+    sizes: list[float], shares: list[float], members: list[list[int]], image: bool, semantics: str
+) -> tuple[list[float], list[float]]:
+    """Sizes and shares of a stream's new tokens."""
+    if semantics != "reference":
+        new = [sum(sizes[i] for i in group) for group in members]
+    elif len(members) == len(sizes):
+        new = sizes
     else:
-        state.sizes = [sum(old[i] for i in g) for g in members]
-    weight = old if safe else [1.0] * len(old)
-    state.shares = []
+        new = [1.0 if image else sum(sizes[i] for i in group) / len(group) for group in members]
+    weight = sizes if semantics in WEIGHTED else [1.0] * len(sizes)
+    parts = []
     for group in members:
         total = sum(weight[i] for i in group)
         part = sum(weight[i] * shares[i] for i in group) / total if total else sum(shares[i] for i in group)
-        state.shares.append(part)
-    state.text = len(words)
+        parts.append(part)
+    return new, parts
 
 
 def variants(**options: tuple[Any, ...]) -> list[Config]:

@@ -17,13 +17,12 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import ViltForImagesAndTextClassification, ViltForQuestionAnswering
+from transformers import ViltForQuestionAnswering
 
-from pumer_compile import Program, PumerError, Reduced, Schedule, capture, reduce
+from pumer_compile import Program, Reduced, Schedule, capture, reduce
 from pumer_compile.passes.insert import reducers_of
 from pumer_compile.reduce import reduce_graph
 from tests.helpers import combine, data_dependent, paper_counts, published_counts, reduce_image, reduce_text
-from tests.tiny import text_inputs, tiny_vilt
 
 FOLDER = Path(__file__).parent / "oracle" / "vilt-tiny"
 CASES: dict[str, dict[str, Any]] = json.loads((FOLDER / "cases.json").read_text())
@@ -272,55 +271,3 @@ def test_text_lengths_that_collide(text: int, batch: int, semantics: str) -> Non
     expected, _ = by_hand(sample, case, semantics)
     with torch.no_grad():
         assert np.abs(module(**sample).logits.numpy() - expected).max() <= 1e-5
-
-
-# --- two images, two passes -----------------------------------------------------------------------------------------
-
-NO_SITES: dict[str, Any] = {"layers": []}
-TWO: dict[str, Any] = {"layers": [0, 2], "prune": 0.1, "merge_image": 0.3, "merge_text": 0.2}
-
-
-@functools.cache
-def two_images() -> tuple[ViltForImagesAndTextClassification, dict[str, Tensor], Program]:
-    """The NLVR2 model: one encoder, run once for each image, with the same text."""
-    found = tiny_vilt(ViltForImagesAndTextClassification, num_images=2, modality_type_vocab_size=3, num_hidden_layers=4)
-    sample = text_inputs(2, 8)
-    sample["pixel_values"] = torch.randn(2, 2, 3, 96, 96, generator=torch.Generator().manual_seed(3))
-    return found, sample, capture(found, sample)
-
-
-def two_by_hand(cases: list[dict[str, Any]], semantics: str) -> tuple[Tensor, list[list[int]]]:
-    found, sample, _ = two_images()
-    pooled, counts = [], []
-    for index, case in enumerate(cases):
-        one = {**sample, "pixel_values": sample["pixel_values"][:, index]}
-        output, after = encode(found.vilt, one, case, semantics, index + 1)
-        pooled.append(output)
-        counts += after
-    with torch.no_grad():
-        return found.classifier(torch.cat(pooled, -1)), counts
-
-
-def test_two_images_by_hand_is_the_model() -> None:
-    found, sample, captured = two_images()
-    expected, _ = two_by_hand([NO_SITES] * 2, "paper")
-    with torch.no_grad():
-        torch.testing.assert_close(found(**sample).logits, expected, atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(captured.module(**sample).logits, expected, atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize("semantics", ["reference", "paper", "safe"])
-@pytest.mark.parametrize("layers", [[0, 2], [0, 2, 4, 6]], ids=["first pass", "both passes"])
-def test_two_images(layers: list[int], semantics: str) -> None:
-    """Cross-modal nodes are counted through both passes; the second starts with all its tokens again."""
-    _, sample, captured = two_images()
-    merge = {"image": TWO["merge_image"], "text": TWO["merge_text"]}
-    wanted = Schedule(semantics=semantics, layers=layers, prune=TWO["prune"], merge=merge)
-    expected, counts = two_by_hand([TWO, TWO if len(layers) > 2 else NO_SITES], semantics)
-    try:
-        found = reduce(captured, wanted)
-    except PumerError:
-        return  # refusing it in words is right too
-    with torch.no_grad():
-        torch.testing.assert_close(found.module(**sample).logits, expected, atol=1e-4, rtol=1e-4)
-    assert [list(c.values()) for c in found.plan.tokens().values()] == counts

@@ -31,9 +31,16 @@ CONFIG = Config(layers=2, batch=3)
 MERGE = {"image": 0.3, "text": 0.25}
 
 
+class Named(Fusion):
+    """Gives its answer by name, so that artifact and model speak of the same output."""
+
+    def finish(self, x: Tensor, text: int) -> Any:
+        return {"logits": super().finish(x, text)}
+
+
 @pytest.fixture(scope="module")
 def reduced() -> Reduced:
-    return pumer.reduce(program(CONFIG), schedule(layers=(0,)))
+    return pumer.reduce(program(CONFIG, Named), schedule(layers=(0,)))
 
 
 class Artifact:
@@ -46,7 +53,7 @@ class Artifact:
 
     def __init__(self, reduced: Reduced, **changes: Callable[[Arrays], None]) -> None:
         self.module, self.changes = reduced.module, changes
-        self.twin, self.decisions = with_decisions(reduced.module, ["logits"])
+        self.twin, self.decisions = with_decisions(reduced.module)
         self.outputs = ["logits", *self.decisions]
 
     def run(self, batch: Mapping[str, Tensor]) -> Arrays:
@@ -60,7 +67,7 @@ class Artifact:
             IMAGE: Decisions(*(torch.from_numpy(chosen[f"{IMAGE}.{d}"]) for d in ("kept", *PAIR))),
         }
         with forced_decisions(self.module, wanted):
-            outputs = {"logits": self.module(**batch).numpy()}
+            outputs = {"logits": self.module(**batch)["logits"].numpy()}
         self._change("answer", outputs)
         self._change("claim", chosen)
         return outputs | chosen
@@ -144,7 +151,7 @@ def test_a_decision_that_the_outputs_did_not_follow_fails(reduced: Reduced) -> N
 def twins(difference: float) -> tuple[Reduced, dict[str, Tensor], int, int]:
     """A model and inputs in which two image tokens are alike but for `difference`, and these tokens."""
     one, other = 5, 8
-    model = make(CONFIG)
+    model = make(CONFIG, kind=Named)
     inputs = inputs_for(CONFIG)
     with torch.no_grad():
         model.image_positions[:, other] = model.image_positions[:, one]
@@ -286,7 +293,7 @@ def test_nan_and_infinity_fail(reduced: Reduced, value: float) -> None:
 
 
 def test_nan_on_both_sides_fails() -> None:
-    model = make(dataclasses.replace(CONFIG, layers=1))
+    model = make(dataclasses.replace(CONFIG, layers=1), kind=Named)
     with torch.no_grad():
         model.words.weight[:] = math.nan
     inputs = inputs_for(CONFIG)
@@ -323,24 +330,40 @@ def test_the_numbers_of_an_output() -> None:
 # --- Samples ----------------------------------------------------------------------------------------------------------
 
 
+INTEGERS = {"input_ids": "int64", "attention_mask": "int64", "token_type_ids": "int64"}
+
+
 def test_random_samples_have_padding_and_differ() -> None:
     model = tiny_vilt()
     shapes = {"input_ids": (3, 9), "attention_mask": (3, 9), "pixel_values": (3, 3, 64, 96), "token_type_ids": (3, 9)}
-    batches = random_batches(model, shapes)
+    dtypes = {**INTEGERS, "pixel_values": "float32"}
+    batches = random_batches(model, shapes, dtypes)
     assert len(batches) == 3
     for batch in batches:
         assert {name: tuple(tensor.shape) for name, tensor in batch.items()} == shapes
+        assert {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in batch.items()} == dtypes
         assert (batch["attention_mask"] == 0).any() and not batch["token_type_ids"].any()
     assert not torch.equal(batches[0]["pixel_values"], batches[1]["pixel_values"])
-    again = random_batches(model, shapes)
+    again = random_batches(model, shapes, dtypes)
     assert all(torch.equal(batches[1][name], again[1][name]) for name in shapes)
 
 
-@pytest.mark.parametrize("name", ["pixel_values", "features"])
-def test_inputs_that_nobody_can_make_up(name: str) -> None:
-    shapes: dict[str, tuple[int, ...]] = {"input_ids": (2, 9)} if name == "features" else {}
-    with pytest.raises(UsageError, match="--inputs"):
-        random_batches(tiny_vilt(), {**shapes, name: (2, 3, 64, 64)})
+def test_what_a_config_does_not_describe_is_made_up_by_its_kind() -> None:
+    """Features of regions, and whether each is there."""
+    shapes = {"input_ids": (2, 9), "visual_feats": (2, 5, 16), "visual_attention_mask": (2, 5)}
+    dtypes = {**INTEGERS, "visual_feats": "float32", "visual_attention_mask": "int64"}
+    first, second, _ = random_batches(tiny_vilt(), shapes, dtypes)
+    assert {name: tuple(tensor.shape) for name, tensor in first.items()} == shapes
+    assert (first["visual_attention_mask"] == 1).all()
+    assert 0.5 < first["visual_feats"].std() < 2
+    assert not torch.equal(first["visual_feats"], second["visual_feats"])
+
+
+@pytest.mark.parametrize("dtype", ["int64", "bool"])
+def test_inputs_that_nobody_can_make_up(dtype: str) -> None:
+    shapes = {"input_ids": (2, 9), "boxes": (2, 4)}
+    with pytest.raises(UsageError, match=r"boxes.*--inputs"):
+        random_batches(tiny_vilt(), shapes, {**INTEGERS, "boxes": dtype})
 
 
 # --- The command ------------------------------------------------------------------------------------------------------

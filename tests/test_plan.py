@@ -10,8 +10,16 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pumer_compile.errors import PlanError, UsageError
-from pumer_compile.plan import Plan, SitePlan, image_counts, merge_count, merge_limit
-from pumer_compile.schedule import Merge, Site
+from pumer_compile.plan import (
+    Plan,
+    SitePlan,
+    image_counts,
+    merge_count,
+    merge_limit,
+    published_stands_still,
+    stream_counts,
+)
+from pumer_compile.schedule import Merge, Schedule, Site
 from tests.helpers import paper_counts, published_counts
 
 ORACLE = Path(__file__).parent / "oracle" / "vilt-tiny" / "cases.json"
@@ -157,6 +165,69 @@ def test_merging_too_much_names_stream_and_limit() -> None:
         image_counts(145, site(100, 23), "reference", 1)
 
 
+# --- all streams of a site ------------------------------------------------------------------------------------
+
+MODALITY = {"text": "text", "caption": "text", "image": "image", "image_1": "image", "audio": "audio"}
+LEARNED = {"text": 0, "caption": 3, "image": 1, "image_1": 2, "audio": 0}
+
+
+def counted(wanted: Schedule, **before: int) -> dict[str, tuple[int, int]]:
+    return stream_counts(wanted.resolve()[0], wanted, before, MODALITY, LEARNED)
+
+
+def wanted(semantics: str = "reference", **budgets: object) -> Schedule:
+    return Schedule(semantics=semantics, layers=(0,), **budgets)
+
+
+def test_every_stream_by_its_modality() -> None:
+    budgets = {"prune": 0.2, "merge": {"image": 0.3, "text": 0.25}}
+    found = counted(wanted(**budgets), text=8, image=25, image_1=13, audio=9)
+    assert found == {"text": (8, 2), "image": (20, 8), "image_1": (10, 4)}
+    keep, merge, words = published_counts(25, 8, 0.2, 0.3, 0.25)
+    assert (found["image"], found["text"]) == ((keep, merge), (8, words))
+
+
+def test_streams_that_stay_as_they_are_are_left_out() -> None:
+    assert counted(wanted(merge={"text": 2}), text=8, image=25) == {"text": (8, 2)}
+    assert counted(wanted(prune=3), text=8, image=25) == {"image": (22, 0)}
+    with pytest.raises(PlanError, match=r"cross_modal\.0 would reduce nothing.*'text': 2"):
+        counted(wanted(merge={"text": 0.1}), text=2)
+
+
+def test_learned_tokens_count_under_safe_alone() -> None:
+    """Two lead the second image, three the caption."""
+    most = {"prune": 0.5, "merge": {"image": 0.99, "text": 0.99}}
+    assert counted(wanted("reference", **most), image_1=12, caption=11) == {"image_1": (6, 2), "caption": (11, 5)}
+    assert counted(wanted("safe", **most), image_1=12, caption=11) == {"image_1": (6, 2), "caption": (11, 4)}
+    with pytest.raises(PlanError, match="at most 10"):
+        counted(wanted("safe", prune=11), image_1=12)
+    assert counted(wanted("reference", prune=11), image_1=12) == {"image_1": (1, 0)}
+
+
+@given(tokens=st.integers(2, 80), learned=st.integers(0, 3), merge=st.integers(1, 40))
+def test_tome_merges_and_nothing_else(tokens: int, learned: int, merge: int) -> None:
+    """Every even token may go, but for the learned ones."""
+    tome = Schedule(method="tome", sites=({"at": "vision.0", "merge": {"image": merge}},))
+    sources = [i for i in range(0, tokens, 2) if i >= learned]
+    targets = [i for i in range(1, tokens, 2) if i >= learned]
+    site, modality = tome.resolve()[0], {"image": "image"}
+    if targets and merge <= len(sources):
+        found = stream_counts(site, tome, {"image": tokens}, modality, {"image": learned})
+        assert found == {"image": (tokens, merge)}
+    else:
+        with pytest.raises(PlanError, match="at most"):
+            stream_counts(site, tome, {"image": tokens}, modality, {"image": learned})
+
+
+@pytest.mark.parametrize(
+    ("prune", "image", "stands"),
+    [(0.02, 25, True), (0.021, 25, False), (0.02, 24, True), (0, 25, False), (1, 3, False), (0.0, 25, False)],
+)
+def test_where_the_published_code_does_nothing(prune: float, image: int, stands: bool) -> None:
+    """A share that rounds to no token, half to even; a number, or merging alone, is meant as it is."""
+    assert published_stands_still(site(prune, 0.3), image) == stands
+
+
 # --- the plan -----------------------------------------------------------------------------------------------
 
 
@@ -185,3 +256,12 @@ def test_plan_as_json() -> None:
         ],
         "multiply_adds": {"before": 1000, "after": 500, "ratio": 2.0},
     }
+
+
+def test_a_layer_that_runs_again_has_a_name_of_its_own() -> None:
+    first = SitePlan("cross_modal.2", "layer.2", {"text": 4}, {"text": 3}, {"text": 0}, {"text": 1})
+    again = SitePlan("cross_modal.2", "layer.2", {"text": 4}, {"text": 3}, {"text": 0}, {"text": 1}, call=1)
+    assert (first.name, again.name) == ("cross_modal.2", "cross_modal.2@1")
+    plan = Plan((first, again), 2, 1, {"cross_modal.2": {"text": 3}, "cross_modal.2@1": {"text": 3}})
+    assert [entry["site"] for entry in plan.to_dict()["sites"]] == ["cross_modal.2", "cross_modal.2@1"]
+    assert plan.tokens() == {"cross_modal.2": {"text": 3}, "cross_modal.2@1": {"text": 3}}

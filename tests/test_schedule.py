@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 
 import pytest
 
@@ -158,6 +159,18 @@ BAD = {
         ["sites.0.merge.imag", "unknown key", "known keys: image, text"],
     ),
     "an unknown method": ("method: magic\nlayers: [2]\nprune: 1", ["method", "pumer"]),
+    "tome with semantics": (
+        "method: tome\nsemantics: safe\nlayers: [2]\nmerge: {image: 3}",
+        ["tome", "leave out", "semantics"],
+    ),
+    "tome that prunes": ("method: tome\nlayers: [2]\nprune: 0.1\nmerge: {image: 3}", ["tome", "leave out", "prune"]),
+    "tome that prunes at a site": (
+        "method: tome\nsites: [{at: vision.1, merge: {image: 3}}, {at: vision.2, prune: 1}]",
+        ["tome", "leave out", "prune"],
+    ),
+    "tome that merges nothing": ("method: tome\nlayers: [2]", ["reduce nothing", "cross_modal.2"]),
+    "an unknown fate of outputs": ("outputs: kept\nlayers: [2]\nprune: 1", ["outputs", "refused", "restored"]),
+    "outputs by name": ("outputs: [logits]\nlayers: [2]\nprune: 1", ["outputs"]),
     "unknown semantics": ("semantics: exact\nlayers: [2]\nprune: 1", ["semantics", "reference", "safe"]),
     "a negative layer": ("layers: [-1]\nprune: 0.1", ["layers.0", "greater than or equal to 0"]),
     "a layer that is no integer": ("layers: [2.0]\nprune: 0.1", ["layers.0", "integer"]),
@@ -314,3 +327,38 @@ def test_hash_is_a_sha256_that_stays() -> None:
     assert len(value) == 64
     assert set(value) <= set("0123456789abcdef")
     assert value == Schedule.load("vilt-nlvr2").sha256 != Schedule.load("vilt-ve").sha256
+
+
+# --- methods and outputs ------------------------------------------------------------------------------------
+
+
+def test_tome() -> None:
+    schedule = Schedule.from_yaml("method: tome\nsites:\n- {at: vision.0, merge: {image: 8}}\n")
+    assert (schedule.method, schedule.semantics) == ("tome", "reference")
+    (site,) = schedule.resolve()
+    assert (site.at, site.prune, site.merge.image, site.merge.text) == ("vision.0", 0, 8, 0)
+    layers = Schedule(method="tome", layers=(0, 1), merge={"image": 8})
+    assert [s.at for s in layers.resolve()] == ["cross_modal.0", "cross_modal.1"]
+
+
+def test_what_does_something_else_has_another_hash() -> None:
+    same = {"layers": (0,), "merge": {"image": 8}}
+    variants = [
+        Schedule(**same),
+        Schedule(semantics="safe", **same),
+        Schedule(method="tome", **same),
+        Schedule(outputs="reduced", **same),
+        Schedule(outputs="restored", **same),
+        Schedule(method="tome", outputs="restored", **same),
+    ]
+    assert len({schedule.sha256 for schedule in variants}) == len(variants)
+    sites = Schedule(sites=({"at": "cross_modal.0", "merge": {"image": 8}},), outputs="restored")
+    assert sites.sha256 == Schedule(outputs="restored", **same).sha256
+
+
+@pytest.mark.parametrize("outputs", ["refused", "reduced", "restored"])
+def test_a_manifest_keeps_every_key(outputs: str) -> None:
+    schedule = Schedule(method="tome", outputs=outputs, layers=(0,), merge={"image": 8})
+    again = Schedule.from_manifest(json.loads(schedule.model_dump_json()))
+    assert again == schedule
+    assert again.sha256 == schedule.sha256

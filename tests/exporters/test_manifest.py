@@ -34,11 +34,20 @@ def test_the_schedule(manifest: dict[str, Any]) -> None:
         "layers": [0],
         "prune": 0.1,
         "merge": {"image": 0.3, "text": 0.2},
+        "outputs": "refused",
     }
+    assert manifest["kept_outputs"] == []
     assert Schedule.from_manifest(manifest["schedule"]) == given
 
 
-@pytest.mark.parametrize("name", ["vilt-vqa", "vilt-ve"])
+def test_the_schedule_of_an_artifact_from_before_there_were_outputs() -> None:
+    """Its manifest does not say what becomes of outputs; that means they are refused."""
+    data = json.loads(json.dumps(Schedule.from_yaml(SCHEDULE).model_dump(mode="json", exclude_none=True)))
+    del data["outputs"]
+    assert Schedule.from_manifest(data) == Schedule.from_yaml(SCHEDULE)
+
+
+@pytest.mark.parametrize("name", ["vilt-vqa", "vilt-ve", "meter-vqa"])
 def test_a_schedule_comes_back_from_json(name: str) -> None:
     given = Schedule.load(name)
     data = json.loads(json.dumps(given.model_dump(mode="json", exclude_none=True)))

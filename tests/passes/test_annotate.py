@@ -334,6 +334,67 @@ def test_a_convolutions_grid_becomes_tokens_when_it_is_flattened(flattened: bool
     assert streams == ({"image": 8} if flattened else {})
 
 
+@pytest.mark.parametrize("empty", ["in front", "behind", "a cache of heads"])
+def test_nothing_joined_to_a_stream_changes_nothing(empty: str) -> None:
+    """`cat` with a part of no tokens: a cache before its first keys, a prompt that was not given."""
+
+    class Joining(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words = nn.Embedding(20, 8)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            x = self.words(ids)
+            if empty == "a cache of heads":
+                x = x.unflatten(-1, (2, 4)).transpose(1, 2)
+                return torch.cat([x[:, :, :0], x], 2).amax(2)
+            nothing = torch.zeros(x.shape[0], 0, x.shape[2])
+            return torch.cat([nothing, x] if empty == "in front" else [x, nothing], 1).amax(1)
+
+    annotation = annotate(capture(Joining(), {"ids": torch.randint(0, 20, (2, 5))}).module)
+    assert annotation.streams == {"text": 5}
+
+
+@pytest.mark.parametrize("size", [(2, 8), (8, 2), (2, 2)], ids=["a row", "a column", "a cell"])
+def test_a_grid_of_one_row_or_column(size: tuple[int, int]) -> None:
+    """A strip of patches is an image too."""
+
+    class Strip(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.patches, self.words = nn.Conv2d(3, 8, 2, 2), nn.Embedding(20, 8)
+
+        def forward(self, ids: Tensor, pixels: Tensor) -> Tensor:
+            image = self.patches(pixels).flatten(2).transpose(1, 2)
+            return torch.cat([self.words(ids), image], 1).amax(1)
+
+    inputs = {"ids": torch.randint(0, 20, (2, 5)), "pixels": torch.randn(2, 3, *size)}
+    patches = size[0] * size[1] // 4
+    assert annotate(capture(Strip(), inputs).module).streams == {"text": 5, "image": patches}
+
+
+def test_a_class_token_may_lead_two_images() -> None:
+    """Learned tokens are an axis of their own wherever they are joined."""
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.patches, self.cls = nn.Conv2d(3, 8, 2, 2), nn.Parameter(torch.randn(1, 1, 8))
+
+        def one(self, pixels: Tensor) -> Tensor:
+            image = self.patches(pixels).flatten(2).transpose(1, 2)
+            return torch.cat([self.cls.expand(image.shape[0], -1, -1), image], 1)
+
+        def forward(self, left: Tensor, right: Tensor) -> Tensor:
+            return self.one(left).amax(1) + self.one(right).amax(1)
+
+    inputs = {"left": torch.randn(2, 3, 4, 4), "right": torch.randn(2, 3, 4, 4)}
+    annotation = annotate(capture(Two(), inputs).module)
+    assert annotation.streams == {"image": 5, "image_1": 5}
+    assert annotation.learned == {"image": 1, "image_1": 1}
+    assert annotation.modality == {"image": "image", "image_1": "image"}
+
+
 def test_two_images_of_one_input_are_followed_to_their_own_streams() -> None:
     class Pair(nn.Module):
         def __init__(self) -> None:

@@ -346,6 +346,56 @@ def total(x: Tensor, text: int) -> Tensor:
     return x.sum(1)
 
 
+def rolled(x: Tensor, text: int) -> Tensor:
+    return (x * x.roll(1, 1)).amax(1)
+
+
+def rolled_in_a_row(x: Tensor, text: int) -> Tensor:
+    """Without dimensions, `roll` goes over everything in a row."""
+    return (x * x.roll(1)).amax(1)
+
+
+def turned(x: Tensor, text: int) -> Tensor:
+    return (x * x.flip(1)).amax(1)
+
+
+def ranked(x: Tensor, text: int) -> Tensor:
+    return x.sort(1).values[:, 0]
+
+
+def largest(x: Tensor, text: int) -> Tensor:
+    return x.topk(3, 1).values.amax(1)
+
+
+def padded(x: Tensor, text: int) -> Tensor:
+    return F.pad(x, (0, 0, 1, 1)).amax(1)
+
+
+def pooled_by_twos(x: Tensor, text: int) -> Tensor:
+    return F.avg_pool1d(x.transpose(1, 2), 2).amax(2)
+
+
+def convolved(x: Tensor, text: int) -> Tensor:
+    weight = torch.linspace(-1, 1, x.shape[2] ** 2 * 3).view(x.shape[2], x.shape[2], 3).sin()
+    return F.conv1d(x.transpose(1, 2), weight, padding=1).amax(2)
+
+
+def triangle(x: Tensor, text: int) -> Tensor:
+    return ((x @ x.transpose(1, 2) / 32).tril() @ x).amax(1)
+
+
+def spread_of_tokens(x: Tensor, text: int) -> Tensor:
+    return x.var(1)
+
+
+def length_of_tokens(x: Tensor, text: int) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=1)
+
+
+def repeated_tokens(x: Tensor, text: int) -> Tensor:
+    return x.repeat_interleave(2, 1).amax(1)
+
+
 def constants_without_batch(x: Tensor, text: int) -> Tensor:
     return (x + torch.ones(x.shape[1], 1)).amax(1)
 
@@ -370,6 +420,18 @@ REFUSED: dict[Head, tuple[str, str]] = {
     split_by_position: ("split", "position by position"),
     weighted_sum: ("matmul", "Nothing aligns a sum over tokens"),
     total: ("sum", "sums over the token axis"),
+    rolled: ("roll", "position by position"),
+    rolled_in_a_row: ("roll", "position by position"),
+    turned: ("flip", "position by position"),
+    ranked: ("sort", "position by position"),
+    largest: ("topk", "position by position"),
+    padded: ("pad", "position by position"),
+    pooled_by_twos: ("avg_pool1d", "position by position"),
+    convolved: ("conv1d", "position by position"),
+    triangle: ("tril", "position by position"),
+    spread_of_tokens: ("var", "position by position"),
+    length_of_tokens: ("linalg_vector_norm", "position by position"),
+    repeated_tokens: ("repeat_interleave", "position by position"),
     constants_without_batch: ("add", "cannot be aligned"),
     positions: ("mul", "integers of merged tokens have no mean"),
 }
@@ -535,7 +597,7 @@ def test_a_sum_over_tokens_from_before_and_after_is_refused() -> None:
         def forward(self, input_ids: Tensor, pixel_values: Tensor) -> Tensor:
             before = self.embed(input_ids, pixel_values)
             x = self.layers[1](self.layers[0](before, None), None)
-            return ((before @ before.transpose(1, 2)).softmax(-1) @ x).amax(1)
+            return ((before @ before.transpose(1, 2)).sigmoid() @ x).amax(1)
 
     captured = capture(make(BASE, kind=Rollout), inputs_for(BASE))
     with pytest.raises(AxisError) as caught:
@@ -544,6 +606,29 @@ def test_a_sum_over_tokens_from_before_and_after_is_refused() -> None:
     assert "aten.matmul.default" in message
     assert "before a reducer" in message
     assert "test_rewrite.py:" in message
+
+
+@pytest.mark.parametrize("semantics", ["paper", "safe"])
+def test_attention_to_tokens_from_before_sees_them_reduced(semantics: str) -> None:
+    """The same with a softmax is a cross-modal attention, and there every use of a reduced stream sees the reduced
+    one."""
+
+    class Rollout(Fusion):
+        def forward(self, input_ids: Tensor, pixel_values: Tensor) -> Tensor:
+            before = self.embed(input_ids, pixel_values)
+            x = self.layers[1](self.layers[0](before, None), None)
+            return ((before @ before.transpose(1, 2) / 32).softmax(-1) @ x).amax(1)
+
+    model, inputs = make(BASE, kind=Rollout), inputs_for(BASE)
+    module = reduce_graph(capture(model, inputs), schedule(semantics, (0,)))
+    states, _ = reduced_states(model, inputs, SITES, semantics)
+    before = model.embed(**inputs)
+    expected = []
+    for b, state in enumerate(states):
+        old = combine(before[b], state.members).float()
+        expected.append(((old @ old.T / 32).softmax(-1) @ state.x).amax(0))
+    with torch.no_grad():
+        torch.testing.assert_close(module(**inputs), torch.stack(expected), atol=1e-5, rtol=0)
 
 
 def test_parts_from_before_and_after_are_not_joined() -> None:

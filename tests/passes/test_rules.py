@@ -442,6 +442,10 @@ CASES: dict[str, tuple[Any, list[str], Callable[..., tuple], list[str], set[str]
     "topk features": (aten.topk.default, [X], lambda x: (x, 3), [f"2 {T} 3", f"2 {T} 3"], set()),
     "cummax": (aten.cummax.default, [X], lambda x: (x, 1), ["2 7 8", "2 7 8"], {"Opaque"}),
     "roll": (aten.roll.default, [X], lambda x: (x, [1], [1]), ["2 7 8"], {"Opaque"}),
+    "roll everything in a row": (aten.roll.default, [X], lambda x: (x, [1]), ["2 7 8"], {"Opaque"}),
+    "msort": (aten.msort.default, ["text:7 8"], lambda x: (x,), ["7 8"], {"Opaque"}),
+    "msort of samples": (aten.msort.default, [X], lambda x: (x,), [f"2 {T} 8"], set()),
+    "variance of everything": (aten.var.default, [X], lambda x: (x, False), [""], {"Opaque"}),
     "roll features": (aten.roll.default, [X], lambda x: (x, [1], [-1]), [f"2 {T} 8"], set()),
     "flip": (aten.flip.default, [X], lambda x: (x, [1]), ["2 7 8"], {"Opaque"}),
     "flip features": (aten.flip.default, [X], lambda x: (x, [2]), [f"2 {T} 8"], set()),
@@ -822,3 +826,28 @@ def test_a_rule_that_forgets_a_token_axis_is_found_out(monkeypatch: pytest.Monke
     monkeypatch.setitem(_RULES, aten.tanh.default, lambda node: [Same(Dim(node.args[0], 0), Dim(node, 0))])
     with pytest.raises(NoRuleError, match=r"aten\.tanh\.default.*\[text:7\]"):
         build(aten.tanh.default, [X], lambda x: (x,))
+
+
+@pytest.mark.parametrize("rank", [2, 3, 4])
+def test_a_matrix_of_features_is_an_image(rank: int) -> None:
+    """One row for each region; a vector of features is none, and neither is what was computed."""
+    builder = Builder()
+    features = builder.placeholder(torch.randn([2, 5, 7, 8][4 - rank :]), "features")
+    weight = builder.placeholder(torch.randn(4, 8), "weight")
+    node = builder.call(aten.linear.default, builder.call(aten.to.dtype, features, torch.float32), weight)
+    tokens = {2: {}, 3: {"image": 7}, 4: {}}[rank]
+    assert annotated(builder, node).streams == tokens
+    computed = Builder()
+    features = computed.placeholder(torch.randn(2, 7, 8), "features")
+    weight = computed.placeholder(torch.randn(4, 8), "weight")
+    node = computed.call(aten.linear.default, computed.call(aten.tanh.default, features), weight)
+    assert annotated(computed, node).streams == {}
+
+
+def test_ids_cut_from_an_input_are_text() -> None:
+    """The words without the last one, as a decoder takes them."""
+    builder = Builder()
+    table = builder.placeholder(torch.randn(9, 4), "table")
+    ids = builder.placeholder(torch.zeros(2, 7, dtype=torch.int64), "ids")
+    node = builder.call(aten.embedding.default, table, builder.call(aten.slice.Tensor, ids, 1, 0, 6))
+    assert annotated(builder, node).streams == {"text": 6}

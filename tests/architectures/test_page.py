@@ -1,0 +1,36 @@
+"""docs/architectures.md is what the results say, and says nothing that no test backs."""
+
+from __future__ import annotations
+
+import ast
+
+from benchmarks import architectures
+from benchmarks.architecture_models import ARCHITECTURES
+
+
+def test_the_page_is_written_from_the_results() -> None:
+    results = architectures.kept()
+    assert architectures.PAGE.read_text(encoding="utf-8") == architectures.render(results)
+    assert [r["name"] for r in results] == list(ARCHITECTURES)
+    assert all("error" in r or r["multiply_adds"][0] > r["multiply_adds"][1] for r in results)
+
+
+def test_every_proof_is_a_file_with_tests() -> None:
+    proofs = {architecture.proof for architecture in ARCHITECTURES.values()} - {""}
+    assert len(proofs) >= 8
+    for proof in proofs:
+        tree = ast.parse((architectures.ROOT / proof).read_text(encoding="utf-8"))
+        names = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+        assert any(name.startswith(("test_", "Test")) for name in names), proof
+
+
+def test_a_result_is_of_the_model_it_names() -> None:
+    for result in architectures.kept():
+        architecture = ARCHITECTURES[result["name"]]
+        assert (result["size"], result["proof"]) == (architecture.size, architecture.proof)
+
+
+def test_spread_is_the_papers_for_twelve_layers() -> None:
+    layers = [f"cross_modal.{i}" for i in range(12)]
+    assert architectures.spread(layers) == ["cross_modal.2", "cross_modal.5", "cross_modal.8"]
+    assert architectures.spread(["cross_modal.4"]) == ["cross_modal.4"]
