@@ -7,6 +7,7 @@ act on each token alone, and that is what these rules say.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from torch import fx
 
@@ -45,9 +46,15 @@ def along_axes(node: fx.Node) -> Iterator[Constraint]:
     """Ranks, accumulates, rolls or turns around along some dimensions."""
     x = node_arg(node, 0)
     rank = len(shape(x))
-    name = str(node.target)
-    position = 2 if any(word in name for word in ("topk", "roll", "kthvalue", "stable")) else 1
-    asked = argument(node, position, "dims" if "roll" in name or "flip" in name else "dim", -1)
+    name = node.target.overloadpacket.__name__  # type: ignore[union-attr]  # an operator, by its registration
+    if name == "msort":
+        asked: Any = 0
+    elif name in ("roll", "flip"):
+        asked = argument(node, 2 if name == "roll" else 1, "dims", [])
+    else:
+        late = name in ("topk", "kthvalue") or "stable" in str(node.target)
+        asked = argument(node, 2 if late else 1, "dim", -1)
+    # A roll without dimensions moves everything in a row.
     dims = range(rank) if asked == [] else [asked] if isinstance(asked, int) else asked
     yield from by_position(node, x, [wrap(d, rank) for d in dims])
 

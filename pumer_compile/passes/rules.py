@@ -491,7 +491,7 @@ def _reduced(node: fx.Node, gone: Callable[[Dim], Constraint]) -> Iterator[Const
     x = node_arg(node, 0)
     rank = len(shape(x))
     asked = argument(node, 1, "dim")
-    if isinstance(asked, torch.dtype) or asked is None or asked == []:
+    if isinstance(asked, torch.dtype | bool) or asked is None or asked == []:
         asked = list(range(rank))
     dims = {wrap(d, rank) for d in ([asked] if isinstance(asked, int) else asked)}
     keeps = len(shape(node)) == rank
