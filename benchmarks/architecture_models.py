@@ -102,10 +102,34 @@ def _blip() -> Built:
     return hf.BlipForImageTextRetrieval(hf.BlipConfig()), {**words(35), **pixels(384)}
 
 
-@_architecture("BLIP, questions", "base, 384 px, 35 words, 10 of the answer")
+class BlipAnswers(nn.Module):
+    """The scores of an answer's words, which `BlipForQuestionAnswering` computes and does not return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = hf.BlipForQuestionAnswering(hf.BlipConfig())
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, pixel_values: Tensor, decoder_input_ids: Tensor
+    ) -> dict[str, Tensor]:
+        """Scores of the answer's words."""
+        model = self.model
+        image = model.vision_model(pixel_values=pixel_values).last_hidden_state
+        question = model.text_encoder(
+            input_ids=input_ids, attention_mask=attention_mask, encoder_hidden_states=image
+        ).last_hidden_state
+        answer = model.text_decoder(
+            input_ids=decoder_input_ids,
+            encoder_hidden_states=question,
+            encoder_attention_mask=attention_mask,
+            use_cache=False,
+        )
+        return {"logits": answer.logits}
+
+
+@_architecture("BLIP, questions", "base, 384 px, 35 words, 10 of the answer", proof=_oracle("blip"))
 def _blip_questions() -> Built:
-    answer = {"decoder_input_ids": torch.full((1, 10), 7)}
-    return hf.BlipForQuestionAnswering(hf.BlipConfig()), {**words(35), **pixels(384), **answer}
+    return BlipAnswers(), {**words(35), **pixels(384), "decoder_input_ids": torch.full((1, 10), 7)}
 
 
 @_architecture("BLIP, captions", "base, 384 px, 20 words", "logits")

@@ -140,7 +140,7 @@ def describe(error: Exception) -> str:
     """An error without its places in files; those that are not ours with their type."""
     from pumer_compile import PumerError
 
-    text = re.sub(r",? at /\S+?(?=[),\s])", "", " ".join(str(error).split()))
+    text = re.sub(r",? at /\S+?(?=[),\s])|/\S+\.cpp:\d+: ", "", " ".join(str(error).split()))
     return text if isinstance(error, PumerError) else f"{type(error).__name__}: {text}"
 
 
@@ -174,8 +174,9 @@ INFORMED = """\
 
 Attention from text to image decides which image tokens stay. Three sites at 1/6, 5/12 and 2/3 of the depth (the
 paper's layers 2, 5 and 8 of twelve), each pruning 10% of the image tokens and merging 30% of them and 20% of the
-text, semantics `safe`. "Image only" is `merge: {text: 0}`, where the text is causal or has no keys to merge by; a
-causal decoder then lets later words choose which image tokens earlier ones see.
+text, semantics `safe`. What comes before the first site, such as an image tower, stays as it is; below 1x the
+reducers cost more than they save. "Image only" is `merge: {text: 0}`, where the text is causal or has no keys to
+merge by; a causal decoder then lets later words choose which image tokens earlier ones see.
 """
 
 TOWERS = """\
@@ -287,7 +288,7 @@ def short(message: str) -> str:
     """The first sentence, without the remedy, fit for a table."""
     text = re.sub(r" \(node [^()]*\)", "", message)
     text = re.sub(r"could not trace \S+ with the inputs .*?: (?=\w+(Error|SymNode): )", "could not trace it: ", text)
-    text = re.sub(r"does not take these inputs \(.*?\):.* Tracing", "could not be traced; tracing", text)
+    text = re.sub(r"does not take these inputs \(.*?\):.* Tracing ended with", "could not be traced:", text)
     text = re.split(r"(?<=[a-z0-9\])`])[.;] ", text)[0].rstrip(".")
     return (text if len(text) <= 260 else text[:257].rsplit(" ", 1)[0] + " ...").replace("|", "\\|")
 
