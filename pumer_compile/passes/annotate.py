@@ -161,7 +161,8 @@ def _apply(axes: dict[Dim, Axis], constraint: Constraint) -> None:
         case Concat(result, parts):
             joined = Axis(axes[result].size)
             # Learned tokens get an axis of their own wherever they are joined: one class token may lead two images.
-            joined.parts = tuple(axes[p] if depends_on_input(p.node) else Axis(axes[p].size) for p in parts)
+            full = [p for p in parts if not same_size(axes[p].find().size, 0)]
+            joined.parts = tuple(axes[p] if depends_on_input(p.node) else Axis(axes[p].size) for p in full)
             unify(joined, axes[result])
         case Slice(source, result, start, stop):
             chosen = cut_axis(axes[source], start, stop)
@@ -209,6 +210,10 @@ def _seed(dims: list[Axis], stream: str) -> None:
         return
     if not all(isinstance(axis.size, int) for axis in dims):
         return  # a grid whose size depends on data
+    wide = [axis for axis in dims if axis.size != 1]
+    if len(wide) == 1:  # a strip is a sequence as it is
+        _seed(wide, stream)
+        return
     grid = object()
     for index, axis in enumerate(dims):
         axis.grid = (grid, index, len(dims), stream)

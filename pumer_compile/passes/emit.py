@@ -242,6 +242,8 @@ class _Reduce(_Emitter):
         attention, schedule, annotation = self.attention, self.insertions.schedule, walk.annotation
         segments = {s.stream: s for a in (attention.query_axis, attention.key_axis) for s in a.segments if s.stream}
         before = {stream: walk.length(segments[stream], self.epochs) for stream in attention.streams}
+        modality = {s: annotation.modality[s] for s in before}
+        self.site.passed = {modality[s]: len(walk.lineage(s, self._epoch(s))) for s in before}
         images = [n for s, n in before.items() if annotation.modality[s] == "image"]
         if schedule.semantics == "reference" and any(published_stands_still(self.site.site, n) for n in images):
             log.warning(
@@ -251,7 +253,6 @@ class _Reduce(_Emitter):
                 images[0],
             )
             return False
-        modality = {s: annotation.modality[s] for s in before}
         counts = stream_counts(self.site.site, schedule, before, modality, annotation.learned)
         for stream, (keep, merge) in counts.items():
             learned = annotation.learned[stream]

@@ -31,11 +31,13 @@ class SiteInsertion:
         site: its budgets.
         plan: token counts, once the walk has passed it; None where it was left out.
         reducers: by stream.
+        passed: how many reducers each modality had passed before.
     """
 
     attention: Attention
     site: Site
     plan: SitePlan | None = None
+    passed: dict[str, int] = field(default_factory=dict)
     reducers: dict[str, StreamReducer] = field(default_factory=dict)
 
 

@@ -110,7 +110,7 @@ def _rewrite(state: State) -> int:
     if not insertions.done:
         raise PlanError("Every site of the schedule rounds to nothing pruned. Raise `prune`.")
     _check_alive(insertions, state.reduced)
-    _check_one_pass(state.attentions, insertions, state.walk)
+    _check_one_pass(insertions)
     log.info("rewrite: %d literals changed, %d values aligned", state.walk.literals, state.walk.alignments)
     return sum(len(site.reducers) for site, _ in insertions.done)
 
@@ -126,17 +126,17 @@ def _check_alive(insertions: Insertions, reduced: fx.GraphModule) -> None:
             )
 
 
-def _check_one_pass(attentions: list[Attention], insertions: Insertions, walk: Rewriter) -> None:
+def _check_one_pass(insertions: Insertions) -> None:
     """A layer that runs again on other inputs must find them as it did the first time: a text encoded once and fused
     with each image in turn would come to the second one reduced for the first."""
     first: dict[str, dict[str, int]] = {}
-    for site, plan in insertions.done:
-        by_modality = {walk.annotation.modality[s]: n for s, n in plan.before.items()}
-        if first.setdefault(plan.site, by_modality) != by_modality:
+    for site in insertions.sites:
+        before = first.setdefault(site.attention.site, site.passed)
+        if before != site.passed:
             raise AxisError(
-                f"Site {site.attention.described} runs more than once (one pass for each image, say), on "
-                f"{first[plan.site]} tokens and then on {by_modality}: its inputs were computed before both and "
-                "reduced for the first. Reducing such a model is not supported."
+                f"Site {site.attention.described} runs more than once (one pass for each image, say): the first time "
+                f"its tokens have passed {before} reducers, and then {site.passed}. Its inputs were computed before "
+                "both and reduced for the first. Reducing such a model is not supported."
             )
 
 

@@ -337,6 +337,9 @@ def slice_(node: fx.Node) -> Iterator[Constraint]:
     if not plain or not isinstance(size, int) or not isinstance(start, int) or not isinstance(cut, int):
         yield Opaque(Dim(x, dim))
         return
+    if cut == 0:
+        yield Reduce(Dim(x, dim))
+        return
     first = max(size + start, 0) if start < 0 else start
     yield Slice(Dim(x, dim), Dim(node, dim), first, first + cut, 2, 3)
 

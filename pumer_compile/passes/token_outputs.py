@@ -60,18 +60,14 @@ def _restore(walk: Rewriter) -> fx.Node:
     which positions those are not, `[batch, tokens]` bool."""
     named: dict[str, fx.Node] = {}
     flags: dict[str, fx.Node] = {}
-    for name, node in output_nodes(walk.source).items():
+    for position, (name, node) in enumerate(output_nodes(walk.source).items()):
         value = walk.env[node]
         for number, dim in enumerate(reduced_dims(walk, node)):
             pieces, maps = _inverse(walk, dim)
-            value = walk.call_module(
-                f"reducer.restore.{_path(name)}_{dim.index}", AlignAxis(dim.index, pieces, _mode(node)), value, *maps
-            )
-            tokens = sum(n for n, _ in pieces)
-            ones = walk.call_module(f"reducer.restore.ones_{tokens}", UnitWeights(tokens), maps[0])
-            there = walk.call_module(
-                f"reducer.restore.{_path(name)}_{dim.index}_kept", AlignAxis(1, pieces, "mean"), ones, *maps
-            )
+            scope = f"reducer.restore.output_{position}_{dim.index}"
+            value = walk.call_module(f"{scope}.tokens", AlignAxis(dim.index, pieces, _mode(node)), value, *maps)
+            ones = walk.call_module(f"{scope}.ones", UnitWeights(sum(n for n, _ in pieces)), maps[0])
+            there = walk.call_module(f"{scope}.kept", AlignAxis(1, pieces, "mean"), ones, *maps)
             flags[f"{name}.kept" + (f"_{dim.index}" if number else "")] = walk.call(aten.gt.Scalar, there, 0.5)
         named[name] = value
     named.update(flags)
@@ -98,8 +94,4 @@ def _inverse(walk: Rewriter, dim: Dim) -> tuple[tuple[tuple[int, bool], ...], li
 
 def _mode(node: fx.Node) -> AlignMode:
     dtype = values(node)[0].dtype
-    return "any" if dtype == torch.bool else "mean" if dtype.is_floating_point else "gather"
-
-
-def _path(name: str) -> str:
-    return name.replace(".", "_")
+    return "any" if dtype == torch.bool else "restore" if dtype.is_floating_point else "gather"

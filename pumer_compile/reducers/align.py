@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-AlignMode = Literal["mean", "log_mean_exp", "any", "all", "gather"]
+AlignMode = Literal["mean", "log_mean_exp", "any", "all", "gather", "restore"]
 MaskKind = Literal["additive", "keep", "drop"]
 
 
@@ -16,7 +16,8 @@ class AlignAxis(nn.Module):
 
     Features are averaged, additive masks take the logarithm of the mean of their exponentials (a mask of 0
     and -inf becomes the logarithm of the share of real tokens), boolean masks are true where any merged token
-    is, and integer positions are gathered (only after pruning; the caller refuses it after a merge).
+    is, and integer positions are gathered (only after pruning; the caller refuses it after a merge). `restore` is for
+    maps that copy: infinities stay what they are.
 
     Args:
         dim: the axis.
@@ -40,6 +41,8 @@ class AlignAxis(nn.Module):
             maps = tuple(map_.repeat_interleave(self.fold, 0) for map_ in maps)
         if self.mode == "mean" and self.dim == 1 and value.dim() == 3 and len(self.pieces) == 1:
             return (maps[0] @ value.float()).to(value.dtype)
+        if self.mode == "restore":
+            return self._restored(value, maps)
         moved = value.movedim(self.dim, -1)
         moved = moved.exp() if self.mode == "log_mean_exp" else moved
         parts, remaining = [], list(maps)
@@ -48,6 +51,15 @@ class AlignAxis(nn.Module):
         result = torch.cat([p.float() for p in parts], -1) if len(parts) > 1 else parts[0].float()
         # Contiguous, as the captured value was: a `view` of it must not fail.
         return self._back(result, value.dtype).movedim(-1, self.dim).contiguous()
+
+    def _restored(self, value: Tensor, maps: tuple[Tensor, ...]) -> Tensor:
+        """Each row of a map takes one entry whole, also where that is infinite: a product would make it NaN of zero."""
+        copy = AlignAxis(self.dim, self.pieces, "mean", self.fold)
+        result: Tensor = copy(value.nan_to_num(0.0, 0.0, 0.0), *maps)
+        for odd in (float("inf"), float("-inf"), float("nan")):
+            there = value.isnan() if odd != odd else value == odd
+            result = torch.where(copy(there.to(value.dtype), *maps) > 0.5, odd, result)
+        return result
 
     def _back(self, result: Tensor, dtype: torch.dtype) -> Tensor:
         if self.mode == "any":

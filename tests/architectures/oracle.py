@@ -23,7 +23,7 @@ Groups = list[list[int]]
 """The old tokens of each new one, of one sample."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Stream:
     """The tokens of one modality in one forward pass.
 

@@ -219,7 +219,7 @@ def test_a_head_that_reads_the_first_word_gets_that_word_or_nothing() -> None:
 @pytest.mark.parametrize("form", ["unfused", "sdpa"])
 @pytest.mark.parametrize("mask", ["none", "additive", "bool"])
 def test_text_and_image_in_one_attention(mask: str, form: str) -> None:
-    config = Config(form=form, mask=mask, patch_mask=mask == "bool")
+    config = Config(form=form, mask=mask, patch_mask=mask == "bool", head=lambda x, text: x.amax(1))
     model, inputs = make(config), inputs_for(config)
     merge = {"image": 6, "text": 2}
     wanted = Schedule(method="tome", sites=[{"at": f"cross_modal.{i}", "merge": merge} for i in (0, 1)])
@@ -284,10 +284,17 @@ def test_text_that_attends_to_merged_image_tokens_knows_their_sizes(config: Pair
         assert (model(**inputs) - expected).abs().max() > 1e-4
 
 
+class Highest(CoAttention):
+    """Reads every token, and none by its place."""
+
+    def conclude(self, text: Tensor, image: Tensor) -> Tensor:
+        return self.classify(self.last(text).amax(1) + self.last(image).amax(1))
+
+
 def test_tome_at_a_text_to_image_attention_merges_both() -> None:
     """The image by the keys that the text attends to, the text by those of its own attention."""
     config = PairConfig(form="sdpa", mask="additive")
-    model, inputs = make(config, kind=CoAttention), inputs_for(config)
+    model, inputs = make(config, kind=Highest), inputs_for(config)
     wanted = Schedule(method="tome", sites=[{"at": "cross_modal.0", "merge": {"image": 8, "text": 2}}])
     module = passed(capture(model, inputs), wanted).reduced
     with torch.no_grad():
