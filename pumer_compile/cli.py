@@ -417,7 +417,7 @@ def _print_plan(plan: Any) -> None:
     )
     for site in plan.sites:
         before, after = ("\n".join(f"{s} {n}" for s, n in c.items()) for c in (site.before, site.after))
-        table.add_row(site.site, site.module, before, after, *(f"{n / 1e9:.3g}" for n in site.multiply_adds))
+        table.add_row(site.name, site.module, before, after, *(f"{n / 1e9:.3g}" for n in site.multiply_adds))
     console.print(table)
     console.print(
         f"multiply-adds: {plan.multiply_adds_before / 1e9:.4g} G before, {plan.multiply_adds_after / 1e9:.4g} G after, "

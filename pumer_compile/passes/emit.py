@@ -362,4 +362,6 @@ class _Reduce(_Emitter):
         """Whether token 0 is token 0 afterwards. The published code takes whatever comes first, and so does
         `reference`; elsewhere a pruner that sorts by saliency moves it unless it is protected."""
         pruner = reducer.pruner
+        if reducer.merger.merge > 0 and reducer.merger.protected == 0:
+            return False
         return pruner is None or pruner.protected > 0 or self.insertions.schedule.semantics == "reference"
