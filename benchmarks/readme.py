@@ -52,6 +52,26 @@ def vilt_b32() -> str:
     return "\n".join(lines) + "\n"
 
 
+def torch_compile() -> str:
+    """Inductor unreduced against the backend `pumer`."""
+    result = json.loads((ROOT / "benchmarks/results/torch_compile_cpu.json").read_text(encoding="utf-8"))
+    lines = [
+        "| Model | Batch | Unreduced, inductor: median ms (quartiles) | `pumer`: median ms (quartiles) | Speed-up | "
+        "Fewer multiply-adds |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for name, model in result["models"].items():
+        for batch, measured in model["batches"].items():
+            cells, medians = [], []
+            for samples in measured["milliseconds"].values():
+                low, median, high = statistics.quantiles(samples, n=4)
+                cells.append(f"{median:.1f} ({low:.1f}–{high:.1f})")
+                medians.append(median)
+            ratio = measured["multiply_adds"]["ratio"]
+            lines.append(f"| {name} | {batch} | {' | '.join(cells)} | {medians[0] / medians[1]:.2f}x | {ratio:.2f}x |")
+    return "\n".join(lines) + "\n"
+
+
 def fill(text: str, name: str, content: str) -> str:
     """`text` with the section `name` replaced by `content`."""
     pattern = re.compile(rf"(<!-- begin {name} .*?-->\n).*?(<!-- end {name} -->)", re.DOTALL)
@@ -68,6 +88,7 @@ def filled_readme() -> str:
         "easy-vqa": easy_vqa(),
         "distillation": distillation(),
         "vilt-b32": vilt_b32(),
+        "torch-compile": torch_compile(),
     }
     for name, content in sections.items():
         text = fill(text, name, content)
