@@ -8,17 +8,16 @@ import logging
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.logging import RichHandler
-from rich.table import Table
 
+from . import cli_options as opt
+from .cli_tables import console, print_plan, print_report, status
 from .errors import ParityError, PumerError, UsageError
 
 EXAMPLES = """
@@ -71,58 +70,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-console = Console()
-status = Console(stderr=True)
 log = logging.getLogger("pumer_compile")
-
-Model = Annotated[
-    Path, typer.Argument(metavar="MODEL", help="save_pretrained folder, torch.export archive, or checkpoint.")
-]
-ScheduleName = Annotated[
-    str, typer.Option("--schedule", "-s", metavar="SCHEDULE", help="YAML file, preset name, or `none`.")
-]
-Config = Annotated[
-    Path | None, typer.Option("--config", help="config.json (or its folder) of a bare state dict.", show_default=False)
-]
-AllowPickle = Annotated[
-    bool, typer.Option("--allow-pickle", help="Load a pickled module: it runs code from the file. Trusted files only.")
-]
-Inputs = Annotated[
-    Path | None,
-    typer.Option("--inputs", metavar="FILE.npz", help="Sample inputs, arrays by input name.", show_default=False),
-]
-Batch = Annotated[int | None, typer.Option("--batch", min=1, help="Batch size of random inputs.", show_default=False)]
-TextLength = Annotated[
-    int | None, typer.Option("--text-length", min=1, help="Text tokens of random inputs.", show_default=False)
-]
-ImageSize = Annotated[
-    str | None,
-    typer.Option("--image-size", metavar="N or HxW", help="Pixels of random inputs.", show_default=False),
-]
-Streams = Annotated[
-    list[str] | None,
-    typer.Option("--stream", metavar="INPUT=NAME", help="Name the token stream of an input.", show_default=False),
-]
-Outputs = Annotated[
-    str | None,
-    typer.Option("--outputs", metavar="NAME,...", help="Keep only these outputs of the model.", show_default=False),
-]
-DumpGraph = Annotated[
-    Path | None,
-    typer.Option("--dump-graph", metavar="DIR", help="Write the graph after each pass.", show_default=False),
-]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say what each pass did; tracebacks on errors.")]
-Atol = Annotated[
-    list[str] | None,
-    typer.Option("--atol", metavar="[OUTPUT=]X", help="Absolute tolerance, of one output or all.", show_default=False),
-]
-Rtol = Annotated[
-    list[str] | None,
-    typer.Option("--rtol", metavar="[OUTPUT=]X", help="Relative tolerance, of one output or all.", show_default=False),
-]
-Report = Annotated[
-    Path | None, typer.Option("--report", metavar="FILE.json", help="Write the parity report.", show_default=False)
-]
 
 
 def _readable_errors(command: Callable[..., None]) -> Callable[..., None]:
@@ -177,50 +125,82 @@ def _stage(text: str) -> Iterator[None]:
 @app.command("compile", epilog=_epilog(EXAMPLES))
 @_readable_errors
 def compile_(
-    model: Model,
-    schedule: ScheduleName,
+    model: opt.Model,
+    schedule: opt.ScheduleName,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT.onnx", help="Artifact to write.")],
-    config: Config = None,
-    allow_pickle: AllowPickle = False,
-    inputs: Inputs = None,
-    batch: Batch = None,
-    text_length: TextLength = None,
-    image_size: ImageSize = None,
+    config: opt.Config = None,
+    allow_pickle: opt.AllowPickle = False,
+    inputs: opt.Inputs = None,
+    batch: opt.Batch = None,
+    text_length: opt.TextLength = None,
+    image_size: opt.ImageSize = None,
     dynamic_batch: Annotated[bool, typer.Option("--dynamic-batch", help="Leave the batch size open.")] = False,
-    stream: Streams = None,
-    outputs: Outputs = None,
-    dtype: Annotated[str, typer.Option("--dtype", help="float32 or float16.")] = "float32",
-    opset: Annotated[int, typer.Option("--opset", help="ONNX opset, 18 or newer.")] = 20,
+    stream: opt.Streams = None,
+    outputs: opt.Outputs = None,
+    dtype: opt.Dtype = None,
+    profile: opt.Profiles = None,
+    opset: Annotated[int | None, typer.Option("--opset", help="ONNX opset, 18 or newer (default 20).")] = None,
     target: Annotated[
         str | None,
         typer.Option(
-            "--target", help="onnxruntime-cpu or onnxruntime-cuda: use its fused operators.", show_default=False
+            "--target",
+            help="ONNX: onnxruntime-cpu or onnxruntime-cuda, to use its fused operators.",
+            show_default=False,
         ),
     ] = None,
+    builder: opt.Builder = None,
+    compute_capability: opt.ComputeCapability = None,
+    timing_cache: opt.TimingCache = None,
+    optimization_level: opt.OptimizationLevel = None,
+    workspace: opt.Workspace = None,
+    layer_info: opt.LayerInfo = None,
+    version_compatible: opt.VersionCompatible = False,
     with_decisions: Annotated[
         bool, typer.Option("--with-decisions", help="Give every reducer's decisions as extra outputs.")
     ] = False,
     no_verify: Annotated[
         bool, typer.Option("--no-verify", help="Publish without the parity check (the manifest says so).")
     ] = False,
-    atol: Atol = None,
-    rtol: Rtol = None,
-    report: Report = None,
-    dump_graph: DumpGraph = None,
-    verbose: Verbose = False,
+    atol: opt.Atol = None,
+    rtol: opt.Rtol = None,
+    report: opt.Report = None,
+    dump_graph: opt.DumpGraph = None,
+    verbose: opt.Verbose = False,
 ) -> None:
     """Compile MODEL to a reduced artifact (the default command)."""
-    from .exporters import export, exporter_options
+    from .exporters import check_exporter, export, exporter_options
     from .files import check_writable
     from .parity import save_report
 
     check_writable(output)
-    options = exporter_options(output, dtype=dtype, opset=opset, target=target)
-    absolute, relative = _tolerance(atol), _tolerance(rtol)
+    options = exporter_options(
+        output,
+        dtype=dtype,
+        profiles=opt.profiles(profile),
+        opset=opset,
+        target=target,
+        builder=builder,
+        compute_capabilities=opt.compute_capabilities(compute_capability),
+        timing_cache=timing_cache,
+        optimization_level=optimization_level,
+        workspace=workspace,
+        layer_info=layer_info,
+        version_compatible=version_compatible or None,
+    )
+    check_exporter(output, options, verify=not no_verify)
+    absolute, relative = opt.tolerance(atol), opt.tolerance(rtol)
     if report is not None:
         check_writable(report)
     program, chosen = _captured(
-        model, schedule, config, allow_pickle, inputs, (batch, text_length, image_size), dynamic_batch, stream, outputs
+        model,
+        schedule,
+        config,
+        allow_pickle,
+        inputs,
+        (batch, text_length, image_size),
+        dynamic_batch or bool(profile),
+        stream,
+        outputs,
     )
     reduced = _reduced(program, chosen, dump_graph)
     with _stage("exporting" if no_verify else "exporting and proving"):
@@ -238,14 +218,14 @@ def compile_(
             if error.report is not None:
                 if report is not None:
                     save_report(error.report, report)
-                _print_report(error.report)
+                print_report(error.report)
             raise
     if done.report is not None:
-        _print_report(done.report)
+        print_report(done.report)
         if report is not None:
             save_report(done.report, report)
     if chosen is not None:
-        _print_plan(reduced.plan)
+        print_plan(reduced.plan)
     proved = "proved against eager PyTorch" if done.report else "not verified"
     console.print(f"Wrote {done.path} ({proved}) and {done.manifest_path}.", markup=False, highlight=False)
 
@@ -255,13 +235,13 @@ def compile_(
 def parity_(
     artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Made by pumer-compile.")],
     model: Annotated[Path, typer.Option("--model", "-m", metavar="MODEL", help="What it was compiled from.")],
-    config: Config = None,
-    allow_pickle: AllowPickle = False,
-    inputs: Inputs = None,
-    atol: Atol = None,
-    rtol: Rtol = None,
-    report: Report = None,
-    verbose: Verbose = False,
+    config: opt.Config = None,
+    allow_pickle: opt.AllowPickle = False,
+    inputs: opt.Inputs = None,
+    atol: opt.Atol = None,
+    rtol: opt.Rtol = None,
+    report: opt.Report = None,
+    verbose: opt.Verbose = False,
 ) -> None:
     """Prove an artifact against the reduced model in eager PyTorch; exit code 3 when it fails."""
     from .exporters.manifest import read_manifest
@@ -270,7 +250,7 @@ def parity_(
     from .loading import load_model
     from .parity import parity, save_report
 
-    absolute, relative = _tolerance(atol), _tolerance(rtol)
+    absolute, relative = opt.tolerance(atol), opt.tolerance(rtol)
     read_manifest(artifact)
     if report is not None:
         check_writable(report)
@@ -281,7 +261,7 @@ def parity_(
         result = parity(artifact, loaded, samples, atol=absolute, rtol=relative)
     if report is not None:
         save_report(result, report)
-    _print_report(result)
+    print_report(result)
     if not result.passed:
         raise ParityError(f"Parity failed: {result.failures()}.")
 
@@ -289,19 +269,19 @@ def parity_(
 @app.command("plan", epilog=_epilog(PLAN_EXAMPLES))
 @_readable_errors
 def plan_(
-    model: Model,
-    schedule: ScheduleName,
-    config: Config = None,
-    allow_pickle: AllowPickle = False,
-    inputs: Inputs = None,
-    batch: Batch = None,
-    text_length: TextLength = None,
-    image_size: ImageSize = None,
-    stream: Streams = None,
-    outputs: Outputs = None,
+    model: opt.Model,
+    schedule: opt.ScheduleName,
+    config: opt.Config = None,
+    allow_pickle: opt.AllowPickle = False,
+    inputs: opt.Inputs = None,
+    batch: opt.Batch = None,
+    text_length: opt.TextLength = None,
+    image_size: opt.ImageSize = None,
+    stream: opt.Streams = None,
+    outputs: opt.Outputs = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    dump_graph: DumpGraph = None,
-    verbose: Verbose = False,
+    dump_graph: opt.DumpGraph = None,
+    verbose: opt.Verbose = False,
 ) -> None:
     """Show token counts and multiply-adds of one sample, before and after; write nothing."""
     if schedule == "none":
@@ -313,7 +293,7 @@ def plan_(
     if as_json:
         print(json.dumps(reduced.plan.to_dict(), indent=2))
     else:
-        _print_plan(reduced.plan)
+        print_plan(reduced.plan)
 
 
 def _captured(
@@ -334,8 +314,8 @@ def _captured(
     batch, text_length, image_size = sizes
     if inputs is not None and any(size is not None for size in sizes):
         raise UsageError("--inputs fixes every shape; leave out --batch, --text-length and --image-size.")
-    pixels = _image_size(image_size)
-    streams = dict(_pair(item, "--stream", "INPUT=NAME") for item in stream or [])
+    pixels = opt.image_pixels(image_size)
+    streams = dict(opt.name_and_value(item, "--stream", "INPUT=NAME") for item in stream or [])
 
     with _stage(f"loading {model}"):
         from .capture import capture
@@ -362,92 +342,6 @@ def _reduced(program: Any, schedule: Any, dump_graph: Path | None) -> Any:
     if log.isEnabledFor(logging.INFO):
         status.print(str(reduced.history), markup=False, highlight=False)
     return reduced
-
-
-def _image_size(text: str | None) -> int | tuple[int, int] | None:
-    if text is None:
-        return None
-    parts = text.lower().split("x")
-    if len(parts) > 2 or not all(part.isdigit() and int(part) > 0 for part in parts):
-        raise UsageError(f"--image-size {text!r} is not a size: give pixels as 384 or 384x640.")
-    sizes = [int(part) for part in parts]
-    return sizes[0] if len(sizes) == 1 else (sizes[0], sizes[1])
-
-
-def _pair(text: str, option: str, form: str) -> tuple[str, str]:
-    name, equals, value = text.partition("=")
-    if not (name and equals and value):
-        raise UsageError(f"{option} {text!r} is not of the form {form}.")
-    return name, value
-
-
-def _tolerance(items: list[str] | None) -> float | Mapping[str, float] | None:
-    """`1e-4` for all outputs, or `logits=1e-4` for some."""
-    if not items:
-        return None
-    by_name = {}
-    for item in items:
-        name, value = item.rpartition("=")[::2]
-        try:
-            by_name[name] = float(value)
-        except ValueError:
-            raise UsageError(f"Tolerance {item!r} is not a number or OUTPUT=number.") from None
-        if not by_name[name] >= 0:
-            raise UsageError(f"Tolerance {item!r} is not at least 0.")
-    if "" in by_name and len(by_name) > 1:
-        raise UsageError("Give one tolerance for all outputs or one for each by name, not both.")
-    return by_name.get("", by_name)
-
-
-def _table(title: str, folding: list[str], *columns: str) -> Table:
-    """A table whose numbers are never cut, also on 80 columns; the `folding` first columns wrap instead."""
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for column in folding:
-        table.add_column(column, overflow="fold", min_width=8)
-    for column in columns:
-        table.add_column(column, no_wrap=True)
-    return table
-
-
-def _print_plan(plan: Any) -> None:
-    table = _table(
-        "Plan (one sample; multiply-adds from each site to the next)",
-        ["site", "module"],
-        *("tokens\nbefore", "tokens\nafter", "G mult-adds\nbefore", "G mult-adds\nafter"),
-    )
-    for site in plan.sites:
-        before, after = ("\n".join(f"{s} {n}" for s, n in c.items()) for c in (site.before, site.after))
-        table.add_row(site.name, site.module, before, after, *(f"{n / 1e9:.3g}" for n in site.multiply_adds))
-    console.print(table)
-    console.print(
-        f"multiply-adds: {plan.multiply_adds_before / 1e9:.4g} G before, {plan.multiply_adds_after / 1e9:.4g} G after, "
-        f"{plan.ratio:.2f}x fewer",
-        markup=False,
-        highlight=False,
-    )
-
-
-def _print_report(report: Any) -> None:
-    if report.reducers:
-        columns = ("differ", "near-ties", "largest margin", "verdict")
-        table = _table(f"Decisions ({report.samples} samples)", ["reducer"], *columns)
-        for row in report.reducers:
-            verdict = "pass" if row.passed else "FAIL"
-            table.add_row(row.name, str(row.differ), str(row.near_ties), f"{row.worst_margin:.1e}", verdict)
-        console.print(table)
-    table = _table(
-        f"Outputs against eager PyTorch ({report.dtype}, {report.provider})",
-        ["output"],
-        *("against", "samples", "absolute\nmax, mean", "relative\nmax, mean", "cosine", "top-1", "verdict"),
-    )
-    for row in report.outputs:
-        verdict = ("pass" if row.passed else "FAIL") if row.judged or not row.finite else "reported"
-        errors = (f"{row.max_abs:.2e}\n{row.mean_abs:.2e}", f"{row.max_rel:.2e}\n{row.mean_rel:.2e}")
-        against = row.against.replace("_", " ")
-        table.add_row(row.name, against, str(row.samples), *errors, f"{row.cosine:.6f}", f"{row.top1:.1%}", verdict)
-    console.print(table)
-    for note in report.notes:
-        console.print(f"note: {note}", markup=False, highlight=False)
 
 
 def _version(show: bool) -> None:

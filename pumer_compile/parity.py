@@ -23,10 +23,11 @@ from torch.export import ExportedProgram
 from transformers.exporters.utils import get_leaf_tensors
 
 from .capture import batch_inputs, capture
-from .errors import ExportError, ParityError, UsageError
+from .errors import UsageError
+from .exporters.base import Session
 from .exporters.manifest import read_manifest
 from .exporters.onnx import in_precision
-from .exporters.session import OnnxSession
+from .exporters.session import OnnxSession, deciding
 from .inputs import make_inputs
 from .loading import LoadedModel, load_model
 from .outputs import output_nodes
@@ -304,28 +305,15 @@ def _made_up(name: str, shape: Sequence[int], dtype: str, generator: torch.Gener
     raise UsageError(f"Random samples cannot be made for the input {name}. Give samples (`--inputs FILE.npz`).")
 
 
-def deciding(session: OnnxSession, decisions: Sequence[str]) -> OnnxSession:
-    """The session if it gives these decisions, else a second one on the same artifact that does.
-
-    Raises:
-        ParityError: the artifact has no such decisions.
-    """
-    hidden = [name for name in decisions if name not in session.outputs]
-    try:
-        return OnnxSession(session.path, session.provider, expose=hidden) if hidden else session
-    except ExportError as error:
-        raise ParityError(f"{session.path} does not have the decisions that its manifest names: {error}") from error
-
-
 def check(
-    session: OnnxSession,
+    session: Session,
     eager: fx.GraphModule,
     unreduced: fx.GraphModule,
     batches: Sequence[Mapping[str, Tensor]],
     dtype: str,
     decisions: Sequence[str],
     *,
-    decide: OnnxSession | None = None,
+    decide: Session | None = None,
     atol: float | Mapping[str, float] | None = None,
     rtol: float | Mapping[str, float] | None = None,
 ) -> ParityReport:
@@ -366,9 +354,7 @@ class _Comparison:
     atol: float | Mapping[str, float] | None
     rtol: float | Mapping[str, float] | None
 
-    def add(
-        self, batch: Mapping[str, Tensor], session: OnnxSession, decide: OnnxSession, decisions: Sequence[str]
-    ) -> None:
+    def add(self, batch: Mapping[str, Tensor], session: Session, decide: Session, decisions: Sequence[str]) -> None:
         """Take in one batch."""
         given = session.run(batch)
         artifact = {name: value for name, value in given.items() if name not in decisions}

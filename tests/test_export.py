@@ -51,7 +51,7 @@ def converted(reduced: Reduced, monkeypatch: pytest.MonkeyPatch) -> OnnxBuild:
     if not hasattr(converted, "build"):
         converted.build = build_onnx(reduced.program, reduced.schedule, OnnxOptions())
     build: OnnxBuild = converted.build
-    monkeypatch.setattr("pumer_compile.exporters.build_onnx", lambda *args: build)
+    monkeypatch.setattr("pumer_compile.exporters.onnx.build_onnx", lambda *args: build)
     return build
 
 
@@ -214,7 +214,7 @@ def test_an_artifact_that_decides_otherwise_is_not_published(out: Path, reduced:
     other = pumer.reduce(reduced.program, budgets("safe", layers=(0,)))
     assert other.plan.tokens() == reduced.plan.tokens()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pumer_compile.exporters.build_onnx", lambda *args: build)
+        patch.setattr("pumer_compile.exporters.onnx.build_onnx", lambda *args: build)
         with pytest.raises(ParityError, match="decides differently") as error:
             pumer.export(other, out)
     assert any(not row.passed and row.worst_margin > 1e-3 for row in error.value.report.reducers)
@@ -267,7 +267,7 @@ def test_paths_are_checked_before_any_work(tmp_path: Path, reduced: Reduced, mon
     def never(*args: Any) -> None:
         raise AssertionError("it went to work")
 
-    monkeypatch.setattr("pumer_compile.exporters.build_onnx", never)
+    monkeypatch.setattr("pumer_compile.exporters.onnx.build_onnx", never)
     for path in (tmp_path / "model.engine", tmp_path / "missing" / "model.onnx", tmp_path):
         with pytest.raises(UsageError):
             pumer.export(reduced, path)

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from pumer_compile import Program, Reduced, Schedule, capture, reduce
 from pumer_compile.errors import LocateError
-from pumer_compile.exporters.session import OnnxSession
+from pumer_compile.exporters.session import OnnxSession, deciding
 from pumer_compile.loading import load_model
-from pumer_compile.parity import check, deciding
+from pumer_compile.parity import check
 from pumer_compile.passes.insert import reducers_of
 from pumer_compile.reduce import reduce_graph, with_decisions
 from tests.commands import done, inner_manifest, onnx_outputs

@@ -6,24 +6,27 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from ..capture import Program
+from ..capture import Program, batch_inputs
 from ..errors import ParityError, UsageError
 from ..files import check_writable, publish, sha256_file
-from ..parity import ParityReport, check, deciding, random_batches
+from ..parity import ParityReport, check, random_batches
 from ..reduce import Reduced
-from .manifest import KEY, make_manifest
-from .onnx import OnnxBuild, OnnxOptions, append_metadata, build_onnx, in_precision, save_onnx
+from .base import Options, Profile, Writer
+from .manifest import make_manifest, sidecar
+from .onnx import OnnxOptions, OnnxWriter, in_precision
 from .session import OnnxSession
 
-__all__ = ["Exported", "OnnxOptions", "OnnxSession", "export", "exporter_options"]
+__all__ = ["Exported", "OnnxOptions", "OnnxSession", "Options", "Profile", "export", "exporter_options"]
 
-SIDECAR = "manifest.json"
+WRITERS: tuple[type[Writer[Any, Any]], ...] = (OnnxWriter,)
+# A proof at the largest batch of a profile would need that much time and memory in eager PyTorch.
+LARGEST_PROVED_BATCH = 16
 
 
 @dataclass(frozen=True)
@@ -47,14 +50,14 @@ def export(
     reduced: Reduced | Program,
     path: str | os.PathLike[str],
     *,
-    options: OnnxOptions | None = None,
+    options: Options | None = None,
     with_decisions: bool = False,
     verify: bool = True,
     samples: Sequence[Mapping[str, Tensor]] | None = None,
     atol: float | Mapping[str, float] | None = None,
     rtol: float | Mapping[str, float] | None = None,
 ) -> Exported:
-    """Write an artifact; the suffix of `path` picks the exporter (`.onnx`).
+    """Write an artifact; the suffix of `path` picks the exporter.
 
     Everything is written under temporary names beside `path` and renamed when it is complete and proved: a failed or
     killed run leaves the old artifact as it was.
@@ -62,42 +65,56 @@ def export(
     Args:
         reduced: from `reduce`, or a captured program to export as it is.
         path: of the artifact.
-        options: opset, dtype, target.
+        options: of the exporter that the suffix picks.
         with_decisions: keep every reducer's decisions as extra outputs.
         verify: prove the artifact before publishing it.
         samples: batches for the proof besides the captured inputs; None makes random ones where it can.
         atol, rtol: tolerances of the proof; defaults follow the dtype.
 
     Raises:
-        UsageError: an unknown suffix or a path that cannot be written; before any long work.
+        UsageError: an unknown suffix, a path that cannot be written, or something that this machine lacks; before any
+            long work.
         ExportError: conversion failed.
         ParityError: the proof failed; the artifact is kept as `<path>.failed`.
     """
     path = Path(path)
-    options = options or exporter_options(path)
+    writer = _writer(path, options)
     check_writable(path)
     program, schedule, plan = (
         (reduced.program, reduced.schedule, reduced.plan) if isinstance(reduced, Reduced) else (reduced, None, None)
     )
-    build = build_onnx(program, schedule, options)
+    writer.check(program, verify=verify)
+    build = writer.build(program, schedule)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        model = build.model if with_decisions else build.without_decisions()
-        files = save_onnx(model, Path(folder) / path.name)
+        files = writer.save(build, Path(folder) / path.name, with_decisions=with_decisions)
         report = None
         if verify:
-            batches = _proof_batches(program, samples)
-            report = _prove(files[-1], build, reduced, batches, options.dtype, atol, rtol)
+            evidence = writer.evidence(build, files)
+            eager, unreduced = _eager(reduced)
+            batches, clipped = _proof_batches(program, samples, writer.options.profiles)
+            report = check(
+                evidence.session,
+                eager,
+                unreduced,
+                batches,
+                writer.options.dtype,
+                build.decisions,
+                decide=evidence.decide,
+                atol=atol,
+                rtol=rtol,
+            )
+            report.notes += [note for note in (evidence.note, clipped) if note]
         manifest = make_manifest(
             program,
             schedule,
             plan,
-            inputs=[str(value.name) for value in model.graph.inputs],
+            inputs=build.inputs,
             outputs=build.outputs,
             decisions=build.decisions,
-            options=asdict(options),
+            options=_described(writer.options),
             parity=report.to_dict() if report else {"verified": False},
         )
-        append_metadata(files[-1], {KEY: json.dumps(manifest, sort_keys=True)})
+        writer.record(manifest, files[-1])
         if report is not None and not report.passed:
             failed = path.with_name(f"{path.name}.failed")
             publish([(f, failed if f == files[-1] else path.with_name(f.name)) for f in files])
@@ -106,66 +123,97 @@ def export(
                 "inspection; raise --atol/--rtol only if the difference is acceptable for your task.",
                 report,
             )
-        sidecar = _sidecar(path)
+        beside = sidecar(path)
         described = {"artifact": path.name, "sha256": sha256_file(files[-1]), **manifest}
-        (Path(folder) / SIDECAR).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
-        # The artifact comes last: until then the old one stands, and the manifest inside it is the one that counts.
+        written = Path(folder) / "manifest.json"
+        written.write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+        # The artifact comes last: until then the old one stands.
         companions = [(f, path.with_name(f.name)) for f in files[:-1]]
-        publish([*companions, (Path(folder) / SIDECAR, sidecar), (files[-1], path)])
-    return Exported(path, sidecar, manifest, report)
+        publish([*companions, (written, beside), (files[-1], path)])
+    return Exported(path, beside, manifest, report)
 
 
-def exporter_options(path: Path, **options: Any) -> OnnxOptions:
-    """The options of the exporter that the suffix of `path` picks.
+def exporter_options(path: Path, **options: Any) -> Options:
+    """The options of the exporter that the suffix of `path` picks; None of a value leaves the exporter's default.
 
     Raises:
         UsageError: no exporter writes this suffix, or an option it does not have.
     """
-    if path.suffix != ".onnx":
-        raise UsageError(f"No exporter writes {path.suffix or 'a path without suffix'!r} ({path}); use model.onnx.")
-    return OnnxOptions(**options)
+    writer = _writer_class(path)
+    given = {name: value for name, value in options.items() if value is not None}
+    known = {field.name for field in fields(writer.options_class)}
+    unknown = [name for name in given if name not in known]
+    if unknown:
+        raise UsageError(f"--{unknown[0].replace('_', '-')} does not apply to {path.suffix} ({path}).")
+    return writer.options_class(**given)
 
 
-def _sidecar(path: Path) -> Path:
-    """`manifest.json` beside the artifact, or `<stem>.manifest.json` where that name is taken by something else."""
-    plain, named = path.with_name(SIDECAR), path.with_name(f"{path.stem}.{SIDECAR}")
-    try:
-        described = json.loads(plain.read_text(encoding="utf-8"))["artifact"]
-    except FileNotFoundError:
-        return plain
-    except (OSError, ValueError, TypeError, KeyError):
-        return named  # somebody else's manifest.json
-    other = described != path.name and plain.with_name(str(described)).exists()
-    return named if other else plain
+def check_exporter(path: Path, options: Options, *, verify: bool) -> None:
+    """Refuse, before a model is loaded, what this machine cannot export; see `Writer.check`."""
+    _writer(path, options).check(None, verify=verify)
 
 
-def _proof_batches(program: Program, samples: Sequence[Mapping[str, Tensor]] | None) -> list[Mapping[str, Tensor]]:
+def _writer(path: Path, options: Options | None) -> Writer[Any, Any]:
+    writer = _writer_class(path)
+    options = writer.options_class() if options is None else options
+    if not isinstance(options, writer.options_class):
+        raise UsageError(f"{path.suffix} takes {writer.options_class.__name__}, not {type(options).__name__}.")
+    return writer(options)
+
+
+def _writer_class(path: Path) -> type[Writer[Any, Any]]:
+    found = next((writer for writer in WRITERS if path.suffix in writer.suffixes), None)
+    if found is None:
+        suffixes = ", ".join(suffix for writer in WRITERS for suffix in writer.suffixes)
+        raise UsageError(
+            f"No exporter writes {path.suffix or 'a path without suffix'!r} ({path}); use model.onnx, or one of "
+            f"{suffixes}."
+        )
+    return found
+
+
+def _described(options: Options) -> dict[str, Any]:
+    """Options as JSON holds them; paths of this machine are nobody's business."""
+    described = {k: v for k, v in asdict(options).items() if not isinstance(v, Path)}
+    return {**described, "profiles": [str(profile) for profile in options.profiles]}
+
+
+def _proof_batches(
+    program: Program, samples: Sequence[Mapping[str, Tensor]] | None, profiles: Sequence[Profile]
+) -> tuple[list[Mapping[str, Tensor]], str]:
+    """Batches for a proof, in every batch size of the profiles; and which sizes are too large for one."""
     batches: list[Mapping[str, Tensor]] = [program.inputs]
     if samples is not None:
-        return [*batches, *samples]
-    if program.model is None or not hasattr(program.model, "config"):
-        return batches
-    shapes = {name: tuple(tensor.shape) for name, tensor in program.inputs.items()}
-    dtypes = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in program.inputs.items()}
-    try:
-        return [*batches, *random_batches(program.model, shapes, dtypes)]
-    except UsageError:  # inputs that nobody can make up
-        return batches
+        batches += samples
+    elif program.model is not None and hasattr(program.model, "config"):
+        shapes = {name: tuple(tensor.shape) for name, tensor in program.inputs.items()}
+        dtypes = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in program.inputs.items()}
+        try:
+            batches += random_batches(program.model, shapes, dtypes)
+        except UsageError:  # inputs that nobody can make up
+            pass
+    sizes = sorted({size for p in profiles for size in (p.minimum, p.optimum, p.maximum)})
+    proved = [size for size in sizes if size <= LARGEST_PROVED_BATCH]
+    left_out = [str(size) for size in sizes if size > LARGEST_PROVED_BATCH]
+    if not sizes:
+        return batches, ""
+    pooled: list[Mapping[str, Tensor]] = [resized_batch(batches, size) for size in proved or [LARGEST_PROVED_BATCH]]
+    return pooled, f"not proved at a batch of {', '.join(left_out)}: it would take too long" if left_out else ""
 
 
-def _prove(
-    artifact: Path,
-    build: OnnxBuild,
-    reduced: Reduced | Program,
-    batches: list[Mapping[str, Tensor]],
-    dtype: str,
-    atol: float | Mapping[str, float] | None,
-    rtol: float | Mapping[str, float] | None,
-) -> ParityReport:
-    eager, unreduced = _eager(reduced)
-    session = OnnxSession(artifact)
-    decide = deciding(session, build.decisions)
-    return check(session, eager, unreduced, batches, dtype, build.decisions, decide=decide, atol=atol, rtol=rtol)
+def resized_batch(batches: Sequence[Mapping[str, Tensor]], size: int) -> dict[str, Tensor]:
+    """One batch of `size` samples out of several batches, over again where they are too few."""
+    import torch
+
+    batched = batch_inputs(batches[0])
+    joined = {}
+    for name, tensor in batches[0].items():
+        if name not in batched:
+            joined[name] = tensor
+            continue
+        every = torch.cat([batch[name].to(tensor.dtype) for batch in batches])
+        joined[name] = every[torch.arange(size) % len(every)]
+    return joined
 
 
 def _eager(reduced: Reduced | Program) -> tuple[Any, Any]:

@@ -13,10 +13,12 @@ from torch import Tensor
 
 from ..capture import Program
 from ..errors import UsageError
+from ..files import sha256_file
 from ..plan import Plan
 from ..schedule import Schedule
 
 KEY = "pumer_compile.manifest"
+SIDECAR = "manifest.json"
 FORMAT = 1
 _PACKAGES = (
     "pumer-compile",
@@ -84,19 +86,42 @@ def make_manifest(
     }
 
 
+def sidecar(path: Path) -> Path:
+    """Where the manifest beside an artifact goes.
+
+    `manifest.json`, or `<stem>.manifest.json` where that name is taken by something else.
+    """
+    plain, named = path.with_name(SIDECAR), path.with_name(f"{path.stem}.{SIDECAR}")
+    try:
+        described = json.loads(plain.read_text(encoding="utf-8"))["artifact"]
+    except FileNotFoundError:
+        return plain
+    except (OSError, ValueError, TypeError, KeyError):
+        return named  # somebody else's manifest.json
+    other = described != path.name and plain.with_name(str(described)).exists()
+    return named if other else plain
+
+
 def _dtype(tensor: Tensor, options: Mapping[str, Any]) -> str:
     """What the artifact takes: floating-point inputs follow its own dtype."""
     return str(options["dtype"]) if tensor.is_floating_point() else str(tensor.dtype).removeprefix("torch.")
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest inside an ONNX artifact.
+    """The manifest of an artifact: from an ONNX model's metadata, for any other format from the file beside it.
 
     Raises:
-        UsageError: no such file, not ONNX, or not made by pumer-compile.
+        UsageError: no such file, not made by pumer-compile, or not the file that the manifest describes.
     """
     if not path.is_file():
         raise UsageError(f"No artifact at {path}.")
+    manifest = _inner(path) if path.suffix == ".onnx" else _beside(path)
+    if manifest.get("format") != FORMAT:
+        raise UsageError(f"{path} has a manifest of format {manifest.get('format')}; this reads {FORMAT}.")
+    return manifest
+
+
+def _inner(path: Path) -> dict[str, Any]:
     try:
         model = onnx.load(str(path), load_external_data=False)
     except Exception as error:
@@ -105,10 +130,29 @@ def read_manifest(path: Path) -> dict[str, Any]:
     for entry in model.metadata_props:
         if entry.key == KEY:
             try:
-                manifest: dict[str, Any] = dict(json.loads(entry.value))
+                return dict(json.loads(entry.value))
             except (ValueError, TypeError) as error:
                 raise UsageError(f"The manifest in {path} cannot be read: {error}.") from error
-            if manifest.get("format") != FORMAT:
-                raise UsageError(f"{path} has a manifest of format {manifest.get('format')}; this reads {FORMAT}.")
-            return manifest
     raise UsageError(f"{path} was not made by pumer-compile: its metadata has no {KEY}.")
+
+
+def _beside(path: Path) -> dict[str, Any]:
+    """The manifest that names this artifact, and describes these very bytes."""
+    candidates = (path.with_name(f"{path.stem}.{SIDECAR}"), path.with_name(SIDECAR))
+    for candidate in candidates:
+        try:
+            found = dict(json.loads(candidate.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            continue
+        if found.get("artifact") != path.name:
+            continue
+        if found.get("sha256") != sha256_file(path):
+            raise UsageError(
+                f"{path} is not the file that {candidate} describes: its SHA-256 differs. Compile it again, or put "
+                "back the manifest that was written with it."
+            )
+        return found
+    raise UsageError(
+        f"No manifest describes {path}: looked for {' and '.join(c.name for c in candidates)} beside it. It was not "
+        "made by pumer-compile, or was moved without its manifest."
+    )

@@ -11,12 +11,13 @@ import contextlib
 import copy
 import hashlib
 import io
+import json
 import logging
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import onnx
 import onnx_ir
@@ -35,11 +36,13 @@ from ..loading import quiet
 from ..outputs import output_nodes
 from ..reduce import reduce_graph, with_decisions
 from ..schedule import Schedule
+from .base import Evidence, Options, Precision, Writer
+from .manifest import KEY
+from .session import OnnxSession, deciding
 
 log = logging.getLogger("pumer_compile")
 
 Target = Literal["onnxruntime-cpu", "onnxruntime-cuda"]
-Precision = Literal["float32", "float16"]
 
 MIN_OPSET, DEFAULT_OPSET = 18, 20
 _FUSIONS: dict[str, Literal["cpu", "cuda"]] = {"onnxruntime-cpu": "cpu", "onnxruntime-cuda": "cuda"}
@@ -49,25 +52,22 @@ _FORBIDDEN = ("Scatter", "NonZero", "Unique", "Compress", "TopK")
 
 
 @dataclass(frozen=True)
-class OnnxOptions:
+class OnnxOptions(Options):
     """How to write ONNX.
 
     Attributes:
         opset: of the default domain, 18 or newer.
-        dtype: of weights and activations; reducers decide in float32 in any case.
         target: a runtime whose fused operators to use; None is portable ONNX.
     """
 
     opset: int = DEFAULT_OPSET
-    dtype: Precision = "float32"
     target: Target | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         newest = onnx.defs.onnx_opset_version()
         if not MIN_OPSET <= self.opset <= newest:
             raise UsageError(f"Opset {self.opset} is not supported: choose {MIN_OPSET} to {newest}.")
-        if self.dtype not in get_args(Precision):
-            raise UsageError(f"No dtype {self.dtype!r}: choose {' or '.join(get_args(Precision))}.")
         if self.target is not None and self.target not in _FUSIONS:
             raise UsageError(f"No target {self.target!r}: choose {' or '.join(_FUSIONS)}.")
 
@@ -149,6 +149,11 @@ class OnnxBuild:
     model: onnx_ir.Model
     outputs: list[str]
     decisions: list[str]
+
+    @property
+    def inputs(self) -> list[str]:
+        """Names of the inputs."""
+        return [str(value.name) for value in self.model.graph.inputs]
 
     def without_decisions(self) -> onnx_ir.Model:
         """A copy that gives the model's own outputs only; weights are shared.
@@ -345,3 +350,36 @@ def _quiet_torch_onnx() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+class OnnxWriter(Writer[OnnxOptions, OnnxBuild]):
+    """Writes ONNX models, proved under onnxruntime on the CPU."""
+
+    suffixes: ClassVar[tuple[str, ...]] = (".onnx",)
+    options_class: ClassVar[type[Options]] = OnnxOptions
+
+    def check(self, program: Program | None, *, verify: bool) -> None:
+        """Refuse a proof that nothing here can give: onnxruntime's CPU provider does not run bfloat16."""
+        super().check(program, verify=verify)
+        if verify and self.options.dtype == "bfloat16":
+            raise UsageError(
+                "A bfloat16 artifact cannot be proved here: onnxruntime's CPU provider does not run it. Choose "
+                "float16 or float32, or publish it without a proof (--no-verify; the manifest says so)."
+            )
+
+    def build(self, program: Program, schedule: Schedule | None) -> OnnxBuild:
+        """See `build_onnx`."""
+        return build_onnx(program, schedule, self.options)
+
+    def save(self, build: OnnxBuild, path: Path, *, with_decisions: bool) -> list[Path]:
+        """See `save_onnx`."""
+        return save_onnx(build.model if with_decisions else build.without_decisions(), path)
+
+    def evidence(self, build: OnnxBuild, files: Sequence[Path]) -> Evidence:
+        """The artifact under onnxruntime, twice where it does not give its decisions."""
+        session = OnnxSession(files[-1])
+        return Evidence(session, deciding(session, build.decisions))
+
+    def record(self, manifest: Mapping[str, Any], path: Path) -> None:
+        """Into the model's metadata."""
+        append_metadata(path, {KEY: json.dumps(manifest, sort_keys=True)})

@@ -11,7 +11,7 @@ import onnx
 import torch
 from torch import Tensor
 
-from ..errors import ExportError, UsageError
+from ..errors import ExportError, ParityError, UsageError
 
 _DTYPES = {
     "tensor(int64)": torch.int64,
@@ -100,3 +100,16 @@ def _exposing(path: Path, names: Sequence[str]) -> bytes:
     model = onnx.load(str(path), load_external_data=False)
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
     return bytes(model.SerializeToString())
+
+
+def deciding(session: OnnxSession, decisions: Sequence[str]) -> OnnxSession:
+    """The session if it gives these decisions, else a second one on the same artifact that does.
+
+    Raises:
+        ParityError: the artifact has no such decisions.
+    """
+    hidden = [name for name in decisions if name not in session.outputs]
+    try:
+        return OnnxSession(session.path, session.provider, expose=hidden) if hidden else session
+    except ExportError as error:
+        raise ParityError(f"{session.path} does not have the decisions that its manifest names: {error}") from error

@@ -12,8 +12,7 @@ import pytest
 
 import pumer_compile as pumer
 from pumer_compile.errors import UsageError
-from pumer_compile.exporters import _sidecar
-from pumer_compile.exporters.manifest import FORMAT, KEY, library_versions, read_manifest
+from pumer_compile.exporters.manifest import FORMAT, KEY, library_versions, read_manifest, sidecar
 from pumer_compile.files import sha256_file
 from pumer_compile.loading import load_model
 from pumer_compile.schedule import Schedule
@@ -111,19 +110,19 @@ def test_the_sidecar_says_the_same(manifest: dict[str, Any]) -> None:
 
 def test_two_artifacts_in_one_folder(tmp_path: Path) -> None:
     plain, second = tmp_path / "manifest.json", tmp_path / "second.manifest.json"
-    assert _sidecar(tmp_path / "first.onnx") == plain
+    assert sidecar(tmp_path / "first.onnx") == plain
     plain.write_text('{"artifact": "first.onnx"}', encoding="utf-8")
     (tmp_path / "first.onnx").touch()
-    assert _sidecar(tmp_path / "first.onnx") == plain
-    assert _sidecar(tmp_path / "second.onnx") == second
+    assert sidecar(tmp_path / "first.onnx") == plain
+    assert sidecar(tmp_path / "second.onnx") == second
     (tmp_path / "first.onnx").unlink()  # what it describes is gone
-    assert _sidecar(tmp_path / "second.onnx") == plain
+    assert sidecar(tmp_path / "second.onnx") == plain
 
 
 @pytest.mark.parametrize("text", ['{"name": "a web application"}', "not JSON", "[1, 2]", '"text"', "null", ""])
 def test_the_manifest_of_somebody_else_stays(text: str, tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text(text, encoding="utf-8")
-    assert _sidecar(tmp_path / "model.onnx") == tmp_path / "model.manifest.json"
+    assert sidecar(tmp_path / "model.onnx") == tmp_path / "model.manifest.json"
 
 
 # --- Reading ----------------------------------------------------------------------------------------------------------

@@ -165,7 +165,7 @@ def test_operators_of_onnxruntime(eager: dict[str, np.ndarray]) -> None:
     [
         ({"opset": MIN_OPSET - 1}, "18"),
         ({"opset": onnx.defs.onnx_opset_version() + 1}, str(onnx.defs.onnx_opset_version())),
-        ({"dtype": "int8"}, "float32 or float16"),
+        ({"dtype": "int8"}, "float32, float16, bfloat16"),
         ({"target": "tensorrt"}, "onnxruntime-cpu"),
     ],
 )

@@ -1,0 +1,65 @@
+"""Plans and reports as tables on a terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+console = Console()
+status = Console(stderr=True)
+
+
+def make_table(title: str, folding: list[str], *columns: str) -> Table:
+    """A table whose numbers are never cut, also on 80 columns; the `folding` first columns wrap instead."""
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for column in folding:
+        table.add_column(column, overflow="fold", min_width=8)
+    for column in columns:
+        table.add_column(column, no_wrap=True)
+    return table
+
+
+def print_plan(plan: Any) -> None:
+    """Token counts and multiply-adds of every site."""
+    table = make_table(
+        "Plan (one sample; multiply-adds from each site to the next)",
+        ["site", "module"],
+        *("tokens\nbefore", "tokens\nafter", "G mult-adds\nbefore", "G mult-adds\nafter"),
+    )
+    for site in plan.sites:
+        before, after = ("\n".join(f"{s} {n}" for s, n in c.items()) for c in (site.before, site.after))
+        table.add_row(site.name, site.module, before, after, *(f"{n / 1e9:.3g}" for n in site.multiply_adds))
+    console.print(table)
+    console.print(
+        f"multiply-adds: {plan.multiply_adds_before / 1e9:.4g} G before, {plan.multiply_adds_after / 1e9:.4g} G after, "
+        f"{plan.ratio:.2f}x fewer",
+        markup=False,
+        highlight=False,
+    )
+
+
+def print_report(report: Any) -> None:
+    """Decisions, outputs and notes of a parity report."""
+    if report.reducers:
+        columns = ("differ", "near-ties", "largest margin", "verdict")
+        table = make_table(f"Decisions ({report.samples} samples)", ["reducer"], *columns)
+        for row in report.reducers:
+            verdict = "pass" if row.passed else "FAIL"
+            table.add_row(row.name, str(row.differ), str(row.near_ties), f"{row.worst_margin:.1e}", verdict)
+        console.print(table)
+    table = make_table(
+        f"Outputs against eager PyTorch ({report.dtype}, {report.provider})",
+        ["output"],
+        *("against", "samples", "absolute\nmax, mean", "relative\nmax, mean", "cosine", "top-1", "verdict"),
+    )
+    for row in report.outputs:
+        verdict = ("pass" if row.passed else "FAIL") if row.judged or not row.finite else "reported"
+        errors = (f"{row.max_abs:.2e}\n{row.mean_abs:.2e}", f"{row.max_rel:.2e}\n{row.mean_rel:.2e}")
+        against = row.against.replace("_", " ")
+        table.add_row(row.name, against, str(row.samples), *errors, f"{row.cosine:.6f}", f"{row.top1:.1%}", verdict)
+    console.print(table)
+    for note in report.notes:
+        console.print(f"note: {note}", markup=False, highlight=False)

@@ -1,0 +1,181 @@
+"""What every exporter has in common: options, a build in memory, and what the build is proved by."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar, get_args
+
+import numpy as np
+from torch import Tensor
+
+from ..capture import Program
+from ..errors import UsageError
+from ..schedule import Schedule
+
+Precision = Literal["float32", "float16", "bfloat16"]
+
+
+class Session(Protocol):
+    """An open artifact: inputs by name in, outputs by name out.
+
+    Attributes:
+        path: of the artifact.
+        provider: what executes it, such as `CPUExecutionProvider` or `TensorRT-RTX`.
+    """
+
+    path: Path
+    provider: str
+
+    @property
+    def inputs(self) -> list[str]:
+        """Names of the inputs."""
+
+    @property
+    def outputs(self) -> list[str]:
+        """Names of the outputs."""
+
+    def run(self, batch: Mapping[str, Tensor]) -> dict[str, np.ndarray[Any, Any]]:
+        """Outputs by name, from tensors by input name (cast to the artifact's dtypes)."""
+
+
+class Build(Protocol):
+    """An artifact before it is written.
+
+    Attributes:
+        inputs: names, in order.
+        outputs: the model's own outputs, in order.
+        decisions: names of the reducers' decisions: outputs after the model's own, or inner values.
+    """
+
+    @property
+    def inputs(self) -> list[str]:
+        """See above."""
+
+    @property
+    def outputs(self) -> list[str]:
+        """See above."""
+
+    @property
+    def decisions(self) -> list[str]:
+        """See above."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a written artifact is proved by.
+
+    Attributes:
+        session: gives the outputs.
+        decide: gives the decisions; the same object where the artifact gives them itself.
+        note: what the proof does not cover; empty where it runs the artifact itself.
+    """
+
+    session: Session
+    decide: Session
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Batch sizes of an artifact with an open batch: the smallest, the one to tune for, the largest.
+
+    Attributes:
+        minimum, optimum, maximum: samples.
+    """
+
+    minimum: int
+    optimum: int
+    maximum: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.minimum <= self.optimum <= self.maximum:
+            raise UsageError(f"Profile {self} is not of the form MIN:OPT:MAX with 1 <= MIN <= OPT <= MAX.")
+
+    @classmethod
+    def parse(cls, text: str) -> Profile:
+        """From `batch=1:8:32`.
+
+        Raises:
+            UsageError: another form, or sizes in another order.
+        """
+        name, _, sizes = text.partition("=")
+        parts = sizes.split(":")
+        if name != "batch" or len(parts) != 3 or not all(p.isascii() and p.isdigit() for p in parts):
+            raise UsageError(
+                f"--profile {text!r} is not of the form batch=MIN:OPT:MAX, such as batch=1:8:32. Only the batch can "
+                "be open: token counts are fixed by the schedule."
+            )
+        return cls(*(int(part) for part in parts))
+
+    def __str__(self) -> str:
+        return f"batch={self.minimum}:{self.optimum}:{self.maximum}"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What every exporter takes.
+
+    Attributes:
+        dtype: of weights and activations; reducers decide in float32 in any case.
+        profiles: batch sizes that an artifact with an open batch is built for and proved at.
+    """
+
+    dtype: Precision = "float32"
+    profiles: tuple[Profile, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.dtype not in get_args(Precision):
+            raise UsageError(f"No dtype {self.dtype!r}: choose {', '.join(get_args(Precision))}.")
+
+
+OptionsT = TypeVar("OptionsT", bound=Options)
+BuildT = TypeVar("BuildT", bound=Build)
+
+
+class Writer(ABC, Generic[OptionsT, BuildT]):
+    """Writes artifacts of one format.
+
+    Attributes:
+        suffixes: of the paths it writes.
+        options_class: what it takes.
+    """
+
+    suffixes: ClassVar[tuple[str, ...]]
+    options_class: ClassVar[type[Options]]
+
+    def __init__(self, options: OptionsT) -> None:
+        self.options = options
+
+    def check(self, program: Program | None, *, verify: bool) -> None:
+        """Refuse, before any long work, what cannot be done here.
+
+        Args:
+            program: None where nothing is captured yet.
+            verify: whether the artifact is to be proved.
+
+        Raises:
+            UsageError: a package, a device or a target is missing, or an option does not fit the program.
+        """
+        if program is not None and self.options.profiles and not program.dynamic_batch:
+            raise UsageError(
+                "A profile gives the sizes of an open batch, but the program was captured with a fixed one. Capture "
+                "with dynamic_batch=True, or leave the profile out."
+            )
+
+    @abstractmethod
+    def build(self, program: Program, schedule: Schedule | None) -> BuildT:
+        """Convert a captured program, reduced by a schedule (None: as it is)."""
+
+    @abstractmethod
+    def save(self, build: BuildT, path: Path, *, with_decisions: bool) -> list[Path]:
+        """Write a build; the artifact itself is the last of the files."""
+
+    @abstractmethod
+    def evidence(self, build: BuildT, files: Sequence[Path]) -> Evidence:
+        """Open what was written, for its proof."""
+
+    def record(self, manifest: Mapping[str, Any], path: Path) -> None:
+        """Put the manifest into the artifact, where the format has room for one."""
