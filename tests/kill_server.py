@@ -6,7 +6,7 @@ One JSON object a line on standard input: `arguments`, and optionally
 - `external`: weights beside the graph;
 - `signal`: what to kill with, SIGKILL unless given;
 - `after`: kill after so many seconds, or
-- `at`: when this function of `pumer_compile.exporters` is called, or
+- `at`: when this function of `pumer_compile.exporters.onnx` is called, or
 - `replace` and `folder`: right after so many files were renamed into this folder.
 
 One a line comes back: `code` (negative: the signal that killed it) and `seconds`.
@@ -39,7 +39,7 @@ def child(job: dict[str, Any]) -> None:
         pumer_compile.exporters.onnx.INLINE_WEIGHTS_LIMIT = 0
     number = job.get("signal", signal.SIGKILL)
     if "at" in job:
-        setattr(pumer_compile.exporters, job["at"], lambda *args, **options: os.kill(os.getpid(), number))
+        setattr(pumer_compile.exporters.onnx, job["at"], lambda *args, **options: os.kill(os.getpid(), number))
     if "replace" in job:
         left, replace = job["replace"], os.replace
 

@@ -218,7 +218,7 @@ def test_a_disk_that_fills_up(out: Path, unchanged: Any, monkeypatch: pytest.Mon
     def full(*args: Any, **options: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(out))
 
-    monkeypatch.setattr("pumer_compile.exporters.append_metadata", full)
+    monkeypatch.setattr("pumer_compile.exporters.onnx.append_metadata", full)
     message = refused(1, folder(layers=1), "--schedule", "none", "-o", out, "--no-verify")
     assert "No space left on device" in message and str(out) in message
     check()

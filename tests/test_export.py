@@ -247,7 +247,7 @@ def test_samples_of_the_user_are_part_of_the_proof(tmp_path: Path, reduced: Redu
 # --- Interrupted ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("step", ["save_onnx", "_prove", "append_metadata", "make_manifest", "publish"])
+@pytest.mark.parametrize("step", ["onnx.save_onnx", "check", "onnx.append_metadata", "make_manifest", "publish"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
 def test_an_exception_leaves_nothing(
     step: str, error: type[BaseException], out: Path, reduced: Reduced, converted: OnnxBuild, monkeypatch: Any
