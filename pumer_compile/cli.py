@@ -79,8 +79,12 @@ def _readable_errors(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
         verbose = bool(kwargs.get("verbose"))
-        _set_up_logging(verbose)
+        # Errors go to the other console, in any case.
+        console.quiet = bool(kwargs.get("quiet"))
+        _set_up_logging(verbose, quiet=console.quiet)
         try:
+            if verbose and console.quiet:
+                raise UsageError("--verbose and --quiet exclude each other; choose one.")
             command(*args, **kwargs)
         except PumerError as error:
             _fail(error, str(error), error.exit_code, verbose)
@@ -105,21 +109,23 @@ def _fail(error: BaseException, message: str, code: int, verbose: bool) -> None:
     raise typer.Exit(code)
 
 
-def _set_up_logging(verbose: bool) -> None:
+def _set_up_logging(verbose: bool, *, quiet: bool) -> None:
     log.handlers = [RichHandler(console=status, show_path=False, show_time=False)]
-    log.setLevel(logging.INFO if verbose else logging.WARNING)
+    log.setLevel(logging.INFO if verbose else logging.ERROR if quiet else logging.WARNING)
     log.propagate = False
 
 
 @contextmanager
-def _stage(text: str) -> Iterator[None]:
-    """Say what is going on: a spinner on a terminal, a line elsewhere."""
-    if status.is_terminal:
-        with status.status(f"{text} ..."):
-            yield
+def _stage(text: str) -> Iterator[Callable[[str], None]]:
+    """Say what is going on: a spinner on a terminal, which the yielded function adds to, a line elsewhere."""
+    if console.quiet:
+        yield lambda step: None
+    elif status.is_terminal:
+        with status.status(f"{text} ...") as spinner:
+            yield lambda step: spinner.update(f"{text}: {step} ...")
     else:
         status.print(f"{text} ...", markup=False, highlight=False, soft_wrap=True)
-        yield
+        yield lambda step: None
 
 
 @app.command("compile", epilog=_epilog(EXAMPLES))
@@ -166,6 +172,7 @@ def compile_(
     report: opt.Report = None,
     dump_graph: opt.DumpGraph = None,
     verbose: opt.Verbose = False,
+    quiet: opt.Quiet = False,
 ) -> None:
     """Compile MODEL to a reduced artifact (the default command)."""
     from .exporters import check_exporter, export, exporter_options
@@ -187,7 +194,8 @@ def compile_(
         layer_info=layer_info,
         version_compatible=version_compatible or None,
     )
-    check_exporter(output, options, verify=not no_verify)
+    open_batch = dynamic_batch or bool(profile)
+    check_exporter(output, options, dynamic_batch=open_batch, verify=not no_verify)
     absolute, relative = opt.tolerance(atol), opt.tolerance(rtol)
     if report is not None:
         check_writable(report)
@@ -198,12 +206,12 @@ def compile_(
         allow_pickle,
         inputs,
         (batch, text_length, image_size),
-        dynamic_batch or bool(profile),
+        open_batch,
         stream,
         outputs,
     )
     reduced = _reduced(program, chosen, dump_graph)
-    with _stage("exporting" if no_verify else "exporting and proving"):
+    with _stage("exporting" if no_verify else "exporting and proving") as progress:
         try:
             done = export(
                 reduced,
@@ -213,6 +221,7 @@ def compile_(
                 verify=not no_verify,
                 atol=absolute,
                 rtol=relative,
+                progress=progress,
             )
         except ParityError as error:
             if error.report is not None:
@@ -226,7 +235,12 @@ def compile_(
             save_report(done.report, report)
     if chosen is not None:
         print_plan(reduced.plan)
-    proved = "proved against eager PyTorch" if done.report else "not verified"
+    if done.report is None:
+        proved = "not verified"
+    elif done.report.stand_in:
+        proved = f"not executed; {done.report.stand_in} was proved against eager PyTorch"
+    else:
+        proved = "proved against eager PyTorch"
     console.print(f"Wrote {done.path} ({proved}) and {done.manifest_path}.", markup=False, highlight=False)
 
 
@@ -242,6 +256,7 @@ def parity_(
     rtol: opt.Rtol = None,
     report: opt.Report = None,
     verbose: opt.Verbose = False,
+    quiet: opt.Quiet = False,
 ) -> None:
     """Prove an artifact against the reduced model in eager PyTorch; exit code 3 when it fails."""
     from .exporters.manifest import read_manifest

@@ -51,7 +51,7 @@ DumpGraph = Annotated[
     typer.Option("--dump-graph", metavar="DIR", help="Write the graph after each pass.", show_default=False),
 ]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say what each pass did; tracebacks on errors.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors and warnings only.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
 Dtype = Annotated[
     str | None, typer.Option("--dtype", help="float32 (default), float16 or bfloat16.", show_default=False)
 ]

@@ -66,16 +66,21 @@ def temporary_sibling(path: Path) -> Path:
     return Path(name)
 
 
-def publish(files: Iterable[tuple[Path, Path]]) -> None:
+def publish(files: Iterable[tuple[Path, Path]], *, retire: Path | None = None) -> None:
     """Rename every `(temporary, final)` pair, in order, once all of them are on disk.
 
     For files that belong together the main file comes last, and the names of the others hold a hash of their
     content (`content_name`): until the last rename the old main file still finds its own companions, and
     after it the new one does, so a reader never meets a mixture.
+
+    Where a reader finds companions by a fixed name, that cannot be: `retire` names the old main file, which is removed
+    before the first rename. A kill right then leaves none, instead of an old one that reads new companions.
     """
     pairs = list(files)
     for temporary, _ in pairs:
         _sync(temporary)
+    if retire is not None:
+        retire.unlink(missing_ok=True)
     for temporary, final in pairs:
         os.replace(temporary, final)
     for parent in {final.parent for _, final in pairs}:

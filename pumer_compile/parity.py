@@ -24,10 +24,10 @@ from transformers.exporters.utils import get_leaf_tensors
 
 from .capture import batch_inputs, capture
 from .errors import UsageError
-from .exporters.base import Session
+from .exporters.base import Profile, Session
 from .exporters.manifest import read_manifest
 from .exporters.onnx import in_precision
-from .exporters.session import OnnxSession, deciding
+from .exporters.session import comparable_decisions, deciding, open_session
 from .inputs import make_inputs
 from .loading import LoadedModel, load_model
 from .outputs import output_nodes
@@ -35,6 +35,7 @@ from .passes.insert import reducers_of
 from .reduce import reduce
 from .reducers import StreamReducer, forced_decisions
 from .reducers.reducer import Decisions, Forcing
+from .replay import Recorder
 from .schedule import Schedule
 
 Arrays = dict[str, np.ndarray[Any, Any]]
@@ -144,11 +145,23 @@ class OutputReport:
 
 @dataclass
 class ParityReport:
-    """The verdict and what it rests on."""
+    """The verdict and what it rests on.
+
+    Attributes:
+        artifact: whose report it is.
+        dtype: of the artifact.
+        provider: that executed it.
+        stand_in: what was executed in its place, where the artifact itself cannot run; empty otherwise.
+        samples: how many were compared.
+        decisions_compared: whether the reducers' choices were.
+        reducers, outputs: the figures.
+        notes: what a reader should know besides.
+    """
 
     artifact: str
     dtype: str
     provider: str
+    stand_in: str = ""
     samples: int = 0
     decisions_compared: bool = False
     reducers: list[ReducerReport] = field(default_factory=list)
@@ -199,25 +212,30 @@ def parity(
     *,
     atol: float | Mapping[str, float] | None = None,
     rtol: float | Mapping[str, float] | None = None,
+    provider: str | None = None,
+    save_inputs: Path | None = None,
+    save_outputs: Path | None = None,
 ) -> ParityReport:
-    """Compare an ONNX artifact under onnxruntime with the reduced model in eager PyTorch.
+    """Compare an artifact, under the runtime of its format, with the reduced model in eager PyTorch.
 
     Args:
-        artifact: made by pumer-compile; its own metadata says which schedule it was reduced by.
+        artifact: made by pumer-compile; its manifest says which schedule it was reduced by.
         model: the model it was compiled from, or its file.
         samples: inputs by name, one batch or several; None makes random batches with padding.
         atol, rtol: tolerances, for all outputs or by output name; defaults follow the artifact's dtype.
+        provider: onnxruntime's execution provider (`cpu`, `cuda`, `tensorrt`), for ONNX.
+        save_inputs, save_outputs: write what the artifact was given and gave in Polygraphy's format, failed or not.
 
     Returns:
         The report; `report.passed` is the verdict.
 
     Raises:
-        UsageError: not an artifact of pumer-compile, or inputs that do not fit it.
+        UsageError: not an artifact of pumer-compile, inputs that do not fit it, or this machine cannot run it.
     """
     path = Path(artifact)
     manifest = read_manifest(path)
     loaded = load_model(Path(model)) if isinstance(model, str | os.PathLike) else model
-    session = OnnxSession(path)
+    session = open_session(path, manifest)
     batches = _batches(samples, loaded, manifest)
     program = capture(
         loaded,
@@ -229,17 +247,24 @@ def parity(
     exact = in_precision(program, "float32") if program.model is not None else program
     schedule = Schedule.from_manifest(manifest["schedule"]) if manifest["schedule"] else None
     eager = reduce(exact, schedule).module if schedule else exact.module
+    recorder = Recorder(session, manifest) if save_inputs or save_outputs else None
+    judged, decisions = recorder or session, comparable_decisions(session, manifest)
+    decide = deciding(session, decisions)
     report = check(
-        session,
+        judged,
         eager,
         exact.module,
         batches,
         manifest["dtype"],
-        manifest["decisions"],
-        decide=deciding(session, manifest["decisions"]),
+        decisions,
+        decide=judged if decide is session else decide,
         atol=atol,
         rtol=rtol,
     )
+    if recorder is not None:
+        recorder.save(save_inputs, save_outputs)
+    if manifest["decisions"] and not decisions:
+        report.notes.append(f"decisions of {path.suffix} can be compared where it was compiled --with-decisions")
     if manifest["checkpoint_sha256"] and program.checkpoint_sha256 not in (
         None,
         manifest["checkpoint_sha256"],
@@ -257,10 +282,21 @@ def _batches(
         return [dict(samples)]
     if samples is not None:
         return [dict(sample) for sample in samples]
-    specs = manifest["inputs"]
-    return random_batches(
-        model, {n: tuple(s["shape"]) for n, s in specs.items()}, {n: s["dtype"] for n, s in specs.items()}
-    )
+    dtypes = {name: spec["dtype"] for name, spec in manifest["inputs"].items()}
+    return random_batches(model, _sample_shapes(manifest), dtypes)
+
+
+def _sample_shapes(manifest: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The captured shapes, in the nearest batch that a profile of the artifact contains."""
+    shapes = {name: tuple(spec["shape"]) for name, spec in manifest["inputs"].items()}
+    profiles = [Profile.parse(text) for text in manifest.get("profiles") or ()]
+    batched = batch_inputs({name: torch.empty(shape, device="meta") for name, shape in shapes.items()})
+    if not profiles or not batched:
+        return shapes
+    captured = shapes[batched[0]][0]
+    sizes = [min(max(captured, profile.minimum), profile.maximum) for profile in profiles]
+    nearest = min(sizes, key=lambda size: abs(size - captured))
+    return {name: (nearest, *shape[1:]) if name in batched else shape for name, shape in shapes.items()}
 
 
 def random_batches(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,23 @@ from ..reduce import Reduced
 from .base import Options, Profile, Writer
 from .manifest import make_manifest, sidecar
 from .onnx import OnnxOptions, OnnxWriter, in_precision
+from .openvino import OpenVinoOptions, OpenVinoWriter
 from .session import OnnxSession
+from .tensorrt import EngineOptions, EngineWriter
 
-__all__ = ["Exported", "OnnxOptions", "OnnxSession", "Options", "Profile", "export", "exporter_options"]
+__all__ = [
+    "EngineOptions",
+    "Exported",
+    "OnnxOptions",
+    "OnnxSession",
+    "OpenVinoOptions",
+    "Options",
+    "Profile",
+    "export",
+    "exporter_options",
+]
 
-WRITERS: tuple[type[Writer[Any, Any]], ...] = (OnnxWriter,)
+WRITERS: tuple[type[Writer[Any, Any]], ...] = (OnnxWriter, EngineWriter, OpenVinoWriter)
 # A proof at the largest batch of a profile would need that much time and memory in eager PyTorch.
 LARGEST_PROVED_BATCH = 16
 
@@ -56,6 +68,7 @@ def export(
     samples: Sequence[Mapping[str, Tensor]] | None = None,
     atol: float | Mapping[str, float] | None = None,
     rtol: float | Mapping[str, float] | None = None,
+    progress: Callable[[str], None] = lambda text: None,
 ) -> Exported:
     """Write an artifact; the suffix of `path` picks the exporter.
 
@@ -70,6 +83,7 @@ def export(
         verify: prove the artifact before publishing it.
         samples: batches for the proof besides the captured inputs; None makes random ones where it can.
         atol, rtol: tolerances of the proof; defaults follow the dtype.
+        progress: told what is going on.
 
     Raises:
         UsageError: an unknown suffix, a path that cannot be written, or something that this machine lacks; before any
@@ -78,17 +92,19 @@ def export(
         ParityError: the proof failed; the artifact is kept as `<path>.failed`.
     """
     path = Path(path)
-    writer = _writer(path, options)
-    check_writable(path)
+    writer = _writer(path, options, progress)
+    writer.check_path(path)
     program, schedule, plan = (
         (reduced.program, reduced.schedule, reduced.plan) if isinstance(reduced, Reduced) else (reduced, None, None)
     )
-    writer.check(program, verify=verify)
+    writer.check(dynamic_batch=program.dynamic_batch, verify=verify)
+    progress("converting")
     build = writer.build(program, schedule)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         files = writer.save(build, Path(folder) / path.name, with_decisions=with_decisions)
         report = None
         if verify:
+            progress("proving")
             evidence = writer.evidence(build, files)
             eager, unreduced = _eager(reduced)
             batches, clipped = _proof_batches(program, samples, writer.options.profiles)
@@ -103,7 +119,14 @@ def export(
                 atol=atol,
                 rtol=rtol,
             )
-            report.notes += [note for note in (evidence.note, clipped) if note]
+            report.artifact, report.stand_in = path.name, evidence.stand_in
+            if evidence.stand_in:
+                report.notes.append(
+                    f"this is the report of {evidence.stand_in}; {path.name} itself cannot run on this machine. Prove "
+                    "it where it will: pumer-compile parity ARTIFACT --model MODEL"
+                )
+            if clipped:
+                report.notes.append(clipped)
         manifest = make_manifest(
             program,
             schedule,
@@ -111,25 +134,28 @@ def export(
             inputs=build.inputs,
             outputs=build.outputs,
             decisions=build.decisions,
-            options=_described(writer.options),
+            options=writer.describe(build),
             parity=report.to_dict() if report else {"verified": False},
         )
         writer.record(manifest, files[-1])
         if report is not None and not report.passed:
             failed = path.with_name(f"{path.name}.failed")
-            publish([(f, failed if f == files[-1] else path.with_name(f.name)) for f in files])
+            publish([(f, failed if f == files[-1] else writer.companion(f, failed)) for f in files])
             raise ParityError(
                 f"Parity failed, so {path} was not written: {report.failures()}. The artifact is kept as {failed} for "
                 "inspection; raise --atol/--rtol only if the difference is acceptable for your task.",
                 report,
             )
         beside = sidecar(path)
+        companions = [(f, writer.companion(f, path)) for f in files[:-1]]
         described = {"artifact": path.name, "sha256": sha256_file(files[-1]), **manifest}
+        if companions:
+            described["companions"] = {final.name: sha256_file(f) for f, final in companions}
         written = Path(folder) / "manifest.json"
         written.write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
-        # The artifact comes last: until then the old one stands.
-        companions = [(f, path.with_name(f.name)) for f in files[:-1]]
-        publish([*companions, (written, beside), (files[-1], path)])
+        # The artifact comes last: until then the old one stands, unless it would read the new companions.
+        changed = any(final.exists() and sha256_file(final) != sha256_file(f) for f, final in companions)
+        publish([*companions, (written, beside), (files[-1], path)], retire=path if changed else None)
     return Exported(path, beside, manifest, report)
 
 
@@ -148,17 +174,21 @@ def exporter_options(path: Path, **options: Any) -> Options:
     return writer.options_class(**given)
 
 
-def check_exporter(path: Path, options: Options, *, verify: bool) -> None:
+def check_exporter(path: Path, options: Options, *, dynamic_batch: bool, verify: bool) -> None:
     """Refuse, before a model is loaded, what this machine cannot export; see `Writer.check`."""
-    _writer(path, options).check(None, verify=verify)
+    writer = _writer(path, options)
+    writer.check_path(path)
+    writer.check(dynamic_batch=dynamic_batch, verify=verify)
 
 
-def _writer(path: Path, options: Options | None) -> Writer[Any, Any]:
+def _writer(
+    path: Path, options: Options | None, progress: Callable[[str], None] = lambda text: None
+) -> Writer[Any, Any]:
     writer = _writer_class(path)
     options = writer.options_class() if options is None else options
     if not isinstance(options, writer.options_class):
         raise UsageError(f"{path.suffix} takes {writer.options_class.__name__}, not {type(options).__name__}.")
-    return writer(options)
+    return writer(options, progress)
 
 
 def _writer_class(path: Path) -> type[Writer[Any, Any]]:
@@ -170,12 +200,6 @@ def _writer_class(path: Path) -> type[Writer[Any, Any]]:
             f"{suffixes}."
         )
     return found
-
-
-def _described(options: Options) -> dict[str, Any]:
-    """Options as JSON holds them; paths of this machine are nobody's business."""
-    described = {k: v for k, v in asdict(options).items() if not isinstance(v, Path)}
-    return {**described, "profiles": [str(profile) for profile in options.profiles]}
 
 
 def _proof_batches(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar, get_args
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..capture import Program
 from ..errors import UsageError
+from ..files import check_writable
 from ..schedule import Schedule
 
 Precision = Literal["float32", "float16", "bfloat16"]
@@ -70,12 +71,12 @@ class Evidence:
     Attributes:
         session: gives the outputs.
         decide: gives the decisions; the same object where the artifact gives them itself.
-        note: what the proof does not cover; empty where it runs the artifact itself.
+        stand_in: what is run in place of the artifact, which cannot run here; empty where it is the artifact itself.
     """
 
     session: Session
     decide: Session
-    note: str = ""
+    stand_in: str = ""
 
 
 @dataclass(frozen=True)
@@ -146,24 +147,33 @@ class Writer(ABC, Generic[OptionsT, BuildT]):
     suffixes: ClassVar[tuple[str, ...]]
     options_class: ClassVar[type[Options]]
 
-    def __init__(self, options: OptionsT) -> None:
+    def __init__(self, options: OptionsT, progress: Callable[[str], None] = lambda text: None) -> None:
         self.options = options
+        self.progress = progress
 
-    def check(self, program: Program | None, *, verify: bool) -> None:
+    def check(self, *, dynamic_batch: bool, verify: bool) -> None:
         """Refuse, before any long work, what cannot be done here.
 
         Args:
-            program: None where nothing is captured yet.
+            dynamic_batch: whether the program has an open batch.
             verify: whether the artifact is to be proved.
 
         Raises:
-            UsageError: a package, a device or a target is missing, or an option does not fit the program.
+            UsageError: a package, a device or a target is missing, or options that do not fit together.
         """
-        if program is not None and self.options.profiles and not program.dynamic_batch:
+        if self.options.profiles and not dynamic_batch:
             raise UsageError(
                 "A profile gives the sizes of an open batch, but the program was captured with a fixed one. Capture "
                 "with dynamic_batch=True, or leave the profile out."
             )
+
+    def check_path(self, path: Path) -> None:
+        """Refuse a path that cannot be written.
+
+        Raises:
+            UsageError: it, or a file that goes with it, cannot be.
+        """
+        check_writable(path)
 
     @abstractmethod
     def build(self, program: Program, schedule: Schedule | None) -> BuildT:
@@ -173,9 +183,22 @@ class Writer(ABC, Generic[OptionsT, BuildT]):
     def save(self, build: BuildT, path: Path, *, with_decisions: bool) -> list[Path]:
         """Write a build; the artifact itself is the last of the files."""
 
+    def companion(self, file: Path, path: Path) -> Path:
+        """Where a file that `save` wrote besides the artifact goes, for an artifact at `path`."""
+        return path.with_name(file.name)
+
     @abstractmethod
     def evidence(self, build: BuildT, files: Sequence[Path]) -> Evidence:
         """Open what was written, for its proof."""
 
     def record(self, manifest: Mapping[str, Any], path: Path) -> None:
         """Put the manifest into the artifact, where the format has room for one."""
+
+    def describe(self, build: BuildT) -> dict[str, Any]:
+        """What the manifest says of the options and of the build, as JSON holds it; paths of this machine do not."""
+        described = {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in asdict(self.options).items()
+            if not isinstance(value, Path)
+        }
+        return {**described, "profiles": [str(profile) for profile in self.options.profiles]}

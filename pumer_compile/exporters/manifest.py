@@ -29,6 +29,7 @@ _PACKAGES = (
     "onnx-ir",
     "onnxruntime",
     "onnxruntime-gpu",
+    "openvino",
 )
 
 
@@ -103,8 +104,12 @@ def sidecar(path: Path) -> Path:
 
 
 def _dtype(tensor: Tensor, options: Mapping[str, Any]) -> str:
-    """What the artifact takes: floating-point inputs follow its own dtype."""
-    return str(options["dtype"]) if tensor.is_floating_point() else str(tensor.dtype).removeprefix("torch.")
+    """What the artifact takes: floating-point inputs follow its own dtype, where it does not say otherwise."""
+    return (
+        str(options.get("input_dtype", options["dtype"]))
+        if tensor.is_floating_point()
+        else str(tensor.dtype).removeprefix("torch.")
+    )
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -151,6 +156,13 @@ def _beside(path: Path) -> dict[str, Any]:
                 f"{path} is not the file that {candidate} describes: its SHA-256 differs. Compile it again, or put "
                 "back the manifest that was written with it."
             )
+        for name, digest in dict(found.get("companions", {})).items():
+            companion = path.with_name(name)
+            if not companion.is_file() or sha256_file(companion) != digest:
+                raise UsageError(
+                    f"{companion} does not belong to {path}: it is missing, or its SHA-256 is not the one in "
+                    f"{candidate}. Compile the artifact again, or put back the file that was written with it."
+                )
         return found
     raise UsageError(
         f"No manifest describes {path}: looked for {' and '.join(c.name for c in candidates)} beside it. It was not "

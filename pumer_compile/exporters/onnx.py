@@ -13,6 +13,7 @@ import hashlib
 import io
 import json
 import logging
+import re
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -72,7 +73,7 @@ class OnnxOptions(Options):
             raise UsageError(f"No target {self.target!r}: choose {' or '.join(_FUSIONS)}.")
 
 
-class _ReduceStep(DynamoExporter):
+class ReduceStep(DynamoExporter):
     """transformers' dynamo exporter, then our passes (none without a schedule)."""
 
     schedule: Schedule | None = None
@@ -105,7 +106,7 @@ class _ReduceStep(DynamoExporter):
         return exported
 
 
-class ReducedOnnxExporter(OnnxExporter, _ReduceStep):  # type: ignore[misc]  # one traces, the other converts
+class ReducedOnnxExporter(OnnxExporter, ReduceStep):  # type: ignore[misc]  # one traces, the other converts
     """transformers' ONNX exporter with the reduction between capture and conversion.
 
     The graph's outputs are the model's, then every reducer's decisions, named in `decision_names`.
@@ -179,7 +180,7 @@ def build_onnx(program: Program, schedule: Schedule | None, options: OnnxOptions
         ExportError: conversion failed, or the graph has operators it must not have.
     """
     program = in_precision(program, options.dtype)
-    shapes = _dynamic_shapes(program)
+    shapes = dynamic_shapes(program)
     try:
         with _quiet_torch_onnx():
             if isinstance(program.model, PreTrainedModel):
@@ -190,6 +191,7 @@ def build_onnx(program: Program, schedule: Schedule | None, options: OnnxOptions
         first = next((line for line in str(error).splitlines() if line.strip()), "no message")
         raise ExportError(f"torch.onnx could not convert the graph: {first.strip()}") from error
     _scope_names(build.model)
+    _name_batch(build.model)
     if schedule is not None:
         _check_operators(build.model)
     return build
@@ -214,7 +216,8 @@ def in_precision(program: Program, dtype: Precision) -> Program:
     return capture(model, inputs, dynamic_batch=program.dynamic_batch, streams=program.streams, outputs=program.outputs)
 
 
-def _dynamic_shapes(program: Program) -> dict[str, Any] | None:
+def dynamic_shapes(program: Program) -> dict[str, Any] | None:
+    """What `torch.export` is told of the inputs' sizes: the batch alone may be open."""
     if not program.dynamic_batch:
         return None
     batch = torch.export.Dim("batch")
@@ -288,6 +291,20 @@ def _scope_names(model: onnx_ir.Model) -> None:
     ir_passes.ClearMetadataAndDocStringPass()(model)
 
 
+def _name_batch(model: onnx_ir.Model) -> None:
+    """Call the open batch `batch`, where torch.export has made up a name for it."""
+    leading = [value.shape[0] for value in model.graph.inputs if value.shape]
+    symbol = next((d.value for d in leading if isinstance(d, onnx_ir.SymbolicDim) and d.value), None)
+    if symbol is None:
+        return
+    whole = re.compile(rf"\b{re.escape(symbol)}\b")
+    values = [*model.graph.inputs, *(value for node in model.graph.all_nodes() for value in node.outputs)]
+    for shape in [value.shape for value in values if value.shape is not None]:
+        for axis, dim in enumerate(shape):
+            if isinstance(dim, onnx_ir.SymbolicDim) and dim.value:
+                shape[axis] = whole.sub("batch", dim.value)
+
+
 def _check_operators(model: onnx_ir.Model) -> None:
     for node in model.graph.all_nodes():
         if node.op_type.startswith(_FORBIDDEN):
@@ -358,9 +375,9 @@ class OnnxWriter(Writer[OnnxOptions, OnnxBuild]):
     suffixes: ClassVar[tuple[str, ...]] = (".onnx",)
     options_class: ClassVar[type[Options]] = OnnxOptions
 
-    def check(self, program: Program | None, *, verify: bool) -> None:
+    def check(self, *, dynamic_batch: bool, verify: bool) -> None:
         """Refuse a proof that nothing here can give: onnxruntime's CPU provider does not run bfloat16."""
-        super().check(program, verify=verify)
+        super().check(dynamic_batch=dynamic_batch, verify=verify)
         if verify and self.options.dtype == "bfloat16":
             raise UsageError(
                 "A bfloat16 artifact cannot be proved here: onnxruntime's CPU provider does not run it. Choose "

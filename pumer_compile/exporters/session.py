@@ -1,115 +1,135 @@
-"""Run an ONNX artifact under onnxruntime, with the provider asserted and the inputs checked."""
+"""Open an artifact of any format, and find what gives its reducers' decisions."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
-import numpy as np
-import onnx
 import torch
-from torch import Tensor
 
 from ..errors import ExportError, ParityError, UsageError
+from ..runtimes.base import Runtime
+from ..runtimes.ort import OnnxSession
+from .base import Session
+from .manifest import read_manifest
 
-_DTYPES = {
-    "tensor(int64)": torch.int64,
-    "tensor(int32)": torch.int32,
-    "tensor(float)": torch.float32,
-    "tensor(float16)": torch.float16,
-    "tensor(double)": torch.float64,
-    "tensor(bool)": torch.bool,
-}
+__all__ = ["OnnxSession", "comparable_decisions", "deciding", "open_session"]
 
 
-class OnnxSession:
-    """An open onnxruntime session.
+@runtime_checkable
+class Exposing(Protocol):
+    """A session whose artifact can give inner values."""
+
+    def exposing(self, names: Sequence[str]) -> Session:
+        """A second session on the same artifact that gives these values as outputs too."""
+
+
+def open_session(
+    path: Path,
+    manifest: Mapping[str, Any] | None = None,
+    *,
+    provider: str | None = None,
+    device: str | torch.device | None = None,
+    cuda_graph: bool = False,
+    expose: Sequence[str] = (),
+) -> Session:
+    """Open an artifact; its suffix picks the runtime.
 
     Args:
-        path: the model.
-        provider: execution provider; it must be the one in use, since onnxruntime falls back without a word.
-        expose: inner values to give as extra outputs, by name.
+        path: of the artifact.
+        manifest: what `read_manifest` gives; None reads it.
+        provider: onnxruntime's execution provider (`cpu`, `cuda`, `tensorrt`); for ONNX alone.
+        device: where to run; None is the CPU for ONNX and the current GPU for engines.
+        cuda_graph: replay a captured CUDA graph; for engines alone.
+        expose: inner values to give as extra outputs, by name; for ONNX and OpenVINO.
 
     Raises:
-        UsageError: onnxruntime is not installed, or does not have the provider.
-        ExportError: onnxruntime refuses the model.
+        UsageError: not made by pumer-compile, an option that the format does not have, or something that this machine
+            lacks.
+        ExportError: the runtime refuses the artifact, or it is not what its manifest says.
     """
+    manifest = read_manifest(path) if manifest is None else manifest
+    session: Session
+    engine = path.suffix in (".engine", ".plan")
+    if cuda_graph and not engine:
+        raise UsageError(f"CUDA graphs are for TensorRT engines, and {path} is none. Leave cuda_graph out.")
+    if path.suffix == ".onnx":
+        session = OnnxSession(path, provider, device=device, expose=expose)
+    elif engine:
+        from ..runtimes.tensorrt import TensorRtSession
 
-    def __init__(self, path: Path, provider: str = "CPUExecutionProvider", *, expose: Sequence[str] = ()) -> None:
-        try:
-            import onnxruntime
-        except ImportError as error:
-            raise UsageError(
-                "onnxruntime is not installed, and running an ONNX artifact needs it. Install the extra: "
-                "pip install 'pumer-compile[cpu]' (or [gpu], never both)."
-            ) from error
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3  # errors only; warnings are about optimisations that do not concern the user
-        model: str | bytes = str(path)
-        if expose:
-            model = _exposing(path, expose)
-            options.add_session_config_entry(
-                "session.model_external_initializers_file_folder_path", str(path.resolve().parent)
-            )
-        try:
-            self._session = onnxruntime.InferenceSession(model, options, providers=[provider])
-        except Exception as error:
-            # onnxruntime raises its own exception types, which share no base class of their own.
-            raise ExportError(f"onnxruntime cannot open {path}: {' '.join(str(error).split())}") from error
-        self.path = path
-        self.provider = str(self._session.get_providers()[0])
-        if self.provider != provider:
-            raise UsageError(f"onnxruntime fell back to {self.provider}; {provider} is not to be had in this build.")
+        _only_onnx(path, provider=provider, expose=expose)
+        session = TensorRtSession(path, manifest, device=device, cuda_graph=cuda_graph)
+    elif path.suffix == ".xml":
+        from ..runtimes.openvino import OpenVinoSession
 
-    @property
-    def inputs(self) -> list[str]:
-        """Names of the inputs."""
-        return [str(spec.name) for spec in self._session.get_inputs()]
-
-    @property
-    def outputs(self) -> list[str]:
-        """Names of the outputs."""
-        return [str(spec.name) for spec in self._session.get_outputs()]
-
-    def run(self, batch: Mapping[str, Tensor]) -> dict[str, np.ndarray[Any, Any]]:
-        """Outputs by name, from tensors by input name (cast to the artifact's dtypes).
-
-        Raises:
-            UsageError: an input is missing or has another shape than the artifact takes.
-        """
-        feed = {}
-        for spec in self._session.get_inputs():
-            if spec.name not in batch:
-                raise UsageError(f"The artifact takes an input {spec.name}; given were {', '.join(batch)}.")
-            tensor = batch[spec.name]
-            fits = len(spec.shape) == tensor.dim() and all(
-                not isinstance(want, int) or want == have for want, have in zip(spec.shape, tensor.shape, strict=True)
-            )
-            if not fits:
-                raise UsageError(
-                    f"Input {spec.name} has shape {list(tensor.shape)}; the artifact was compiled for {spec.shape}. "
-                    "Compile again with inputs of this shape, or pad."
-                )
-            feed[spec.name] = tensor.to(_DTYPES[spec.type]).contiguous().numpy()
-        return dict(zip(self.outputs, self._session.run(None, feed), strict=True))
+        _only_onnx(path, provider=provider, device=device)
+        session = OpenVinoSession(path, expose=expose)
+    else:
+        raise UsageError(
+            f"Nothing here runs {path.suffix or 'a file without suffix'!r} ({path}); .onnx, .engine, .plan, .xml."
+        )
+    _check_agreement(session, manifest)
+    return session
 
 
-def _exposing(path: Path, names: Sequence[str]) -> bytes:
-    """The model with inner values as extra outputs; weights beside it stay there."""
-    model = onnx.load(str(path), load_external_data=False)
-    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
-    return bytes(model.SerializeToString())
+def _only_onnx(path: Path, **options: Any) -> None:
+    for name, value in options.items():
+        if value:
+            raise UsageError(f"{name} is for ONNX artifacts under onnxruntime, and {path} is none. Leave it out.")
 
 
-def deciding(session: OnnxSession, decisions: Sequence[str]) -> OnnxSession:
+def _check_agreement(session: Session, manifest: Mapping[str, Any]) -> None:
+    """The manifest speaks of this very artifact: names, shapes, dtypes."""
+    inputs, outputs = dict(manifest["inputs"]), list(manifest["outputs"])
+    if set(session.inputs) != set(inputs):
+        raise _mismatch(session, f"inputs {', '.join(inputs)}", ", ".join(session.inputs))
+    missing = [name for name in outputs if name not in session.outputs]
+    if missing:
+        raise _mismatch(session, f"an output {missing[0]}", ", ".join(session.outputs))
+    if not isinstance(session, Runtime):
+        return
+    for name, said in inputs.items():
+        spec = session.input_specs[name]
+        dtype, open_batch = str(spec.dtype).removeprefix("torch."), manifest.get("dynamic_batch", False)
+        fits = len(said["shape"]) == len(spec.shape) and all(
+            open_batch if isinstance(size, str) else size == want
+            for size, want in zip(spec.shape, said["shape"], strict=True)
+        )
+        if not fits or dtype != said["dtype"]:
+            raise _mismatch(session, f"{name} as {said['dtype']} {said['shape']}", f"{dtype} {list(spec.shape)}")
+
+
+def _mismatch(session: Session, said: str, found: str) -> ExportError:
+    return ExportError(
+        f"{session.path} is not what its manifest describes: that names {said}, and the artifact has {found}. Compile "
+        "it again, or put back the manifest that was written with it."
+    )
+
+
+def comparable_decisions(session: Session, manifest: Mapping[str, Any]) -> list[str]:
+    """The decisions that an artifact can be asked for; an engine shows none but its outputs."""
+    named = [str(name) for name in manifest["decisions"]]
+    shown = isinstance(session, Exposing) or all(name in session.outputs for name in named)
+    return named if shown else []
+
+
+def deciding(session: Session, decisions: Sequence[str]) -> Session:
     """The session if it gives these decisions, else a second one on the same artifact that does.
 
     Raises:
         ParityError: the artifact has no such decisions.
     """
     hidden = [name for name in decisions if name not in session.outputs]
+    if not hidden:
+        return session
+    if not isinstance(session, Exposing):
+        raise ParityError(
+            f"{session.path} gives no decisions, and its format shows no inner values. Compile it with "
+            "--with-decisions."
+        )
     try:
-        return OnnxSession(session.path, session.provider, expose=hidden) if hidden else session
+        return session.exposing(hidden)
     except ExportError as error:
         raise ParityError(f"{session.path} does not have the decisions that its manifest names: {error}") from error

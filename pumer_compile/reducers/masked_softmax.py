@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .ranking import identity
+
 
 class PublishedMaskedSoftmax(nn.Module):
     """Softmax over keys with multiplicative weights, as the published code has it.
@@ -28,7 +30,7 @@ class PublishedMaskedSoftmax(nn.Module):
         x = (x - x.amax(-1, keepdim=True)).exp()
         if weights:
             mask = torch.cat(weights, 1).float().unsqueeze(1).unsqueeze(1)
-            eye = torch.eye(scores.shape[-2], scores.shape[-1], device=scores.device)
+            eye = identity(scores.shape[-2], scores.shape[-1], scores.device)
             x = x * (mask + (1 - mask) * eye)
         spread = self.eps / scores.shape[-1]
         return ((x + spread) / (x.sum(-1, keepdim=True) + self.eps)).to(scores.dtype)

@@ -61,3 +61,11 @@ def first_argmax(scores: Tensor) -> tuple[Tensor, Tensor]:
 def one_hot(indices: Tensor, size: int) -> Tensor:
     """Rows that select: `[..., k]` int64 -> `[..., k, size]` bool."""
     return indices.unsqueeze(-1) == torch.arange(size, device=indices.device)
+
+
+def identity(rows: int, columns: int, device: torch.device) -> Tensor:
+    """Ones on the diagonal: `[rows, columns]`, float32.
+
+    `torch.eye` exports with indices in the smallest integer that holds them, and TensorRT takes no int16.
+    """
+    return one_hot(torch.arange(rows, device=device), columns).float()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .merger import LAST_RESORT, Matching, ModalityAwareMerger
 from .pruner import TextInformedPruner
-from .ranking import one_hot
+from .ranking import identity, one_hot
 
 Averaging = Literal["plain", "sizes"]
 Carried = Literal["mean", "ones", "sum"]
@@ -176,7 +176,7 @@ class StreamReducer(nn.Module):
 
     def _interleaved(self, stay: Tensor, join: Tensor) -> Tensor:
         """The assignment where nothing is pruned: columns of even and odd tokens in turn, without a product."""
-        odd = torch.eye(join.shape[1], join.shape[2], device=join.device).expand_as(join)
+        odd = identity(join.shape[1], join.shape[2], join.device).expand_as(join)
         rows = [torch.stack(pair, -1).flatten(2) for pair in ((stay, torch.zeros_like(stay)), (join, odd))]
         return torch.cat(rows, 1)[:, :, : self.tokens]
 

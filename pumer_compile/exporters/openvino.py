@@ -1,0 +1,224 @@
+"""OpenVINO: our reduction as one step of transformers' export chain, as in `onnx.py`.
+
+An artifact is a graph (`.xml`) and its weights (`.bin`). OpenVINO finds the weights by the stem of the graph's name
+alone, so their name cannot hold a hash of their content; the manifest holds the SHA-256 of both files instead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from transformers import PreTrainedModel
+
+from ..capture import Program, batch_inputs, left_as_found, set_for_inference
+from ..errors import ExportError, UsageError
+from ..files import check_writable
+from ..loading import quiet
+from ..runtimes.openvino import SHORT, OpenVinoSession, load_openvino
+from ..schedule import Schedule
+from .base import Evidence, Options, Profile, Writer
+from .onnx import ReduceStep, dynamic_shapes, in_precision, reduced_export
+from .session import deciding
+
+
+@dataclass(frozen=True)
+class OpenVinoOptions(Options):
+    """How to write OpenVINO models.
+
+    Attributes:
+        dtype: of the *weights* in the file. Inputs, activations and outputs are float32 in any case, and the model
+            asks devices to compute in float32, so that reducers decide in it.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.dtype == "bfloat16":
+            raise UsageError(
+                "OpenVINO artifacts are float32 or float16 (weights stored in half precision), not bfloat16: their "
+                "graph computes in float32 in any case. Choose one of the two."
+            )
+
+
+@dataclass(frozen=True)
+class OpenVinoBuild:
+    """An OpenVINO model in memory.
+
+    Attributes:
+        model: an `openvino.Model` with the decisions as extra outputs.
+        outputs: the model's own outputs.
+        decisions: the extra outputs.
+    """
+
+    model: Any
+    outputs: list[str]
+    decisions: list[str]
+
+    @property
+    def inputs(self) -> list[str]:
+        """Names of the inputs."""
+        return [str(port.get_any_name()) for port in self.model.inputs]
+
+    def without_decisions(self) -> Any:
+        """A copy that gives the model's own outputs only; weights are shared.
+
+        The tensors that the decisions come from stay inside under names that `OpenVinoSession(expose=...)` knows.
+        """
+        model = self.model.clone()
+        results = list(model.get_results())
+        own, extra = results[: len(self.outputs)], results[len(self.outputs) :]
+        read = _ancestors(own)
+        for name, result in zip(self.decisions, extra, strict=True):
+            port = result.input_value(0)
+            short = port.get_node().get_friendly_name() not in read
+            while port.get_node().get_friendly_name() not in read:
+                port = _only_input(port.get_node(), name)
+            # OpenVINO drops what no output needs. `source` and `target` are 2 * s and 2 * t + 1; s and t are needed.
+            names = {str(known) for known in port.get_names() if known not in self.decisions}
+            port.get_tensor().set_names({*names, name + SHORT if short else name})
+        for result in extra:
+            model.remove_result(result)
+        model.validate_nodes_and_infer_types()
+        return model
+
+
+def _ancestors(results: Sequence[Any]) -> set[str]:
+    """Names of the nodes that these need."""
+    names, pending = set(), list(results)
+    while pending:
+        node = pending.pop()
+        if node.get_friendly_name() not in names:
+            names.add(node.get_friendly_name())
+            pending += [value.get_node() for value in node.input_values()]
+    return names
+
+
+def _only_input(node: Any, decision: str) -> Any:
+    """The one value that a node computes from, its constants aside."""
+    values = [value for value in node.input_values() if value.get_node().get_type_name() != "Constant"]
+    if len(values) != 1:
+        raise ExportError(
+            f"The OpenVINO graph computes {decision} in a way that this version of pumer-compile does not know, so the "
+            "artifact could not be proved. Keep the decisions as outputs (--with-decisions)."
+        )
+    return values[0]
+
+
+def build_openvino(program: Program, schedule: Schedule | None, options: OpenVinoOptions) -> OpenVinoBuild:
+    """Convert a captured program, reduced by a schedule, to an OpenVINO model in memory.
+
+    Args:
+        program: from `capture`; it is captured again inside the export chain where its model is at hand.
+        schedule: None converts the model as it is.
+        options: see `OpenVinoOptions`.
+
+    Raises:
+        ExportError: conversion failed.
+    """
+    program = in_precision(program, "float32")
+    try:
+        with quiet(), contextlib.redirect_stdout(None):
+            if isinstance(program.model, PreTrainedModel):
+                model, outputs, decisions = _through_transformers(program, program.model, schedule)
+            else:
+                model, outputs, decisions = _through_openvino(program, schedule)
+    except RuntimeError as error:
+        # OpenVINO raises its own exceptions (conversion, shape inference), all of this type.
+        raise ExportError(f"OpenVINO could not convert the graph: {' '.join(str(error).split())[:400]}") from error
+    for port, name in zip(model.outputs, [*outputs, *decisions], strict=True):
+        port.get_tensor().set_names({name})
+    model.reshape(_shapes(program, model, options.profiles))
+    for option in ("INFERENCE_PRECISION_HINT", "KV_CACHE_PRECISION"):
+        model.set_rt_info("f32", ["runtime_options", option])
+    return OpenVinoBuild(model, outputs, decisions)
+
+
+def _through_transformers(
+    program: Program, model: PreTrainedModel, schedule: Schedule | None
+) -> tuple[Any, list[str], list[str]]:
+    from transformers.exporters.configs import OpenVINOConfig
+    from transformers.exporters.exporter_openvino import OpenVINOExporter
+
+    class ReducedOpenVinoExporter(OpenVINOExporter, ReduceStep):
+        """transformers' OpenVINO exporter with the reduction between capture and conversion."""
+
+    exporter = ReducedOpenVinoExporter()
+    exporter.schedule, exporter.streams, exporter.outputs = schedule, dict(program.streams), tuple(program.outputs)
+    config = OpenVINOConfig(dynamic_shapes=dynamic_shapes(program), stateful=False)
+    with left_as_found(model):
+        set_for_inference(model)
+        converted, _ = exporter.export_program(model, dict(program.inputs), config)
+    names = exporter.output_names or [str(port.get_any_name()) for port in converted.outputs]
+    return converted, names, exporter.decision_names
+
+
+def _through_openvino(program: Program, schedule: Schedule | None) -> tuple[Any, list[str], list[str]]:
+    exported, outputs, decisions = reduced_export(program, schedule, dynamic_shapes(program))
+    converted = load_openvino().convert_model(exported)
+    return converted, outputs, decisions
+
+
+def _shapes(program: Program, model: Any, profiles: Sequence[Profile]) -> dict[Any, Any]:
+    """Shapes of the inputs, by port: those of the program; an open batch between the sizes of the profiles."""
+    openvino = load_openvino()
+    batched = batch_inputs(program.inputs) if program.dynamic_batch else ()
+    low, high = (min(p.minimum for p in profiles), max(p.maximum for p in profiles)) if profiles else (1, -1)
+    shapes = {}
+    for port in model.inputs:
+        name = port.get_any_name()
+        sizes: list[Any] = list(program.inputs[name].shape)
+        if name in batched:
+            sizes[0] = openvino.Dimension(low, high)
+        shapes[port] = openvino.PartialShape(sizes)
+    return shapes
+
+
+class OpenVinoWriter(Writer[OpenVinoOptions, OpenVinoBuild]):
+    """Writes OpenVINO models, proved on its CPU plugin in float32."""
+
+    suffixes: ClassVar[tuple[str, ...]] = (".xml",)
+    options_class: ClassVar[type[Options]] = OpenVinoOptions
+
+    def check_path(self, path: Path) -> None:
+        """The weights go to a file of their own, beside the graph."""
+        super().check_path(path)
+        check_writable(path.with_suffix(".bin"))
+
+    def check(self, *, dynamic_batch: bool, verify: bool) -> None:
+        """Refuse where OpenVINO or transformers' exporter for it is missing."""
+        super().check(dynamic_batch=dynamic_batch, verify=verify)
+        load_openvino()
+        try:
+            from transformers.exporters.configs import OpenVINOConfig  # noqa: F401
+        except ImportError as error:
+            raise UsageError(
+                "This version of transformers has no exporter for OpenVINO. Install a newer one (tested with 5.23), or "
+                "write ONNX (-o model.onnx), which OpenVINO reads too."
+            ) from error
+
+    def build(self, program: Program, schedule: Schedule | None) -> OpenVinoBuild:
+        """See `build_openvino`."""
+        return build_openvino(program, schedule, self.options)
+
+    def save(self, build: OpenVinoBuild, path: Path, *, with_decisions: bool) -> list[Path]:
+        """The weights, then the graph."""
+        model = build.model if with_decisions else build.without_decisions()
+        load_openvino().save_model(model, str(path), compress_to_fp16=self.options.dtype == "float16")
+        return [path.with_suffix(".bin"), path]
+
+    def companion(self, file: Path, path: Path) -> Path:
+        """`model.bin` of `model.xml`, `model.bin.failed` of `model.xml.failed`."""
+        stem, _, rest = path.name.rpartition(".xml")
+        return path.with_name(f"{stem}.bin{rest}")
+
+    def evidence(self, build: OpenVinoBuild, files: Sequence[Path]) -> Evidence:
+        """The artifact on the CPU plugin, twice where it does not give its decisions."""
+        session = OpenVinoSession(files[-1])
+        return Evidence(session, deciding(session, build.decisions))
+
+    def describe(self, build: OpenVinoBuild) -> dict[str, Any]:
+        """Inputs are float32, whatever the weights are."""
+        return {**super().describe(build), "input_dtype": "float32"}

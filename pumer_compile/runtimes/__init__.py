@@ -1,0 +1,1 @@
+"""What executes an artifact: onnxruntime, TensorRT, TensorRT-RTX."""

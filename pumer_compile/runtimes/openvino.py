@@ -1,0 +1,106 @@
+"""OpenVINO models on its CPU plugin, in float32, with the reducers' decisions at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ExportError, UsageError
+from .base import Runtime, Size, TensorSpec, open_sizes
+
+SHORT = ":place"
+"""After the name of a decision: the tensor holds places among the even tokens (`source`) or the odd ones (`target`)."""
+
+# Left alone, the plugin computes in bfloat16 where the processor can, and decisions flip.
+_EXACT = {"INFERENCE_PRECISION_HINT": "f32", "EXECUTION_MODE_HINT": "ACCURACY"}
+
+
+def load_openvino() -> Any:
+    """The package.
+
+    Raises:
+        UsageError: it is not installed.
+    """
+    try:
+        import openvino
+    except ImportError as error:
+        raise UsageError(
+            "OpenVINO is not installed, and artifacts with the suffix .xml need it. Install the extra: "
+            "pip install 'pumer-compile[openvino]', or write ONNX (-o model.onnx), which OpenVINO reads too."
+        ) from error
+    return openvino
+
+
+class OpenVinoSession(Runtime):
+    """A model compiled for the CPU plugin with float32 inference, whatever dtype its weights are stored in.
+
+    Args:
+        path: the `.xml` file; its weights are in the `.bin` file of the same stem.
+        expose: decisions to give as extra outputs, by name.
+
+    Raises:
+        UsageError: OpenVINO is not installed.
+        ExportError: OpenVINO refuses the model, or it has no such decisions.
+    """
+
+    def __init__(self, path: Path, *, expose: Sequence[str] = ()) -> None:
+        self.path, self.provider, self.device = Path(path), "OpenVINO CPU", torch.device("cpu")
+        core = load_openvino().Core()
+        try:
+            model = core.read_model(str(path))
+            own = [str(port.get_any_name()) for port in model.outputs]
+            self._short = _add_outputs(model, expose, path)
+            self._compiled = core.compile_model(model, "CPU", _EXACT)
+        except RuntimeError as error:
+            raise ExportError(f"OpenVINO cannot open {path}: {' '.join(str(error).split())[:400]}") from error
+        self.input_specs = {str(port.get_any_name()): _spec(port) for port in self._compiled.inputs}
+        names = [*own, *expose]
+        self.output_specs = {n: _spec(port) for n, port in zip(names, self._compiled.outputs, strict=True)}
+
+    def exposing(self, names: Sequence[str]) -> OpenVinoSession:
+        """A second session on the same artifact that gives these decisions as outputs too."""
+        return OpenVinoSession(self.path, expose=names)
+
+    def _execute(self, feed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        self._check_batch(open_sizes(feed, self.input_specs))
+        try:
+            given = self._compiled({name: tensor.numpy() for name, tensor in feed.items()})
+        except RuntimeError as error:
+            raise ExportError(f"OpenVINO failed on {self.path}: {' '.join(str(error).split())[:400]}") from error
+        # Copies: the next request writes into the same memory.
+        values = [torch.from_numpy(given[port].copy()) for port in self._compiled.outputs]
+        outputs = dict(zip(self.outputs, values, strict=True))
+        return {n: 2 * v + n.endswith(".target") if n in self._short else v for n, v in outputs.items()}
+
+    def _check_batch(self, sizes: Mapping[str, int]) -> None:
+        for port in self._compiled.inputs:
+            for dimension in port.get_partial_shape():
+                low, high = dimension.get_min_length(), dimension.get_max_length()
+                if dimension.is_dynamic and not (low <= sizes["batch"] and (high < 0 or sizes["batch"] <= high)):
+                    raise UsageError(
+                        f"A batch of {sizes['batch']} is not within {low} to {high}, for which {self.path} was compiled "
+                        "(--profile). Split the batch, or compile again."
+                    )
+
+
+def _add_outputs(model: Any, names: Sequence[str], path: Path) -> set[str]:
+    """Give these decisions too; those whose tensor holds places are returned."""
+    known = {str(name) for node in model.get_ops() for port in node.outputs() for name in port.get_names()}
+    short = set()
+    for name in names:
+        if name not in known and name + SHORT not in known:
+            raise ExportError(f"{path} has no tensor {name}.")
+        if name not in known:
+            short.add(name)
+        model.add_outputs(name + SHORT if name in short else name)
+    return short
+
+
+def _spec(port: Any) -> TensorSpec:
+    sizes: list[Size] = ["batch" if size.is_dynamic else size.get_length() for size in port.get_partial_shape()]
+    kind = port.get_element_type().to_dtype().name
+    return TensorSpec(tuple(sizes), getattr(torch, kind))
