@@ -224,8 +224,6 @@ _said: set[str] = set()
 
 
 def _schedule(given: Any, what: str) -> Schedule:
-    if isinstance(given, Mapping):
-        return Schedule(**{str(key): value for key, value in given.items()})
     if given is None or isinstance(given, bool | int | float):
         raise UsageError(f"{what} is {given!r}; it must be a file, a preset, a mapping or a Schedule.")
     return Schedule.load(given)

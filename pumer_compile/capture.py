@@ -100,7 +100,7 @@ def _from_module(model: nn.Module, inputs: Mapping[str, Tensor], dynamic_batch: 
     sample = check_inputs(model, inputs)
     shapes = None
     if dynamic_batch:
-        sample, shapes = _symbolic_batch(sample)
+        sample, shapes = symbolic_batch(sample)
     with left_as_found(model), quiet():
         set_for_inference(model)
         try:
@@ -137,7 +137,7 @@ def _export(model: nn.Module, sample: dict[str, Tensor], shapes: dict[str, Any] 
             return torch.export.export(model, args=(), kwargs=sample, dynamic_shapes=shapes, strict=False)
 
 
-def _symbolic_batch(sample: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def symbolic_batch(sample: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The sample with a batch of at least 2 (torch.export specialises 0 and 1), and its dynamic shapes."""
     batched = batch_inputs(sample)
     batch = torch.export.Dim("batch")
@@ -180,7 +180,7 @@ def _from_exported(exported: ExportedProgram, inputs: Mapping[str, Tensor] | Non
         )
     sample = check_exported_inputs(exported, example_inputs(exported) if inputs is None else inputs)
     if symbolic:
-        sample = _symbolic_batch(sample)[0]
+        sample = symbolic_batch(sample)[0]
     with quiet():
         return Program(plain_graph_module(exported), sample, symbolic)
 

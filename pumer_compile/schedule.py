@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -149,14 +150,16 @@ class Schedule(_Strict):
         return hashlib.sha256(json.dumps(canonical, sort_keys=True).encode()).hexdigest()
 
     @classmethod
-    def load(cls, source: str | os.PathLike[str] | Schedule) -> Schedule:
-        """A schedule from a YAML file or the name of a preset.
+    def load(cls, source: str | os.PathLike[str] | Mapping[str, Any] | Schedule) -> Schedule:
+        """A schedule from a YAML file, the name of a preset, or its keys.
 
         Raises:
             ScheduleError: neither a file nor a preset, not YAML, or not a valid schedule.
         """
         if isinstance(source, Schedule):
             return source
+        if isinstance(source, Mapping):
+            return cls(**{str(key): value for key, value in source.items()})
         if str(source) in PRESETS:
             return PRESETS[str(source)]
         path = Path(source)

@@ -182,7 +182,7 @@ def build_onnx(program: Program, schedule: Schedule | None, options: OnnxOptions
     program = in_precision(program, options.dtype)
     shapes = dynamic_shapes(program)
     try:
-        with _quiet_torch_onnx():
+        with quiet_torch_onnx():
             if isinstance(program.model, PreTrainedModel):
                 build = _through_transformers(program, program.model, schedule, shapes, options)
             else:
@@ -190,9 +190,22 @@ def build_onnx(program: Program, schedule: Schedule | None, options: OnnxOptions
     except torch.onnx.OnnxExporterError as error:
         first = next((line for line in str(error).splitlines() if line.strip()), "no message")
         raise ExportError(f"torch.onnx could not convert the graph: {first.strip()}") from error
+    return polished(build, reduced=schedule is not None)
+
+
+def polished(build: OnnxBuild, *, reduced: bool) -> OnnxBuild:
+    """The build with names a reader understands, in place.
+
+    Args:
+        build: fresh from the converter.
+        reduced: whether it has reducers, and so must have no operator that decides otherwise in another runtime.
+
+    Raises:
+        ExportError: it has such an operator.
+    """
     _scope_names(build.model)
     _name_batch(build.model)
-    if schedule is not None:
+    if reduced:
         _check_operators(build.model)
     return build
 
@@ -250,7 +263,7 @@ def _through_transformers(
         else:  # transformers 5.17
             converted = exporter.export(model, dict(program.inputs), config).model
     names = exporter.output_names or [str(value.name) for value in converted.graph.outputs]
-    return _named(converted, names, exporter.decision_names)
+    return named(converted, names, exporter.decision_names)
 
 
 def _through_torch(
@@ -271,10 +284,11 @@ def _through_torch(
         verbose=False,
     )
     assert converted is not None
-    return _named(converted.model, names, decisions)
+    return named(converted.model, names, decisions)
 
 
-def _named(model: onnx_ir.Model, outputs: list[str], decisions: list[str]) -> OnnxBuild:
+def named(model: onnx_ir.Model, outputs: list[str], decisions: list[str]) -> OnnxBuild:
+    """A build of a converted model, whose outputs get these names."""
     for value, name in zip(model.graph.outputs, [*outputs, *decisions], strict=True):
         value.name = name
     return OnnxBuild(model, outputs, decisions)
@@ -353,7 +367,7 @@ def append_metadata(path: Path, metadata: Mapping[str, str]) -> None:
 
 
 @contextmanager
-def _quiet_torch_onnx() -> Iterator[None]:
+def quiet_torch_onnx() -> Iterator[None]:
     """torch.onnx prints its progress and its libraries warn about their own; errors still raise."""
     names = ("torch.onnx", "torch.onnx._internal.exporter._registration", "onnxscript", "onnx_ir")
     loggers = [logging.getLogger(name) for name in names]

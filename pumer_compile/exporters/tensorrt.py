@@ -107,7 +107,7 @@ class EngineWriter(Writer[EngineOptions, EngineBuild]):
         """Refuse a missing library or device, a target that cannot be built for, and options that do nothing."""
         super().check(dynamic_batch=dynamic_batch, verify=verify)
         options = self.options
-        library = load_library(options.builder)
+        library = self.library()
         if dynamic_batch and not options.profiles:
             raise UsageError(
                 "An engine with an open batch needs to know its sizes: give --profile batch=MIN:OPT:MAX "
@@ -133,15 +133,17 @@ class EngineWriter(Writer[EngineOptions, EngineBuild]):
                 "not run bfloat16. Choose float16 or float32, or publish it without a proof (--no-verify)."
             )
 
+    def library(self) -> Library:
+        """The builder's."""
+        return load_library(self.options.builder)
+
     def build(self, program: Program, schedule: Schedule | None) -> EngineBuild:
         """Convert to ONNX; the engine itself is built where it is written."""
-        library = load_library(self.options.builder)
-        onnx_build = build_onnx(program, schedule, OnnxOptions(dtype=self.options.dtype))
-        _check_topk(onnx_build.model)
-        return EngineBuild(onnx_build, library)
+        return EngineBuild(build_onnx(program, schedule, OnnxOptions(dtype=self.options.dtype)), self.library())
 
     def save(self, build: EngineBuild, path: Path, *, with_decisions: bool) -> list[Path]:
         """Build the engine and write it; the ONNX model it came from stays in a folder beside it, for the proof."""
+        _check_topk(build.onnx.model)
         folder = path.parent / "onnx"
         folder.mkdir()
         model = build.onnx.model if with_decisions else build.onnx.without_decisions()

@@ -1,0 +1,196 @@
+"""TensorRT as a backend of transformers' exporters: `ExportedModel` saves, loads and calls engines as it does ONNX.
+
+```python
+exporter = AutoHfExporter.from_config(TensorRtConfig(schedule="vilt-vqa"))
+exported = exporter.export(model, inputs, TensorRtConfig(schedule="vilt-vqa"))
+exported.save_pretrained("served")
+logits = ExportedModel.from_pretrained("served")(**inputs).logits   # on a GPU
+```
+
+Importing this module registers the backend; the package does so where transformers has runners (not in 5.17).
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import MutableMapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.exporters.auto import register_backend
+from transformers.exporters.configs import OnnxConfig
+from transformers.exporters.runners.base import ModelRunner
+from transformers.exporters.utils import onnx_inputs
+
+from ..capture import Program, symbolic_batch
+from ..errors import UsageError
+from ..files import sha256_file
+from ..runtimes.tensorrt import TensorRtSession
+from ..schedule import Schedule
+from .base import Profile
+from .manifest import SIDECAR, make_manifest, read_manifest
+from .onnx import DEFAULT_OPSET, OnnxBuild, ReducedOnnxExporter, named, polished, quiet_torch_onnx
+from .tensorrt import EngineBuild, EngineOptions, EngineWriter
+
+FORMAT = "tensorrt"
+
+
+@dataclass
+class TensorRtConfig(OnnxConfig):
+    """How to export an engine; `EngineOptions` in the form that transformers keeps configurations in (plain JSON).
+
+    Attributes:
+        schedule: preset, file, or the keys of a schedule; None reduces nothing.
+        streams: the token stream that an input starts, by input name.
+        outputs: those of the model to keep; none keeps all.
+        builder, compute_capabilities, optimization_level, workspace: see `EngineOptions`.
+        profiles: such as `["batch=1:8:32"]`; any leaves the batch open.
+    """
+
+    export_format: str = FORMAT  # type: ignore[assignment]  # transformers' own formats are an enumeration
+    opset_version: int | None = DEFAULT_OPSET
+    schedule: str | dict[str, Any] | None = None
+    streams: dict[str, str] = field(default_factory=dict)
+    outputs: list[str] = field(default_factory=list)
+    builder: str | None = None
+    compute_capabilities: list[str] = field(default_factory=list)
+    profiles: list[str] = field(default_factory=list)
+    optimization_level: int | None = None
+    workspace: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()  # type: ignore[no-untyped-call]
+        if self.ort_fusions is not None or self.quantizer is not None:
+            raise UsageError("Engines take neither ort_fusions nor a quantizer; leave them out.")
+
+    def options(self, dtype: str) -> EngineOptions:
+        """The same, as the engine writer takes it."""
+        return EngineOptions(
+            dtype=dtype,  # type: ignore[arg-type]  # checked there
+            profiles=tuple(Profile.parse(text) for text in self.profiles),
+            builder=self.builder,
+            compute_capabilities=tuple(self.compute_capabilities),
+            optimization_level=self.optimization_level,
+            workspace=self.workspace,
+        )
+
+
+@dataclass(frozen=True)
+class EngineProgram:
+    """An engine with its manifest, at `path`; the folder is temporary until it is saved.
+
+    Attributes:
+        path: of the engine; `<stem>.manifest.json` lies beside it.
+        keep: keeps a temporary folder alive.
+    """
+
+    path: Path
+    keep: Any = None
+
+
+class TensorRtExporter(ReducedOnnxExporter):
+    """transformers' ONNX exporter with the reduction in its chain, and an engine at its end."""
+
+    export_format = FORMAT  # type: ignore[assignment]  # as above
+    config_class = TensorRtConfig
+    program_suffix = ".engine"
+
+    def __init__(self) -> None:
+        super().__init__(None)
+
+    def export_program(  # type: ignore[override]  # every exporter has programs and a configuration of its own
+        self, model: PreTrainedModel, sample_inputs: MutableMapping[str, Any], config: TensorRtConfig
+    ) -> tuple[EngineProgram, Any]:
+        """See transformers' `HfExporter.export_program`."""
+        dtype = str(model.dtype).removeprefix("torch.")
+        writer = EngineWriter(config.options(dtype))
+        writer.check(dynamic_batch=bool(config.profiles), verify=False)
+        given = config.schedule
+        self.schedule = (
+            Schedule(**given) if isinstance(given, dict) else None if given is None else Schedule.load(given)
+        )
+        self.streams, self.outputs = dict(config.streams), tuple(config.outputs)
+        inputs = dict(sample_inputs)
+        if config.profiles:
+            inputs, config.dynamic_shapes = symbolic_batch(inputs)
+        with quiet_torch_onnx():
+            converted, metadata = super().export_program(model, inputs, config)
+        names = self.output_names or [str(value.name) for value in converted.graph.outputs]
+        build = polished(named(converted, names, self.decision_names), reduced=self.schedule is not None)
+        return self._built(writer, build, Program(torch.fx.GraphModule({}, torch.fx.Graph()), inputs), config), metadata
+
+    def _built(self, writer: EngineWriter, build: OnnxBuild, program: Program, config: TensorRtConfig) -> EngineProgram:
+        folder = tempfile.TemporaryDirectory(prefix="pumer-engine-")
+        path = Path(folder.name) / "model.engine"
+        engine = EngineBuild(build, writer.library())
+        writer.save(engine, path, with_decisions=False)
+        manifest = make_manifest(
+            program,
+            self.schedule,
+            None,
+            inputs=engine.inputs,
+            outputs=engine.outputs,
+            decisions=engine.decisions,
+            options={**writer.describe(engine), "dynamic_batch": bool(config.profiles)},
+            parity={"verified": False},
+        )
+        described = {"artifact": path.name, "sha256": sha256_file(path), **manifest}
+        _beside(path).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+        return EngineProgram(path, folder)
+
+    @classmethod
+    def save_program(cls, program: EngineProgram, path: str | Path) -> None:  # type: ignore[override]
+        """The engine, and its manifest beside it under the name of the new file."""
+        path = Path(path)
+        path.write_bytes(program.path.read_bytes())
+        manifest = {**read_manifest(program.path), "artifact": path.name}
+        _beside(path).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def program_files(cls, filename: str) -> list[str]:
+        """The engine and its manifest."""
+        return [filename, _beside(Path(filename)).name]
+
+    @classmethod
+    def load_program(cls, path: str | Path) -> EngineProgram:  # type: ignore[override]
+        """Refuses an engine that is not the one its manifest describes."""
+        read_manifest(Path(path))
+        return EngineProgram(Path(path))
+
+
+class TensorRtRunner(ModelRunner):
+    """Runs an engine on a CUDA device."""
+
+    def __init__(self, metadata: Any, session: TensorRtSession, outputs: list[str]) -> None:
+        super().__init__(metadata)
+        self.session, self.outputs = session, outputs
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return self.session.device
+
+    @classmethod
+    def from_program(
+        cls, program: EngineProgram, metadata: Any, device: Any = None, cuda_graph: bool = False
+    ) -> TensorRtRunner:
+        """See `Engine` for what is refused."""
+        manifest = read_manifest(program.path)
+        session = TensorRtSession(program.path, manifest, device=device, cuda_graph=cuda_graph)
+        return cls(metadata, session, manifest["outputs"])
+
+    def __call__(self, share_inputs: bool = True, share_outputs: bool = False, **kwargs: Any) -> Any:
+        """What the model returns, from its inputs by keyword; memory is never shared with the engine's own."""
+        found = self.session.call(onnx_inputs(self.session.inputs, kwargs))
+        return self.unflatten([found[name] for name in self.outputs])
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f"{path.stem}.{SIDECAR}")
+
+
+register_backend(TensorRtExporter, TensorRtRunner)
