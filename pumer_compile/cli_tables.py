@@ -44,20 +44,27 @@ def print_plan(plan: Any) -> None:
 def print_report(report: Any) -> None:
     """Decisions, outputs and notes of a parity report."""
     if report.reducers:
-        columns = ("differ", "near-ties", "largest margin", "verdict")
+        columns = ("differ", "near-ties", "indices\nflipped", "largest\nmargin", "verdict")
         table = make_table(f"Decisions ({report.samples} samples)", ["reducer"], *columns)
         for row in report.reducers:
             verdict = "pass" if row.passed else "FAIL"
-            table.add_row(row.name, str(row.differ), str(row.near_ties), f"{row.worst_margin:.1e}", verdict)
+            table.add_row(
+                row.name,
+                str(row.differ),
+                str(row.near_ties),
+                f"{row.flip_rate:.2%}",
+                f"{row.worst_margin:.1e}",
+                verdict,
+            )
         console.print(table)
     table = make_table(
         f"Outputs against eager PyTorch ({report.dtype}, {report.provider})",
         ["output"],
-        *("against", "samples", "absolute\nmax, mean", "relative\nmax, mean", "cosine", "top-1", "verdict"),
+        *("against", "samples", "absolute\nmax, mean", "relative\nmax, norm", "cosine", "top-1", "verdict"),
     )
     for row in report.outputs:
         verdict = ("pass" if row.passed else "FAIL") if row.judged or not row.finite else "reported"
-        errors = (f"{row.max_abs:.2e}\n{row.mean_abs:.2e}", f"{row.max_rel:.2e}\n{row.mean_rel:.2e}")
+        errors = (f"{row.max_abs:.2e}\n{row.mean_abs:.2e}", f"{row.max_rel:.2e}\n{row.max_norm:.2e}")
         against = row.against.replace("_", " ")
         table.add_row(row.name, against, str(row.samples), *errors, f"{row.cosine:.6f}", f"{row.top1:.1%}", verdict)
     console.print(table)

@@ -35,7 +35,7 @@ from .passes.insert import reducers_of
 from .reduce import reduce
 from .reducers import StreamReducer, forced_decisions
 from .reducers.reducer import Decisions, Forcing
-from .replay import Recorder
+from .replay import Recorder, check_recording
 from .schedule import Schedule
 
 Arrays = dict[str, np.ndarray[Any, Any]]
@@ -43,16 +43,25 @@ Arrays = dict[str, np.ndarray[Any, Any]]
 
 @dataclass(frozen=True)
 class Tolerance:
-    """`|artifact - eager| <= atol + rtol * |eager|`, and the relative score gap below which two scores are tied."""
+    """How much an artifact may differ.
+
+    Attributes:
+        atol, rtol: of every entry of an output: `|artifact - eager| <= atol + rtol * |eager|`.
+        norm: of an output as a whole, in each sample: `|artifact - eager|_2 <= norm * |eager|_2`.
+        tie: relative score gap below which two scores count as tied.
+    """
 
     atol: float
     rtol: float
+    norm: float
     tie: float
 
 
 TOLERANCES = {
-    "float32": Tolerance(atol=1e-4, rtol=1e-4, tie=1e-5),
-    "float16": Tolerance(atol=2e-2, rtol=2e-2, tie=1e-2),
+    "float32": Tolerance(atol=1e-4, rtol=1e-4, norm=math.inf, tie=1e-5),
+    "float16": Tolerance(atol=2e-2, rtol=2e-2, norm=5e-3, tie=1e-2),
+    # Eight times coarser than float16, by its three bits less of precision.
+    "bfloat16": Tolerance(atol=1.6e-1, rtol=1.6e-1, norm=4e-2, tie=8e-2),
 }
 """Defaults by the artifact's dtype; the eager side is float32."""
 
@@ -67,6 +76,7 @@ class ReducerReport:
         differ: on how many any index differs from the eager model's choice on the same inputs.
         near_ties: how many of these are allowed, because the eager scores are nearly tied.
         worst_margin: largest relative score gap where a choice differs.
+        chosen, flipped: indices chosen in all samples, and how many of them differ.
         fault: why the artifact's decisions cannot be those of this reducer at all; empty where they can.
     """
 
@@ -75,12 +85,19 @@ class ReducerReport:
     differ: int = 0
     near_ties: int = 0
     worst_margin: float = 0.0
+    chosen: int = 0
+    flipped: int = 0
     fault: str = ""
 
     @property
     def passed(self) -> bool:
         """Whether every differing choice is a near-tie."""
         return not self.fault and self.differ == self.near_ties
+
+    @property
+    def flip_rate(self) -> float:
+        """Share of the chosen indices that differ."""
+        return self.flipped / self.chosen if self.chosen else 0.0
 
 
 @dataclass
@@ -93,9 +110,10 @@ class OutputReport:
         judged: whether it counts for the verdict.
         samples: how many were compared.
         max_abs, mean_abs, max_rel, mean_rel: errors; relative to the eager value.
+        max_norm: largest error of a sample in the Euclidean norm, relative to the norm of the eager value.
         cosine: smallest cosine similarity of a sample.
         top1: share of samples with the same largest entry.
-        atol, rtol: the tolerance.
+        atol, rtol, norm: the tolerance.
         required_atol: smallest `atol` that would pass with this `rtol`.
         finite: whether every value is finite.
     """
@@ -110,6 +128,8 @@ class OutputReport:
     mean_abs: float = 0.0
     max_rel: float = 0.0
     mean_rel: float = 0.0
+    max_norm: float = 0.0
+    norm: float = math.inf
     cosine: float = 1.0
     top1: float = 1.0
     required_atol: float = 0.0
@@ -118,7 +138,7 @@ class OutputReport:
     @property
     def passed(self) -> bool:
         """Within tolerance and finite; always true where it is not judged and finite."""
-        return self.finite and (not self.judged or self.required_atol <= self.atol)
+        return self.finite and (not self.judged or (self.required_atol <= self.atol and self.max_norm <= self.norm))
 
     def add(self, artifact: np.ndarray[Any, Any], eager: np.ndarray[Any, Any]) -> None:
         """Take in one batch, `[samples, ...]` each."""
@@ -135,7 +155,9 @@ class OutputReport:
         self.max_abs, self.max_rel = max(self.max_abs, error.max()), max(self.max_rel, relative.max())
         self.mean_abs = old * self.mean_abs + new * error.mean()
         self.mean_rel = old * self.mean_rel + new * relative.mean()
-        norms = np.linalg.norm(a, axis=1) * np.linalg.norm(e, axis=1)
+        size = np.linalg.norm(e, axis=1)
+        self.max_norm = max(self.max_norm, float((np.linalg.norm(a - e, axis=1) / np.maximum(size, 1e-12)).max()))
+        norms = np.linalg.norm(a, axis=1) * size
         cosines = np.where(norms > 0, (a * e).sum(1) / np.maximum(norms, 1e-300), 1.0)
         self.cosine = min(self.cosine, float(cosines.min()))
         self.top1 = old * self.top1 + new * float((a.argmax(1) == e.argmax(1)).mean())
@@ -190,6 +212,8 @@ class ParityReport:
         for o in self.outputs:
             if not o.passed:
                 limit = f"{o.max_abs:.2e}, allowed atol {o.atol:g} + rtol {o.rtol:g}"
+                if o.max_norm > o.norm:
+                    limit = f"{o.max_norm:.2e} of its norm, allowed {o.norm:g}"
                 what = f"differs by up to {limit}" if o.finite else "has NaN or Inf"
                 parts.append(f"output {o.name} ({o.against.replace('_', ' ')}) {what}")
         return "; ".join(parts) or ("no sample was compared" if self.samples == 0 else "")
@@ -235,7 +259,8 @@ def parity(
     path = Path(artifact)
     manifest = read_manifest(path)
     loaded = load_model(Path(model)) if isinstance(model, str | os.PathLike) else model
-    session = open_session(path, manifest)
+    check_recording(manifest, save_inputs, save_outputs)
+    session = open_session(path, manifest, provider=provider)
     batches = _batches(samples, loaded, manifest)
     program = capture(
         loaded,
@@ -441,6 +466,9 @@ class _Comparison:
             row.differ += int(differs.sum())
             row.near_ties += int((differs & (margin <= self.default.tie)).sum())
             row.worst_margin = max(row.worst_margin, float(margin.max(initial=0.0)))
+            for own, forced in zip(result.own, result.forced, strict=True):
+                row.chosen += own.numel()
+                row.flipped += int((own != forced).sum())
             agree &= ~differs
         return agree
 
@@ -458,7 +486,9 @@ class _Comparison:
                 atol, rtol = (
                     _of(t, name, d) for t, d in ((self.atol, self.default.atol), (self.rtol, self.default.rtol))
                 )
-                known = [OutputReport(name, against, judged, atol, rtol)]
+                # Tolerances of the user's own are the whole of the judgement.
+                norm = self.default.norm if self.atol is None and self.rtol is None else math.inf
+                known = [OutputReport(name, against, judged, atol, rtol, norm=norm)]
                 self.report.outputs.append(known[0])
             # An output without the batch in front (a learned scale, say) is one sample.
             per_sample = value.ndim > 0 and rows is not None and value.shape[0] == len(rows)
