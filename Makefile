@@ -47,7 +47,7 @@ $(STAMP): pyproject.toml constraints.txt
 	echo "==> setting up .venv with $$($$python --version): a few minutes, once" && \
 	$$python -m venv --clear .venv
 	@PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install -qq --disable-pip-version-check \
-	    "$$(grep '^torch==' constraints.txt)" -e ".[cpu,dev]"
+	    "$$(grep '^torch==' constraints.txt)" -e ".[cpu,rtx,openvino,dev]"
 	@touch $@
 
 clean:

@@ -22,6 +22,8 @@ import onnxruntime
 import torch
 
 from pumer_compile import cli
+from pumer_compile.exporters.tensorrt import unsupported
+from pumer_compile.tensorrt_library import load_library
 from tests.tiny import tiny_vilt
 
 
@@ -106,6 +108,11 @@ def onnx_outputs(path: Path, feed: Mapping[str, np.ndarray]) -> dict[str, np.nda
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     names = [value.name for value in session.get_outputs()]
     return dict(zip(names, session.run(None, dict(feed)), strict=True))
+
+
+def tensorrt_refuses(path: Path) -> list[str]:
+    """What the parser of TensorRT-RTX refuses in an artifact; it needs no GPU."""
+    return unsupported(load_library("tensorrt-rtx"), path)
 
 
 def inner_manifest(path: Path) -> dict[str, Any]:

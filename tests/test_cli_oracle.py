@@ -13,7 +13,7 @@ import torch
 from transformers import ViltForQuestionAnswering
 
 from pumer_compile import Schedule, capture, reduce
-from tests.commands import done, feed, inner_manifest, onnx_outputs
+from tests.commands import done, feed, inner_manifest, onnx_outputs, tensorrt_refuses
 from tests.tiny import tiny_vilt
 from tests.vilt import Shares, reduced_vilt
 
@@ -235,3 +235,8 @@ def test_colliding_sizes(name: str, tmp_path: Path) -> None:
     tokens = inner_manifest(tmp_path / "model.onnx")["tokens"]
     assert list(tokens.values()) == [{"text": text, "image": image} for text, image in counts]
     assert counts[-1] != counts[0] or 0 in sites
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_tensorrt_takes_it(compiled: Compiled, case: str) -> None:
+    assert tensorrt_refuses(compiled(case)) == []

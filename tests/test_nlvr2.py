@@ -30,7 +30,7 @@ from pumer_compile.frontends.meter import (
     MeterForVisualEntailment,
     MeterForVisualReasoning,
 )
-from tests.commands import done, inner_manifest, onnx_outputs
+from tests.commands import done, inner_manifest, onnx_outputs, tensorrt_refuses
 from tests.meter import classify_by_hand, meter_inputs, tiny_meter
 from tests.models import passed
 from tests.pairs import Oracle, of_meter
@@ -125,6 +125,7 @@ def test_two_images_as_an_artifact(tmp_path: Path) -> None:
     pumer.export(result, tmp_path / "model.onnx")
     report = pumer.parity(tmp_path / "model.onnx", model, sample)
     assert report.passed, report.failures()
+    assert tensorrt_refuses(tmp_path / "model.onnx") == []
     assert len(report.reducers) == 8 and report.decisions_compared
     assert inner_manifest(tmp_path / "model.onnx")["tokens"] == result.plan.tokens()
     others = text_inputs(2, 8, seed=4) | {"pixel_values": pixels(3, 2, 3, 96, 96)[1:]}
@@ -181,6 +182,7 @@ def test_other_vilt_heads_as_artifacts(name: str, tmp_path: Path) -> None:
     pumer.export(reduce(captured, Schedule(**SCHEDULE)), tmp_path / "model.onnx")
     report = pumer.parity(tmp_path / "model.onnx", model, sample)
     assert report.passed, report.failures()
+    assert tensorrt_refuses(tmp_path / "model.onnx") == []
     found = onnx_outputs(tmp_path / "model.onnx", {k: v.numpy() for k, v in sample.items()})["logits"]
     pooled, _ = encode(model.vilt, sample, TWO, "reference")
     with torch.no_grad():
@@ -258,6 +260,7 @@ def test_meter_with_two_images_as_an_artifact(tmp_path: Path) -> None:
     pumer.export(reduce(captured, Schedule(sites=SITES)), tmp_path / "model.onnx")
     report = pumer.parity(tmp_path / "model.onnx", model, sample)
     assert report.passed, report.failures()
+    assert tensorrt_refuses(tmp_path / "model.onnx") == []
     found = onnx_outputs(tmp_path / "model.onnx", {k: v.numpy() for k, v in sample.items()})["logits"]
     with torch.no_grad():
         expected = meter_by_hand("visual reasoning", "updated_text", sample, "reference", PAIRS)

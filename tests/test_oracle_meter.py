@@ -25,7 +25,7 @@ from pumer_compile.loading import load_model
 from pumer_compile.parity import check
 from pumer_compile.passes.insert import reducers_of
 from pumer_compile.reduce import reduce_graph, with_decisions
-from tests.commands import done, inner_manifest, onnx_outputs
+from tests.commands import done, inner_manifest, onnx_outputs, tensorrt_refuses
 from tests.helpers import data_dependent
 from tests.models import passed
 
@@ -264,3 +264,8 @@ def test_the_artifact(compiled: Compiled, case: str) -> None:
     assert not [node.op_type for node in model.graph.node if node.op_type.startswith(forbidden)]
     batches = {value.type.tensor_type.shape.dim[0].dim_param for value in [*model.graph.input, *model.graph.output]}
     assert (batches == {""}) != bool(OPTIONS.get(case))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_tensorrt_takes_it(compiled: Compiled, case: str) -> None:
+    assert tensorrt_refuses(compiled(case)) == []

@@ -20,7 +20,7 @@ from pumer_compile.errors import PlanError, ScheduleError
 from pumer_compile.loading import load_model
 from pumer_compile.passes.insert import reducers_of
 from pumer_compile.reduce import reduce_graph
-from tests.commands import done, inner_manifest, onnx_outputs
+from tests.commands import done, inner_manifest, onnx_outputs, tensorrt_refuses
 from tests.helpers import data_dependent
 from tests.models import passed
 from tests.tome import Tome
@@ -206,3 +206,8 @@ def test_the_artifact(compiled: Compiled, case: str) -> None:
 
 def test_the_folder_is_loaded_as_the_model_it_names() -> None:
     assert isinstance(load_model(FOLDER).model, ViTForImageClassification)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_tensorrt_takes_it(compiled: Compiled, case: str) -> None:
+    assert tensorrt_refuses(compiled(case)) == []

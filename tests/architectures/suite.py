@@ -20,6 +20,7 @@ from pumer_compile.passes.annotate import annotate
 from pumer_compile.passes.locate import Attention, locate
 from tests.architectures.builders import Build, Inputs
 from tests.architectures.oracle import MERGE_IMAGE, MERGE_TEXT, PRUNE, Oracle
+from tests.commands import tensorrt_refuses
 
 Forward = Callable[..., Any]
 each_semantics = pytest.mark.parametrize("semantics", ["safe", "reference"])
@@ -176,6 +177,7 @@ class FusionSuite:
         result = export(self.reduced(semantics, torch.float32), path)
         assert result.report is not None and result.report.passed
         assert all(o.max_abs <= 1e-5 for o in result.report.outputs if o.judged)
+        assert tensorrt_refuses(path) == []
         inputs = self.make_inputs(seed=3)
         found = {name: torch.from_numpy(value) for name, value in OnnxSession(path).run(inputs).items()}
         eager = run(self.reduced(semantics, torch.float32).module, inputs, self.outputs)

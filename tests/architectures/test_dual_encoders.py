@@ -17,6 +17,7 @@ from pumer_compile import Program, Reduced, Schedule, export, reduce
 from pumer_compile.errors import LocateError, PlanError
 from tests.architectures.builders import Build, Inputs, clip, siglip, words_and_pixels
 from tests.architectures.suite import Forward, built, captured, cast, difference, forwards, located, run
+from tests.commands import tensorrt_refuses
 from tests.helpers import combine, groups, match
 
 OUTPUT = ("logits_per_image",)
@@ -194,5 +195,6 @@ def test_methods_differ(tower: Tower) -> None:
 def test_onnx(tower: Tower, method: str, tmp_path: Path) -> None:
     report = export(reduced(tower, method, torch.float32), tmp_path / "model.onnx").report
     assert report is not None and report.passed
+    assert tensorrt_refuses(tmp_path / "model.onnx") == []
     judged = [o for o in report.outputs if o.judged]
     assert judged and all(o.required_atol <= 1e-5 for o in judged)
