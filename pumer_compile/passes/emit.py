@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
+import torch
 from torch import fx
 
 from ..errors import LocateError
 from ..plan import SitePlan, published_stands_still, stream_counts
 from ..reducers import PublishedMaskedSoftmax, SizeBias, StreamReducer, TextRowsAttention, TokenWeights, UnitWeights
 from .axes import Dim, Tokens
-from .graph import ancestors, describe
+from .graph import ancestors, describe, values
 from .insert import Insertions, SiteInsertion, make_reducer
 from .locate import Attention
 from .rewrite import Epochs, Rewriter, Step
@@ -120,10 +121,15 @@ class _PublishedSoftmax(_Emitter):
         if not attention.fused:
             assert attention.scores is not None and attention.probabilities is not None
             walk.adopt_epochs(attention.probabilities, attention.scores)
-            return walk.call_module(name, module, walk.env[attention.scores], *present)
-        scores = scaled_scores(walk, attention)
-        probabilities = walk.call_module(name, module, scores, *present)
-        walk.probabilities[attention.context] = probabilities
+            exact = walk.call_module(name, module, walk.env[attention.scores], *present)
+        else:
+            exact = walk.call_module(name, module, scaled_scores(walk, attention), *present)
+        # A reducer decides by what the softmax gives before it is rounded to the model's dtype.
+        walk.probabilities[attention.context] = exact
+        dtype = values(attention.query)[0].dtype
+        probabilities = exact if dtype == torch.float32 else walk.call(aten.to.dtype, exact, dtype)
+        if not attention.fused:
+            return probabilities
         value = attention.context.args[2]
         assert isinstance(value, fx.Node)
         walk.adopt_epochs(attention.context, attention.query)
@@ -289,8 +295,9 @@ class _Reduce(_Emitter):
         text = next(s for s in site.query_axis.streams if walk.annotation.modality[s] == "text")
         rows = walk.span(site.query_axis, text, self.epochs)
         key_range = walk.span(site.key_axis, stream, self.epochs)
-        written_out = walk.probabilities.get(site.context)
-        source = written_out if site.fused else walk.env[site.probabilities or site.context]
+        source = walk.probabilities.get(site.context)
+        if source is None and site.probabilities is not None:
+            source = self._exact_softmax(walk, site.probabilities)
         if source is None:
             if site.unusual:
                 raise LocateError(f"Site {site.described} cannot be reduced, because {site.unusual}.")
@@ -305,6 +312,15 @@ class _Reduce(_Emitter):
         else:
             source = walk.call(aten.slice.Tensor, source, 2, *rows)
         return walk.call(aten.slice.Tensor, source, 3, *key_range)
+
+    @staticmethod
+    def _exact_softmax(walk: Rewriter, softmax: fx.Node) -> fx.Node:
+        """The model's softmax, computed anew in float32 where it gives less than that."""
+        if values(softmax)[0].dtype.itemsize >= 4:
+            return walk.env[softmax]
+        scores, dim = softmax.args[:2]
+        assert isinstance(scores, fx.Node)
+        return walk.call(aten.softmax.int, walk.env[scores], dim, torch.float32)
 
     def _keys(self, walk: Rewriter, stream: str) -> fx.Node:
         """Keys of a stream, `[batch, heads, tokens, head_size]`: this site's, or the nearest self-attention's."""

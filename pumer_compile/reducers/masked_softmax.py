@@ -20,7 +20,7 @@ class PublishedMaskedSoftmax(nn.Module):
     eps = 1e-6
 
     def forward(self, scores: Tensor, *weights: Tensor) -> Tensor:
-        """Probabilities.
+        """Probabilities, float32.
 
         Args:
             scores: scaled, not masked, `[batch, heads, queries, keys]`.
@@ -33,4 +33,4 @@ class PublishedMaskedSoftmax(nn.Module):
             eye = identity(scores.shape[-2], scores.shape[-1], scores.device)
             x = x * (mask + (1 - mask) * eye)
         spread = self.eps / scores.shape[-1]
-        return ((x + spread) / (x.sum(-1, keepdim=True) + self.eps)).to(scores.dtype)
+        return (x + spread) / (x.sum(-1, keepdim=True) + self.eps)
