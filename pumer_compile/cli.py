@@ -278,7 +278,9 @@ def compile_(
         proved = f"not executed; {done.report.stand_in} was proved against eager PyTorch"
     else:
         proved = "proved against eager PyTorch"
-    console.print(f"Wrote {done.path} ({proved}) and {done.manifest_path}.", markup=False, highlight=False)
+    # Paths are not broken at the edge of the screen: they are there to be copied.
+    done_text = f"Wrote {done.path} ({proved}) and {done.manifest_path}."
+    console.print(done_text, markup=False, highlight=False, soft_wrap=True)
     if triton_repository is not None:
         _write_triton(triton_repository, output.stem, output)
 
@@ -446,7 +448,7 @@ def _write_triton(repository: Path, name: str, artifact: Path, max_batch_size: i
     from .exporters.triton import write_triton_repository
 
     written = write_triton_repository(repository, name, artifact, max_batch_size=max_batch_size)
-    console.print(f"Wrote {written} for Triton.", markup=False, highlight=False)
+    console.print(f"Wrote {written} for Triton.", markup=False, highlight=False, soft_wrap=True)
 
 
 def _captured(
