@@ -17,6 +17,7 @@ from .insert import Insertions, SiteInsertion, make_reducer
 from .locate import Attention
 from .rewrite import Epochs, Rewriter, Step
 from .rules import aten, shape
+from .visual import SelectVisual, counted_anew
 
 log = logging.getLogger("pumer_compile")
 
@@ -28,6 +29,8 @@ def actions_after(insertions: Insertions) -> dict[fx.Node, Callable[[Rewriter], 
     """Actions by the captured node they follow."""
     found: dict[fx.Node, Callable[[Rewriter], None]] = {}
     for site in insertions.sites:
+        if site.mark is not None:
+            continue
         assert site.attention.carrier is not None
         found[site.attention.carrier] = _Reduce(insertions, site)
     return found
@@ -38,6 +41,11 @@ def actions_instead(insertions: Insertions) -> dict[fx.Node, Callable[[Rewriter]
     found: dict[fx.Node, Callable[[Rewriter], fx.Node | None]] = {}
     for attention in insertions.softmaxes:
         found[attention.probabilities or attention.context] = _PublishedSoftmax(insertions, attention)
+    for site in insertions.sites:
+        if site.mark is not None:
+            found[site.mark] = SelectVisual(insertions, site)
+    if insertions.schedule.method == "vispruner":
+        found |= counted_anew(insertions)
     if insertions.schedule.method == "tome":
         for attention in insertions.attentions:
             found[attention.probabilities or attention.context] = _ProportionalAttention(insertions, attention)
