@@ -71,7 +71,7 @@ def build(case: Case, model: Path, output: Path) -> dict[str, Any]:
     """Compile an engine; what it took."""
     command = [sys.executable, "-m", "pumer_compile.cli", str(model), "--schedule", case.schedule, "-o", str(output)]
     start = time.perf_counter()
-    process = subprocess.Popen([*command, *case.options, "--builder", "tensorrt-rtx"], stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([*command, *case.options, "--builder", "tensorrt-rtx", "--quiet"])
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise SystemExit(f"building an engine failed: {' '.join(command)}")

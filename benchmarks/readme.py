@@ -30,6 +30,29 @@ def distillation() -> str:
     return "\n".join(lines) + "\n"
 
 
+def quantization() -> str:
+    """int8 in every mode."""
+    result = json.loads((ROOT / "examples/easy_vqa/quantization.json").read_text(encoding="utf-8"))
+    lines = [
+        "| Linear layers | Size | Test accuracy | Same answer | Largest error | Image chosen differently | Text |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for row in result["rows"]:
+        flips = {
+            stream: ", ".join(f"{r['flip_rate']:.1%}" for name, r in row["reducers"].items() if name.endswith(stream))
+            for stream in ("image", "text")
+        }
+        lines.append(
+            f"| {'int8, ' + row['mode'] if row['mode'] else 'float32'} | {row['bytes'] / 1e6:.2f} MB | "
+            f"{row['correct'] / row['total']:.2%} | {row['agree'] / row['total']:.2%} | {row['forced_error']:.1e} | "
+            f"{flips['image']} | {flips['text']} |"
+        )
+    total, samples = result["rows"][0]["total"], result["rows"][0]["parity_samples"]
+    calibration = result["calibration_samples"]
+    lines += ["", f"{total:,} questions; choices and errors on {samples}; static is calibrated on {calibration}."]
+    return "\n".join(lines) + "\n"
+
+
 def vilt_b32() -> str:
     """The timing table."""
     result: dict[str, Any] = json.loads((ROOT / "benchmarks/results/vilt_b32_cpu.json").read_text(encoding="utf-8"))
@@ -72,6 +95,25 @@ def torch_compile() -> str:
     return "\n".join(lines) + "\n"
 
 
+def engines() -> str:
+    """Build times of engines."""
+    result = json.loads((ROOT / "benchmarks/results/engines.json").read_text(encoding="utf-8"))
+    lines = [
+        "| Model | Schedule | dtype | Batch | Whole command | Its builder | Peak memory | Engine |",
+        "| --- | --- | --- | --- | ---: | ---: | ---: | ---: |",
+    ]
+    for row in result["rows"]:
+        batch = ", ".join(profile.removeprefix("batch=") for profile in row["profiles"]) or "1"
+        lines.append(
+            f"| {row['model']} | `{row['schedule']}` | {row['dtype']} | {batch} | {row['seconds']:.0f} s | "
+            f"{row['builder_seconds']:.1f} s | {row['peak_gib']:.1f} GiB | {row['mib']:.0f} MiB |"
+        )
+    machine = result["machine"]
+    builder = result["rows"][0]["builder"]
+    lines += ["", f"{builder}; {machine['cores']} cores ({machine['cpu']}). The demo is proved as well."]
+    return "\n".join(lines) + "\n"
+
+
 def fill(text: str, name: str, content: str) -> str:
     """`text` with the section `name` replaced by `content`."""
     pattern = re.compile(rf"(<!-- begin {name} .*?-->\n).*?(<!-- end {name} -->)", re.DOTALL)
@@ -87,6 +129,8 @@ def filled_readme() -> str:
     sections = {
         "easy-vqa": easy_vqa(),
         "distillation": distillation(),
+        "quantization": quantization(),
+        "engines": engines(),
         "vilt-b32": vilt_b32(),
         "torch-compile": torch_compile(),
     }

@@ -7,11 +7,13 @@ program = pumer.capture(model, inputs)          # inputs: tensors by forward arg
 reduced = pumer.reduce(program, "vilt-vqa")     # reduced.module runs and trains in eager PyTorch
 pumer.export(reduced, "model.onnx")             # proved before it is published
 report = pumer.parity("model.onnx", model)
+outputs = pumer.Engine("model.onnx")(**inputs)  # runs any artifact
 ```
 """
 
 from .capture import Program, capture
 from .distill import Teacher, distillation_loss
+from .engine import Engine
 from .errors import PumerError
 from .exporters import Exported, OnnxOptions, OnnxSession, export
 from .parity import ParityReport, parity
@@ -22,6 +24,7 @@ from .schedule import Schedule
 __version__ = "0.1.0"
 
 __all__ = [
+    "Engine",
     "Exported",
     "OnnxOptions",
     "OnnxSession",

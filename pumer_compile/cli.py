@@ -17,7 +17,7 @@ import typer
 from rich.logging import RichHandler
 
 from . import cli_options as opt
-from .cli_tables import console, print_plan, print_report, status
+from .cli_tables import console, print_bench, print_plan, print_report, status
 from .errors import ParityError, PumerError, UsageError
 
 EXAMPLES = """
@@ -46,6 +46,12 @@ Examples. On random samples with padding, on your own inputs, with a tolerance f
     pumer-compile parity model.onnx --model MODEL --inputs samples.npz
 
     pumer-compile parity model.onnx --model MODEL --atol logits=1e-3
+
+Keep what the artifact was given and gave, and replay it with Polygraphy:
+
+    pumer-compile parity model.onnx --model MODEL --save-inputs in.json --save-outputs out.json
+
+    polygraphy run model.onnx --onnxrt --load-inputs in.json --load-outputs out.json
 """
 PLAN_EXAMPLES = """
 Examples. A table for a preset, then JSON for a schedule of your own and shorter texts:
@@ -53,6 +59,28 @@ Examples. A table for a preset, then JSON for a schedule of your own and shorter
     pumer-compile plan MODEL --schedule vilt-vqa
 
     pumer-compile plan MODEL --schedule schedule.yaml --text-length 20 --json
+"""
+
+BENCH_EXAMPLES = """
+Examples. One artifact; the reduced one beside the unreduced one, at two batch sizes; on a GPU, with every sample:
+
+    pumer-compile bench model.onnx
+
+    pumer-compile bench model.onnx --vs unreduced.onnx --batch 1 --batch 8
+
+    pumer-compile bench model.engine --cuda-graph --json bench.json
+
+Inputs and outputs lie on the device; copies to it are not counted. The artifacts take turns in one process; the
+memory of each is what it adds to a process of its own.
+"""
+TRITON_EXAMPLES = """
+Examples. Serve a compiled artifact; or let the compilation do it:
+
+    pumer-compile triton model.onnx models --name vqa --max-batch-size 16
+
+    pumer-compile MODEL -s vilt-vqa -o vqa.onnx --triton-repository models
+
+    tritonserver --model-repository models
 """
 
 
@@ -144,6 +172,9 @@ def compile_(
     stream: opt.Streams = None,
     outputs: opt.Outputs = None,
     dtype: opt.Dtype = None,
+    quantize: opt.Quantize = None,
+    quantize_mode: opt.QuantizeMode = None,
+    calibration: opt.Calibration = None,
     profile: opt.Profiles = None,
     opset: Annotated[int | None, typer.Option("--opset", help="ONNX opset, 18 or newer (default 20).")] = None,
     target: Annotated[
@@ -164,6 +195,7 @@ def compile_(
     with_decisions: Annotated[
         bool, typer.Option("--with-decisions", help="Give every reducer's decisions as extra outputs.")
     ] = False,
+    triton_repository: opt.TritonRepository = None,
     no_verify: Annotated[
         bool, typer.Option("--no-verify", help="Publish without the parity check (the manifest says so).")
     ] = False,
@@ -183,6 +215,9 @@ def compile_(
     options = exporter_options(
         output,
         dtype=dtype,
+        quantize=quantize,
+        quantize_mode=quantize_mode,
+        calibration=calibration,
         profiles=opt.profiles(profile),
         opset=opset,
         target=target,
@@ -194,6 +229,8 @@ def compile_(
         layer_info=layer_info,
         version_compatible=version_compatible or None,
     )
+    if triton_repository is not None:
+        _check_triton(triton_repository, output, options)
     open_batch = dynamic_batch or bool(profile)
     check_exporter(output, options, dynamic_batch=open_batch, verify=not no_verify)
     absolute, relative = opt.tolerance(atol), opt.tolerance(rtol)
@@ -242,6 +279,8 @@ def compile_(
     else:
         proved = "proved against eager PyTorch"
     console.print(f"Wrote {done.path} ({proved}) and {done.manifest_path}.", markup=False, highlight=False)
+    if triton_repository is not None:
+        _write_triton(triton_repository, output.stem, output)
 
 
 @app.command("parity", epilog=_epilog(PARITY_EXAMPLES))
@@ -254,26 +293,42 @@ def parity_(
     inputs: opt.Inputs = None,
     atol: opt.Atol = None,
     rtol: opt.Rtol = None,
+    provider: opt.Provider = None,
+    save_inputs: opt.SaveInputs = None,
+    save_outputs: opt.SaveOutputs = None,
     report: opt.Report = None,
     verbose: opt.Verbose = False,
     quiet: opt.Quiet = False,
 ) -> None:
     """Prove an artifact against the reduced model in eager PyTorch; exit code 3 when it fails."""
     from .exporters.manifest import read_manifest
+    from .exporters.session import check_runtime
     from .files import check_writable
     from .inputs import load_inputs
     from .loading import load_model
     from .parity import parity, save_report
+    from .replay import check_recording
 
     absolute, relative = opt.tolerance(atol), opt.tolerance(rtol)
-    read_manifest(artifact)
+    manifest = read_manifest(artifact)
+    check_recording(manifest, save_inputs, save_outputs)
+    check_runtime(artifact, manifest, provider=provider)
     if report is not None:
         check_writable(report)
     with _stage(f"loading {model}"):
         loaded = load_model(model, config=config, allow_pickle=allow_pickle)
         samples = None if inputs is None else load_inputs(inputs, loaded.source)
     with _stage("comparing"):
-        result = parity(artifact, loaded, samples, atol=absolute, rtol=relative)
+        result = parity(
+            artifact,
+            loaded,
+            samples,
+            atol=absolute,
+            rtol=relative,
+            provider=provider,
+            save_inputs=save_inputs,
+            save_outputs=save_outputs,
+        )
     if report is not None:
         save_report(result, report)
     print_report(result)
@@ -309,6 +364,89 @@ def plan_(
         print(json.dumps(reduced.plan.to_dict(), indent=2))
     else:
         print_plan(reduced.plan)
+
+
+@app.command("bench", epilog=_epilog(BENCH_EXAMPLES))
+@_readable_errors
+def bench_(
+    artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Made by pumer-compile.")],
+    vs: Annotated[
+        list[Path] | None,
+        typer.Option("--vs", metavar="OTHER", help="Alternate with another artifact; may be repeated."),
+    ] = None,
+    batch: Annotated[
+        list[int] | None,
+        typer.Option("--batch", min=1, help="Batch size, of an open batch; may be repeated.", show_default=False),
+    ] = None,
+    iterations: Annotated[int, typer.Option("--iterations", "-n", min=1, help="Calls that are counted.")] = 50,
+    warmup: Annotated[int, typer.Option("--warmup", min=0, help="Calls before them.")] = 10,
+    inputs: opt.Inputs = None,
+    provider: opt.Provider = None,
+    cuda_graph: Annotated[bool, typer.Option("--cuda-graph", help="Engines: replay a captured CUDA graph.")] = False,
+    json_: Annotated[
+        Path | None,
+        typer.Option("--json", metavar="OUT.json", help="Write every sample and the machine.", show_default=False),
+    ] = None,
+    verbose: opt.Verbose = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Measure an artifact: latency, throughput, peak memory; beside others, in turn."""
+    from .bench import bench
+    from .files import check_writable
+
+    if json_ is not None:
+        check_writable(json_)
+    with _stage("measuring") as progress:
+        result = bench(
+            [artifact, *(vs or [])],
+            batches=batch or [],
+            iterations=iterations,
+            warmup=warmup,
+            inputs=inputs,
+            provider=provider,
+            cuda_graph=cuda_graph,
+            progress=progress,
+        )
+    if json_ is not None:
+        result.save(json_)
+    print_bench(result)
+
+
+@app.command("triton", epilog=_epilog(TRITON_EXAMPLES))
+@_readable_errors
+def triton_(
+    artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Made by pumer-compile: ONNX or TensorRT.")],
+    repository: Annotated[Path, typer.Argument(metavar="DIR", help="Model repository.")],
+    name: Annotated[
+        str | None, typer.Option("--name", help="Of the model (default: the artifact's).", show_default=False)
+    ] = None,
+    max_batch_size: Annotated[
+        int | None,
+        typer.Option("--max-batch-size", min=1, help="Of an open batch (default: its profile's, or 32)."),
+    ] = None,
+    verbose: opt.Verbose = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Put an artifact into a model repository of Triton Inference Server."""
+    _write_triton(repository, artifact.stem if name is None else name, artifact, max_batch_size)
+
+
+def _check_triton(repository: Path, output: Path, options: Any) -> None:
+    from .exporters.session import ENGINE_SUFFIXES
+    from .exporters.triton import check_triton
+    from .tensorrt_library import load_library
+
+    builder = None
+    if output.suffix in ENGINE_SUFFIXES:
+        builder = options.builder or load_library().name
+    check_triton(repository, output.stem, output, builder)
+
+
+def _write_triton(repository: Path, name: str, artifact: Path, max_batch_size: int | None = None) -> None:
+    from .exporters.triton import write_triton_repository
+
+    written = write_triton_repository(repository, name, artifact, max_batch_size=max_batch_size)
+    console.print(f"Wrote {written} for Triton.", markup=False, highlight=False)
 
 
 def _captured(

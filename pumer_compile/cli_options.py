@@ -55,6 +55,18 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")
 Dtype = Annotated[
     str | None, typer.Option("--dtype", help="float32 (default), float16 or bfloat16.", show_default=False)
 ]
+Quantize = Annotated[
+    str | None,
+    typer.Option("--quantize", help="ONNX: int8, of linear layers; reducers stay float32.", show_default=False),
+]
+QuantizeMode = Annotated[
+    str | None,
+    typer.Option("--quantize-mode", help="ONNX: weights, dynamic (default) or static.", show_default=False),
+]
+Calibration = Annotated[
+    Path | None,
+    typer.Option("--calibration", metavar="FILE.npz", help="ONNX: samples for static.", show_default=False),
+]
 Profiles = Annotated[
     list[str] | None,
     typer.Option(
@@ -106,6 +118,31 @@ Rtol = Annotated[
 ]
 Report = Annotated[
     Path | None, typer.Option("--report", metavar="FILE.json", help="Write the parity report.", show_default=False)
+]
+
+Provider = Annotated[
+    str | None,
+    typer.Option(
+        "--provider", help="ONNX: run under onnxruntime's cpu (default), cuda or tensorrt.", show_default=False
+    ),
+]
+SaveInputs = Annotated[
+    Path | None,
+    typer.Option("--save-inputs", metavar="FILE.json", help="Write the inputs for Polygraphy.", show_default=False),
+]
+SaveOutputs = Annotated[
+    Path | None,
+    typer.Option("--save-outputs", metavar="FILE.json", help="Write the outputs for Polygraphy.", show_default=False),
+]
+
+TritonRepository = Annotated[
+    Path | None,
+    typer.Option(
+        "--triton-repository",
+        metavar="DIR",
+        help="Put the artifact into a model repository of Triton Inference Server, too.",
+        show_default=False,
+    ),
 ]
 
 

@@ -41,13 +41,43 @@ def print_plan(plan: Any) -> None:
     )
 
 
+def print_bench(report: Any) -> None:
+    """Latency, throughput and memory of every artifact at every batch size."""
+    compared = len(report.artifacts) > 1
+    columns = [
+        "batch",
+        "p50 ms",
+        "p90",
+        "p99",
+        "mean",
+        "samples/s",
+        "MiB",
+        *(["first is\nfaster by"] if compared else []),
+    ]
+    settings = report.settings
+    table = make_table(f"Latency of {settings['iterations']} calls, after {settings['warmup']}", ["artifact"], *columns)
+    for row in report.measurements:
+        times = (row.percentile(50), row.percentile(90), row.percentile(99), row.mean)
+        memory = "" if row.peak_memory is None else f"{row.peak_memory / 2**20:.0f}"
+        ratio = report.speed_up(row)
+        faster = ["" if ratio is None else f"{ratio:.2f}x"] if compared else []
+        cells = [f"{time:.3g}" if time < 100 else f"{time:.0f}" for time in times]
+        table.add_row(row.artifact, str(row.batch), *cells, f"{row.throughput:.4g}", memory, *faster)
+    console.print(table)
+    providers = sorted({about["provider"] for about in report.artifacts.values()})
+    machine = report.environment
+    gpus = ", ".join(gpu["name"] for gpu in machine["gpus"].values())
+    where = gpus or f"{machine['usable_cores']} cores, {machine['cpu']}"
+    console.print(f"{', '.join(providers)}; {where}", markup=False, highlight=False)
+
+
 def print_report(report: Any) -> None:
     """Decisions, outputs and notes of a parity report."""
     if report.reducers:
         columns = ("differ", "near-ties", "indices\nflipped", "largest\nmargin", "verdict")
         table = make_table(f"Decisions ({report.samples} samples)", ["reducer"], *columns)
         for row in report.reducers:
-            verdict = "pass" if row.passed else "FAIL"
+            verdict = ("pass" if row.judged else "reported") if row.passed else "FAIL"
             table.add_row(
                 row.name,
                 str(row.differ),

@@ -334,6 +334,22 @@ def load_inputs(path: str | Path, model: nn.Module | ExportedProgram | LoadedMod
     fit.
     """
     path, model = Path(path), model.source if isinstance(model, LoadedModel) else model
+    arrays = read_arrays(path)
+    if isinstance(model, ExportedProgram):
+        expected = exported_inputs(model)
+        tensors = {name: _tensor(path, name, array, None) for name, array in arrays.items()}
+        cast = {n: t.to(expected[n].dtype) if n in expected else t for n, t in tensors.items()}
+        return check_exported_inputs(model, cast)
+    dtype = float_dtype(model)
+    return check_inputs(model, {name: _tensor(path, name, array, dtype) for name, array in arrays.items()})
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray[Any, Any]]:
+    """Arrays by name from an .npz file.
+
+    Raises:
+        UsageError: no such file, or no .npz of plain arrays.
+    """
     try:
         with path.open("rb") as file:
             content = np.load(file, allow_pickle=False)
@@ -347,13 +363,7 @@ def load_inputs(path: str | Path, model: nn.Module | ExportedProgram | LoadedMod
         ) from error
     if arrays is None:
         raise UsageError(f"The inputs file {path} is one array. Write it with numpy.savez(name=array).")
-    if isinstance(model, ExportedProgram):
-        expected = exported_inputs(model)
-        tensors = {name: _tensor(path, name, array, None) for name, array in arrays.items()}
-        cast = {n: t.to(expected[n].dtype) if n in expected else t for n, t in tensors.items()}
-        return check_exported_inputs(model, cast)
-    dtype = float_dtype(model)
-    return check_inputs(model, {name: _tensor(path, name, array, dtype) for name, array in arrays.items()})
+    return arrays
 
 
 def _tensor(path: Path, name: str, array: Any, dtype: torch.dtype | None) -> Tensor:

@@ -247,7 +247,7 @@ def test_samples_of_the_user_are_part_of_the_proof(tmp_path: Path, reduced: Redu
 # --- Interrupted ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("step", ["onnx.save_onnx", "check", "onnx.append_metadata", "make_manifest", "publish"])
+@pytest.mark.parametrize("step", ["onnx.save_onnx", "_prove", "onnx.append_metadata", "make_manifest", "publish"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
 def test_an_exception_leaves_nothing(
     step: str, error: type[BaseException], out: Path, reduced: Reduced, converted: OnnxBuild, monkeypatch: Any
@@ -268,7 +268,7 @@ def test_paths_are_checked_before_any_work(tmp_path: Path, reduced: Reduced, mon
         raise AssertionError("it went to work")
 
     monkeypatch.setattr("pumer_compile.exporters.onnx.build_onnx", never)
-    for path in (tmp_path / "model.engine", tmp_path / "missing" / "model.onnx", tmp_path):
+    for path in (tmp_path / "model.pb", tmp_path / "missing" / "model.onnx", tmp_path):
         with pytest.raises(UsageError):
             pumer.export(reduced, path)
     assert not list(tmp_path.iterdir())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import tempfile
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from ..capture import Program, batch_inputs
 from ..errors import ParityError, UsageError
-from ..files import check_writable, publish, sha256_file
+from ..files import publish, sha256_file
 from ..parity import ParityReport, check, random_batches
 from ..reduce import Reduced
 from .base import Options, Profile, Writer
@@ -35,6 +36,10 @@ __all__ = [
     "export",
     "exporter_options",
 ]
+
+# transformers 5.17 exports, but does not run what it exported.
+if importlib.util.find_spec("transformers.exporters.runners") is not None:
+    from . import transformers_backend  # noqa: F401  (importing it registers the backend)
 
 WRITERS: tuple[type[Writer[Any, Any]], ...] = (OnnxWriter, EngineWriter, OpenVinoWriter)
 # A proof at the largest batch of a profile would need that much time and memory in eager PyTorch.
@@ -105,28 +110,8 @@ def export(
         report = None
         if verify:
             progress("proving")
-            evidence = writer.evidence(build, files)
-            eager, unreduced = _eager(reduced)
-            batches, clipped = _proof_batches(program, samples, writer.options.profiles)
-            report = check(
-                evidence.session,
-                eager,
-                unreduced,
-                batches,
-                writer.options.dtype,
-                build.decisions,
-                decide=evidence.decide,
-                atol=atol,
-                rtol=rtol,
-            )
-            report.artifact, report.stand_in = path.name, evidence.stand_in
-            if evidence.stand_in:
-                report.notes.append(
-                    f"this is the report of {evidence.stand_in}; {path.name} itself cannot run on this machine. Prove "
-                    "it where it will: pumer-compile parity ARTIFACT --model MODEL"
-                )
-            if clipped:
-                report.notes.append(clipped)
+            report = _prove(writer, build, files, reduced, samples, atol, rtol)
+            report.artifact = path.name
         manifest = make_manifest(
             program,
             schedule,
@@ -157,6 +142,42 @@ def export(
         changed = any(final.exists() and sha256_file(final) != sha256_file(f) for f, final in companions)
         publish([*companions, (written, beside), (files[-1], path)], retire=path if changed else None)
     return Exported(path, beside, manifest, report)
+
+
+def _prove(
+    writer: Writer[Any, Any],
+    build: Any,
+    files: Sequence[Path],
+    reduced: Reduced | Program,
+    samples: Sequence[Mapping[str, Tensor]] | None,
+    atol: float | Mapping[str, float] | None,
+    rtol: float | Mapping[str, float] | None,
+) -> ParityReport:
+    """Compare what was written with eager PyTorch."""
+    evidence = writer.evidence(build, files)
+    program = reduced.program if isinstance(reduced, Reduced) else reduced
+    eager, unreduced = _eager(reduced)
+    batches, clipped = _proof_batches(program, samples, writer.options.profiles)
+    report = check(
+        evidence.session,
+        eager,
+        unreduced,
+        batches,
+        writer.options.tolerance,
+        build.decisions if evidence.decisions is None else evidence.decisions,
+        decide=evidence.decide,
+        atol=atol,
+        rtol=rtol,
+    )
+    report.stand_in = evidence.stand_in
+    if evidence.stand_in:
+        report.notes.append(
+            f"this is the report of {evidence.stand_in}; {files[-1].name} itself cannot run on this machine. Prove it "
+            "where it will: pumer-compile parity ARTIFACT --model MODEL"
+        )
+    if clipped:
+        report.notes.append(clipped)
+    return report
 
 
 def exporter_options(path: Path, **options: Any) -> Options:

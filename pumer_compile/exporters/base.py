@@ -71,12 +71,14 @@ class Evidence:
     Attributes:
         session: gives the outputs.
         decide: gives the decisions; the same object where the artifact gives them itself.
+        decisions: those that are compared; None for all.
         stand_in: what is run in place of the artifact, which cannot run here; empty where it is the artifact itself.
     """
 
     session: Session
     decide: Session
     stand_in: str = ""
+    decisions: Sequence[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,11 @@ class Options:
     def __post_init__(self) -> None:
         if self.dtype not in get_args(Precision):
             raise UsageError(f"No dtype {self.dtype!r}: choose {', '.join(get_args(Precision))}.")
+
+    @property
+    def tolerance(self) -> str:
+        """Which of parity's tolerances the artifact is judged by."""
+        return self.dtype
 
 
 OptionsT = TypeVar("OptionsT", bound=Options)

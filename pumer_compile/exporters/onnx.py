@@ -33,13 +33,14 @@ from transformers.exporters.exporter_onnx import OnnxExporter
 
 from ..capture import Program, batch_inputs, capture, left_as_found, set_for_inference
 from ..errors import ExportError, UsageError
-from ..files import content_name
+from ..files import content_name, sha256_file
 from ..loading import quiet
 from ..outputs import output_nodes
 from ..reduce import reduce_graph, with_decisions
 from ..schedule import Schedule
 from .base import Evidence, Options, Precision, Writer
 from .manifest import KEY
+from .quantize import QuantizeMode, calibration_batches, check_environment, check_options, quantize_onnx
 from .session import OnnxSession, deciding
 
 log = logging.getLogger("pumer_compile")
@@ -60,10 +61,16 @@ class OnnxOptions(Options):
     Attributes:
         opset: of the default domain, 18 or newer.
         target: a runtime whose fused operators to use; None is portable ONNX.
+        quantize: `int8` quantizes the linear layers; reducers stay float32 (see `quantize.py`).
+        quantize_mode: `weights`, `dynamic` (taken where None is given) or `static`.
+        calibration: samples for `static`, an `.npz` file of arrays by input name.
     """
 
     opset: int = DEFAULT_OPSET
     target: Target | None = None
+    quantize: str | None = None
+    quantize_mode: QuantizeMode | None = None
+    calibration: Path | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -72,6 +79,13 @@ class OnnxOptions(Options):
             raise UsageError(f"Opset {self.opset} is not supported: choose {MIN_OPSET} to {newest}.")
         if self.target is not None and self.target not in _FUSIONS:
             raise UsageError(f"No target {self.target!r}: choose {' or '.join(_FUSIONS)}.")
+        mode = check_options(self.quantize, self.quantize_mode, self.calibration, dtype=self.dtype, target=self.target)
+        object.__setattr__(self, "quantize_mode", mode)  # the manifest names the mode, taken or given
+
+    @property
+    def tolerance(self) -> str:
+        """Quantized artifacts have tolerances of their own."""
+        return self.quantize or self.dtype
 
 
 class ReduceStep(DynamoExporter):
@@ -191,6 +205,7 @@ def build_onnx(program: Program, schedule: Schedule | None, options: OnnxOptions
         ExportError: conversion failed, or the graph has operators it must not have.
     """
     program = in_precision(program, options.dtype)
+    calibration = () if options.calibration is None else calibration_batches(options.calibration, program)
     shapes = dynamic_shapes(program)
     try:
         with quiet_torch_onnx():
@@ -201,7 +216,11 @@ def build_onnx(program: Program, schedule: Schedule | None, options: OnnxOptions
     except torch.onnx.OnnxExporterError as error:
         first = next((line for line in str(error).splitlines() if line.strip()), "no message")
         raise ExportError(f"torch.onnx could not convert the graph: {first.strip()}") from error
-    return polished(build, reduced=schedule is not None)
+    build = polished(build, reduced=schedule is not None)
+    if options.quantize_mode is not None:
+        quantized = quantize_onnx(build.model, options.quantize_mode, program.inputs, calibration)
+        build = OnnxBuild(quantized, build.outputs, build.decisions)
+    return build
 
 
 def polished(build: OnnxBuild, *, reduced: bool) -> OnnxBuild:
@@ -408,6 +427,8 @@ class OnnxWriter(Writer[OnnxOptions, OnnxBuild]):
                 "A bfloat16 artifact cannot be proved here: onnxruntime's CPU provider does not run it. Choose "
                 "float16 or float32, or publish it without a proof (--no-verify; the manifest says so)."
             )
+        if self.options.quantize_mode is not None:
+            check_environment(self.options.quantize_mode, self.options.calibration)
 
     def build(self, program: Program, schedule: Schedule | None) -> OnnxBuild:
         """See `build_onnx`."""
@@ -425,3 +446,8 @@ class OnnxWriter(Writer[OnnxOptions, OnnxBuild]):
     def record(self, manifest: Mapping[str, Any], path: Path) -> None:
         """Into the model's metadata."""
         append_metadata(path, {KEY: json.dumps(manifest, sort_keys=True)})
+
+    def describe(self, build: OnnxBuild) -> dict[str, Any]:
+        """With the hash of the calibration samples, in place of their path."""
+        samples = self.options.calibration
+        return {**super().describe(build), "calibration_sha256": None if samples is None else sha256_file(samples)}

@@ -7,7 +7,7 @@ alone, so their name cannot hold a hash of their content; the manifest holds the
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -119,21 +119,30 @@ def build_openvino(program: Program, schedule: Schedule | None, options: OpenVin
         ExportError: conversion failed.
     """
     program = in_precision(program, "float32")
-    try:
-        with quiet(), contextlib.redirect_stdout(None):
-            if isinstance(program.model, PreTrainedModel):
-                model, outputs, decisions = _through_transformers(program, program.model, schedule)
-            else:
-                model, outputs, decisions = _through_openvino(program, schedule)
-    except RuntimeError as error:
-        # OpenVINO raises its own exceptions (conversion, shape inference), all of this type.
-        raise ExportError(f"OpenVINO could not convert the graph: {' '.join(str(error).split())[:400]}") from error
-    for port, name in zip(model.outputs, [*outputs, *decisions], strict=True):
-        port.get_tensor().set_names({name})
-    model.reshape(_shapes(program, model, options.profiles))
+    with _readable(), quiet(), contextlib.redirect_stdout(None):
+        if isinstance(program.model, PreTrainedModel):
+            model, outputs, decisions = _through_transformers(program, program.model, schedule)
+        else:
+            model, outputs, decisions = _through_openvino(program, schedule)
+        for port, name in zip(model.outputs, [*outputs, *decisions], strict=True):
+            port.get_tensor().set_names({name})
+        model.reshape(_shapes(program, model, options.profiles))
     for option in ("INFERENCE_PRECISION_HINT", "KV_CACHE_PRECISION"):
         model.set_rt_info("f32", ["runtime_options", option])
     return OpenVinoBuild(model, outputs, decisions)
+
+
+@contextlib.contextmanager
+def _readable() -> Iterator[None]:
+    """OpenVINO's errors as ours. It raises RuntimeError itself, or types that share no public base class."""
+    try:
+        yield
+    except Exception as error:
+        if type(error) is not RuntimeError and not type(error).__module__.startswith("openvino"):
+            raise
+        # Its first lines name places in its own sources.
+        text = " ".join(str(error).rpartition("Summary:")[2].split())[:400]
+        raise ExportError(f"OpenVINO could not convert the graph: {text}") from error
 
 
 def _through_transformers(
@@ -145,7 +154,7 @@ def _through_transformers(
     class ReducedOpenVinoExporter(OpenVINOExporter, ReduceStep):
         """transformers' OpenVINO exporter with the reduction between capture and conversion."""
 
-    exporter = ReducedOpenVinoExporter()
+    exporter = ReducedOpenVinoExporter()  # type: ignore[no-untyped-call]
     exporter.schedule, exporter.streams, exporter.outputs = schedule, dict(program.streams), tuple(program.outputs)
     config = OpenVINOConfig(dynamic_shapes=dynamic_shapes(program), stateful=False)
     with left_as_found(model):

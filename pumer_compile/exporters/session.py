@@ -10,11 +10,13 @@ import torch
 
 from ..errors import ExportError, ParityError, UsageError
 from ..runtimes.base import Runtime
-from ..runtimes.ort import OnnxSession
+from ..runtimes.ort import OnnxSession, check_provider
 from .base import Session
 from .manifest import read_manifest
 
-__all__ = ["OnnxSession", "comparable_decisions", "deciding", "open_session"]
+__all__ = ["OnnxSession", "check_runtime", "comparable_decisions", "deciding", "open_session"]
+
+ENGINE_SUFFIXES = (".engine", ".plan")
 
 
 @runtime_checkable
@@ -23,6 +25,31 @@ class Exposing(Protocol):
 
     def exposing(self, names: Sequence[str]) -> Session:
         """A second session on the same artifact that gives these values as outputs too."""
+
+
+def check_runtime(path: Path, manifest: Mapping[str, Any], *, provider: str | None = None) -> None:
+    """Refuse, before a model is loaded, what `open_session` would refuse for want of a library or a device.
+
+    Args:
+        path: of the artifact.
+        manifest: what `read_manifest` gives.
+        provider: of onnxruntime.
+
+    Raises:
+        UsageError: see `open_session`.
+    """
+    if path.suffix == ".onnx":
+        check_provider(provider)
+    elif path.suffix in ENGINE_SUFFIXES:
+        from ..runtimes.compatibility import check_engine
+
+        _only_onnx(path, provider=provider)
+        check_engine(path, manifest)
+    elif path.suffix == ".xml":
+        from ..runtimes.openvino import load_openvino
+
+        _only_onnx(path, provider=provider)
+        load_openvino()
 
 
 def open_session(
@@ -51,7 +78,7 @@ def open_session(
     """
     manifest = read_manifest(path) if manifest is None else manifest
     session: Session
-    engine = path.suffix in (".engine", ".plan")
+    engine = path.suffix in ENGINE_SUFFIXES
     if cuda_graph and not engine:
         raise UsageError(f"CUDA graphs are for TensorRT engines, and {path} is none. Leave cuda_graph out.")
     if path.suffix == ".onnx":

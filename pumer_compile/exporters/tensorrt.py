@@ -169,13 +169,20 @@ class EngineWriter(Writer[EngineOptions, EngineBuild]):
 
     def evidence(self, build: EngineBuild, files: Sequence[Path]) -> Evidence:
         """The engine itself where a device runs it, else the ONNX model that it was built from."""
+        from ..runtimes.tensorrt import TensorRtSession
+
+        try:
+            engine = TensorRtSession(files[-1], self.describe(build))
+        except UsageError as error:
+            log.info("the engine cannot be executed here: %s", error)
+        else:
+            # An engine shows no inner values: without decisions among its outputs it is judged end to end.
+            shown = [name for name in build.decisions if name in engine.outputs]
+            return Evidence(engine, engine, decisions=shown)
         assert build.parsed is not None
         session = OnnxSession(build.parsed)
-        return Evidence(
-            session,
-            deciding(session, build.decisions),
-            stand_in="the ONNX model that the engine was built from",
-        )
+        decide = deciding(session, build.decisions)
+        return Evidence(session, decide, stand_in="the ONNX model that the engine was built from")
 
     def describe(self, build: EngineBuild) -> dict[str, Any]:
         """Builder, version, device, time and memory."""

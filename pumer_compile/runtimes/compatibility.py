@@ -6,8 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..errors import UsageError
 from ..tensorrt_library import Library, load_library
+from .cuda import open_cuda
 
 
 def engine_library(path: Path, manifest: Mapping[str, Any]) -> Library:
@@ -46,6 +49,18 @@ def _reads(installed: str, built: str, flagged: bool) -> bool:
     if not there:
         return False
     return here[:1] == there[:1] and here >= there if flagged else here == there
+
+
+def check_engine(path: Path, manifest: Mapping[str, Any], device: str | torch.device | None = None) -> None:
+    """Refuse an engine that cannot run here, without reading it.
+
+    Raises:
+        UsageError: no device, torch without CUDA, another library or version, another GPU.
+    """
+    # The device first: standard TensorRT does not survive an import without one.
+    cuda = open_cuda(path, device)
+    engine_library(path, manifest)
+    check_device(path, manifest, cuda.capability)
 
 
 def check_device(path: Path, manifest: Mapping[str, Any], capability: str) -> None:

@@ -77,14 +77,13 @@ class OpenVinoSession(Runtime):
         return {n: 2 * v + n.endswith(".target") if n in self._short else v for n, v in outputs.items()}
 
     def _check_batch(self, sizes: Mapping[str, int]) -> None:
-        for port in self._compiled.inputs:
-            for dimension in port.get_partial_shape():
-                low, high = dimension.get_min_length(), dimension.get_max_length()
-                if dimension.is_dynamic and not (low <= sizes["batch"] and (high < 0 or sizes["batch"] <= high)):
-                    raise UsageError(
-                        f"A batch of {sizes['batch']} is not within {low} to {high}, for which {self.path} was compiled "
-                        "(--profile). Split the batch, or compile again."
-                    )
+        opened = [size for port in self._compiled.inputs for size in port.get_partial_shape() if size.is_dynamic]
+        for low, high in {(size.get_min_length(), size.get_max_length()) for size in opened}:
+            if sizes["batch"] < low or 0 <= high < sizes["batch"]:  # a limit of -1 is none
+                raise UsageError(
+                    f"A batch of {sizes['batch']} is not within {low} to {high}, which {self.path} was compiled for "
+                    "(--profile). Split the batch, or compile again."
+                )
 
 
 def _add_outputs(model: Any, names: Sequence[str], path: Path) -> set[str]:

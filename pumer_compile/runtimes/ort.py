@@ -146,7 +146,13 @@ def _spec(value: Any) -> TensorSpec:
     return TensorSpec(tuple(sizes), _DTYPES[value.type])
 
 
-def _opened(path: Path, provider: str, device: torch.device, expose: Sequence[str]) -> Any:
+def check_provider(provider: str | None = None, device: str | torch.device | None = None) -> Any:
+    """onnxruntime, if it can run on this provider.
+
+    Raises:
+        UsageError: it is not installed or lacks the provider, or torch has no CUDA for it.
+    """
+    full, placed = placement(provider, device)
     try:
         import onnxruntime
     except ImportError as error:
@@ -154,16 +160,21 @@ def _opened(path: Path, provider: str, device: torch.device, expose: Sequence[st
             "onnxruntime is not installed, and running an ONNX artifact needs it. Install the extra: "
             "pip install 'pumer-compile[cpu]' (or [gpu], never both)."
         ) from error
-    if provider not in onnxruntime.get_available_providers():
+    if full not in onnxruntime.get_available_providers():
         raise UsageError(
-            f"This build of onnxruntime ({onnxruntime.__version__}) does not have {provider}; it has "
+            f"This build of onnxruntime ({onnxruntime.__version__}) does not have {full}; it has "
             f"{', '.join(onnxruntime.get_available_providers())}. Install the extra pumer-compile[gpu] in place of "
             "[cpu], or choose another provider."
         )
-    if device.type == "cuda":
-        _check_cuda(provider)
-        if hasattr(onnxruntime, "preload_dlls"):
-            onnxruntime.preload_dlls()  # finds the CUDA libraries that torch came with
+    if placed.type == "cuda":
+        _check_cuda(full)
+    return onnxruntime
+
+
+def _opened(path: Path, provider: str, device: torch.device, expose: Sequence[str]) -> Any:
+    onnxruntime = check_provider(provider, device)
+    if device.type == "cuda" and hasattr(onnxruntime, "preload_dlls"):
+        onnxruntime.preload_dlls()  # finds the CUDA libraries that torch came with
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors only; warnings are about optimisations that do not concern the user
     model: str | bytes = str(path)

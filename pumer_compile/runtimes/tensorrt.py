@@ -104,9 +104,7 @@ class TensorRtSession(Runtime):
             name = engine.get_tensor_name(index)
             dtype = engine.get_tensor_dtype(name).name
             if dtype not in _DTYPES:
-                raise ExportError(
-                    f"{self.path} has a binding {name} of the type {dtype}, which torch has no tensor for."
-                )
+                raise ExportError(f"{self.path} has a binding {name} of type {dtype}, which torch has no tensor for.")
             shape = tuple(BATCH if size == -1 else int(size) for size in engine.get_tensor_shape(name))
             specs = self.input_specs if engine.get_tensor_mode(name) == given else self.output_specs
             specs[name] = TensorSpec(shape, _DTYPES[dtype])

@@ -1,0 +1,121 @@
+"""`Engine`: one interface to artifacts of every format (engines of TensorRT: `runtimes/test_tensorrt.py`)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+import pumer_compile as pumer
+from pumer_compile.errors import ExportError, UsageError
+from pumer_compile.exporters.manifest import KEY
+from pumer_compile.runtimes.base import TensorSpec
+from tests.commands import artifact, feed, folder, inner_manifest, onnx_outputs
+
+OPEN = ("--dynamic-batch",)
+
+
+def tensors(**options: Any) -> dict[str, torch.Tensor]:
+    return {name: torch.from_numpy(array) for name, array in feed(**options).items()}
+
+
+def test_called_by_keyword() -> None:
+    engine = pumer.Engine(artifact())
+    outputs = engine(**tensors())
+    assert list(outputs) == engine.outputs == ["logits"]
+    assert isinstance(outputs["logits"], torch.Tensor) and outputs["logits"].device == engine.device
+    assert np.array_equal(outputs["logits"], onnx_outputs(artifact(), feed())["logits"])
+
+
+def test_what_it_says_of_itself() -> None:
+    engine = pumer.Engine(str(artifact(*OPEN)))
+    assert engine.path == artifact(*OPEN) and engine.manifest == inner_manifest(artifact(*OPEN))
+    assert engine.provider == "CPUExecutionProvider" and engine.device == torch.device("cpu")
+    assert engine.inputs == list(engine.input_specs) == ["input_ids", "attention_mask", "pixel_values", "pixel_mask"]
+    sizes = {name: spec.shape for name, spec in engine.input_specs.items()}
+    (batch,) = {shape[0] for shape in sizes.values()}
+    assert isinstance(batch, str) and sizes["pixel_values"] == (batch, 3, 96, 96)
+    assert engine.output_specs == {"logits": TensorSpec((batch, 5), torch.float32)}
+    assert pumer.Engine(artifact()).input_specs["input_ids"] == TensorSpec((2, 12), torch.int64)
+    assert "CPUExecutionProvider" in repr(engine)
+
+
+def test_an_open_batch() -> None:
+    engine = pumer.Engine(artifact(*OPEN))
+    for size in (1, 3):
+        expected = onnx_outputs(artifact(*OPEN), feed(batch=size))["logits"]
+        assert np.array_equal(engine(**tensors(batch=size))["logits"], expected)
+
+
+def test_inner_values() -> None:
+    (name, *_) = inner_manifest(artifact())["decisions"]
+    engine = pumer.Engine(artifact(), expose=[name])
+    assert engine.outputs == ["logits", name] and engine(**tensors())[name].dtype == torch.int64
+
+
+def test_a_keyword_that_it_does_not_take() -> None:
+    engine, given = pumer.Engine(artifact()), tensors()
+    with pytest.raises(UsageError, match="takes no input token_type_ids; it takes input_ids, attention_mask"):
+        engine(**given, token_type_ids=given["input_ids"])
+    # `run` is what parity uses, whose batches belong to the model.
+    assert list(engine.run({**given, "token_type_ids": given["input_ids"]})) == ["logits"]
+
+
+def test_gradients_stay_out_of_it() -> None:
+    given = tensors()
+    given["pixel_values"].requires_grad_()
+    assert not pumer.Engine(artifact())(**given)["logits"].requires_grad
+
+
+def test_parity_takes_an_engine() -> None:
+    report = pumer.parity(artifact(), folder(), provider="cpu")
+    assert report.passed and report.provider == "CPUExecutionProvider" and report.decisions_compared
+    with pytest.raises(UsageError, match="No provider 'gpu'"):
+        pumer.parity(artifact(), folder(), provider="gpu")
+
+
+# --- The manifest -----------------------------------------------------------------------------------------------------
+
+
+def changed(tmp_path: Path, **said: Any) -> Path:
+    """The artifact with another manifest in it."""
+    model = onnx.load(str(artifact()))
+    del model.metadata_props[:]
+    model.metadata_props.add(key=KEY, value=json.dumps({**inner_manifest(artifact()), **said}))
+    path = tmp_path / "model.onnx"
+    onnx.save(model, str(path))
+    return path
+
+
+def test_an_artifact_of_somebody_else(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="No artifact at"):
+        pumer.Engine(tmp_path / "model.onnx")
+    model = onnx.load(str(artifact()))
+    del model.metadata_props[:]
+    onnx.save(model, str(tmp_path / "model.onnx"))
+    with pytest.raises(UsageError, match="not made by pumer-compile"):
+        pumer.Engine(tmp_path / "model.onnx")
+
+
+def test_a_manifest_that_speaks_of_something_else(tmp_path: Path) -> None:
+    said = inner_manifest(artifact())["inputs"]
+    for change, words in (
+        ({"inputs": {"input_ids": said["input_ids"]}}, "names inputs input_ids, and the artifact has input_ids, att"),
+        ({"outputs": ["scores"]}, "names an output scores, and the artifact has logits"),
+        (
+            {"inputs": said | {"input_ids": {"shape": [2, 13], "dtype": "int64"}}},
+            r"names input_ids as int64 \[2, 13\], and the artifact has int64 \[2, 12\]",
+        ),
+        (
+            {"inputs": said | {"input_ids": {"shape": [2, 12], "dtype": "int32"}}},
+            r"names input_ids as int32 \[2, 12\], and the artifact has int64 \[2, 12\]",
+        ),
+    ):
+        with pytest.raises(ExportError, match=words):
+            pumer.Engine(changed(tmp_path, **change))
+    assert pumer.Engine(changed(tmp_path)).outputs == ["logits"]
