@@ -1,42 +1,49 @@
-"""Scratch."""
+"""A stream reduced by visual cues alone: `VisPruner` with the interface of every reducer."""
 
 from __future__ import annotations
+
 import torch
 from torch import Tensor
+
 from .merger import ModalityAwareMerger
 from .ranking import one_hot
-from .reducer import Decisions, Reduction, StreamReducer
-
-
-class P:
-    def __init__(self, keep): self.keep, self.protected = keep, 0
+from .reducer import Comparison, Decisions, Reduction, StreamReducer
+from .vispruner import Order, VisPruner
 
 
 class VisualReducer(StreamReducer):
-    def __init__(self, tokens, budget, important, *, order="reference"):
-        super().__init__(tokens, None, ModalityAwareMerger(0))
-        self.pruner = P(budget)
-        self.budget, self.n_important = budget, int(budget * important)
+    """Keeps the tokens that `VisPruner` selects, in raster order.
 
-    def forward(self, features, attention):
-        kept = self.select(features, attention.float().mean((1, 2)))
+    Args:
+        tokens: of the image, before.
+        budget: of them to keep, at most `tokens`.
+        important, order: see `VisPruner`.
+    """
+
+    # A selection of hundreds of steps has no score by which a differing one could be called nearly tied.
+    judged = False
+
+    def __init__(self, tokens: int, budget: int, important: float, *, order: Order = "reference") -> None:
+        pruner = VisPruner(budget, important, order=order)
+        super().__init__(tokens, pruner, ModalityAwareMerger(0), carried="ones")
+
+    def forward(self, tokens: Tensor, attention: Tensor) -> Reduction:  # type: ignore[override]  # other evidence
+        """Reduce the stream.
+
+        Args:
+            tokens: features that leave the vision tower, `[batch, before, width]`.
+            attention: to them, after softmax, `[batch, heads, queries, before]`: of the class token alone, or of every
+                token where there is none.
+        """
+        assert isinstance(self.pruner, VisPruner)
+        kept = self.pruner(tokens, attention.float().mean((1, 2))).kept
+        if self.forcing is not None:
+            forced = self.forcing.decisions.kept
+            differs = (kept != forced).any(1)
+            own = Decisions(kept, kept[:, :0], kept[:, :0])
+            gap = torch.zeros(differs.shape, device=differs.device)
+            self.forcing.comparison = Comparison(own, self.forcing.decisions, differs, gap)
+            kept = forced
         assigned = one_hot(kept, self.tokens).float()
-        ones = torch.ones_like(features[:, :, 0])
-        return self._combine(features, ones, assigned, Decisions(kept, kept[:, :0], kept[:, :0]))
-
-    def select(self, f, a):
-        out = []
-        fn = f.float() / f.float().norm(dim=-1, keepdim=True)
-        for b in range(f.shape[0]):
-            order = a[b].argsort(descending=True)
-            imp, res = order[: self.n_important], order[self.n_important :]
-            want = self.budget - self.n_important
-            while True:
-                R = len(res); r = min(8, R - want)
-                if r <= 0: break
-                x, y = fn[b][res[::2]], fn[b][res[1::2]]
-                s = (x @ y.T).max(-1).values
-                d = s.argsort(descending=True)[r:]
-                res = torch.cat([res[::2][d], res[1::2]])
-            out.append(torch.cat([imp, res]).sort().values)
-        return torch.stack(out)
+        ones = torch.ones_like(tokens[:, :, 0])
+        return self._combine(tokens, ones, assigned, Decisions(kept, kept[:, :0], kept[:, :0]))
