@@ -75,9 +75,23 @@ def spell_out(captured: fx.GraphModule, inputs: Mapping[str, Tensor]) -> Prompt 
             continue  # not the output of a tower
         marks.append(_spell_out(graph, node, inputs))
     graph.eliminate_dead_code()
+    _towers_first(graph, marks)
     graph.lint()
     module.recompile()
     return Prompt(module, marks) if marks else None
+
+
+def _towers_first(graph: fx.Graph, marks: list[fx.Node]) -> None:
+    """Let everything that the marks need come before everything else: positions in a prompt may be counted before the
+    image is looked at, and have to be counted over what is left of it."""
+    early = set(marks).union(*(ancestors(mark) for mark in marks))
+    nodes = [n for n in graph.nodes if n.op == "call_function"]
+    first = next((n for n in nodes if n not in early), None)
+    if first is None:
+        return
+    for node in nodes[nodes.index(first) :]:
+        if node in early:
+            first.prepend(node)
 
 
 def _spell_out(graph: fx.Graph, scatter: fx.Node, inputs: Mapping[str, Tensor]) -> fx.Node:
@@ -141,7 +155,12 @@ def _evaluated(node: fx.Node, inputs: Mapping[str, Tensor]) -> Tensor:
                 known[current] = attribute(current)
             else:
                 function: Callable[..., Any] = current.target  # type: ignore[assignment]  # an operator
-                known[current] = function(*fx.map_arg(current.args, run), **fx.map_arg(current.kwargs, run))
+                arguments = fx.map_arg(current.args, run)
+                known[current] = function(*arguments, **fx.map_arg(current.kwargs, run))
+                first = arguments[0] if arguments else None
+                if isinstance(first, Tensor) and known[current].is_meta and not first.is_meta:
+                    # A model on the meta device moves its ids there; their values are needed.
+                    known[current] = first.to(known[current].dtype)
         return known[current]
 
     with torch.no_grad():

@@ -137,7 +137,7 @@ class StreamReducer(nn.Module):
                 only.
             text_weights: carried weights of the text, `[batch, text]`; image streams only.
         """
-        if torch.is_autocast_enabled(keys.device.type):
+        if torch.amp.is_autocast_available(keys.device.type) and torch.is_autocast_enabled(keys.device.type):
             # Autocast would compute similarities in half precision, and ties with them.
             with torch.autocast(keys.device.type, enabled=False):
                 return self.forward(tokens, keys, weights, attention, text_weights)

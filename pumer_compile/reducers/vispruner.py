@@ -85,7 +85,7 @@ class VisPruner(nn.Module):
         Returns:
             the selection; `min(budget, tokens)` tokens of every sample.
         """
-        if torch.is_autocast_enabled(features.device.type):
+        if torch.amp.is_autocast_available(features.device.type) and torch.is_autocast_enabled(features.device.type):
             # Autocast would compute similarities in half precision.
             with torch.autocast(features.device.type, enabled=False):
                 return self.forward(features, attention)
