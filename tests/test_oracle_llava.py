@@ -90,7 +90,7 @@ def test_the_cases_tell_a_wrong_selection() -> None:
 def test_the_plan(case: str) -> None:
     plan = reduced(case).plan
     (site,) = plan.sites
-    assert site.before == {"image_1": TOKENS} and site.after == {"image_1": CASES[case]["budget"]}
+    assert site.before == {"prompt_image": TOKENS} and site.after == {"prompt_image": CASES[case]["budget"]}
     assert site.site == "vision.2"  # the layer whose output is used, of four
     assert (plan.ratio > 1) == (CASES[case]["budget"] < TOKENS)
 
@@ -187,7 +187,7 @@ def test_onnx(compiled: Any, case: str) -> None:
 def test_the_manifest(compiled: Any) -> None:
     manifest = inner_manifest(compiled("T48-r0.5"))
     assert manifest["schedule"]["method"] == "vispruner" and manifest["schedule"]["budget"] == 48
-    assert manifest["tokens"]["cross_modal.0"] == {"text": 9, "image_1": 48}
+    assert manifest["tokens"]["cross_modal.0"] == {"text": 9, "prompt_image": 48}
     assert manifest["parity"]["passed"] and manifest["parity"]["decisions_compared"]
     (row,) = manifest["parity"]["reducers"]
     assert row["differ"] == 0 and not row["judged"]

@@ -11,6 +11,7 @@ from torch import fx
 from ..errors import LocateError
 from ..plan import SitePlan, published_stands_still, stream_counts
 from ..reducers import PublishedMaskedSoftmax, SizeBias, StreamReducer, TextRowsAttention, TokenWeights, UnitWeights
+from ..reducers.vispruner import VisPruner
 from .axes import Dim, Tokens
 from .graph import ancestors, describe, values
 from .insert import Insertions, SiteInsertion, make_reducer
@@ -386,6 +387,7 @@ class _Reduce(_Emitter):
         """Whether token 0 is token 0 afterwards. The published code takes whatever comes first, and so does
         `reference`; elsewhere a pruner that sorts by saliency moves it unless it is protected."""
         pruner = reducer.pruner
+        assert not isinstance(pruner, VisPruner)  # which has an emitter of its own
         if reducer.merger.merge > 0 and reducer.merger.protected == 0:
             return False
         return pruner is None or pruner.protected > 0 or self.insertions.schedule.semantics == "reference"

@@ -38,7 +38,7 @@ def _visual_tokens(node: fx.Node) -> list[Constraint]:
         Same(Dim(node, 0), Dim(source, 0)),
         Same(Dim(node, 2), Dim(source, 2)),
         Opaque(Dim(source, 1)),
-        Seed((Dim(node, 1),), "image"),
+        Seed((Dim(node, 1),), "image@prompt"),
     ]
 
 

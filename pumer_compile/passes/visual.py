@@ -13,6 +13,7 @@ from torch import fx
 from ..errors import LocateError, PlanError
 from ..plan import SitePlan
 from ..reducers import TextRowsAttention
+from ..reducers.vispruner import Order
 from ..reducers.visual import VisualReducer
 from .axes import Dim, Tokens
 from .graph import describe, values
@@ -20,7 +21,6 @@ from .insert import Insertions, SiteInsertion
 from .locate import Attention
 from .rewrite import Rewriter, Step
 from .rules import aten, shape
-
 
 log = logging.getLogger("pumer_compile")
 
@@ -46,7 +46,8 @@ class SelectVisual:
             )
         if schedule.budget == segment.length:
             log.warning("A budget of %d keeps every token of the image: nothing is reduced.", schedule.budget)
-        reducer = VisualReducer(segment.length, schedule.budget, schedule.important, order=schedule.semantics)
+        order: Order = "stable" if schedule.semantics == "stable" else "reference"
+        reducer = VisualReducer(segment.length, schedule.budget, schedule.important, order=order)
         self.site.reducers[stream] = reducer
         probabilities = self._attention(walk, attention, features, segment.length)
         name = f"reducer.{attention.name}.{stream}"

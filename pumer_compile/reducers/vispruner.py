@@ -65,7 +65,9 @@ class VisPruner(nn.Module):
     def __init__(self, budget: int, important: float = 0.5, *, order: Order = "reference") -> None:
         super().__init__()
         if budget < 1 or not 0 <= important <= 1 or order not in ("reference", "stable"):
-            raise ValueError(f"VisPruner cannot keep {budget} tokens, a share of {important} by attention, in {order} order.")
+            raise ValueError(
+                f"VisPruner cannot keep {budget} tokens, a share of {important} by attention, in {order} order."
+            )
         self.budget, self.important, self.order = budget, important, order
 
     @property
