@@ -1,8 +1,8 @@
 """LLaVA-1.5-7B's shape under VisPruner: multiply-adds of every part, and the time of a prefill that fits this machine.
 
-The plan is made on the meta device, so nothing of the 7B is ever held. The prefill that is timed has the 7B's vision tower
-(CLIP ViT-L/14 at 336 px) and widths, but few language layers; eager PyTorch, float32, random weights, batch 1, 40 text
-tokens, all budgets and the unreduced model taking turns in one process. The selection is timed by itself too.
+The plan is made on the meta device, so nothing of the 7B is ever held. The prefill that is timed has the 7B's vision
+tower (CLIP ViT-L/14 at 336 px) and widths, but few language layers; eager PyTorch, float32, random weights, batch 1, 40
+text tokens, all budgets and the unreduced model taking turns in one process. The selection is timed by itself too.
 
 python -m benchmarks.llava [--layers 2] [--rounds 5] [--output benchmarks/results/llava_cpu.json]
 """
@@ -97,18 +97,15 @@ def plan() -> list[dict[str, Any]]:
         rows.append({"budget": budget, "multiply_adds": parts(reduced.module, program)})
     whole = sum(rows[0]["multiply_adds"].values())
     print(f"LLaVA-1.5-7B, {TEXT} text tokens; G multiply-adds (plan made in {time.perf_counter() - start:.0f} s)")
-    print(
-        f"{'tokens':>7}{'tower':>9}{'selection':>11}{'projector':>11}{'prefill':>10}{'all':>9}{'fewer':>8}{'prefill fewer':>15}"
-    )
+    columns = ("tower", "selection", "projector", "prefill", "all", "fewer", "prefill fewer")
+    print(f"{'tokens':>7}" + "".join(f"{name:>15}" for name in columns))
     for row in rows:
         counts = row["multiply_adds"]
         total = sum(counts.values())
         fewer = 1 - counts["prefill"] / rows[0]["multiply_adds"]["prefill"]
-        print(
-            f"{row['budget']:>7}{counts['tower'] / 1e9:>9.1f}{counts['selection'] / 1e9:>11.2f}"
-            f"{counts['projector'] / 1e9:>11.1f}{counts['prefill'] / 1e9:>10.1f}{total / 1e9:>9.1f}"
-            f"{1 - total / whole:>8.1%}{fewer:>15.1%}"
-        )
+        shown = [*(f"{counts[part] / 1e9:.2f}" for part in columns[:4]), f"{total / 1e9:.1f}"]
+        shown += [f"{1 - total / whole:.1%}", f"{fewer:.1%}"]
+        print(f"{row['budget']:>7}" + "".join(f"{text:>15}" for text in shown))
     return rows
 
 
@@ -135,9 +132,7 @@ def timed(layers: int, rounds: int) -> dict[str, Any]:
                 if turn:  # one round of warm-up
                     samples[name].append(1e3 * (time.perf_counter() - start))
     medians = {name: statistics.median(times) for name, times in samples.items()}
-    print(
-        f"\nPrefill with {layers} language layers, eager PyTorch, {torch.get_num_threads()} threads; medians of {rounds}"
-    )
+    print(f"\nPrefill with {layers} language layers, eager PyTorch; medians of {rounds}")
     print(f"{'tokens':>7}{'ms':>9}{'speed-up':>10}{'multiply-adds':>15}{'selection ms':>14}{'of the tower':>14}")
     for name, ratio in ratios.items():
         select = medians.get(f"selection {name}")

@@ -1,7 +1,8 @@
-"""Visual-cue pruning (VisPruner, ICCV 2025): the tokens the image itself looks at, and of the others the diverse ones."""
+"""Visual-cue pruning (VisPruner, ICCV 2025): the tokens the image itself looks at, and of the others a diverse few."""
 
 from __future__ import annotations
 
+import math
 from typing import Literal, NamedTuple
 
 import torch
@@ -14,8 +15,8 @@ Order = Literal["reference", "stable"]
 STEP = 8
 """Duplicates removed in one step, at most."""
 
-# Below every cosine, and finite: differences of it must not be NaN.
-NO_SCORE = -4.0
+# Below every cosine, also when it is added to one.
+NONE = -4.0
 
 
 class VisualSelection(NamedTuple):
@@ -31,42 +32,46 @@ class VisualSelection(NamedTuple):
 
 
 class VisPruner(nn.Module):
-    """Keeps the image tokens with the most attention, and the least alike of the rest.
+    """Keeps the image tokens with the most attention, and those least alike of the rest.
 
-    `int(budget * important)` tokens are kept for their attention. The others stand in a list, and in every step those
-    at even places (from 0) look for their most similar one at odd places; the most similar `STEP` go, until the list
-    has what is left of the budget. Similarity is the cosine of the features that leave the vision tower.
+    `int(budget * important)` tokens are kept for their attention. From the others duplicates are removed, `STEP` at a
+    time, until the rest of the budget is left. Similarity is the cosine of the features that leave the vision tower.
 
-    `order` says how the list is arranged, which decides the pairs of every step:
+    `order` says which pairs are compared:
 
-    - `reference`, as published: by descending attention at first; after a step the surviving even ones by descending
-      similarity, then the odd ones. The order of hundreds of values decides the next pairs, so two that
-      are nearly equal, wherever they stand, change the result when rounding swaps them.
-    - `stable`: by place in the image, always. Attention and similarity are read only as "among the most or
-      not": rounding matters where it moves a token across such a boundary, not where it swaps two on one side.
+    - `reference`, as published: the others stand in a list, by descending attention. In each step the tokens at even
+      places (from 0) look for their most similar one at odd places, and the most similar ones go. The remaining even
+      ones, by descending similarity, and then the odd ones make the next list. The order of hundreds of values thus
+      decides the next pairs: where rounding swaps two nearly equal ones, other tokens survive.
+    - `stable`: no list. Each token looks for its most similar one among those that precede it in a fixed order, and the
+      most similar ones go. Values only decide which are the most, so rounding changes nothing but a choice
+      between nearly equal tokens. The fixed order leaps over the image by the golden ratio: in raster order, the first
+      of several alike would be kept, and with it the top of the image.
 
-    Where the published code fails or says nothing: a list of odd length has one even place more than odd ones; where a
-    step should remove more tokens than there are even places, it removes all of those, and the next step the rest; a
-    budget of at least all tokens keeps all; `important` 0 keeps by diversity alone, 1 by attention alone. Ties go
-    to the lowest token index. Any budget of at least one token works with any number of tokens.
+    What the published code leaves open or fails on: a list of odd length has one even place more than odd ones; where
+    a step would remove more tokens than there are even places, it removes these, and later steps the rest; a budget of
+    at least all tokens keeps all; `important` 0 keeps for diversity alone, 1 for attention alone. Of ties the lowest
+    token number comes first; of equally similar ones `stable` removes the last in its order, so that what is left of an
+    even surface is spread over it.
 
-    Steps depend on sizes alone and are unrolled when traced. Tokens never move: a number for each says where it stands
-    in the list, and one similarity matrix serves every step. Decisions are made in float32 whatever the dtype.
+    The steps depend on sizes alone and are unrolled when traced. Tokens do not move: numbers beside them say where they
+    stand, and all steps read one similarity matrix. Decisions are made in float32 whatever the dtype.
 
     Args:
         budget: tokens to keep, at least 1.
-        important: share of the budget that attention decides, 0..1; rounded down.
+        important: share of the budget that goes by attention, 0..1; the count is rounded down.
         order: `reference` or `stable`.
 
     Raises:
-        ValueError: a budget, share or order outside these.
+        ValueError: an argument outside these.
     """
 
     def __init__(self, budget: int, important: float = 0.5, *, order: Order = "reference") -> None:
         super().__init__()
         if budget < 1 or not 0 <= important <= 1 or order not in ("reference", "stable"):
             raise ValueError(
-                f"VisPruner cannot keep {budget} tokens, a share of {important} by attention, in {order} order."
+                f"VisPruner takes a budget of at least 1, an important share of 0 to 1, and the order reference or "
+                f"stable; it was given {budget}, {important} and {order!r}."
             )
         self.budget, self.important, self.order = budget, important, order
 
@@ -76,52 +81,33 @@ class VisPruner(nn.Module):
         return self.budget
 
     def forward(self, features: Tensor, attention: Tensor) -> VisualSelection:
-        """Select.
+        """Select `min(budget, tokens)` tokens of every sample.
 
         Args:
-            features: of the tokens that leave the vision tower for the projector, class token removed,
-                `[batch, tokens, width]`, any float.
-            attention: each token receives from the class token in the layer that made the features (without a class
-                token: from all tokens, in the mean), mean over heads, `[batch, tokens]`, any float.
-
-        Returns:
-            the selection; `min(budget, tokens)` tokens of every sample.
+            features: as they leave the vision tower for the projector, class token removed, `[batch, tokens, width]`,
+                any float.
+            attention: what each token receives from the class token in the layer that made the features (in a tower
+                without one: from all tokens, mean over them), mean over heads, `[batch, tokens]`, any float.
         """
         if torch.amp.is_autocast_available(features.device.type) and torch.is_autocast_enabled(features.device.type):
             # Autocast would compute similarities in half precision.
             with torch.autocast(features.device.type, enabled=False):
                 return self.forward(features, attention)
+        # A choice has no gradient, and the steps would hold on to much memory.
+        features, attention = features.detach().float(), attention.detach().float()
         tokens = features.shape[1]
         budget = min(self.budget, tokens)
         important = int(budget * self.important)
-        rank = descending_rank(attention.float()).float()
-        if important == budget:
+        rank = descending_rank(attention).float()
+        if important == budget or budget == tokens:
             return _selection(rank < budget, budget)
-        place = rank - important if self.order == "reference" else _raster(rank >= important)
-        similarity, before = _cosines(features), _before(tokens, features.device)
-        for length, remove in removals(tokens - important, budget - important):
-            place = self._step(place, similarity, before, length, remove)
-        return _selection((rank < important) | (place >= 0), budget)
-
-    def _step(self, place: Tensor, similarity: Tensor, before: Tensor, length: int, remove: int) -> Tensor:
-        """Remove `remove` tokens from a list of `length`, given and returned as every token's place in it.
-
-        `place` is `[batch, tokens]`, float32; negative for tokens outside the list.
-        """
-        half = (place * 0.5).floor()
-        odd = (place >= 0) & (place != 2 * half)
-        even = (place >= 0) & (place == 2 * half)
-        best = (similarity + torch.where(odd, 0.0, float("-inf")).unsqueeze(1)).amax(-1)
-        # Even tokens have ranks 0, 1, ...: all others come after them.
-        rank = _rank(torch.where(even, best, NO_SCORE), before)
-        if self.order == "stable":
-            return _raster(odd | (even & (rank >= remove)))
-        after_even = (length + 1) // 2 - remove
-        return torch.where(even, rank - remove, torch.where(odd, half + after_even, -1.0))
+        steps = removals(tokens - important, budget - important)
+        distinct = _distinct_published if self.order == "reference" else _distinct_stable
+        return _selection((rank < important) | distinct(_cosines(features), rank - important, steps), budget)
 
 
 def removals(length: int, wanted: int) -> list[tuple[int, int]]:
-    """The steps that shrink a list: its length before each, and how many the step removes."""
+    """The steps from `length` to `wanted` tokens: how many there are before each, and how many it removes."""
     steps = []
     while length > wanted:
         remove = min(STEP, length - wanted, (length + 1) // 2)
@@ -130,33 +116,68 @@ def removals(length: int, wanted: int) -> list[tuple[int, int]]:
     return steps
 
 
+def _distinct_published(similarity: Tensor, place: Tensor, steps: list[tuple[int, int]]) -> Tensor:
+    """The tokens that no step removes, `[batch, tokens]`, bool.
+
+    `similarity` is `[batch, tokens, tokens]`, float32; `place` is where each token stands in the list, `[batch,
+    tokens]`, float32, negative for those outside it.
+    """
+    earlier = _smaller(torch.arange(place.shape[1], device=place.device))
+    for length, remove in steps:
+        half = (place * 0.5).floor()
+        listed = place >= 0
+        even, odd = listed & (place == 2 * half), listed & (place > 2 * half)
+        rank = _rank(torch.where(even, _best(similarity, odd), NONE), earlier)
+        # The even ones have the ranks from 0; those removed get places below 0.
+        left = (length + 1) // 2 - remove
+        place = torch.where(even, rank - remove, torch.where(odd, half + left, -1.0))
+    return place >= 0
+
+
+def _distinct_stable(similarity: Tensor, place: Tensor, steps: list[tuple[int, int]]) -> Tensor:
+    """The same in a fixed order; of `place` only the sign is read."""
+    tokens = place.shape[1]
+    order = torch.arange(tokens, device=place.device) * leap(tokens) % tokens
+    precedes, follows = _smaller(order), _smaller(-order)
+    similarity = torch.where(precedes, similarity, NONE)
+    listed = place >= 0
+    for _, remove in steps:
+        # The first of the order has none to look at: it is beaten by all others, and stays.
+        rank = _rank(torch.where(listed, _best(similarity, listed), NONE), follows)
+        listed = listed & (rank >= remove)
+    return listed
+
+
+def leap(tokens: int) -> int:
+    """The step near the golden section that visits all tokens, modulo their number."""
+    return next(n for n in range(round(tokens * (math.sqrt(5) - 1) / 2), 2 * tokens + 2) if math.gcd(n, tokens) == 1)
+
+
 def _cosines(features: Tensor) -> Tensor:
     """Cosine of every pair, `[batch, tokens, tokens]`, float32; a token of zeros is like nothing."""
-    features = features.float()
-    unit = features / features.norm(dim=-1, keepdim=True).clamp(min=1e-30)
+    unit: Tensor = features / features.norm(dim=-1, keepdim=True).clamp(min=1e-30)
     return unit @ unit.transpose(-1, -2)
 
 
-def _before(tokens: int, device: torch.device) -> Tensor:
-    """1 where the column's token comes before the row's, `[tokens, tokens]`, float32."""
-    index = torch.arange(tokens, device=device)
-    return (index < index.unsqueeze(-1)).float()
+def _best(similarity: Tensor, to: Tensor) -> Tensor:
+    """Largest similarity of every token to one where `to` (`[batch, tokens]`, bool) is true; `[batch, tokens]`."""
+    return (similarity + torch.where(to, 0.0, NONE).unsqueeze(1)).amax(-1)
 
 
-def _rank(scores: Tensor, before: Tensor) -> Tensor:
-    """`descending_rank` of finite scores, float32, in float arithmetic: comparisons are slower, and this runs often."""
-    beaten = (scores.unsqueeze(-2) - scores.unsqueeze(-1)).sign() + before
-    return beaten.clamp(0, 1).sum(-1)
+def _smaller(order: Tensor) -> Tensor:
+    """Where the column's number is smaller than the row's: `[n]` to `[n, n]`, bool."""
+    return order < order.unsqueeze(-1)
 
 
-def _raster(listed: Tensor) -> Tensor:
-    """Places of some tokens in a list by token index, -1 for the others: `[batch, tokens]` bool to float32."""
-    ones = listed.float()
-    return ones.cumsum(-1) * ones - 1
+def _rank(scores: Tensor, first: Tensor) -> Tensor:
+    """`descending_rank`, float32; of a tie the column's token comes first where `first`, `[tokens, tokens]`, says."""
+    mine, other = scores.unsqueeze(-1), scores.unsqueeze(-2)
+    return ((other > mine) | ((other == mine) & first)).float().sum(-1)
 
 
 def _selection(keep: Tensor, budget: int) -> VisualSelection:
-    """`budget` tokens, those where `keep` (`[batch, tokens]`, bool) is true."""
-    rows = one_hot(_raster(keep).long(), budget).transpose(1, 2)
+    """The `budget` tokens where `keep` (`[batch, tokens]`, bool) is true."""
+    row = torch.where(keep, keep.long().cumsum(-1) - 1, -1)
+    rows = one_hot(row, budget).transpose(1, 2)
     index = torch.arange(keep.shape[1], device=keep.device)
     return VisualSelection((rows * index).sum(-1), rows.float())
