@@ -110,7 +110,9 @@ def _from_module(model: nn.Module, inputs: Mapping[str, Tensor], dynamic_batch: 
             raise
         except Exception as error:
             raise _failure(model, sample, dynamic_batch, error) from error
-    return Program(graph, sample, dynamic_batch, model)
+    # On the meta device (a plan of a model too large to hold) ids are kept: they say where an image stands in a prompt.
+    kept = {n: inputs[n] if t.is_meta and not t.is_floating_point() else t for n, t in sample.items()}
+    return Program(graph, kept, dynamic_batch, model)
 
 
 def set_for_inference(model: nn.Module) -> None:

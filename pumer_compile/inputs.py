@@ -145,7 +145,7 @@ def _check_token_ids(model: PreTrainedModel, sample: Mapping[str, Tensor]) -> No
         table = model.get_input_embeddings()
     except NotImplementedError:  # a model of two towers, such as CLIP, has no one table
         return
-    if "input_ids" not in sample or not isinstance(table, nn.Embedding):
+    if "input_ids" not in sample or sample["input_ids"].is_meta or not isinstance(table, nn.Embedding):
         return
     low, high = (int(bound) for bound in torch.aminmax(sample["input_ids"]))
     if low < 0 or high >= table.num_embeddings:

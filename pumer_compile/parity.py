@@ -458,7 +458,8 @@ class _Comparison:
     def _row(self, name: str) -> ReducerReport:
         known = next((row for row in self.report.reducers if row.name == name), None)
         if known is None:
-            known = ReducerReport(name, judged=self.default.decisions)
+            judged = self.default.decisions and reducers_of(self.eager)[name].judged
+            known = ReducerReport(name, judged=judged)
             self.report.reducers.append(known)
         return known
 

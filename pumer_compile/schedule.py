@@ -36,8 +36,9 @@ from pydantic import (
 
 from .errors import ScheduleError
 
-Method = Literal["pumer", "tome"]
-Semantics = Literal["reference", "paper", "safe"]
+Method = Literal["pumer", "tome", "vispruner"]
+Semantics = Literal["reference", "paper", "safe", "stable"]
+Positions = Literal["compact", "original"]
 TokenOutputs = Literal["refused", "reduced", "restored"]
 
 
@@ -84,14 +85,22 @@ class Schedule(_Strict):
 
     Args:
         method: `pumer` is text-informed pruning, then modality-aware merging (PuMer, section 4); `tome` is merging
-            alone, with token sizes carried along and counted in every later attention (Bolya et al. 2023).
+            alone, with token sizes carried along and counted in every later attention (Bolya et al. 2023);
+            `vispruner` keeps `budget` image tokens of a prompt by visual cues alone, before the projector (Zhang et
+            al. 2025).
         semantics: `reference` computes what the published code computes, its masked softmax included; `paper`
             is Algorithm 1 and equation 1 as written, with the model's own softmax; `safe` is for models that
             were not fine-tuned with reduction (padding neither votes nor merges, class tokens stay, token
-            sizes are carried from reducer to reducer).
+            sizes are carried from reducer to reducer). `vispruner` has `reference` and `stable`, whose result does
+            not depend on the order of nearly equal similarities.
         layers: cross-modal attention nodes in execution order, all with the budgets `prune` and `merge`.
         sites: instead of `layers`: one entry for each site, with its own budgets.
-        outputs: what becomes of outputs with one entry for each token: `refused` (an error), `reduced` (one entry for
+        budget: image tokens that `vispruner` keeps of each image.
+        important: share of them kept for the attention they get; the others are kept for being unlike each other.
+        positions: of the tokens that `vispruner` leaves: `compact` (counted anew, as published) or `original` (where
+            they stood in the whole prompt).
+        outputs: what becomes of outputs with one entry for each token: `refused` (an error; the default), `reduced`
+            (the default of `vispruner`, whose logits have an entry for each token; one entry for
             each token that is left), or `restored` (every original position gets the token it was merged into; pruned
             ones get zeros, and an extra output `<name>.kept` says which those are).
         prune: share (float) or number (int) of image tokens pruned at each layer.
@@ -104,9 +113,14 @@ class Schedule(_Strict):
     prune: Budget | None = None
     merge: Merge | None = None
     sites: tuple[Site, ...] | None = None
+    budget: Annotated[int, Field(ge=1, strict=True)] | None = None
+    important: Annotated[float, Field(ge=0, le=1)] | None = None
+    positions: Positions | None = None
     outputs: TokenOutputs = "refused"
 
     def __init__(self, /, **data: Any) -> None:
+        if data.get("method") == "vispruner":
+            data = {"important": 0.5, "positions": "compact", "outputs": "reduced", **data}
         try:
             super().__init__(**data)
         except ValidationError as error:
@@ -114,6 +128,13 @@ class Schedule(_Strict):
 
     @model_validator(mode="after")
     def _layers_or_sites(self) -> Schedule:
+        if self.method == "vispruner":
+            return self._visual()
+        visual = [n for n in ("budget", "important", "positions") if getattr(self, n) is not None]
+        if visual:
+            raise ValueError(f"`{visual[0]}` is for `method: vispruner`")
+        if self.semantics == "stable":
+            raise ValueError("`semantics: stable` is for `method: vispruner`; choose reference, paper or safe")
         if (self.layers is None) == (self.sites is None):
             raise ValueError("a schedule names its places with either `layers` or `sites`, exactly one of them")
         if self.sites is not None and (self.prune is not None or self.merge is not None):
@@ -128,6 +149,16 @@ class Schedule(_Strict):
         if not places or idle:
             what = f"site {idle[0]} has no budget above zero" if idle else "the list of places is empty"
             raise ValueError(f"it would reduce nothing: {what} (use `none` to compile without reduction)")
+        return self
+
+    def _visual(self) -> Schedule:
+        given = [n for n in ("layers", "sites", "prune", "merge") if getattr(self, n) is not None]
+        if given:
+            raise ValueError(f"`method: vispruner` has a `budget` and no places of its own: leave out `{given[0]}`")
+        if self.budget is None:
+            raise ValueError("`method: vispruner` needs a `budget`, the image tokens to keep, such as 64")
+        if self.semantics not in ("reference", "stable"):
+            raise ValueError("`method: vispruner` has the semantics `reference` and `stable`")
         return self
 
     def resolve(self) -> tuple[Site, ...]:
@@ -145,6 +176,8 @@ class Schedule(_Strict):
             "semantics": self.semantics,
             "sites": sorted((s.at, *(b or 0 for b in (s.prune, s.merge.image, s.merge.text))) for s in self.resolve()),
         }
+        if self.method == "vispruner":
+            canonical |= {"budget": self.budget, "important": self.important, "positions": self.positions}
         if self.outputs != "refused":
             canonical["outputs"] = self.outputs
         return hashlib.sha256(json.dumps(canonical, sort_keys=True).encode()).hexdigest()

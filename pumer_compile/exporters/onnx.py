@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
+from unittest import mock
 
 import onnx
 import onnx_ir
@@ -99,13 +100,15 @@ class ReduceStep(DynamoExporter):
     def export_program(
         self, model: PreTrainedModel, sample_inputs: MutableMapping[str, Any], config: Any
     ) -> tuple[ExportedProgram, Any]:
-        exported, metadata = super().export_program(model, sample_inputs, config)
+        with _plain_scatter() if self.schedule is not None else contextlib.nullcontext():
+            exported, metadata = super().export_program(model, sample_inputs, config)
         return self._reduced(exported, sample_inputs, config), metadata
 
     def export(self, model: PreTrainedModel, sample_inputs: MutableMapping[str, Any], config: Any) -> Any:
         """The step of older exporters (transformers 5.17), where it gives the program; later ones come back here with a
         finished model."""
-        exported = super().export(model, sample_inputs, config)
+        with _plain_scatter() if self.schedule is not None else contextlib.nullcontext():
+            exported = super().export(model, sample_inputs, config)
         return self._reduced(exported, sample_inputs, config) if isinstance(exported, ExportedProgram) else exported
 
     def _reduced(
@@ -118,6 +121,14 @@ class ReduceStep(DynamoExporter):
                 program, self.schedule, config.dynamic_shapes
             )
         return exported
+
+
+@contextmanager
+def _plain_scatter() -> Iterator[None]:
+    """Trace `masked_scatter` as it is, which our prompt pass spells out, and not as the gather that transformers'
+    ONNX exporter puts in its place."""
+    with mock.patch.object(torch.Tensor, "masked_scatter", torch._C.TensorBase.masked_scatter):
+        yield
 
 
 class ReducedOnnxExporter(OnnxExporter, ReduceStep):  # type: ignore[misc]  # one traces, the other converts

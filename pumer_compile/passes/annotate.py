@@ -50,7 +50,8 @@ class Annotation:
         constraints: what the rules said of each node.
         streams: tokens of each stream, learned tokens joined to it included, by name.
         learned: how many learned tokens lead each stream.
-        modality: `text` or `image` (or a name the user gave) of each stream; the second image is stream `image_1`.
+        modality: `text` or `image` (or a name the user gave) of each stream; the second image is stream `image_1`, and
+            the image in a prompt `prompt_image`.
     """
 
     constraints: dict[fx.Node, list[Constraint]] = field(default_factory=dict)
@@ -248,13 +249,16 @@ def _name_streams(annotation: Annotation) -> None:
         _adopt_learned(annotation, concat)
     groups = _stream_groups(annotation, [c for _, c in concats])
     counts: dict[str, int] = {}
-    for base, leaves in groups:
+    for seeded, leaves in groups:
+        # A seed says the modality, or `modality@place` where another stream of it has another place.
+        modality, _, place = seeded.partition("@")
+        base = f"{place}_{modality}" if place else modality
         number = counts.get(base, 0)
         counts[base] = number + 1
         name = f"{base}_{number}" if number else base
         annotation.streams[name] = sum(leaf.size for leaf in leaves if isinstance(leaf.size, int))
         annotation.learned[name] = _leading_learned(leaves)
-        annotation.modality[name] = base
+        annotation.modality[name] = modality
         annotation._names.update(dict.fromkeys(leaves, name))
 
 

@@ -11,12 +11,14 @@ from torch import fx
 from ..errors import LocateError
 from ..plan import SitePlan, published_stands_still, stream_counts
 from ..reducers import PublishedMaskedSoftmax, SizeBias, StreamReducer, TextRowsAttention, TokenWeights, UnitWeights
+from ..reducers.vispruner import VisPruner
 from .axes import Dim, Tokens
 from .graph import ancestors, describe, values
 from .insert import Insertions, SiteInsertion, make_reducer
 from .locate import Attention
 from .rewrite import Epochs, Rewriter, Step
 from .rules import aten, shape
+from .visual import SelectVisual, counted_anew
 
 log = logging.getLogger("pumer_compile")
 
@@ -28,6 +30,8 @@ def actions_after(insertions: Insertions) -> dict[fx.Node, Callable[[Rewriter], 
     """Actions by the captured node they follow."""
     found: dict[fx.Node, Callable[[Rewriter], None]] = {}
     for site in insertions.sites:
+        if site.mark is not None:
+            continue
         assert site.attention.carrier is not None
         found[site.attention.carrier] = _Reduce(insertions, site)
     return found
@@ -38,6 +42,11 @@ def actions_instead(insertions: Insertions) -> dict[fx.Node, Callable[[Rewriter]
     found: dict[fx.Node, Callable[[Rewriter], fx.Node | None]] = {}
     for attention in insertions.softmaxes:
         found[attention.probabilities or attention.context] = _PublishedSoftmax(insertions, attention)
+    for site in insertions.sites:
+        if site.mark is not None:
+            found[site.mark] = SelectVisual(insertions, site)
+    if insertions.schedule.method == "vispruner":
+        found |= counted_anew(insertions)
     if insertions.schedule.method == "tome":
         for attention in insertions.attentions:
             found[attention.probabilities or attention.context] = _ProportionalAttention(insertions, attention)
@@ -378,6 +387,7 @@ class _Reduce(_Emitter):
         """Whether token 0 is token 0 afterwards. The published code takes whatever comes first, and so does
         `reference`; elsewhere a pruner that sorts by saliency moves it unless it is protected."""
         pruner = reducer.pruner
+        assert not isinstance(pruner, VisPruner)  # which has an emitter of its own
         if reducer.merger.merge > 0 and reducer.merger.protected == 0:
             return False
         return pruner is None or pruner.protected > 0 or self.insertions.schedule.semantics == "reference"

@@ -3,7 +3,7 @@ puts them in (`emit.py`)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from torch import fx, nn
@@ -15,6 +15,7 @@ from ..reducers.reducer import Carried
 from ..schedule import Schedule, Site
 from .annotate import Annotation
 from .axes import Tokens
+from .graph import ancestors, describe
 from .locate import Attention, choose
 from .rewrite import Rewriter, inside
 from .rules import shape
@@ -32,6 +33,7 @@ class SiteInsertion:
         plan: token counts, once the walk has passed it; None where it was left out.
         reducers: by stream.
         passed: how many reducers each modality had passed before.
+        mark: of `vispruner`: where the features leave the tower.
     """
 
     attention: Attention
@@ -39,6 +41,7 @@ class SiteInsertion:
     plan: SitePlan | None = None
     passed: dict[str, int] = field(default_factory=dict)
     reducers: dict[str, StreamReducer] = field(default_factory=dict)
+    mark: fx.Node | None = None
 
 
 @dataclass
@@ -69,13 +72,23 @@ class Insertions:
         return [(site, site.plan) for site in self.sites if site.plan is not None]
 
 
-def plan_insertions(annotation: Annotation, attentions: list[Attention], schedule: Schedule) -> Insertions:
+def plan_insertions(
+    annotation: Annotation, attentions: list[Attention], schedule: Schedule, marks: Sequence[fx.Node] = ()
+) -> Insertions:
     """Choose the sites.
+
+    Args:
+        annotation: axes of the captured graph.
+        attentions: every attention, in execution order.
+        schedule: what is asked for.
+        marks: where a vision tower's features leave for a prompt (`prompt.visual_tokens`).
 
     Raises:
         LocateError: a site that does not exist, has no residual carrier or cannot be followed.
         PlanError: budgets for tokens that a site does not have.
     """
+    if schedule.method == "vispruner":
+        return Insertions(schedule, annotation, attentions, visual_sites(attentions, schedule, marks), [])
     chosen = [(attention, site) for site in schedule.resolve() for attention in choose(attentions, site.at)]
     chosen.sort(key=lambda pair: attentions.index(pair[0]))
     for attention, site in chosen:
@@ -86,6 +99,28 @@ def plan_insertions(annotation: Annotation, attentions: list[Attention], schedul
     softmaxes = attentions_in(attentions, cross_modal_layers(attentions)) if published else []
     sites = [SiteInsertion(attention, site) for attention, site in chosen]
     return Insertions(schedule, annotation, attentions, sites, softmaxes)
+
+
+def visual_sites(attentions: list[Attention], schedule: Schedule, marks: Sequence[fx.Node]) -> list[SiteInsertion]:
+    """The last attention of the tower before each mark: the layer whose output is used.
+
+    Raises:
+        LocateError: no features are scattered into a prompt, or no tower attention gives them.
+    """
+    if not marks:
+        raise LocateError(
+            "`method: vispruner` keeps image tokens of a prompt, and nothing is scattered into one: looked for "
+            "masked_scatter of a vision tower's features and found none. For models whose text and image meet in "
+            "attention use `method: pumer`."
+        )
+    sites = []
+    for mark in marks:
+        before = ancestors(mark)
+        tower = [a for a in attentions if a.context in before]
+        if not tower:
+            raise LocateError(f"No attention over image tokens was found before {describe(mark)}.")
+        sites.append(SiteInsertion(tower[-1], Site(at=tower[-1].site, prune=schedule.budget or 0), mark=mark))
+    return sites
 
 
 def modalities(annotation: Annotation, axis: Tokens) -> set[str]:

@@ -19,6 +19,7 @@ from .emit import actions_after, actions_instead
 from .graph import values
 from .insert import Insertions, cross_modal_layers, plan_insertions
 from .locate import Attention, locate, mask_kinds
+from .prompt import Prompt, spell_out
 from .propagate import propagate
 from .rewrite import Rewriter
 from .token_outputs import check_outputs, restoring
@@ -35,6 +36,7 @@ class State:
     schedule: Schedule
     inputs: dict[str, Tensor]
     streams: dict[str, str]
+    prompt: Prompt | None = None
     annotation: Annotation | None = None
     attentions: list[Attention] | None = None
     insertions: Insertions | None = None
@@ -45,12 +47,14 @@ class State:
 
 @dataclass(frozen=True)
 class Pass:
-    """A step: what it requires and ensures of `State`, and a function that gives its number of matches."""
+    """A step: what it requires and ensures of `State`, and a function that gives its number of matches; none is an
+    error, unless the step is `optional`."""
 
     name: str
     requires: tuple[str, ...]
     ensures: tuple[str, ...]
     run: Callable[[State], int]
+    optional: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,14 @@ class History:
         return "\n".join(lines)
 
 
+def _prompt(state: State) -> int:
+    state.prompt = spell_out(state.captured, state.inputs)
+    if state.prompt is None:
+        return 0
+    state.captured = state.prompt.module
+    return len(state.prompt.marks)
+
+
 def _annotate(state: State) -> int:
     state.annotation = annotate(state.captured, state.streams)
     return len(state.annotation.streams)
@@ -90,7 +102,8 @@ def _locate(state: State) -> int:
 
 def _insert(state: State) -> int:
     assert state.annotation is not None and state.attentions is not None
-    state.insertions = plan_insertions(state.annotation, state.attentions, state.schedule)
+    marks = state.prompt.marks if state.prompt else []
+    state.insertions = plan_insertions(state.annotation, state.attentions, state.schedule, marks)
     return len(state.insertions.sites)
 
 
@@ -157,6 +170,7 @@ def _count(state: State) -> int:
 
 
 PASSES: tuple[Pass, ...] = (
+    Pass("prompt", ("captured",), (), _prompt, optional=True),
     Pass("annotate", ("captured",), ("annotation",), _annotate),
     Pass("locate", ("annotation",), ("attentions",), _locate),
     Pass("insert", ("attentions",), ("insertions",), _insert),
@@ -186,7 +200,7 @@ def run_passes(state: State, passes: tuple[Pass, ...] = PASSES, dump: Path | Non
         matches = step.run(state)
         seconds = time.perf_counter() - start
         broken = [name for name in step.ensures if getattr(state, name) is None]
-        if broken or matches == 0:
+        if broken or (matches == 0 and not step.optional):
             why = f"did not give {', '.join(broken)}" if broken else "matched nothing"
             raise VerifyError(f"Pass {step.name} {why}; the graph has {before} nodes.")
         _graph(state).lint()

@@ -64,6 +64,8 @@ def propagate(module: fx.GraphModule, inputs: Mapping[str, Tensor]) -> tuple[dic
     mode = fakes[0].fake_mode if fakes else FakeTensorMode()
     placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
     given = [inputs[str(n.target)] for n in placeholders]
+    if any(isinstance(v := attribute(n), Tensor) and v.is_meta for n in module.graph.nodes if n.op == "get_attr"):
+        given = [tensor.to("meta") for tensor in given]
     arguments = [g if fakes else mode.from_tensor(g, static_shapes=True) for g in given]
     interpreter = _FakeInterpreter(module, mode)
     with mode, torch.no_grad():

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -356,7 +356,9 @@ class Rewriter:
                 self._reshape(node, sources, results)
             case Slice(source, result, start, stop):
                 if self.at(source) and not self._first_token(source, start, stop):
-                    self._check_whole(node, result)
+                    for stream, epoch in self.at(source).items():
+                        if epoch:
+                            self._check_whole(node, result, stream)
                     streams = self._streams(result)
                     self._set(result, {s: e for s, e in self.at(source).items() if s in streams})
             case Total(source):
@@ -405,7 +407,7 @@ class Rewriter:
         epochs: Epochs = {}
         for source in sources:
             epochs.update({s: self.newer(node, s, e, epochs.get(s, 0)) for s, e in self.at(source).items()})
-        for stream, epoch in epochs.items():
+        for stream, epoch in ((s, e) for s, e in epochs.items() if e):
             holders = [r for r in results if stream in self._streams(r)]
             if len(holders) != 1:
                 raise AxisError(
@@ -413,12 +415,12 @@ class Rewriter:
                     f"{[str(self.annotation.axis(r)) for r in results]}; their grid is gone. Move the site "
                     "behind it."
                 )
-            self._check_whole(node, holders[0])
+            self._check_whole(node, holders[0], stream)
             self._set(holders[0], {**self.at(holders[0]), stream: epoch})
 
-    def _check_whole(self, node: fx.Node, dim: Dim) -> None:
+    def _check_whole(self, node: fx.Node, dim: Dim, stream: str) -> None:
         kind = self.annotation.axis(dim)
-        parts = [s for s in kind.segments if not s.whole] if isinstance(kind, Tokens) else []
+        parts = [s for s in kind.segments if s.stream == stream and not s.whole] if isinstance(kind, Tokens) else []
         if parts:
             raise AxisError(
                 f"{describe(node)} takes {parts[0].length} of the "
@@ -521,7 +523,8 @@ class Rewriter:
             for index, target in sorted(targets.items()):
                 if index != queries:
                     value = self._emit_align(node, source, value, index, target)
-            rows = self.size(self.whole_streams(Dim(source, queries), node), targets[queries])
+            changed = [s for s, epoch in targets[queries].items() if epoch]
+            rows = self.size(self.whole_streams(Dim(source, queries), node, changed), targets[queries])
             self._aligned[key] = self.call(
                 aten.expand.default, value, [rows if index == queries else -1 for index in range(rank)]
             )
@@ -529,7 +532,8 @@ class Rewriter:
 
     def _emit_align(self, node: fx.Node, source: fx.Node, value: fx.Node, index: int, target: Epochs) -> fx.Node:
         dim = Dim(source, index)
-        kind, have = self.whole_streams(dim, node), self.at(dim)
+        have = self.at(dim)
+        kind = self.whole_streams(dim, node, [s for s, epoch in target.items() if epoch != have.get(s, 0)])
         pieces, maps = [], []
         for segment in kind.segments:
             old, new = (e.get(segment.stream or "", 0) for e in (have, target))
@@ -541,15 +545,15 @@ class Rewriter:
         module = AlignAxis(index, tuple(pieces), mode, fold=self._fold(source) or 1)
         return self.call_module(f"reducer.align.{source.name}_{self.alignments}", module, value, *maps)
 
-    def whole_streams(self, dim: Dim, node: fx.Node) -> Tokens:
-        """The axis of a dimension that a map can be applied to, for the use of `node`.
+    def whole_streams(self, dim: Dim, node: fx.Node, streams: Collection[str]) -> Tokens:
+        """The axis of a dimension that the maps of some streams can be applied to, for the use of `node`.
 
         Raises:
-            AxisError: it is cut, flattened, or does not come after the batch.
+            AxisError: they are cut, the axis is flattened, or does not come after the batch.
         """
         source, kind = dim.node, self.annotation.axis(dim)
         assert self.batch is not None, "a reducer names the batch"
-        whole = isinstance(kind, Tokens) and all(s.whole for s in kind.segments)
+        whole = isinstance(kind, Tokens) and all(s.whole for s in kind.segments if s.stream in streams)
         if isinstance(kind, Tokens) and whole and dim.index > 0 and self._fold(source) is not None:
             return kind
         raise AxisError(

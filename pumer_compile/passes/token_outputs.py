@@ -78,7 +78,8 @@ def _restore(walk: Rewriter) -> fx.Node:
 
 def _inverse(walk: Rewriter, dim: Dim) -> tuple[tuple[tuple[int, bool], ...], list[fx.Node]]:
     """Lengths of the reduced segments, and for each the old position of every token, `[batch, before, after]`."""
-    kind, epochs = walk.whole_streams(dim, walk.source.graph.output_node()), walk.at(dim)
+    epochs = walk.at(dim)
+    kind = walk.whole_streams(dim, walk.source.graph.output_node(), [s for s, epoch in epochs.items() if epoch])
     pieces, maps = [], []
     for segment in kind.segments:
         stream = segment.stream or ""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .merger import LAST_RESORT, Matching, ModalityAwareMerger
 from .pruner import TextInformedPruner
 from .ranking import identity, one_hot
+from .vispruner import VisPruner
 
 Averaging = Literal["plain", "sizes"]
 Carried = Literal["mean", "ones", "sum"]
@@ -94,10 +95,13 @@ class StreamReducer(nn.Module):
             code, image) or their `sum` (token sizes).
     """
 
+    # Whether a choice that differs from eager PyTorch's must be a near-tie (parity); else it is reported.
+    judged = True
+
     def __init__(
         self,
         tokens: int,
-        pruner: TextInformedPruner | None,
+        pruner: TextInformedPruner | VisPruner | None,
         merger: ModalityAwareMerger,
         *,
         averaging: Averaging = "plain",
@@ -133,7 +137,7 @@ class StreamReducer(nn.Module):
                 only.
             text_weights: carried weights of the text, `[batch, text]`; image streams only.
         """
-        if torch.is_autocast_enabled(keys.device.type):
+        if torch.amp.is_autocast_available(keys.device.type) and torch.is_autocast_enabled(keys.device.type):
             # Autocast would compute similarities in half precision, and ties with them.
             with torch.autocast(keys.device.type, enabled=False):
                 return self.forward(tokens, keys, weights, attention, text_weights)
@@ -152,6 +156,7 @@ class StreamReducer(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         if self.pruner is None or attention is None:
             return torch.arange(self.tokens, device=weights.device).expand(weights.shape[0], -1), None
+        assert isinstance(self.pruner, TextInformedPruner)
         kept, saliency = self.pruner(attention, text_weights)
         return kept, saliency
 

@@ -75,6 +75,11 @@ class VisPruner(nn.Module):
             )
         self.budget, self.important, self.order = budget, important, order
 
+    @property
+    def keep(self) -> int:
+        """Tokens kept, as other pruners call it."""
+        return self.budget
+
     def forward(self, features: Tensor, attention: Tensor) -> VisualSelection:
         """Select `min(budget, tokens)` tokens of every sample.
 
@@ -84,7 +89,7 @@ class VisPruner(nn.Module):
             attention: what each token receives from the class token in the layer that made the features (in a tower
                 without one: from all tokens, mean over them), mean over heads, `[batch, tokens]`, any float.
         """
-        if torch.is_autocast_enabled(features.device.type):
+        if torch.amp.is_autocast_available(features.device.type) and torch.is_autocast_enabled(features.device.type):
             # Autocast would compute similarities in half precision.
             with torch.autocast(features.device.type, enabled=False):
                 return self.forward(features, attention)

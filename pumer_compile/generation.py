@@ -1,0 +1,169 @@
+"""Generate with a reduced prompt: the prefill as one artifact, one step of decoding as another, and a small loop.
+
+The prefill is an ordinary artifact (`export`), whose outputs hold the cache of the reduced prompt. A step of decoding
+reads that cache whatever its length, so it is the unreduced model's own: transformers' exporter takes it out of
+`generate` (`decompose_for_generation`) and converts it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.exporters.configs import OnnxConfig
+from transformers.exporters.exporter_onnx import OnnxExporter
+from transformers.exporters.utils import decompose_for_generation, get_leaf_tensors
+
+from .capture import left_as_found, set_for_inference
+from .errors import ExportError, ParityError, UsageError
+from .exporters.manifest import read_manifest
+from .exporters.onnx import DEFAULT_OPSET, append_metadata, quiet_torch_onnx, save_onnx
+from .exporters.session import OnnxSession
+from .files import check_writable, publish
+
+KEY = "pumer_compile.decode"
+CACHE = "past_key_values."
+# A decoding step is the same arithmetic as eager PyTorch's: nothing is decided in it.
+TOLERANCE = 1e-4
+
+
+def export_decode(model: PreTrainedModel, inputs: Mapping[str, Tensor], path: str | os.PathLike[str]) -> Path:
+    """Write one step of greedy decoding as ONNX: a token and a cache in, logits and the longer cache out.
+
+    The batch is that of `inputs`; the length of the cache is open. The step is run on caches of two lengths, and
+    compared with eager PyTorch, before it is published.
+
+    Args:
+        model: that generates.
+        inputs: a prompt without padding, as for the prefill.
+        path: of the artifact.
+
+    Raises:
+        UsageError: the model does not generate, or the prompt has padding.
+        ExportError: transformers cannot convert the step.
+        ParityError: it computes something else.
+    """
+    path = Path(path)
+    check_writable(path)
+    _check(model, inputs)
+    with left_as_found(model), quiet_torch_onnx(), torch.no_grad():
+        set_for_inference(model)
+        parts = decompose_for_generation(model, dict(inputs))
+        if "decode" not in parts:
+            raise UsageError(f"{type(model).__name__} has no decoding step of its own; found {', '.join(parts)}.")
+        step, given = parts["decode"]
+        try:
+            assert isinstance(step, PreTrainedModel)  # of a decoder: the model itself
+            config = OnnxConfig(dynamic=True, opset_version=DEFAULT_OPSET)
+            converted, _ = OnnxExporter().export_program(step, given, config)
+        except torch.onnx.OnnxExporterError as error:
+            raise ExportError(f"transformers could not convert the decoding step: {error}") from error
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+            files = save_onnx(converted, Path(folder) / path.name)
+            session = OnnxSession(files[-1])
+            _prove(model, inputs, session)
+            described = {"inputs": session.inputs, "outputs": session.outputs}
+            append_metadata(files[-1], {KEY: json.dumps(described)})
+            publish([(file, path.with_name(file.name)) for file in files])
+    return path
+
+
+def _check(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> None:
+    if not hasattr(model, "generate") or not getattr(model, "can_generate", lambda: False)():
+        raise UsageError(f"{type(model).__name__} does not generate text, so there is no decoding step.")
+    mask = inputs.get("attention_mask")
+    if mask is not None and not bool(mask.bool().all()):
+        raise UsageError("A prompt for generation must have no padding: batch prompts of one length.")
+
+
+def _prove(model: PreTrainedModel, inputs: Mapping[str, Tensor], session: OnnxSession) -> None:
+    """Compare with eager PyTorch after the prompt, and again one token later."""
+    found = model(**inputs, use_cache=True)
+    token = found.logits[:, -1:].argmax(-1)
+    length = inputs["input_ids"].shape[1]
+    cache = _cache(get_leaf_tensors({"past_key_values": found.past_key_values}))
+    for position in (length, length + 1):
+        outputs = session.run({**_step(session, token, position), **_past(session, cache)})
+        ids = torch.full_like(token, position)
+        found = model(input_ids=token, past_key_values=found.past_key_values, position_ids=ids, use_cache=True)
+        error = float(np.abs(outputs["logits"] - found.logits.float().numpy()).max())
+        if not error <= TOLERANCE:
+            raise ParityError(f"The decoding step differs from eager PyTorch by {error:.2e}, allowed {TOLERANCE:g}.")
+        token, cache = found.logits[:, -1:].argmax(-1), _next(outputs)
+
+
+class Generator:
+    """Greedy generation from two artifacts under onnxruntime; a reference for a server, not one.
+
+    Args:
+        prefill: made by `export` with its cache among the outputs.
+        decode: made by `export_decode` from the same model.
+
+    Raises:
+        UsageError: an artifact of another kind.
+    """
+
+    def __init__(self, prefill: str | os.PathLike[str], decode: str | os.PathLike[str]) -> None:
+        manifest = read_manifest(Path(prefill))
+        schedule = manifest["schedule"] or {}
+        self._compact = schedule.get("positions", "compact") == "compact"
+        self.prefill, self.decode = OnnxSession(Path(prefill)), OnnxSession(Path(decode))
+        if "logits" not in self.prefill.outputs or not any(n.startswith(CACHE) for n in self.prefill.outputs):
+            raise UsageError(
+                f"{prefill} gives {', '.join(self.prefill.outputs)}; generating needs logits and a cache. Compile it "
+                "without --outputs."
+            )
+        if not any(name.startswith(f"input.{CACHE}") for name in self.decode.inputs):
+            raise UsageError(f"{decode} takes {', '.join(self.decode.inputs)}: it is no decoding step.")
+
+    def generate(self, inputs: Mapping[str, Tensor], tokens: int, stop: int | None = None) -> Tensor:
+        """New tokens, greedy.
+
+        Args:
+            inputs: as the prefill takes them.
+            tokens: how many, at most.
+            stop: id that ends a text; where all have ended, no more are made.
+
+        Returns:
+            `[batch, tokens or fewer]`, int64.
+        """
+        outputs = self.prefill.run(inputs)
+        length = outputs["logits"].shape[1] if self._compact else inputs["input_ids"].shape[1]
+        cache = _cache({name: torch.from_numpy(a) for name, a in outputs.items() if name.startswith(CACHE)})
+        made = [torch.from_numpy(outputs["logits"])[:, -1:].argmax(-1)]
+        while len(made) < tokens and not (stop is not None and _ended(made, stop)):
+            position = length + len(made) - 1
+            outputs = self.decode.run({**_step(self.decode, made[-1], position), **_past(self.decode, cache)})
+            cache = _next(outputs)
+            made.append(torch.from_numpy(outputs["logits"])[:, -1:].argmax(-1))
+        return torch.cat(made, 1)
+
+
+def _ended(made: list[Tensor], stop: int) -> bool:
+    return bool((torch.cat(made, 1) == stop).any(1).all())
+
+
+def _step(session: OnnxSession, token: Tensor, position: int) -> dict[str, Tensor]:
+    known = {"input_ids": token, "position_ids": torch.full_like(token, position)}
+    return {name: known[name] for name in session.inputs if name in known}
+
+
+def _past(session: OnnxSession, cache: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: cache[name.removeprefix("input.")] for name in session.inputs if name.startswith("input.")}
+
+
+def _cache(leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach() for name, tensor in leaves.items() if name.startswith(CACHE)}
+
+
+def _next(outputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    longer = {n.removeprefix("output."): a for n, a in outputs.items() if n.startswith(f"output.{CACHE}")}
+    return {name: torch.from_numpy(array) for name, array in longer.items()}

@@ -1,0 +1,324 @@
+"""Prompts spelled out: a scatter over placeholders becomes what it is, words and an image side by side."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import pumer_compile as pumer
+from pumer_compile import Program, Schedule
+from pumer_compile.errors import AxisError, LocateError, PlanError, ScheduleError
+from pumer_compile.passes.annotate import annotate
+from pumer_compile.passes.axes import Dim
+from pumer_compile.passes.prompt import spell_out, visual_tokens
+from tests.models import Config, program
+from tests.visual import select
+
+IMAGE = 99
+SCATTER = torch.ops.aten.masked_scatter.default
+Tensors = dict[str, Tensor]
+
+
+class Block(nn.Module):
+    """Attention and a residual; causal where it is told so."""
+
+    def __init__(self, width: int, heads: int, causal: bool) -> None:
+        super().__init__()
+        self.q, self.k = nn.Linear(width, width), nn.Linear(width, width)
+        self.v, self.out = nn.Linear(width, width), nn.Linear(width, width)
+        self.heads, self.causal = heads, causal
+        self.seen: Tensor | None = None
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        batch, n, width = x.shape
+        q, k, v = (f(x).view(batch, n, self.heads, -1).transpose(1, 2) for f in (self.q, self.k, self.v))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return x + self.out(y.transpose(1, 2).reshape(batch, n, width))
+
+
+class Tower(nn.Module):
+    """Patches, with a class token or without."""
+
+    def __init__(self, width: int, heads: int, cls: bool) -> None:
+        super().__init__()
+        self.patch = nn.Conv2d(3, width, 8, 8)
+        self.token = nn.Parameter(torch.randn(1, 1, width)) if cls else None
+        self.layers = nn.ModuleList(Block(width, heads, False) for _ in range(2))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        x = self.patch(pixels).flatten(2).transpose(1, 2)
+        if self.token is not None:
+            x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1)
+        for layer in self.layers:
+            x = layer(x, None)
+        return x[:, 1:] if self.token is not None else x
+
+
+class Talker(nn.Module):
+    """A language model that is given image features in place of some words."""
+
+    def __init__(self, width: int = 16, heads: int = 4, cls: bool = True, learned: bool = True) -> None:
+        super().__init__()
+        self.tower = Tower(width, heads, cls)
+        self.projector = nn.Linear(width, width) if learned else nn.Identity()
+        self.words = nn.Embedding(100, width)
+        self.places = nn.Embedding(64, width)
+        self.layers = nn.ModuleList(Block(width, heads, True) for _ in range(2))
+        self.head = nn.Linear(width, 11)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, pixel_values: Tensor) -> dict[str, Tensor]:
+        features = self.projector(self.tower(pixel_values))
+        words = self.words(input_ids)
+        prompt = words.masked_scatter((input_ids == IMAGE).unsqueeze(-1).expand_as(words), features)
+        return {"logits": self.read(prompt, attention_mask)}
+
+    def read(self, prompt: Tensor, attention_mask: Tensor) -> Tensor:
+        places = torch.arange(prompt.shape[1], device=prompt.device)
+        x = prompt + self.places(places)
+        mask = (places.unsqueeze(0) <= places.unsqueeze(1)) & attention_mask[:, None, None, :].bool()
+        for layer in self.layers:
+            x = layer(x, mask)
+        return self.head(x)
+
+
+def talker(**options: Any) -> Talker:
+    torch.manual_seed(0)
+    return Talker(**options).eval()
+
+
+def prompts(before: int, after: int, batch: int = 2, grid: tuple[int, int] = (4, 4), seed: int = 0) -> Tensors:
+    generator = torch.Generator().manual_seed(seed)
+    image = grid[0] * grid[1]
+    ids = torch.randint(0, IMAGE, (batch, before + image + after), generator=generator)
+    ids[:, before : before + image] = IMAGE
+    pixels = torch.randn(batch, 3, 8 * grid[0], 8 * grid[1], generator=generator)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+
+
+def captured(model: nn.Module, inputs: Tensors) -> Program:
+    return pumer.capture(model, inputs)
+
+
+def by_hand(model: Talker, inputs: Tensors, budget: int, important: float) -> Tensor:
+    """The prompt put together without the tokens that `tests.visual.select` leaves out."""
+    tower, start = model.tower, int((inputs["input_ids"][0] == IMAGE).nonzero()[0])
+    with torch.no_grad():
+        x = tower.patch(inputs["pixel_values"]).flatten(2).transpose(1, 2)
+        cls = tower.token is not None
+        if tower.token is not None:
+            x = torch.cat([tower.token.expand(x.shape[0], -1, -1), x], 1)
+        last = tower.layers[-1]
+        before = tower.layers[0](x, None)
+        q, k = (
+            f(before).view(*before.shape[:2], last.heads, -1).transpose(1, 2)
+            for f in (last.q, last.k)  # type: ignore[union-attr]
+        )
+        attention = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1).mean(1)
+        features = tower(inputs["pixel_values"])
+        votes = attention[:, 0, 1:] if cls else attention.mean(1)
+        kept = select(features, votes, budget, important)
+        image = model.projector(torch.stack([f[i] for f, i in zip(features, kept, strict=True)]))
+        words = model.words(inputs["input_ids"])
+        stop = start + features.shape[1]
+        prompt = torch.cat([words[:, :start], image, words[:, stop:]], 1)
+        mask = torch.cat([inputs["attention_mask"][:, : start + budget], inputs["attention_mask"][:, stop:]], 1)
+        return model.read(prompt, mask)
+
+
+def reduced(model: nn.Module, inputs: Tensors, budget: int, **more: Any) -> Any:
+    return pumer.reduce(captured(model, inputs), Schedule(method="vispruner", budget=budget, **more))
+
+
+# --- Spelling out -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("before", "after"), [(3, 5), (0, 5), (3, 0), (0, 0), (1, 1)])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_it_computes_the_same(before: int, after: int, batch: int) -> None:
+    model, inputs = talker(), prompts(before, after, batch)
+    whole = captured(model, inputs)
+    prompt = spell_out(whole.module, inputs)
+    assert prompt is not None and len(prompt.marks) == 1
+    for arrangement in (inputs, prompts(before, after, batch, seed=5)):
+        with torch.no_grad():
+            torch.testing.assert_close(prompt.module(**arrangement)["logits"], model(**arrangement)["logits"])
+
+
+def test_what_changes_in_the_graph() -> None:
+    whole = captured(talker(), prompts(3, 5))
+    before = [n.target for n in whole.module.graph.nodes]
+    prompt = spell_out(whole.module, prompts(3, 5))
+    assert prompt is not None
+    after = [n.target for n in prompt.module.graph.nodes]
+    assert before.count(SCATTER) == 1 and after.count(SCATTER) == 0
+    assert before.count(visual_tokens) == 0 and after.count(visual_tokens) == 1
+    cat = torch.ops.aten.cat.default
+    assert after.count(cat) == before.count(cat) + 1
+    assert torch.ops.aten.eq.Scalar in before and torch.ops.aten.eq.Scalar not in after  # nothing looks for places now
+    # The captured graph is as it was, and the copy has its parameters.
+    assert [n.target for n in whole.module.graph.nodes] == before
+    assert {id(p) for p in prompt.module.parameters()} <= {id(p) for p in whole.module.parameters()}
+
+
+def test_a_model_without_a_prompt_is_left_alone() -> None:
+    whole = program(Config(layers=1))
+    assert spell_out(whole.module, whole.inputs) is None
+
+
+def test_a_scatter_that_is_no_image_is_left_alone() -> None:
+    class Patching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.other = nn.Embedding(100, 8), nn.Linear(8, 8)
+
+        def forward(self, input_ids: Tensor, rows: Tensor) -> Tensor:
+            words = self.words(input_ids)
+            return words.masked_scatter((input_ids == IMAGE).unsqueeze(-1).expand_as(words), self.other(rows))
+
+    inputs = {"input_ids": prompts(3, 5)["input_ids"], "rows": torch.randn(32, 8)}
+    whole = captured(Patching().eval(), inputs)
+    assert spell_out(whole.module, inputs) is None
+
+
+# Text as long as the heads, the head size, the batch, the budget, or the image itself.
+PLACES = [(4, 4, (4, 4)), (8, 8, (4, 4)), (2, 2, (2, 2)), (16, 16, (4, 4))]
+
+
+@pytest.mark.parametrize(("before", "after", "grid"), PLACES)
+def test_axes_by_provenance(before: int, after: int, grid: tuple[int, int]) -> None:
+    inputs = prompts(before, after, grid=grid)
+    prompt = spell_out(captured(talker(), inputs).module, inputs)
+    assert prompt is not None
+    annotation = annotate(prompt.module)
+    image = grid[0] * grid[1]
+    (joined,) = [n for n in prompt.module.graph.nodes if n.name == "cat_default"]
+    assert str(annotation.axis(Dim(joined, 1))) == f"[text:{before} | prompt_image:{image} | text:{after}]"
+    assert str(annotation.axis(Dim(prompt.marks[0], 1))) == f"[prompt_image:{image}]"
+
+
+# --- Refused ----------------------------------------------------------------------------------------------------------
+
+
+def other_place(ids: Tensor) -> None:
+    ids[1] = ids[1].roll(1)
+
+
+def two_blocks(ids: Tensor) -> None:
+    ids[:, 2], ids[:, 5] = IMAGE, 1
+
+
+def too_few(ids: Tensor) -> None:
+    ids[:, 3] = 1
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (other_place, "at other places in another prompt"),
+        (two_blocks, "several blocks"),
+        (too_few, "do not fit"),
+        (lambda ids: ids.fill_(1), "no image placeholder in the sample"),
+    ],
+)
+def test_prompts_that_are_refused(change: Any, words: str) -> None:
+    inputs = prompts(3, 5)
+    whole = captured(talker(), inputs)
+    ids = inputs["input_ids"].clone()
+    change(ids)
+    with pytest.raises(AxisError, match=words):
+        spell_out(whole.module, {**inputs, "input_ids": ids})
+
+
+def test_features_without_a_projector_are_refused() -> None:
+    inputs = prompts(3, 5)
+    with pytest.raises(AxisError, match="no projector between"):
+        spell_out(captured(talker(learned=False), inputs).module, inputs)
+
+
+# --- The selection in it ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cls", [True, False], ids=["class token", "no class token"])
+@pytest.mark.parametrize(("budget", "important"), [(4, 0.5), (9, 0.0), (5, 1.0), (15, 0.3), (1, 0.5)])
+def test_equals_the_prompt_put_together_by_hand(cls: bool, budget: int, important: float) -> None:
+    model, inputs = talker(cls=cls), prompts(3, 5)
+    found = reduced(model, inputs, budget, important=important)
+    with torch.no_grad():
+        logits = found.module(**inputs)["logits"]
+    torch.testing.assert_close(logits, by_hand(model, inputs, budget, important), atol=1e-5, rtol=1e-5)
+    assert logits.shape[1] == 3 + budget + 5
+
+
+@pytest.mark.parametrize(("before", "after", "budget"), [(4, 4, 4), (8, 8, 8), (0, 4, 4), (4, 0, 2)])
+def test_colliding_sizes(before: int, after: int, budget: int) -> None:
+    model, inputs = talker(), prompts(before, after, batch=4)
+    with torch.no_grad():
+        logits = reduced(model, inputs, budget).module(**inputs)["logits"]
+    torch.testing.assert_close(logits, by_hand(model, inputs, budget, 0.5), atol=1e-5, rtol=1e-5)
+
+
+def test_padding_in_the_prompt() -> None:
+    model, inputs = talker(), prompts(3, 5)
+    inputs["attention_mask"][1, 0] = 0
+    inputs["attention_mask"][1, -2:] = 0
+    with torch.no_grad():
+        logits = reduced(model, inputs, 6).module(**inputs)["logits"]
+    wanted = by_hand(model, inputs, 6, 0.5)
+    torch.testing.assert_close(logits[0], wanted[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits[1, 1:-2], wanted[1, 1:-2], atol=1e-5, rtol=1e-5)
+
+
+def test_onnx(tmp_path: Any) -> None:
+    model, inputs = talker(), prompts(3, 5)
+    exported = pumer.export(reduced(model, inputs, 6), tmp_path / "model.onnx", samples=[prompts(3, 5, seed=3)])
+    assert exported.report is not None and exported.report.passed and exported.report.decisions_compared
+    assert all(row.differ == 0 for row in exported.report.reducers)
+
+
+def test_gradients_reach_the_tower() -> None:
+    model, inputs = talker(), prompts(3, 5)
+    reduced(model, inputs, 6).module(**inputs)["logits"].sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.tower.parameters())
+
+
+def test_a_budget_of_everything_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    model, inputs = talker(), prompts(3, 5)
+    with caplog.at_level("WARNING", "pumer_compile"):
+        found = reduced(model, inputs, 16)
+    assert "keeps every token" in caplog.text
+    with torch.no_grad():
+        torch.testing.assert_close(found.module(**inputs)["logits"], model(**inputs)["logits"], atol=1e-5, rtol=1e-5)
+    with pytest.raises(PlanError, match="more than the 16 tokens"):
+        reduced(model, inputs, 17)
+
+
+def test_a_model_without_a_prompt_is_refused() -> None:
+    with pytest.raises(LocateError, match="nothing is scattered into one"):
+        pumer.reduce(program(Config(layers=1)), Schedule(method="vispruner", budget=4))
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({}, "needs a `budget`"),
+        ({"budget": 0}, "greater than or equal to 1"),
+        ({"budget": 0.5}, "integer"),
+        ({"budget": 4, "layers": [0]}, "leave out `layers`"),
+        ({"budget": 4, "important": 1.5}, "less than or equal to 1"),
+        ({"budget": 4, "semantics": "paper"}, "`reference` and `stable`"),
+        ({"budget": 4, "positions": "sorted"}, "compact"),
+    ],
+)
+def test_schedules_that_are_refused(keys: dict[str, Any], words: str) -> None:
+    with pytest.raises(ScheduleError, match=words):
+        Schedule(method="vispruner", **keys)
+
+
+@pytest.mark.parametrize("keys", [{"budget": 4}, {"important": 0.5}, {"positions": "compact"}, {"semantics": "stable"}])
+def test_keys_of_vispruner_alone(keys: dict[str, Any]) -> None:
+    with pytest.raises(ScheduleError, match="for `method: vispruner`"):
+        Schedule(layers=[0], prune=0.1, **keys)

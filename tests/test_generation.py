@@ -1,0 +1,132 @@
+"""Generation from a prefill and a decoding step under onnxruntime, against transformers' own `generate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from torch import Tensor
+
+import pumer_compile as pumer
+from pumer_compile import Schedule
+from pumer_compile.errors import ParityError, UsageError
+from pumer_compile.generation import Generator, export_decode
+from tests.commands import artifact
+from tests.test_oracle_llava import model, tensors
+from tests.tiny import tiny_vilt
+from tests.visual import select, visual_cues
+
+TOKENS = 20
+
+
+def reduced_by_hand(inputs: dict[str, Tensor], budget: int) -> Tensor:
+    """What transformers generates from the prompt with the kept tokens alone."""
+    llava, ids = model(), inputs["input_ids"]
+    features, attention = visual_cues(llava, inputs["pixel_values"])
+    kept = select(features, attention, budget, 0.5)
+    (places,) = (ids[0] == llava.config.image_token_id).nonzero(as_tuple=True)
+    words = llava.get_input_embeddings()(ids)
+    image = llava.model.multi_modal_projector(torch.stack([f[i] for f, i in zip(features, kept, strict=True)]))
+    prompt = torch.cat([words[:, : places[0]], image, words[:, places[-1] + 1 :]], 1)
+    with torch.no_grad():
+        made: Tensor = llava.generate(
+            inputs_embeds=prompt,
+            attention_mask=torch.ones(prompt.shape[:2], dtype=torch.int64),
+            max_new_tokens=TOKENS,
+            min_new_tokens=TOKENS,
+            do_sample=False,
+        )
+    return made
+
+
+@pytest.fixture(scope="module")
+def decode(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export_decode(model(), tensors(), tmp_path_factory.mktemp("decode") / "decode.onnx")
+
+
+def prefill(folder: Path, **schedule: Any) -> Path:
+    reduced = pumer.reduce(pumer.capture(model(), tensors()), Schedule(method="vispruner", **schedule))
+    return pumer.export(reduced, folder / "prefill.onnx").path
+
+
+@pytest.mark.parametrize("budget", [48, 9])
+def test_the_tokens_that_transformers_generates(budget: int, decode: Path, tmp_path: Path) -> None:
+    made = Generator(prefill(tmp_path, budget=budget), decode).generate(tensors(), TOKENS)
+    assert made.shape == (2, TOKENS)
+    assert torch.equal(made, reduced_by_hand(tensors(), budget))
+
+
+def test_another_budget_generates_something_else() -> None:
+    assert not torch.equal(reduced_by_hand(tensors(), 48), reduced_by_hand(tensors(), 9))
+
+
+def test_positions_go_on_where_the_prompt_ends(decode: Path, tmp_path: Path) -> None:
+    """With original positions a new token stands behind the whole prompt, as if nothing had been left out."""
+    path = prefill(tmp_path, budget=48, positions="original")
+    made = Generator(path, decode).generate(tensors(), TOKENS)
+    reduced = pumer.reduce(
+        pumer.capture(model(), tensors()), Schedule(method="vispruner", budget=48, positions="original")
+    )
+    with torch.no_grad():
+        found = reduced.module(**tensors())
+        token, cache = found.logits[:, -1:].argmax(-1), found.past_key_values
+        wanted = [token]
+        for position in range(158, 158 + TOKENS - 1):
+            ids = torch.full_like(token, position)
+            step = model()(input_ids=token, past_key_values=cache, position_ids=ids, use_cache=True)
+            token, cache = step.logits[:, -1:].argmax(-1), step.past_key_values
+            wanted.append(token)
+    assert torch.equal(made, torch.cat(wanted, 1))
+
+
+def test_a_text_that_ends(decode: Path, tmp_path: Path) -> None:
+    generator = Generator(prefill(tmp_path, budget=48), decode)
+    whole = generator.generate(tensors(), TOKENS)
+    stop = int(whole[0, 3])
+    short = generator.generate(tensors(), TOKENS, stop=stop)
+    ends = [(row == stop).nonzero() for row in whole]
+    if all(len(end) for end in ends):
+        assert short.shape[1] == max(int(end[0]) for end in ends) + 1
+    else:
+        assert torch.equal(short, whole)
+
+
+def test_the_cache_may_have_any_length(decode: Path) -> None:
+    inputs = [v for v in onnx.load(str(decode)).graph.input if v.name.startswith("input.past_key_values")]
+    assert len(inputs) == 6
+    assert all(v.type.tensor_type.shape.dim[2].dim_param for v in inputs)
+
+
+# --- Refused ----------------------------------------------------------------------------------------------------------
+
+
+def test_padding_is_refused(tmp_path: Path) -> None:
+    inputs = tensors()
+    inputs["attention_mask"] = inputs["attention_mask"].clone()
+    inputs["attention_mask"][0, 0] = 0
+    with pytest.raises(UsageError, match="no padding"):
+        export_decode(model(), inputs, tmp_path / "decode.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_that_does_not_generate(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="does not generate"):
+        export_decode(tiny_vilt(), {}, tmp_path / "decode.onnx")
+
+
+def test_a_wrong_step_is_not_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pumer_compile.generation.TOLERANCE", -1.0)
+    with pytest.raises(ParityError, match="decoding step differs"):
+        export_decode(model(), tensors(), tmp_path / "decode.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_artifacts_of_another_kind(decode: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="needs logits and a cache"):
+        Generator(artifact(), decode)
+    path = prefill(tmp_path, budget=48)
+    with pytest.raises(UsageError, match="no decoding step"):
+        Generator(path, path)

@@ -1,0 +1,193 @@
+"""What the published VisPruner computes on a small LLaVA, in eager PyTorch and through the command line."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import pumer_compile as pumer
+from pumer_compile import Program, Reduced, Schedule
+from pumer_compile.loading import load_model
+from pumer_compile.passes.insert import reducers_of
+from tests.commands import done, inner_manifest, onnx_outputs, tensorrt_refuses
+from tests.visual import logits_by_hand, select, visual_cues
+
+FOLDER = Path(__file__).parent / "oracle" / "llava-tiny"
+CASES: dict[str, dict[str, Any]] = json.loads((FOLDER / "cases.json").read_text(encoding="utf-8"))
+EXPECTED = dict(np.load(FOLDER / "expected.npz"))
+TOKENS = 144
+
+
+@functools.cache
+def model() -> Any:
+    return load_model(FOLDER).source.eval()
+
+
+def tensors(rows: slice = slice(None)) -> dict[str, Tensor]:
+    arrays = np.load(FOLDER / "inputs.npz")
+    made = {name: torch.from_numpy(arrays[name])[rows] for name in arrays}
+    return {name: t.float() if t.is_floating_point() else t for name, t in made.items()}
+
+
+@functools.cache
+def program() -> Program:
+    return pumer.capture(model(), tensors(), outputs=["logits"])
+
+
+def schedule(case: str, **more: Any) -> Schedule:
+    spec = CASES[case]
+    return Schedule(method="vispruner", budget=spec["budget"], important=spec["important_ratio"], **more)
+
+
+@functools.cache
+def reduced(case: str) -> Reduced:
+    return pumer.reduce(program(), schedule(case))
+
+
+def run(module: Any, inputs: dict[str, Tensor]) -> Tensor:
+    with torch.no_grad():
+        logits: Tensor = module(**inputs)["logits"]
+    return logits
+
+
+# --- In eager PyTorch -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_published_selection_and_logits(case: str) -> None:
+    seen = []
+    (reducer,) = reducers_of(reduced(case).module).values()
+    handle = reducer.register_forward_hook(lambda module, args, result: seen.append(result))
+    try:
+        logits = run(reduced(case).module, tensors())
+    finally:
+        handle.remove()
+    np.testing.assert_array_equal(seen[0].kept.numpy(), EXPECTED[f"{case}.kept"])
+    assert logits.shape[1] == CASES[case]["sequence"]
+    assert np.abs(logits[:, -1].numpy() - EXPECTED[f"{case}.logits_last"]).max() <= 1e-4
+
+
+def test_the_cases_tell_a_wrong_selection() -> None:
+    case = "T48-r0.5"
+    kept = torch.from_numpy(EXPECTED[f"{case}.kept"]).clone()
+    features, _ = visual_cues(model(), tensors()["pixel_values"])
+    right = logits_by_hand(model(), tensors(), kept, features)[:, -1]
+    assert np.abs(right.numpy() - EXPECTED[f"{case}.logits_last"]).max() <= 1e-4
+    free = next(i for i in range(TOKENS) if i not in kept[0])
+    kept[0, 20] = free
+    wrong = logits_by_hand(model(), tensors(), kept.sort(-1).values, features)[:, -1]
+    assert np.abs(wrong[0].numpy() - EXPECTED[f"{case}.logits_last"][0]).max() > 1e-3
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_plan(case: str) -> None:
+    plan = reduced(case).plan
+    (site,) = plan.sites
+    assert site.before == {"prompt_image": TOKENS} and site.after == {"prompt_image": CASES[case]["budget"]}
+    assert site.site == "vision.2"  # the layer whose output is used, of four
+    assert (plan.ratio > 1) == (CASES[case]["budget"] < TOKENS)
+
+
+def test_images_one_by_one() -> None:
+    together = run(reduced("T48-r0.5").module, tensors())
+    for row in range(2):
+        alone = pumer.capture(model(), tensors(slice(row, row + 1)), outputs=["logits"])
+        logits = run(pumer.reduce(alone, schedule("T48-r0.5")).module, tensors(slice(row, row + 1)))
+        torch.testing.assert_close(logits[0], together[row], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("budget", [1, 7, 33, 143])
+@pytest.mark.parametrize("important", [0.0, 0.3, 1.0])
+def test_other_budgets(budget: int, important: float) -> None:
+    """Also such as end the published code: odd lists, and more to drop than there are."""
+    features, attention = visual_cues(model(), tensors()["pixel_values"])
+    kept = select(features, attention, budget, important)
+    wanted = logits_by_hand(model(), tensors(), kept, features)
+    found = pumer.reduce(program(), Schedule(method="vispruner", budget=budget, important=important))
+    torch.testing.assert_close(run(found.module, tensors()), wanted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("positions", ["compact", "original"])
+def test_positions(positions: str) -> None:
+    case = "T48-r0.5"
+    features, _ = visual_cues(model(), tensors()["pixel_values"])
+    kept = torch.from_numpy(EXPECTED[f"{case}.kept"])
+    start, length = 5, 158
+    whole = torch.arange(length).expand(2, -1)
+    left = torch.cat([whole[:, :start], kept + start, whole[:, start + TOKENS :]], 1)
+    wanted = {
+        "compact": logits_by_hand(model(), tensors(), kept, features),
+        "original": logits_by_hand(model(), tensors(), kept, features, left),
+    }
+    found = run(pumer.reduce(program(), schedule(case, positions=positions)).module, tensors())
+    torch.testing.assert_close(found, wanted[positions], atol=1e-4, rtol=1e-4)
+    assert (wanted["compact"] - wanted["original"]).abs().max() > 1e-2
+
+
+def test_padding_in_front() -> None:
+    inputs = tensors()
+    inputs["attention_mask"] = inputs["attention_mask"].clone()
+    inputs["attention_mask"][1, :2] = 0
+    features, _ = visual_cues(model(), inputs["pixel_values"])
+    kept = torch.from_numpy(EXPECTED["T48-r0.5.kept"])
+    wanted = logits_by_hand(model(), inputs, kept, features)
+    found = run(reduced("T48-r0.5").module, inputs)
+    torch.testing.assert_close(found[0], wanted[0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found[1, 2:], wanted[1, 2:], atol=1e-4, rtol=1e-4)
+    assert (found - run(reduced("T48-r0.5").module, tensors())).abs().max() > 1e-3
+
+
+# --- Through the command line -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The whole prefill of a case, with the cache, compiled and proved once by the command line."""
+    folder = tmp_path_factory.mktemp("llava")
+
+    def artifact(case: str) -> Path:
+        path: Path = folder / case / "model.onnx"
+        if not path.exists():
+            path.parent.mkdir()
+            spec = CASES[case]
+            given = path.with_name("schedule.yaml")
+            given.write_text(
+                f"method: vispruner\nbudget: {spec['budget']}\nimportant: {spec['important_ratio']}\n", encoding="utf-8"
+            )
+            done(FOLDER, "--schedule", given, "--inputs", FOLDER / "inputs.npz", "-o", path)
+        return path
+
+    return artifact
+
+
+def given() -> dict[str, np.ndarray]:
+    return {name: t.numpy() for name, t in tensors().items()}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_onnx(compiled: Any, case: str) -> None:
+    outputs = onnx_outputs(compiled(case), given())
+    logits = outputs["logits"]
+    assert logits.shape == (2, CASES[case]["sequence"], 300)
+    assert np.abs(logits[:, -1] - EXPECTED[f"{case}.logits_last"]).max() <= 1e-4
+    caches = [name for name in outputs if name.startswith("past_key_values.")]
+    assert len(caches) == 6 and {outputs[name].shape[2] for name in caches} == {CASES[case]["sequence"]}
+    features = outputs["image_hidden_states"].reshape(2, CASES[case]["budget"], -1)
+    assert np.abs(features[:, :8] - EXPECTED[f"{case}.features"]).max() <= 1e-4
+    assert tensorrt_refuses(compiled(case)) == []
+
+
+def test_the_manifest(compiled: Any) -> None:
+    manifest = inner_manifest(compiled("T48-r0.5"))
+    assert manifest["schedule"]["method"] == "vispruner" and manifest["schedule"]["budget"] == 48
+    assert manifest["tokens"]["cross_modal.0"] == {"text": 9, "prompt_image": 48}
+    assert manifest["parity"]["passed"] and manifest["parity"]["decisions_compared"]
+    (row,) = manifest["parity"]["reducers"]
+    assert row["differ"] == 0 and not row["judged"]
