@@ -315,13 +315,18 @@ def _batches(
         return [dict(samples)]
     if samples is not None:
         return [dict(sample) for sample in samples]
-    dtypes = {name: spec["dtype"] for name, spec in manifest["inputs"].items()}
+    dtypes = {name: spec["dtype"] for name, spec in _specs(manifest).items()}
     return random_batches(model, _sample_shapes(manifest), dtypes)
+
+
+def _specs(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Inputs of the model: those of the artifact, and those that only outputs need which it leaves out."""
+    return {**manifest["inputs"], **manifest.get("unread_inputs", {})}
 
 
 def _sample_shapes(manifest: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """The captured shapes, in the nearest batch that a profile of the artifact contains."""
-    shapes = {name: tuple(spec["shape"]) for name, spec in manifest["inputs"].items()}
+    shapes = {name: tuple(spec["shape"]) for name, spec in _specs(manifest).items()}
     profiles = [Profile.parse(text) for text in manifest.get("profiles") or ()]
     batched = batch_inputs({name: torch.empty(shape, device="meta") for name, shape in shapes.items()})
     if not profiles or not batched:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor
 
 import pumer_compile as pumer
 from pumer_compile import Program, Reduced, Schedule
+from pumer_compile.errors import LocateError
 from pumer_compile.loading import load_model
 from pumer_compile.passes.insert import reducers_of
 from tests.commands import done, inner_manifest, onnx_outputs, tensorrt_refuses
@@ -191,3 +193,31 @@ def test_the_manifest(compiled: Any) -> None:
     assert manifest["parity"]["passed"] and manifest["parity"]["decisions_compared"]
     (row,) = manifest["parity"]["reducers"]
     assert row["differ"] == 0 and not row["judged"]
+
+
+def test_the_tower_alone(tmp_path: Path) -> None:
+    """For a server that takes prompt embeddings: pixels in, the budget's features and the kept positions out."""
+    path = tmp_path / "vision.onnx"
+    (tmp_path / "schedule.yaml").write_text("method: vispruner\nbudget: 48\n", encoding="utf-8")
+    inputs = ("--inputs", FOLDER / "inputs.npz")
+    only = ("--outputs", "image_hidden_states", "--with-decisions")
+    done(FOLDER, "--schedule", tmp_path / "schedule.yaml", *inputs, "-o", path, *only)
+    outputs = onnx_outputs(path, {"pixel_values": given()["pixel_values"]})
+    assert set(outputs) == {"image_hidden_states", "reducer.vision_2.prompt_image.kept"}
+    np.testing.assert_array_equal(outputs["reducer.vision_2.prompt_image.kept"], EXPECTED["T48-r0.5.kept"])
+    features = outputs["image_hidden_states"].reshape(2, 48, -1)
+    assert np.abs(features[:, :8] - EXPECTED["T48-r0.5.features"]).max() <= 1e-4
+    manifest = inner_manifest(path)
+    assert list(manifest["inputs"]) == ["pixel_values"]
+    assert sorted(manifest["unread_inputs"]) == ["attention_mask", "input_ids"]
+    done("parity", path, "--model", FOLDER, *inputs)
+
+
+def test_features_with_the_class_token_are_refused() -> None:
+    llava = copy.deepcopy(model())
+    llava.config.vision_feature_select_strategy = "full"
+    inputs = tensors()
+    inputs["input_ids"] = torch.cat([inputs["input_ids"][:, :6], inputs["input_ids"][:, 5:]], 1)
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    with pytest.raises(LocateError, match="gives the class token"):
+        pumer.reduce(pumer.capture(llava, inputs, outputs=["logits"]), schedule("T48-r0.5"))

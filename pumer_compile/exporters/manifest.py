@@ -76,6 +76,11 @@ def make_manifest(
             name: {"shape": list(tensor.shape), "dtype": _dtype(tensor, options)}
             for name, tensor in ((name, program.inputs[name]) for name in inputs)
         },
+        "unread_inputs": {
+            name: {"shape": list(tensor.shape), "dtype": _dtype(tensor, options)}
+            for name, tensor in program.inputs.items()
+            if name not in inputs
+        },
         "outputs": outputs,
         "decisions": decisions,
         "dynamic_batch": program.dynamic_batch,

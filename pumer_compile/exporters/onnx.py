@@ -217,10 +217,19 @@ def build_onnx(program: Program, schedule: Schedule | None, options: OnnxOptions
         first = next((line for line in str(error).splitlines() if line.strip()), "no message")
         raise ExportError(f"torch.onnx could not convert the graph: {first.strip()}") from error
     build = polished(build, reduced=schedule is not None)
+    if program.outputs:
+        _drop_unread(build.model)
     if options.quantize_mode is not None:
         quantized = quantize_onnx(build.model, options.quantize_mode, program.inputs, calibration)
         build = OnnxBuild(quantized, build.outputs, build.decisions)
     return build
+
+
+def _drop_unread(model: onnx_ir.Model) -> None:
+    """Inputs that only left-out outputs need: the ids, where a vision tower alone is kept."""
+    for value in list(model.graph.inputs):
+        if not value.uses() and not value.is_graph_output():
+            model.graph.inputs.remove(value)
 
 
 def polished(build: OnnxBuild, *, reduced: bool) -> OnnxBuild:

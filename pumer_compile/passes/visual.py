@@ -68,8 +68,14 @@ class SelectVisual:
         start = self._offset(features, attention)
         total = shape(attention.query)[2]
         assert isinstance(total, int)
-        learned = sum(s.length for s in attention.query_axis.segments) - tokens
-        rows = (0, 1) if learned > 0 else (0, total)
+        learned = max((walk.annotation.learned[stream] for stream in attention.query_axis.streams), default=0)
+        if start < learned:
+            raise LocateError(
+                f"{describe(features)} gives the class token of the vision tower to the prompt, beside the image's own "
+                "tokens; the selection is by the class token's attention to those. Let the model leave it out "
+                "(vision_feature_select_strategy='default')."
+            )
+        rows = (0, 1) if learned else (0, total)
         if attention.fused:
             assert attention.key is not None
             if attention.masks or attention.unusual:
