@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import importlib.util
+import sys
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -64,17 +66,26 @@ def load_library(name: str | None = None) -> Library:
     if name not in known:
         raise UsageError(f"No builder {name!r}: choose {' or '.join(known)}.")
     library: LibraryName = name  # type: ignore[assignment]  # checked above
+    # Standard TensorRT does not survive without a device, so it is not even imported there.
+    if library == "tensorrt" and _installed(library) and cuda_device() is None:
+        raise UsageError(
+            "TensorRT tunes an engine on the GPU it will run on, and there is no CUDA device here. Use a machine with "
+            "one, or --builder tensorrt-rtx, which builds without."
+        )
     found = _imported(library)
     if found is None:
         raise UsageError(
             f"{name} is not installed. Install the extra: pip install 'pumer-compile[{_EXTRAS[library]}]'."
         )
-    if library == "tensorrt" and cuda_device() is None:
-        raise UsageError(
-            "TensorRT tunes an engine on the GPU it will run on, and there is no CUDA device here. Use a machine with "
-            "one, or --builder tensorrt-rtx, which builds without."
-        )
     return Library(library, found)
+
+
+def _installed(name: LibraryName) -> bool:
+    """Whether there is such a package, without importing it."""
+    return any(
+        sys.modules[module] is not None if module in sys.modules else importlib.util.find_spec(module) is not None
+        for module in _MODULES[name]
+    )
 
 
 def _imported(name: LibraryName) -> Any:

@@ -263,6 +263,13 @@ def test_tensorrt_without_a_device(out: Path, monkeypatch: pytest.MonkeyPatch) -
     message = refused(2, folder(), *COMPILE, "-o", out, "--builder", "tensorrt")
     assert "no CUDA device" in message and "tensorrt-rtx" in message
     assert load_library().name == "tensorrt-rtx"
+    # It is not so much as imported: standard TensorRT ends the process there.
+    seen: list[str] = []
+    monkeypatch.setattr(tensorrt_library, "_imported", lambda name: seen.append(name))
+    refused(2, folder(), *COMPILE, "-o", out, "--builder", "tensorrt")
+    assert seen == []
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "tensorrt", types.SimpleNamespace(Builder=None, __version__="10.0"))
     monkeypatch.setattr(tensorrt_library, "cuda_device", lambda: (9, 0))
     assert load_library().name == "tensorrt"
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers.exporters import AutoHfExporter
@@ -17,7 +18,8 @@ from pumer_compile.errors import ScheduleError, UsageError
 from pumer_compile.exporters.manifest import read_manifest
 from pumer_compile.exporters.transformers_backend import TensorRtConfig, TensorRtExporter, TensorRtRunner
 from pumer_compile.files import sha256_file
-from tests.commands import feed
+from tests.commands import artifact, feed, onnx_outputs
+from tests.fake_tensorrt import engine_of, install
 from tests.tiny import tiny_vilt
 
 SCHEDULE = {"layers": [0], "prune": 0.1, "merge": {"image": 0.3, "text": 0.2}}
@@ -104,3 +106,16 @@ def test_what_is_refused(options: dict[str, Any], error: type[Exception], words:
 def test_options_of_onnxruntime() -> None:
     with pytest.raises(UsageError, match="neither ort_fusions nor a quantizer"):
         TensorRtConfig(ort_fusions="cpu")
+
+
+def test_it_is_called_by_keyword(exported: ExportedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against a stand-in for the device, which executes an ONNX model of the same schedule."""
+    exported.save_pretrained(tmp_path)
+    install(monkeypatch)
+    outputs = artifact()
+    engine = engine_of(outputs, tmp_path)
+    (tmp_path / "manifest.json").rename(tmp_path / "model.manifest.json")
+    loaded = ExportedModel.from_pretrained(tmp_path)
+    found = loaded(**tensors(), unknown=1)
+    assert type(found).__name__ == "SequenceClassifierOutput" and engine.exists()
+    np.testing.assert_array_equal(found.logits.numpy(), onnx_outputs(outputs, feed())["logits"])
