@@ -350,7 +350,7 @@ _LLAMA: dict[str, Any] = {"model_type": "llama", **_LANGUAGE}
 _QWEN: dict[str, Any] = {"model_type": "qwen2", **_LANGUAGE}
 
 
-@_architecture("LLaVA", SMALL, "logits")
+@_architecture("LLaVA", SMALL, "logits", proof="tests/test_oracle_llava.py")
 def _llava() -> Built:
     config = hf.LlavaConfig(vision_config=_CLIP, text_config=_LLAMA, image_token_index=99, vision_feature_layer=-1)
     return hf.LlavaForConditionalGeneration(config), {**words(50, first=36), **pixels(48)}
@@ -388,7 +388,7 @@ def _vipllava() -> Built:
     return hf.VipLlavaForConditionalGeneration(config), {**words(50, first=36), **pixels(48)}
 
 
-@_architecture("PaliGemma", SMALL, "logits")
+@_architecture("PaliGemma", SMALL, "logits", proof="tests/architectures/test_prompts.py")
 def _paligemma() -> Built:
     text = {"model_type": "gemma", "head_dim": 16, **_LANGUAGE}
     config = hf.PaliGemmaConfig(

@@ -435,12 +435,14 @@ def triton_(
 
 def _check_triton(repository: Path, output: Path, options: Any) -> None:
     from .exporters.session import ENGINE_SUFFIXES
-    from .exporters.triton import check_triton
+    from .exporters.triton import check_covered, check_triton
     from .tensorrt_library import load_library
 
     builder = None
     if output.suffix in ENGINE_SUFFIXES:
         builder = options.builder or load_library().name
+        if options.profiles:
+            check_covered(output, options.profiles, max(profile.maximum for profile in options.profiles))
     check_triton(repository, output.stem, output, builder)
 
 

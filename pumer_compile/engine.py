@@ -14,6 +14,7 @@ from torch import Tensor
 from .errors import UsageError
 from .exporters.manifest import read_manifest
 from .exporters.session import open_session
+from .plan import check_prompts
 from .runtimes.base import Runtime, TensorSpec
 
 
@@ -107,6 +108,7 @@ class Engine:
         Raises:
             UsageError: an input is missing, is not one of the artifact's, or has another shape.
         """
+        check_prompts(self.manifest, inputs)
         unknown = [name for name in inputs if name not in self.inputs]
         if unknown:
             raise UsageError(
@@ -119,6 +121,7 @@ class Engine:
 
     def run(self, batch: Mapping[str, Tensor]) -> dict[str, np.ndarray[Any, Any]]:
         """Outputs by name as arrays, from a batch that may hold more than the artifact's inputs."""
+        check_prompts(self.manifest, batch)
         return self._session.run(batch)
 
     def __repr__(self) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -28,6 +29,7 @@ from .exporters.manifest import read_manifest
 from .exporters.onnx import DEFAULT_OPSET, append_metadata, quiet_torch_onnx, save_onnx
 from .exporters.session import OnnxSession
 from .files import check_writable, publish
+from .plan import check_prompts
 
 KEY = "pumer_compile.decode"
 CACHE = "past_key_values."
@@ -69,8 +71,11 @@ def export_decode(model: PreTrainedModel, inputs: Mapping[str, Tensor], path: st
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
             files = save_onnx(converted, Path(folder) / path.name)
             session = OnnxSession(files[-1])
-            _prove(model, inputs, session)
-            described = {"inputs": session.inputs, "outputs": session.outputs}
+            _check_step(model, session)
+            # Some models count from 1.
+            offset = int(given["position_ids"].flatten()[0]) - inputs["input_ids"].shape[1]
+            _prove(model, inputs, session, offset)
+            described = {"inputs": session.inputs, "outputs": session.outputs, "position_offset": offset}
             append_metadata(files[-1], {KEY: json.dumps(described)})
             publish([(file, path.with_name(file.name)) for file in files])
     return path
@@ -84,16 +89,25 @@ def _check(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> None:
         raise UsageError("A prompt for generation must have no padding: batch prompts of one length.")
 
 
-def _prove(model: PreTrainedModel, inputs: Mapping[str, Tensor], session: OnnxSession) -> None:
-    """Compare with eager PyTorch after the prompt, and again one token later."""
+def _check_step(model: PreTrainedModel, session: OnnxSession) -> None:
+    known = ("input_ids", "position_ids")
+    others = [n for n in session.inputs if n not in known and not n.startswith(f"input.{CACHE}")]
+    if others or "position_ids" not in session.inputs:
+        raise UsageError(
+            f"The decoding step of {type(model).__name__} takes {', '.join(others) or 'no position_ids'}; a token, its "
+            "position and the cache are what the reference loop gives."
+        )
+
+
+def _prove(model: PreTrainedModel, inputs: Mapping[str, Tensor], session: OnnxSession, offset: int) -> None:
+    """Compare with eager PyTorch, which counts positions by itself, after the prompt and again one token later."""
     found = model(**inputs, use_cache=True)
     token = found.logits[:, -1:].argmax(-1)
     length = inputs["input_ids"].shape[1]
     cache = _cache(get_leaf_tensors({"past_key_values": found.past_key_values}))
     for position in (length, length + 1):
-        outputs = session.run({**_step(session, token, position), **_past(session, cache)})
-        ids = torch.full_like(token, position)
-        found = model(input_ids=token, past_key_values=found.past_key_values, position_ids=ids, use_cache=True)
+        outputs = session.run({**_step(token, position + offset), **_past(session, cache)})
+        found = model(input_ids=token, past_key_values=found.past_key_values, use_cache=True)
         error = float(np.abs(outputs["logits"] - found.logits.float().numpy()).max())
         if not error <= TOLERANCE:
             raise ParityError(f"The decoding step differs from eager PyTorch by {error:.2e}, allowed {TOLERANCE:g}.")
@@ -112,8 +126,8 @@ class Generator:
     """
 
     def __init__(self, prefill: str | os.PathLike[str], decode: str | os.PathLike[str]) -> None:
-        manifest = read_manifest(Path(prefill))
-        schedule = manifest["schedule"] or {}
+        self._manifest = read_manifest(Path(prefill))
+        schedule = self._manifest["schedule"] or {}
         self._compact = schedule.get("positions", "compact") == "compact"
         self.prefill, self.decode = OnnxSession(Path(prefill)), OnnxSession(Path(decode))
         if "logits" not in self.prefill.outputs or not any(n.startswith(CACHE) for n in self.prefill.outputs):
@@ -121,8 +135,7 @@ class Generator:
                 f"{prefill} gives {', '.join(self.prefill.outputs)}; generating needs logits and a cache. Compile it "
                 "without --outputs."
             )
-        if not any(name.startswith(f"input.{CACHE}") for name in self.decode.inputs):
-            raise UsageError(f"{decode} takes {', '.join(self.decode.inputs)}: it is no decoding step.")
+        self._offset = _described(Path(decode))["position_offset"]
 
     def generate(self, inputs: Mapping[str, Tensor], tokens: int, stop: int | None = None) -> Tensor:
         """New tokens, greedy.
@@ -135,13 +148,14 @@ class Generator:
         Returns:
             `[batch, tokens or fewer]`, int64.
         """
+        check_prompts(self._manifest, inputs)
         outputs = self.prefill.run(inputs)
         length = outputs["logits"].shape[1] if self._compact else inputs["input_ids"].shape[1]
         cache = _cache({name: torch.from_numpy(a) for name, a in outputs.items() if name.startswith(CACHE)})
         made = [torch.from_numpy(outputs["logits"])[:, -1:].argmax(-1)]
         while len(made) < tokens and not (stop is not None and _ended(made, stop)):
-            position = length + len(made) - 1
-            outputs = self.decode.run({**_step(self.decode, made[-1], position), **_past(self.decode, cache)})
+            position = length + len(made) - 1 + self._offset
+            outputs = self.decode.run({**_step(made[-1], position), **_past(self.decode, cache)})
             cache = _next(outputs)
             made.append(torch.from_numpy(outputs["logits"])[:, -1:].argmax(-1))
         return torch.cat(made, 1)
@@ -151,9 +165,15 @@ def _ended(made: list[Tensor], stop: int) -> bool:
     return bool((torch.cat(made, 1) == stop).any(1).all())
 
 
-def _step(session: OnnxSession, token: Tensor, position: int) -> dict[str, Tensor]:
-    known = {"input_ids": token, "position_ids": torch.full_like(token, position)}
-    return {name: known[name] for name in session.inputs if name in known}
+def _described(path: Path) -> dict[str, Any]:
+    for entry in onnx.load(str(path), load_external_data=False).metadata_props:
+        if entry.key == KEY:
+            return dict(json.loads(entry.value))
+    raise UsageError(f"{path} is no decoding step of pumer-compile: its metadata has no {KEY}.")
+
+
+def _step(token: Tensor, position: int) -> dict[str, Tensor]:
+    return {"input_ids": token, "position_ids": torch.full_like(token, position)}
 
 
 def _past(session: OnnxSession, cache: Mapping[str, Tensor]) -> dict[str, Tensor]:

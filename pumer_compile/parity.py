@@ -32,6 +32,7 @@ from .inputs import make_inputs
 from .loading import LoadedModel, load_model
 from .outputs import output_nodes
 from .passes.insert import reducers_of
+from .plan import check_prompts
 from .reduce import reduce
 from .reducers import StreamReducer, forced_decisions
 from .reducers.reducer import Decisions, Forcing
@@ -270,6 +271,8 @@ def parity(
     check_recording(manifest, save_inputs, save_outputs)
     session = open_session(path, manifest, provider=provider)
     batches = _batches(samples, loaded, manifest)
+    for batch in batches:
+        check_prompts(manifest, batch)
     program = capture(
         loaded,
         batches[0],

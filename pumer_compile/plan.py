@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from .errors import PlanError
+from torch import Tensor
+
+from .errors import PlanError, UsageError
 from .schedule import Budget, Schedule, Semantics, Site
 
 
@@ -38,6 +41,22 @@ class SitePlan:
 
 
 @dataclass(frozen=True)
+class PromptPlace:
+    """Where an image stands in every prompt of a compiled model.
+
+    Attributes:
+        input: that holds the ids.
+        placeholder: the id that fills the place.
+        start, stop: first position, and the one after the last.
+    """
+
+    input: str
+    placeholder: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
 class Plan:
     """Sites in execution order and the multiply-adds of one sample, reducers included.
 
@@ -45,12 +64,14 @@ class Plan:
         sites: where tokens are reduced.
         multiply_adds_before, multiply_adds_after: of the whole model.
         layers: tokens by stream after every attention node that has any, by its address, in execution order.
+        prompts: where images stand in prompts.
     """
 
     sites: tuple[SitePlan, ...]
     multiply_adds_before: int
     multiply_adds_after: int
     layers: dict[str, dict[str, int]] = field(default_factory=dict)
+    prompts: tuple[PromptPlace, ...] = ()
 
     @property
     def ratio(self) -> float:
@@ -63,7 +84,9 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """`{"sites": [{site, module, before, after}], "multiply_adds": {before, after, ratio}}`."""
+        prompts = {"prompts": [asdict(place) for place in self.prompts]} if self.prompts else {}
         return {
+            **prompts,
             "sites": [{"site": s.name, "module": s.module, "before": s.before, "after": s.after} for s in self.sites],
             "multiply_adds": {
                 "before": self.multiply_adds_before,
@@ -71,6 +94,25 @@ class Plan:
                 "ratio": self.ratio,
             },
         }
+
+
+def check_prompts(manifest: Mapping[str, Any], inputs: Mapping[str, Tensor]) -> None:
+    """Whether images stand in these prompts where the artifact has them compiled in.
+
+    Raises:
+        UsageError: elsewhere, or in another number of places.
+    """
+    for place in (manifest.get("plan") or {}).get("prompts", ()):
+        ids, start, stop = inputs.get(place["input"]), place["start"], place["stop"]
+        if ids is None:
+            continue
+        found = ids == place["placeholder"]
+        if not (bool(found[:, start:stop].all()) and int(found.sum()) == (stop - start) * ids.shape[0]):
+            raise UsageError(
+                f"The artifact has the image at positions {start} to {stop - 1} of every prompt, and these "
+                f"{place['input']} do not have its placeholders (id {place['placeholder']}) just there. Compile it for "
+                "prompts of this form."
+            )
 
 
 def merge_limit(tokens: int, protected: int) -> int:

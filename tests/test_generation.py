@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import pumer_compile as pumer
+from benchmarks.architecture_models import ARCHITECTURES
 from pumer_compile import Schedule
 from pumer_compile.errors import ParityError, UsageError
 from pumer_compile.generation import Generator, export_decode
@@ -52,9 +53,15 @@ def prefill(folder: Path, **schedule: Any) -> Path:
     return pumer.export(reduced, folder / "prefill.onnx").path
 
 
+@pytest.fixture(scope="module")
+def prefilled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prefill(tmp_path_factory.mktemp("prefill"), budget=48)
+
+
 @pytest.mark.parametrize("budget", [48, 9])
-def test_the_tokens_that_transformers_generates(budget: int, decode: Path, tmp_path: Path) -> None:
-    made = Generator(prefill(tmp_path, budget=budget), decode).generate(tensors(), TOKENS)
+def test_the_tokens_that_transformers_generates(budget: int, decode: Path, prefilled: Path, tmp_path: Path) -> None:
+    path = prefilled if budget == 48 else prefill(tmp_path, budget=budget)
+    made = Generator(path, decode).generate(tensors(), TOKENS)
     assert made.shape == (2, TOKENS)
     assert torch.equal(made, reduced_by_hand(tensors(), budget))
 
@@ -82,8 +89,8 @@ def test_positions_go_on_where_the_prompt_ends(decode: Path, tmp_path: Path) -> 
     assert torch.equal(made, torch.cat(wanted, 1))
 
 
-def test_a_text_that_ends(decode: Path, tmp_path: Path) -> None:
-    generator = Generator(prefill(tmp_path, budget=48), decode)
+def test_a_text_that_ends(decode: Path, prefilled: Path) -> None:
+    generator = Generator(prefilled, decode)
     whole = generator.generate(tensors(), TOKENS)
     stop = int(whole[0, 3])
     short = generator.generate(tensors(), TOKENS, stop=stop)
@@ -124,9 +131,17 @@ def test_a_wrong_step_is_not_published(tmp_path: Path, monkeypatch: pytest.Monke
     assert not list(tmp_path.iterdir())
 
 
-def test_artifacts_of_another_kind(decode: Path, tmp_path: Path) -> None:
+def test_artifacts_of_another_kind(decode: Path, prefilled: Path) -> None:
     with pytest.raises(UsageError, match="needs logits and a cache"):
         Generator(artifact(), decode)
-    path = prefill(tmp_path, budget=48)
-    with pytest.raises(UsageError, match="no decoding step"):
-        Generator(path, path)
+    with pytest.raises(UsageError, match="is no decoding step"):
+        Generator(prefilled, prefilled)
+
+
+def test_models_that_count_from_one(tmp_path: Path) -> None:
+    """PaliGemma's positions begin at 1; what its decoding step takes besides, the loop does not give."""
+    torch.manual_seed(0)
+    paligemma, one = ARCHITECTURES["PaliGemma"].build()
+    with pytest.raises(UsageError, match="decoding step of PaliGemmaForConditionalGeneration takes token_type_ids"):
+        export_decode(paligemma.eval(), one, tmp_path / "decode.onnx")
+    assert not list(tmp_path.iterdir())

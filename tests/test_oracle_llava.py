@@ -15,7 +15,7 @@ from torch import Tensor
 
 import pumer_compile as pumer
 from pumer_compile import Program, Reduced, Schedule
-from pumer_compile.errors import LocateError
+from pumer_compile.errors import LocateError, UsageError
 from pumer_compile.loading import load_model
 from pumer_compile.passes.insert import reducers_of
 from tests.commands import done, inner_manifest, onnx_outputs, tensorrt_refuses
@@ -221,3 +221,26 @@ def test_features_with_the_class_token_are_refused() -> None:
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     with pytest.raises(LocateError, match="gives the class token"):
         pumer.reduce(pumer.capture(llava, inputs, outputs=["logits"]), schedule("T48-r0.5"))
+
+
+# --- The place of the image -------------------------------------------------------------------------------------------
+
+
+def test_prompts_of_another_form_are_refused(compiled: Any, tmp_path: Path) -> None:
+    path = compiled("T48-r0.5")
+    (place,) = inner_manifest(path)["plan"]["prompts"]
+    assert place == {"input": "input_ids", "placeholder": 299, "start": 5, "stop": 149}
+    engine = pumer.Engine(path)
+    assert engine(**tensors())["logits"].shape == (2, 62, 300)
+    moved = {**tensors(), "input_ids": tensors()["input_ids"].roll(1, 1)}
+    for run_it in (lambda: engine(**moved), lambda: engine.run(moved), lambda: pumer.parity(path, model(), moved)):
+        with pytest.raises(UsageError, match="positions 5 to 148 of every prompt"):
+            run_it()
+    fewer = {**tensors(), "input_ids": tensors()["input_ids"].clone()}
+    fewer["input_ids"][1, 20] = 1
+    with pytest.raises(UsageError, match="id 299"):
+        engine(**fewer)
+    more = {**tensors(), "input_ids": tensors()["input_ids"].clone()}
+    more["input_ids"][1, 0] = 299
+    with pytest.raises(UsageError, match="id 299"):
+        engine(**more)

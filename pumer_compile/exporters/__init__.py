@@ -78,7 +78,8 @@ def export(
     """Write an artifact; the suffix of `path` picks the exporter.
 
     Everything is written under temporary names beside `path` and renamed when it is complete and proved: a failed or
-    killed run leaves the old artifact as it was.
+    killed run leaves the old artifact as it was. (Where the manifest is a file beside the artifact, it is renamed
+    first; a kill between the two renames leaves an old artifact that is no longer the one described, and refused.)
 
     Args:
         reduced: from `reduce`, or a captured program to export as it is.
@@ -164,7 +165,7 @@ def _prove(
         unreduced,
         batches,
         writer.options.tolerance,
-        build.decisions if evidence.decisions is None else evidence.decisions,
+        build.decisions,
         decide=evidence.decide,
         atol=atol,
         rtol=rtol,
@@ -172,8 +173,8 @@ def _prove(
     report.stand_in = evidence.stand_in
     if evidence.stand_in:
         report.notes.append(
-            f"this is the report of {evidence.stand_in}; {files[-1].name} itself cannot run on this machine. Prove it "
-            "where it will: pumer-compile parity ARTIFACT --model MODEL"
+            f"this is the report of {evidence.stand_in}; {files[-1].name} itself cannot run on this machine "
+            f"({evidence.reason}). Prove it where it will: pumer-compile parity ARTIFACT --model MODEL"
         )
     if clipped:
         report.notes.append(clipped)
@@ -238,11 +239,11 @@ def _proof_batches(
         except UsageError:  # inputs that nobody can make up
             pass
     sizes = sorted({size for p in profiles for size in (p.minimum, p.optimum, p.maximum)})
-    proved = [size for size in sizes if size <= LARGEST_PROVED_BATCH]
-    left_out = [str(size) for size in sizes if size > LARGEST_PROVED_BATCH]
+    proved = [size for size in sizes if size <= LARGEST_PROVED_BATCH] or sizes[:1]
+    left_out = [str(size) for size in sizes if size not in proved]
     if not sizes:
         return batches, ""
-    pooled: list[Mapping[str, Tensor]] = [resized_batch(batches, size) for size in proved or [LARGEST_PROVED_BATCH]]
+    pooled: list[Mapping[str, Tensor]] = [resized_batch(batches, size) for size in proved]
     return pooled, f"not proved at a batch of {', '.join(left_out)}: it would take too long" if left_out else ""
 
 

@@ -71,14 +71,14 @@ class Evidence:
     Attributes:
         session: gives the outputs.
         decide: gives the decisions; the same object where the artifact gives them itself.
-        decisions: those that are compared; None for all.
+        reason: why the artifact cannot run here, where it cannot.
         stand_in: what is run in place of the artifact, which cannot run here; empty where it is the artifact itself.
     """
 
     session: Session
     decide: Session
     stand_in: str = ""
-    decisions: Sequence[str] | None = None
+    reason: str = ""
 
 
 @dataclass(frozen=True)

@@ -95,17 +95,26 @@ def make_manifest(
 def sidecar(path: Path) -> Path:
     """Where the manifest beside an artifact goes.
 
-    `manifest.json`, or `<stem>.manifest.json` where that name is taken by something else.
+    `manifest.json`, or `<stem>.manifest.json` where that is another artifact's or somebody else's, or else
+    `<name>.manifest.json`.
     """
-    plain, named = path.with_name(SIDECAR), path.with_name(f"{path.stem}.{SIDECAR}")
+    *shared, own = _sidecars(path)
+    return next((candidate for candidate in shared if _free(candidate, path)), own)
+
+
+def _sidecars(path: Path) -> tuple[Path, Path, Path]:
+    return path.with_name(SIDECAR), path.with_name(f"{path.stem}.{SIDECAR}"), path.with_name(f"{path.name}.{SIDECAR}")
+
+
+def _free(candidate: Path, path: Path) -> bool:
+    """Whether there is no manifest there, or one of this artifact, or of one that is gone."""
     try:
-        described = json.loads(plain.read_text(encoding="utf-8"))["artifact"]
+        described = json.loads(candidate.read_text(encoding="utf-8"))["artifact"]
     except FileNotFoundError:
-        return plain
+        return True
     except (OSError, ValueError, TypeError, KeyError):
-        return named  # somebody else's manifest.json
-    other = described != path.name and plain.with_name(str(described)).exists()
-    return named if other else plain
+        return False  # somebody else's
+    return described == path.name or not candidate.with_name(str(described)).exists()
 
 
 def _dtype(tensor: Tensor, options: Mapping[str, Any]) -> str:
@@ -148,28 +157,34 @@ def _inner(path: Path) -> dict[str, Any]:
 
 def _beside(path: Path) -> dict[str, Any]:
     """The manifest that names this artifact, and describes these very bytes."""
-    candidates = (path.with_name(f"{path.stem}.{SIDECAR}"), path.with_name(SIDECAR))
-    for candidate in candidates:
+    candidates, outdated = _sidecars(path), None
+    for candidate in reversed(candidates):
         try:
             found = dict(json.loads(candidate.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
             continue
         if found.get("artifact") != path.name:
             continue
-        if found.get("sha256") != sha256_file(path):
-            raise UsageError(
-                f"{path} is not the file that {candidate} describes: its SHA-256 differs. Compile it again, or put "
-                "back the manifest that was written with it."
-            )
-        for name, digest in dict(found.get("companions", {})).items():
-            companion = path.with_name(name)
-            if not companion.is_file() or sha256_file(companion) != digest:
-                raise UsageError(
-                    f"{companion} does not belong to {path}: it is missing, or its SHA-256 is not the one in "
-                    f"{candidate}. Compile the artifact again, or put back the file that was written with it."
-                )
-        return found
+        if found.get("sha256") == sha256_file(path):
+            _check_companions(path, candidate, found)
+            return found
+        outdated = candidate
+    if outdated is not None:
+        raise UsageError(
+            f"{path} is not the file that {outdated} describes: its SHA-256 differs. Compile it again, or put back the "
+            "manifest that was written with it."
+        )
     raise UsageError(
-        f"No manifest describes {path}: looked for {' and '.join(c.name for c in candidates)} beside it. It was not "
-        "made by pumer-compile, or was moved without its manifest."
+        f"No manifest describes {path}: looked for {', '.join(c.name for c in candidates)} beside it. It was not made "
+        "by pumer-compile, or was moved without its manifest."
     )
+
+
+def _check_companions(path: Path, sidecar: Path, manifest: Mapping[str, Any]) -> None:
+    for name, digest in dict(manifest.get("companions", {})).items():
+        companion = path.with_name(name)
+        if not companion.is_file() or sha256_file(companion) != digest:
+            raise UsageError(
+                f"{companion} does not belong to {path}: it is missing, or its SHA-256 is not the one in {sidecar}. "
+                "Compile the artifact again, or put back the file that was written with it."
+            )

@@ -37,6 +37,7 @@ from ..files import content_name, sha256_file
 from ..loading import quiet
 from ..outputs import output_nodes
 from ..reduce import reduce_graph, with_decisions
+from ..runtimes.ort import check_provider
 from ..schedule import Schedule
 from .base import Evidence, Options, Precision, Writer
 from .manifest import KEY
@@ -431,6 +432,8 @@ class OnnxWriter(Writer[OnnxOptions, OnnxBuild]):
     def check(self, *, dynamic_batch: bool, verify: bool) -> None:
         """Refuse a proof that nothing here can give: onnxruntime's CPU provider does not run bfloat16."""
         super().check(dynamic_batch=dynamic_batch, verify=verify)
+        if verify:
+            check_provider()
         if verify and self.options.dtype == "bfloat16":
             raise UsageError(
                 "A bfloat16 artifact cannot be proved here: onnxruntime's CPU provider does not run it. Choose "

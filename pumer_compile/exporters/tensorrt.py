@@ -14,7 +14,7 @@ import logging
 import resource
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,9 +23,10 @@ import onnx_ir
 from ..capture import Program
 from ..errors import ExportError, UsageError
 from ..files import atomic_path, check_writable
+from ..runtimes.ort import check_provider
 from ..schedule import Schedule
 from ..tensorrt_library import Library, cuda_device, load_library
-from .base import Evidence, Options, Profile, Writer
+from .base import Evidence, Options, Profile, Session, Writer
 from .onnx import OnnxBuild, OnnxOptions, build_onnx, save_onnx
 from .session import OnnxSession, deciding
 
@@ -127,6 +128,8 @@ class EngineWriter(Writer[EngineOptions, EngineBuild]):
             raise UsageError(
                 "--layer-info reads the built engine back, which needs a CUDA device; there is none here. Leave it out."
             )
+        if verify and cuda_device() is None:
+            check_provider()  # the ONNX model is what can be proved here
         if verify and options.dtype == "bfloat16" and cuda_device() is None:
             raise UsageError(
                 "A bfloat16 engine cannot be proved here: there is no CUDA device, and onnxruntime's CPU provider does "
@@ -174,15 +177,25 @@ class EngineWriter(Writer[EngineOptions, EngineBuild]):
         try:
             engine = TensorRtSession(files[-1], self.describe(build))
         except UsageError as error:
-            log.info("the engine cannot be executed here: %s", error)
+            reason = str(error)
         else:
-            # An engine shows no inner values: without decisions among its outputs it is judged end to end.
-            shown = [name for name in build.decisions if name in engine.outputs]
-            return Evidence(engine, engine, decisions=shown)
+            hidden = [name for name in build.decisions if name not in engine.outputs]
+            return Evidence(engine, self._deciding(build, files[-1]) if hidden else engine)
         assert build.parsed is not None
         session = OnnxSession(build.parsed)
         decide = deciding(session, build.decisions)
-        return Evidence(session, decide, stand_in="the ONNX model that the engine was built from")
+        return Evidence(session, decide, stand_in="the ONNX model that the engine was built from", reason=reason)
+
+    def _deciding(self, build: EngineBuild, engine: Path) -> Session:
+        """A twin of the engine that gives the decisions too; an engine shows no inner values."""
+        from ..runtimes.tensorrt import TensorRtSession
+
+        self.progress("building a twin that shows its decisions")
+        model = save_onnx(build.onnx.model, engine.parent / "onnx" / "deciding.onnx")[-1]
+        twin = engine.with_name(f"deciding{engine.suffix}")
+        options = replace(self.options, layer_info=None, timing_cache=None)
+        twin.write_bytes(build_engine(build.library, model, options, self.progress))
+        return TensorRtSession(twin, self.describe(build))
 
     def describe(self, build: EngineBuild) -> dict[str, Any]:
         """Builder, version, device, time and memory."""
@@ -298,6 +311,8 @@ def unsupported(library: Library, model: Path, network: Any = None, logger: Any 
 
 def _configured(library: Library, builder: Any, network: Any, options: EngineOptions) -> Any:
     trt, config = library.trt, builder.create_builder_config()
+    # On by default, also in strongly typed networks: float32 products, those of the reducers too, would keep 10 bits.
+    config.clear_flag(trt.BuilderFlag.TF32)
     if options.workspace is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace << 20)
     if options.optimization_level is not None:
@@ -342,7 +357,9 @@ def _after(library: Library, config: Any, plan: Any, options: EngineOptions, log
     if options.layer_info is None:
         return
     trt = library.trt
-    engine = trt.Runtime(logger).deserialize_cuda_engine(plan)
+    runtime = trt.Runtime(logger)
+    runtime.engine_host_code_allowed = options.version_compatible
+    engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
         raise ExportError(f"The engine cannot be read back here, so there is no --layer-info: {logger.errors}")
     text = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)

@@ -228,13 +228,17 @@ def _served(name: str, artifact: Path, manifest: Mapping[str, Any], max_batch_si
             raise UsageError(f"A batch of {max_batch_size} is in no profile of {artifact}; its largest is {largest}.")
         largest = max_batch_size
     if engine and batched:
-        _check_covered(artifact, profiles, largest)
+        check_covered(artifact, profiles, largest)
     kind = "KIND_GPU" if engine else _KINDS.get(str(manifest.get("target")), "KIND_AUTO")
     return ServedModel(name, engine, inputs, outputs, largest if batched else 0, profiles, kind, sha256_file(artifact))
 
 
-def _check_covered(artifact: Path, profiles: Sequence[Profile], largest: int) -> None:
-    """Triton sends every batch size up to the largest."""
+def check_covered(artifact: Path, profiles: Sequence[Profile], largest: int) -> None:
+    """Triton sends every batch size up to the largest.
+
+    Raises:
+        UsageError: no profile contains one of them.
+    """
     for size in range(1, largest + 1):
         if not any(profile.minimum <= size <= profile.maximum for profile in profiles):
             raise UsageError(

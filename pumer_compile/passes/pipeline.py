@@ -82,6 +82,8 @@ class History:
 
 
 def _prompt(state: State) -> int:
+    if state.schedule.method != "vispruner":
+        return 0  # what else is reduced, it is reduced in the graph as it was captured
     state.prompt = spell_out(state.captured, state.inputs)
     if state.prompt is None:
         return 0
@@ -165,7 +167,8 @@ def _count(state: State) -> int:
     assert state.attentions is not None
     assert state.walk is not None
     layers = tokens_after_layers(state.attentions, state.insertions, state.walk)
-    state.plan = count_plan(state.captured, state.reduced, state.insertions, state.inputs, layers)
+    plan = count_plan(state.captured, state.reduced, state.insertions, state.inputs, layers)
+    state.plan = dataclasses.replace(plan, prompts=tuple(state.prompt.places) if state.prompt else ())
     return len(state.plan.sites)
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx
 
 from ..errors import AxisError
+from ..plan import PromptPlace
 from .axes import Constraint, Dim, Opaque, Same, Seed
 from .graph import ancestors, attribute, describe, module_path, values
 from .rules import aten, rule
@@ -49,10 +50,12 @@ class Prompt:
     Attributes:
         module: a copy of the captured graph; parameters are shared.
         marks: its `visual_tokens` nodes.
+        places: where the images stand, for those whose placeholder is an id.
     """
 
     module: fx.GraphModule
     marks: list[fx.Node]
+    places: list[PromptPlace]
 
 
 def spell_out(captured: fx.GraphModule, inputs: Mapping[str, Tensor]) -> Prompt | None:
@@ -69,16 +72,17 @@ def spell_out(captured: fx.GraphModule, inputs: Mapping[str, Tensor]) -> Prompt 
         return None
     graph = copy.deepcopy(captured.graph)
     module = fx.GraphModule(captured, graph)
-    marks = []
+    marks: list[fx.Node] = []
+    places: list[PromptPlace] = []
     for node in [n for n in graph.nodes if n.target is _SCATTER]:
         if not any(n.target in _ATTENTION for n in ancestors(node)):
             continue  # not the output of a tower
-        marks.append(_spell_out(graph, node, inputs))
+        _spell_out(graph, node, inputs, marks, places)
     graph.eliminate_dead_code()
     _towers_first(graph, marks)
     graph.lint()
     module.recompile()
-    return Prompt(module, marks) if marks else None
+    return Prompt(module, marks, places) if marks else None
 
 
 def _towers_first(graph: fx.Graph, marks: list[fx.Node]) -> None:
@@ -94,11 +98,25 @@ def _towers_first(graph: fx.Graph, marks: list[fx.Node]) -> None:
             first.prepend(node)
 
 
-def _spell_out(graph: fx.Graph, scatter: fx.Node, inputs: Mapping[str, Tensor]) -> fx.Node:
+def _spell_out(
+    graph: fx.Graph,
+    scatter: fx.Node,
+    inputs: Mapping[str, Tensor],
+    marks: list[fx.Node],
+    places: list[PromptPlace],
+) -> None:
     words, mask, source = scatter.args
     assert isinstance(words, fx.Node) and isinstance(mask, fx.Node) and isinstance(source, fx.Node)
+    if not all(isinstance(size, int) for n in (words, source) for size in values(n)[0].shape[:-1]):
+        raise AxisError(
+            f"{describe(scatter)} scatters image features whose number depends on data; a prompt of one form has a "
+            "fixed number of them."
+        )
     start, stop, length = _block(scatter, _evaluated(mask, inputs))
-    mark = _mark(graph, scatter, source)
+    marks.append(_mark(graph, scatter, source))
+    known = _placeholder(mask)
+    if known is not None:
+        places.append(PromptPlace(*known, start, stop))
     flat = _flattened(graph, source)
     width = values(words)[0].shape[-1]
     if values(source)[0].numel() != values(words)[0].shape[0] * (stop - start) * width:
@@ -117,7 +135,15 @@ def _spell_out(graph: fx.Graph, scatter: fx.Node, inputs: Mapping[str, Tensor]) 
         joined = emit(aten.cat.default, parts, 1)
     scatter.replace_all_uses_with(joined)
     graph.erase_node(scatter)
-    return mark
+
+
+def _placeholder(mask: fx.Node) -> tuple[str, int] | None:
+    """The input whose ids a mask compares, and with which id."""
+    for node in ancestors(mask) | {mask}:
+        if node.target is aten.eq.Scalar and isinstance(node.args[0], fx.Node) and isinstance(node.args[1], int):
+            if node.args[0].op == "placeholder":
+                return str(node.args[0].target), node.args[1]
+    return None
 
 
 def _block(scatter: fx.Node, mask: Tensor) -> tuple[int, int, int]:

@@ -186,8 +186,8 @@ def _opened(path: Path, provider: str, device: torch.device, expose: Sequence[st
     chosen: dict[str, dict[str, Any]] = {provider: {}}
     if device.type == "cuda":
         chosen[provider] = {"device_id": device.index or 0}
-        # What TensorRT does not take runs on the same device.
-        chosen.setdefault(CUDA, {"device_id": device.index or 0})
+        # What TensorRT does not take runs on the same device. Products in TF32 would flip the reducers' decisions.
+        chosen[CUDA] = {"device_id": device.index or 0, "use_tf32": 0}
     try:
         session = onnxruntime.InferenceSession(model, options, providers=list(chosen.items()))
     except Exception as error:

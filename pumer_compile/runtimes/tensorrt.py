@@ -77,7 +77,7 @@ class TensorRtSession(Runtime):
         self.provider = self._library.name
         check_device(path, manifest, self._cuda.capability)
         self._logger = _logger(self._library)
-        self._engine = self._deserialized()
+        self._engine = self._deserialized(host_code=bool(manifest.get("version_compatible")))
         self._read_bindings()
         self.profiles = self._read_profiles()
         _check_profiles(path, self.profiles, manifest)
@@ -87,10 +87,12 @@ class TensorRtSession(Runtime):
 
     # --- What is in the engine ---
 
-    def _deserialized(self) -> Any:
+    def _deserialized(self, *, host_code: bool) -> Any:
         plan = self.path.read_bytes()
         with self._cuda.active():
             self._runtime = self._library.trt.Runtime(self._logger)
+            # A version compatible engine brings the code that runs it; its hash has been checked.
+            self._runtime.engine_host_code_allowed = host_code
             check_validity(self.path, self._library, self._runtime, plan)
             engine = self._runtime.deserialize_cuda_engine(plan)
         if engine is None:

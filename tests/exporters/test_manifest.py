@@ -119,6 +119,32 @@ def test_two_artifacts_in_one_folder(tmp_path: Path) -> None:
     assert sidecar(tmp_path / "second.onnx") == plain
 
 
+def test_three_artifacts_in_one_folder(tmp_path: Path) -> None:
+    names = ("model.onnx", "model.engine", "model.xml")
+    places = []
+    for name in names:
+        place = sidecar(tmp_path / name)
+        place.write_text(json.dumps({"artifact": name}), encoding="utf-8")
+        (tmp_path / name).touch()
+        places.append(place.name)
+    assert places == ["manifest.json", "model.manifest.json", "model.xml.manifest.json"]
+    assert [sidecar(tmp_path / name).name for name in names] == places
+
+
+def test_an_outdated_manifest_beside_the_right_one(tmp_path: Path) -> None:
+    path = tmp_path / "model.engine"
+    path.write_bytes(b"an engine")
+    right = {"format": FORMAT, "artifact": path.name, "sha256": sha256_file(path)}
+    for name in ("model.engine.manifest.json", "model.manifest.json", "manifest.json"):
+        for other in ("model.engine.manifest.json", "model.manifest.json", "manifest.json"):
+            said = right if other == name else {**right, "sha256": "0"}
+            (tmp_path / other).write_text(json.dumps(said), encoding="utf-8")
+        assert read_manifest(path) == right
+    (tmp_path / "manifest.json").unlink()
+    with pytest.raises(UsageError, match="SHA-256 differs"):
+        read_manifest(path)
+
+
 @pytest.mark.parametrize("text", ['{"name": "a web application"}', "not JSON", "[1, 2]", '"text"', "null", ""])
 def test_the_manifest_of_somebody_else_stays(text: str, tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text(text, encoding="utf-8")

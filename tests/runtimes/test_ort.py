@@ -67,7 +67,7 @@ def test_a_silent_fallback_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match="fell back to CPUExecutionProvider: TensorrtExecutionProvider cannot be used"):
         OnnxSession(artifact(), "tensorrt", device="cuda:1")
     # What TensorRT does not take is meant to stay on the same GPU.
-    assert opened == [[(TENSORRT, {"device_id": 1}), (CUDA, {"device_id": 1})]]
+    assert opened == [[(TENSORRT, {"device_id": 1}), (CUDA, {"device_id": 1, "use_tf32": 0})]]
 
 
 def test_without_onnxruntime(monkeypatch: pytest.MonkeyPatch) -> None:
