@@ -462,7 +462,7 @@ def state(config: Config | None = None) -> State:
 
 def test_a_pass_without_what_it_requires() -> None:
     with pytest.raises(PumerError, match="Pass locate requires annotation"):
-        run_passes(state(), PASSES[1:2])
+        run_passes(state(), tuple(step for step in PASSES if step.name == "locate"))
 
 
 def test_a_pass_that_breaks_its_promise() -> None:
@@ -500,9 +500,14 @@ def test_every_pass_leaves_its_graph(tmp_path: Path) -> None:
     assert "reducer.cross_modal_0.image" in last or "reducer_cross_modal_0_image" in last
 
 
+def test_a_pass_that_may_match_nothing() -> None:
+    nothing = Pass("nothing", (), (), lambda s: 0, optional=True)
+    assert run_passes(state(), (nothing,)).records == []
+
+
 def test_passes_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "pumer_compile"):
-        run_passes(state(), PASSES[:2])
+        run_passes(state(), PASSES[:3])  # the first, which spells out prompts, has nothing to do and is not recorded
     assert [r.getMessage().split(":")[0] for r in caplog.records] == ["pass annotate", "pass locate"]
     assert "2 matches" in caplog.text
 
