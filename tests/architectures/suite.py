@@ -171,7 +171,8 @@ class FusionSuite:
         for site in range(1, len(self.sites) + 1):
             assert difference(self.by_hand(semantics, self.make_inputs(), wrong=site)[0], expected) > 1e-4
 
-    @each_semantics
+    # `reference` goes through ONNX in the oracle tests of ViLT and METER.
+    @pytest.mark.parametrize("semantics", ["safe"])
     def test_onnx(self, semantics: str, tmp_path: Path) -> None:
         path = tmp_path / "model.onnx"
         result = export(self.reduced(semantics, torch.float32), path)

@@ -530,8 +530,8 @@ def test_axes(name: str) -> None:
 
 
 def test_every_rule_has_a_case() -> None:
-    """Rules by name; four of them have tests of their own below."""
-    own = {"filled", "arange", "getitem", "sym_size", "conv2d"}
+    """Rules by name; some have tests of their own, below and (the mark of a prompt's image) in test_prompt.py."""
+    own = {"filled", "arange", "getitem", "sym_size", "conv2d", "_visual_tokens"}
     covered = {rule_for(build(*case[:3]).node).__name__ for case in CASES.values()}
     assert covered | own == {function.__name__ for function in _RULES.values()}
 
