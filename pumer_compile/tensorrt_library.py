@@ -9,11 +9,14 @@ from __future__ import annotations
 import ctypes
 import importlib
 import importlib.util
+import logging
 import sys
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from .errors import UsageError
+
+log = logging.getLogger("pumer_compile")
 
 LibraryName = Literal["tensorrt", "tensorrt-rtx"]
 
@@ -118,3 +121,27 @@ def cuda_device() -> tuple[int, int] | None:
         if cuda.cuDeviceGetAttribute(ctypes.byref(value), attribute, device) != 0:
             return None
     return major.value, minor.value
+
+
+def make_logger(library: Library) -> Any:
+    """What a builder or a runtime of the library writes to: `errors` holds its errors in its own words."""
+    trt = library.trt
+
+    class Logger(trt.ILogger):  # type: ignore[misc, name-defined]  # the bindings have no types
+        """Errors are kept for the exception, warnings are said with `-v`, the rest is for debugging."""
+
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.messages: list[str] = []
+
+        @property
+        def errors(self) -> str:
+            return " ".join(" ".join(self.messages[-3:]).split())
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= trt.ILogger.ERROR:
+                self.messages.append(message)
+            level = logging.INFO if severity == trt.ILogger.WARNING else logging.DEBUG
+            log.log(level, "%s: %s", library.name, message.strip())
+
+    return Logger()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from torch import Tensor
@@ -184,6 +185,14 @@ def test_onnx(compiled: Any, case: str) -> None:
     features = outputs["image_hidden_states"].reshape(2, CASES[case]["budget"], -1)
     assert np.abs(features[:, :8] - EXPECTED[f"{case}.features"]).max() <= 1e-4
     assert tensorrt_refuses(compiled(case)) == []
+
+
+def test_blocks_that_nothing_reads_are_gone(compiled: Any) -> None:
+    """The second last of the tower's four layers is used."""
+    names = [node.name for node in onnx.load(str(compiled("T48-r0.5"))).graph.node]
+    for part, there in (("vision_tower.encoder.layers.3.", False), ("vision_tower.encoder.layers.2.", True)):
+        assert any(part in name for name in names) == there
+    assert any("multi_modal_projector" in name for name in names)
 
 
 def test_the_manifest(compiled: Any) -> None:

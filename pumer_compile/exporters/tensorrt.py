@@ -25,7 +25,7 @@ from ..errors import ExportError, UsageError
 from ..files import atomic_path, check_writable
 from ..runtimes.ort import check_provider
 from ..schedule import Schedule
-from ..tensorrt_library import Library, cuda_device, load_library
+from ..tensorrt_library import Library, cuda_device, load_library, make_logger
 from .base import Evidence, Options, Profile, Session, Writer
 from .onnx import OnnxBuild, OnnxOptions, build_onnx, save_onnx
 from .session import OnnxSession, deciding
@@ -270,7 +270,7 @@ def build_engine(library: Library, model: Path, options: EngineOptions, progress
     Raises:
         ExportError: the parser refuses an operator, or the builder fails; with its own words.
     """
-    trt, logger = library.trt, _logger(library)
+    trt, logger = library.trt, make_logger(library)
     builder = trt.Builder(logger)
     typed = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
     network = builder.create_network(typed)
@@ -299,7 +299,7 @@ def unsupported(library: Library, model: Path, network: Any = None, logger: Any 
         logger: of that network.
     """
     trt = library.trt
-    logger = logger or _logger(library)
+    logger = logger or make_logger(library)
     if network is None:
         network = trt.Builder(logger).create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
@@ -368,29 +368,6 @@ def _after(library: Library, config: Any, plan: Any, options: EngineOptions, log
 
 
 # --- What a builder says ----------------------------------------------------------------------------------------------
-
-
-def _logger(library: Library) -> Any:
-    trt = library.trt
-
-    class Logger(trt.ILogger):  # type: ignore[misc, name-defined]  # the bindings have no types
-        """Errors are kept for the exception, warnings are said with `-v`, the rest is for debugging."""
-
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.messages: list[str] = []
-
-        @property
-        def errors(self) -> str:
-            return " ".join(" ".join(self.messages).split())
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity <= trt.ILogger.ERROR:
-                self.messages.append(message)
-            level = logging.INFO if severity == trt.ILogger.WARNING else logging.DEBUG
-            log.log(level, "%s: %s", library.name, message.strip())
-
-    return Logger()
 
 
 def _monitor(library: Library, progress: Callable[[str], None]) -> Any:

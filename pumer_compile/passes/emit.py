@@ -10,8 +10,9 @@ from torch import fx
 
 from ..errors import LocateError
 from ..plan import SitePlan, published_stands_still, stream_counts
-from ..reducers import PublishedMaskedSoftmax, SizeBias, StreamReducer, TextRowsAttention, TokenWeights, UnitWeights
+from ..reducers import PublishedMaskedSoftmax, SizeBias, StreamReducer, TokenWeights, UnitWeights
 from ..reducers.vispruner import VisPruner
+from .attention_rows import attention_rows
 from .axes import Dim, Tokens
 from .graph import ancestors, describe, values
 from .insert import Insertions, SiteInsertion, make_reducer
@@ -304,32 +305,8 @@ class _Reduce(_Emitter):
         text = next(s for s in site.query_axis.streams if walk.annotation.modality[s] == "text")
         rows = walk.span(site.query_axis, text, self.epochs)
         key_range = walk.span(site.key_axis, stream, self.epochs)
-        source = walk.probabilities.get(site.context)
-        if source is None and site.probabilities is not None:
-            source = self._exact_softmax(walk, site.probabilities)
-        if source is None:
-            if site.unusual:
-                raise LocateError(f"Site {site.described} cannot be reduced, because {site.unusual}.")
-            assert site.key is not None
-            query = walk.call(aten.slice.Tensor, walk.env[site.query], 2, *rows)
-            mask = [walk.used.get((site.context, m.node), walk.env[m.node]) for m in site.masks]
-            scale = site.context.kwargs.get("scale")
-            module = TextRowsAttention(scale if isinstance(scale, float) else None, rows)
-            source = walk.call_module(
-                f"reducer.{site.name}.attention.{stream}", module, query, walk.env[site.key], *mask
-            )
-        else:
-            source = walk.call(aten.slice.Tensor, source, 2, *rows)
+        source = attention_rows(walk, site, rows, f"reducer.{site.name}.attention.{stream}")
         return walk.call(aten.slice.Tensor, source, 3, *key_range)
-
-    @staticmethod
-    def _exact_softmax(walk: Rewriter, softmax: fx.Node) -> fx.Node:
-        """The model's softmax, computed anew in float32 where it gives less than that."""
-        if values(softmax)[0].dtype.itemsize >= 4:
-            return walk.env[softmax]
-        scores, dim = softmax.args[:2]
-        assert isinstance(scores, fx.Node)
-        return walk.call(aten.softmax.int, walk.env[scores], dim, torch.float32)
 
     def _keys(self, walk: Rewriter, stream: str) -> fx.Node:
         """Keys of a stream, `[batch, heads, tokens, head_size]`: this site's, or the nearest self-attention's."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -118,14 +118,21 @@ def after_attention(node: fx.Node) -> bool:
     return _reaches(node, lambda n: n.target in _ATTENTION)
 
 
-def constant_value(node: fx.Node) -> Tensor | None:
-    """The value of a node that depends on no input's content, computed; None where a symbolic size is in the way."""
+def constant_value(node: fx.Node, inputs: Mapping[str, Tensor] | None = None) -> Tensor | None:
+    """The value of a node, computed; None where a symbolic size is in the way.
+
+    Args:
+        node: that depends on the content of no input but those of `inputs`.
+        inputs: by name.
+    """
     known: dict[fx.Node, Any] = {}
 
     def run(current: fx.Node) -> Any:
         if current not in known:
             if current.op == "get_attr":
                 known[current] = attribute(current)
+            elif current.op == "placeholder" and current in needed and inputs is not None:
+                known[current] = inputs[str(current.target)]
             elif current not in needed:  # only its shape and dtype are asked for
                 (value,) = values(current)
                 known[current] = torch.zeros([int(n) for n in value.shape], dtype=value.dtype)
@@ -133,6 +140,9 @@ def constant_value(node: fx.Node) -> Tensor | None:
                 args = fx.map_arg(current.args, run)
                 kwargs = fx.map_arg(current.kwargs, run)
                 known[current] = current.target(*args, **kwargs)  # type: ignore[operator]  # an operator, as it is needed
+                if args and isinstance(args[0], Tensor) and known[current].is_meta and not args[0].is_meta:
+                    # A model on the meta device moves its inputs there; their values are needed.
+                    known[current] = args[0].to(known[current].dtype)
         return known[current]
 
     needed = {node}

@@ -88,7 +88,7 @@ def plan_insertions(
         PlanError: budgets for tokens that a site does not have.
     """
     if schedule.method == "vispruner":
-        return Insertions(schedule, annotation, attentions, visual_sites(attentions, schedule, marks), [])
+        return Insertions(schedule, annotation, attentions, visual_sites(attentions, marks), [])
     chosen = [(attention, site) for site in schedule.resolve() for attention in choose(attentions, site.at)]
     chosen.sort(key=lambda pair: attentions.index(pair[0]))
     for attention, site in chosen:
@@ -101,7 +101,7 @@ def plan_insertions(
     return Insertions(schedule, annotation, attentions, sites, softmaxes)
 
 
-def visual_sites(attentions: list[Attention], schedule: Schedule, marks: Sequence[fx.Node]) -> list[SiteInsertion]:
+def visual_sites(attentions: list[Attention], marks: Sequence[fx.Node]) -> list[SiteInsertion]:
     """The last attention of the tower before each mark: the layer whose output is used.
 
     Raises:
@@ -119,7 +119,7 @@ def visual_sites(attentions: list[Attention], schedule: Schedule, marks: Sequenc
         tower = [a for a in attentions if a.context in before]
         if not tower:
             raise LocateError(f"No attention over image tokens was found before {describe(mark)}.")
-        sites.append(SiteInsertion(tower[-1], Site(at=tower[-1].site, prune=schedule.budget or 0), mark=mark))
+        sites.append(SiteInsertion(tower[-1], Site(at=tower[-1].site), mark=mark))
     return sites
 
 

@@ -10,7 +10,7 @@ vision tower for the projector, as a stream of their own (`visual_tokens`).
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor, fx
 from ..errors import AxisError
 from ..plan import PromptPlace
 from .axes import Constraint, Dim, Opaque, Same, Seed
-from .graph import ancestors, attribute, describe, module_path, values
+from .graph import ancestors, attribute, constant_value, describe, module_path, values
 from .rules import aten, rule
 
 _SCATTER = aten.masked_scatter.default
@@ -112,7 +112,10 @@ def _spell_out(
             f"{describe(scatter)} scatters image features whose number depends on data; a prompt of one form has a "
             "fixed number of them."
         )
-    start, stop, length = _block(scatter, _evaluated(mask, inputs))
+    filled = constant_value(mask, inputs)
+    if filled is None:
+        raise AxisError(f"{describe(scatter)} fills places whose number is open; an image needs a fixed place.")
+    start, stop, length = _block(scatter, filled)
     marks.append(_mark(graph, scatter, source))
     known = _placeholder(mask)
     if known is not None:
@@ -167,32 +170,6 @@ def _block(scatter: fx.Node, mask: Tensor) -> tuple[int, int, int]:
             "One block is supported."
         )
     return start, stop, rows.shape[1]
-
-
-def _evaluated(node: fx.Node, inputs: Mapping[str, Tensor]) -> Tensor:
-    """The value of a node on the sample inputs."""
-    known: dict[fx.Node, Any] = {}
-
-    def run(current: fx.Node) -> Any:
-        if current not in known:
-            if current.op == "placeholder":
-                known[current] = inputs[str(current.target)]
-            elif current.op == "get_attr":
-                known[current] = attribute(current)
-            else:
-                function: Callable[..., Any] = current.target  # type: ignore[assignment]  # an operator
-                arguments = fx.map_arg(current.args, run)
-                known[current] = function(*arguments, **fx.map_arg(current.kwargs, run))
-                first = arguments[0] if arguments else None
-                if isinstance(first, Tensor) and known[current].is_meta and not first.is_meta:
-                    # A model on the meta device moves its ids there; their values are needed.
-                    known[current] = first.to(known[current].dtype)
-        return known[current]
-
-    with torch.no_grad():
-        value = run(node)
-    assert isinstance(value, Tensor)
-    return value
 
 
 class _Emitter:

@@ -12,9 +12,9 @@ from torch import fx
 
 from ..errors import LocateError, PlanError
 from ..plan import SitePlan
-from ..reducers import TextRowsAttention
 from ..reducers.vispruner import Order
 from ..reducers.visual import VisualReducer
+from .attention_rows import attention_rows
 from .axes import Dim, Tokens
 from .graph import describe, values
 from .insert import Insertions, SiteInsertion
@@ -76,21 +76,12 @@ class SelectVisual:
                 "(vision_feature_select_strategy='default')."
             )
         rows = (0, 1) if learned else (0, total)
-        if attention.fused:
-            assert attention.key is not None
-            if attention.masks or attention.unusual:
-                raise LocateError(
-                    f"The attention {attention.described} of the vision tower has a mask; which tokens it lets vote "
-                    "is not known."
-                )
-            scale = attention.context.kwargs.get("scale")
-            module = TextRowsAttention(scale if isinstance(scale, float) else None, rows)
-            query = walk.call(aten.slice.Tensor, walk.env[attention.query], 2, *rows)
-            name = f"reducer.{attention.name}.attention"
-            found = walk.call_module(name, module, query, walk.env[attention.key])
-        else:
-            assert attention.probabilities is not None
-            found = walk.call(aten.slice.Tensor, walk.env[attention.probabilities], 2, *rows)
+        if attention.masks:
+            raise LocateError(
+                f"The attention {attention.described} of the vision tower has a mask; which tokens it lets vote is not "
+                "known."
+            )
+        found = attention_rows(walk, attention, rows, f"reducer.{attention.name}.attention")
         return walk.call(aten.slice.Tensor, found, 3, start, start + tokens)
 
     @staticmethod

@@ -36,14 +36,13 @@ class VisualReducer(StreamReducer):
                 token where there is none.
         """
         assert isinstance(self.pruner, VisPruner)
-        kept = self.pruner(tokens, attention.float().mean((1, 2))).kept
+        kept, assigned = self.pruner(tokens, attention.float().mean((1, 2)))
         if self.forcing is not None:
             forced = self.forcing.decisions.kept
             differs = (kept != forced).any(1)
             own = Decisions(kept, kept[:, :0], kept[:, :0])
             gap = torch.zeros(differs.shape, device=differs.device)
             self.forcing.comparison = Comparison(own, self.forcing.decisions, differs, gap)
-            kept = forced
-        assigned = one_hot(kept, self.tokens).float()
+            kept, assigned = forced, one_hot(forced, self.tokens).float()
         ones = torch.ones_like(tokens[:, :, 0])
         return self._combine(tokens, ones, assigned, Decisions(kept, kept[:, :0], kept[:, :0]))

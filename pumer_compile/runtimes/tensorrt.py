@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +12,10 @@ from torch import Tensor
 
 from ..errors import ExportError, UsageError
 from ..exporters.base import Profile
-from ..tensorrt_library import Library
+from ..tensorrt_library import make_logger
 from .base import Runtime, TensorSpec, open_sizes
 from .compatibility import check_device, check_validity, engine_library
 from .cuda import open_cuda
-
-log = logging.getLogger("pumer_compile")
 
 # The only size that is open in an engine of ours; engines have -1 there.
 BATCH = "batch"
@@ -76,7 +73,7 @@ class TensorRtSession(Runtime):
         self._library = engine_library(path, manifest)
         self.provider = self._library.name
         check_device(path, manifest, self._cuda.capability)
-        self._logger = _logger(self._library)
+        self._logger = make_logger(self._library)
         self._engine = self._deserialized(host_code=bool(manifest.get("version_compatible")))
         self._read_bindings()
         self.profiles = self._read_profiles()
@@ -197,7 +194,7 @@ class TensorRtSession(Runtime):
             raise self._failure(f"could not {what}")
 
     def _failure(self, what: str) -> ExportError:
-        said = " ".join(" ".join(self._logger.messages[-3:]).split()) or "it gave no reason"
+        said = self._logger.errors or "it gave no reason"
         self._logger.messages.clear()
         return ExportError(f"{self._library.name} {self._library.version} {what} {self.path}: {said}")
 
@@ -224,21 +221,3 @@ def _check_profiles(path: Path, found: list[Profile], manifest: Mapping[str, Any
             f"{path} is not what its manifest describes: that names the profiles {', '.join(said) or 'none'}, and the "
             f"engine has {', '.join(map(str, found)) or 'none'}. Compile it again."
         )
-
-
-def _logger(library: Library) -> Any:
-    trt: Any = library.trt
-
-    class Logger(trt.ILogger):  # type: ignore[misc]  # the bindings have no types
-        """Errors are kept for the exception; everything is said at debug level."""
-
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.messages: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity <= trt.ILogger.ERROR:
-                self.messages.append(message)
-            log.debug("%s: %s", library.name, message.strip())
-
-    return Logger()

@@ -1,0 +1,50 @@
+"""Some rows of an attention, in float32, wherever its probabilities are."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from ..errors import LocateError
+from ..reducers import TextRowsAttention
+from .graph import values
+from .locate import Attention
+from .rewrite import Rewriter
+from .rules import aten
+
+
+def attention_rows(walk: Rewriter, attention: Attention, rows: tuple[int, int], name: str) -> fx.Node:
+    """Probabilities `[batch, heads, rows, keys]`, float32 or wider: those written out already, the model's own, or
+    recomputed beside a fused operator.
+
+    Args:
+        walk: which has passed the attention.
+        attention: whose rows.
+        rows: first and last-but-one query.
+        name: of the inserted module, where one is needed.
+
+    Raises:
+        LocateError: a fused attention whose rows cannot be recomputed.
+    """
+    found = walk.probabilities.get(attention.context)
+    if found is None and attention.probabilities is not None:
+        found = _exact_softmax(walk, attention.probabilities)
+    if found is not None:
+        return walk.call(aten.slice.Tensor, found, 2, *rows)
+    if attention.unusual:
+        raise LocateError(f"Site {attention.described} cannot be reduced, because {attention.unusual}.")
+    assert attention.key is not None
+    query = walk.call(aten.slice.Tensor, walk.env[attention.query], 2, *rows)
+    mask = [walk.used.get((attention.context, m.node), walk.env[m.node]) for m in attention.masks]
+    scale = attention.context.kwargs.get("scale")
+    module = TextRowsAttention(scale if isinstance(scale, float) else None, rows)
+    return walk.call_module(name, module, query, walk.env[attention.key], *mask)
+
+
+def _exact_softmax(walk: Rewriter, softmax: fx.Node) -> fx.Node:
+    """The model's softmax, computed anew in float32 where it gives less than that."""
+    if values(softmax)[0].dtype.itemsize >= 4:
+        return walk.env[softmax]
+    scores, dim = softmax.args[:2]
+    assert isinstance(scores, fx.Node)
+    return walk.call(aten.softmax.int, walk.env[scores], dim, torch.float32)
