@@ -360,7 +360,7 @@ def _tiles() -> dict[str, Tensor]:
     return {"pixel_values": torch.zeros(1, 2, 3, 48, 48), "image_sizes": torch.tensor([[48, 48]])}
 
 
-@_architecture("LLaVA-NeXT", SMALL, "logits")
+@_architecture("LLaVA-NeXT", SMALL, "logits", proof="tests/architectures/test_crops.py")
 def _llava_next() -> Built:
     config = hf.LlavaNextConfig(
         vision_config=_CLIP,
@@ -372,7 +372,7 @@ def _llava_next() -> Built:
     return hf.LlavaNextForConditionalGeneration(config), {**words(90, first=78), **_tiles()}
 
 
-@_architecture("LLaVA-OneVision", SMALL, "logits")
+@_architecture("LLaVA-OneVision", SMALL, "logits", proof="tests/architectures/test_crops.py")
 def _llava_onevision() -> Built:
     config = hf.LlavaOnevisionConfig(
         vision_config=_SIGLIP, text_config=_QWEN, image_token_index=99, image_grid_pinpoints=[[48, 48]]

@@ -92,7 +92,7 @@ def reduce_somehow(program: Any, annotation: Any, attentions: list[Any]) -> Resu
     except Exception as error:  # as above
         return {"error": describe(error)}
     if prompt is not None:
-        return before_the_prompt(program, int(prompt.marks[0].meta["val"].shape[1]))
+        return before_the_prompt(program, min(len(crop) for mark in prompt.marks for crop in mark.crops))
 
     def modalities(axis: Any) -> set[str]:
         return {annotation.modality[stream] for stream in axis.streams}
@@ -123,7 +123,7 @@ def reduce_somehow(program: Any, annotation: Any, attentions: list[Any]) -> Resu
 
 
 def before_the_prompt(program: Any, tokens: int) -> Result:
-    """Keep a ninth of the image tokens (64 of LLaVA's 576) by visual cues."""
+    """Keep a ninth of the image tokens (64 of LLaVA's 576) by visual cues; `tokens` are those of a crop."""
     from pumer_compile import Schedule, reduce
 
     try:

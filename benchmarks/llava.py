@@ -1,4 +1,5 @@
-"""LLaVA-1.5-7B's shape under VisPruner: multiply-adds of every part, and the time of a prefill that fits this machine.
+"""LLaVA-1.5-7B's shape under VisPruner: multiply-adds of every part (FastV's too), and the time of a prefill that fits
+this machine.
 
 The plan is made on the meta device, so nothing of the 7B is ever held. The prefill that is timed has the 7B's vision
 tower (CLIP ViT-L/14 at 336 px) and widths, but few language layers; eager PyTorch, float32, random weights, batch 1, 40
@@ -29,6 +30,7 @@ from pumer_compile.passes.insert import reducers_of
 from pumer_compile.passes.propagate import propagate
 
 BUDGETS = (192, 128, 64, 32)
+FASTV_LAYER = 2  # as its paper has it
 TEXT, BEFORE, IMAGE, PLACEHOLDER = 40, 5, 576, 32000
 
 
@@ -88,15 +90,25 @@ def parts(module: fx.GraphModule, program: Program) -> dict[str, int]:
 
 
 def plan() -> list[dict[str, Any]]:
-    """Multiply-adds at the 7B's shape, unreduced and at every budget."""
+    """Multiply-adds at the 7B's shape, unreduced and at every budget: of VisPruner, and of FastV."""
     start = time.perf_counter()
     program = pumer.capture(model_of(32, "meta"), prompt(), outputs=["logits"])
-    rows = [{"budget": IMAGE, "multiply_adds": parts(program.module, program)}]
+    whole = parts(program.module, program)
+    rows = [{"budget": IMAGE, "multiply_adds": whole, "fastv": whole}]
     for budget in BUDGETS:
         reduced = pumer.reduce(program, Schedule(method="vispruner", budget=budget))
-        rows.append({"budget": budget, "multiply_adds": parts(reduced.module, program)})
+        late = pumer.reduce(program, Schedule(method="fastv", budget=budget, layer=FASTV_LAYER))
+        counts = {"multiply_adds": parts(reduced.module, program), "fastv": parts(late.module, program)}
+        rows.append({"budget": budget, **counts})
+    print(f"LLaVA-1.5-7B, {TEXT} text tokens; G multiply-adds (plans made in {time.perf_counter() - start:.0f} s)")
+    for name, key in (("VisPruner", "multiply_adds"), (f"FastV, layer {FASTV_LAYER}", "fastv")):
+        print(name)
+        _print_plan([{"budget": row["budget"], "multiply_adds": row[key]} for row in rows])
+    return rows
+
+
+def _print_plan(rows: list[dict[str, Any]]) -> None:
     whole = sum(rows[0]["multiply_adds"].values())
-    print(f"LLaVA-1.5-7B, {TEXT} text tokens; G multiply-adds (plan made in {time.perf_counter() - start:.0f} s)")
     columns = ("tower", "selection", "projector", "prefill", "all", "fewer", "prefill fewer")
     print(f"{'tokens':>7}" + "".join(f"{name:>15}" for name in columns))
     for row in rows:
@@ -106,7 +118,6 @@ def plan() -> list[dict[str, Any]]:
         shown = [*(f"{counts[part] / 1e9:.2f}" for part in columns[:4]), f"{total / 1e9:.1f}"]
         shown += [f"{1 - total / whole:.1%}", f"{fewer:.1%}"]
         print(f"{row['budget']:>7}" + "".join(f"{text:>15}" for text in shown))
-    return rows
 
 
 def timed(layers: int, rounds: int) -> dict[str, Any]:

@@ -8,8 +8,9 @@ through which it also trains.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,17 @@ from torch._dynamo.backends.registry import lookup_backend
 
 from . import backend_dynamo as dynamo
 from .backend_graph import DynamoGraph, may_attend
+from .backend_prompt import (
+    Compiled,
+    PromptGraph,
+    has_static_cache,
+    has_tower,
+    no_image,
+    reduces_prompts,
+    run_while_tracing,
+    scatters,
+    spell_out_causal,
+)
 from .backend_text import plan_padding
 from .errors import LocateError, UsageError, VerifyError
 from .frontends import install_for_dynamo
@@ -91,7 +103,7 @@ def pumer(
     *,
     options: Mapping[str, Any] | None = None,
     mode: str | None = None,
-) -> Callable[..., Any]:
+) -> Compiled:
     """The backend, as Dynamo calls it.
 
     Args:
@@ -108,9 +120,18 @@ def pumer(
             wraps it in a BackendCompilerFailed that shows its message.
     """
     chosen = Options.parse(options)
+    settings = {}
+    if mode is not None:
+        from torch._inductor import list_mode_options
+
+        settings["config_patches"] = list_mode_options(mode)
+    inner = partial(lookup_backend(chosen.inner), **settings)
+    schedule = chosen.schedule or _configured(list(dynamo.model_configs(module.graph)))
+    if reduces_prompts(schedule):
+        return _with_prompt(module, inputs, chosen, schedule, inner)
     graph = DynamoGraph(module, inputs)
     try:
-        module = _reduced(graph, chosen)
+        module = _reduced(graph, chosen, schedule, dynamo.function())
     except _NothingReduced as nothing:
         _refuse_or_warn(module, str(nothing), chosen)
     except VerifyError as error:
@@ -119,12 +140,7 @@ def pumer(
     else:
         _reducing(dynamo.callback())
         _warn_before_the_last_compile()
-    settings = {}
-    if mode is not None:
-        from torch._inductor import list_mode_options
-
-        settings["config_patches"] = list_mode_options(mode)
-    compiled: Callable[..., Any] = lookup_backend(chosen.inner)(module, list(inputs), **settings)
+    compiled: Compiled = inner(module, list(inputs))
     return compiled
 
 
@@ -135,27 +151,29 @@ class _NothingReduced(Exception):
     """Why a graph has nothing to reduce."""
 
 
-def _reduced(graph: DynamoGraph, options: Options) -> fx.GraphModule:
+def _reduced(graph: DynamoGraph, options: Options, schedule: Schedule | None, where: str) -> fx.GraphModule:
     """The reduced graph, with the inputs of Dynamo's."""
     if not may_attend(graph.module):
         raise _NothingReduced("It has no attention.")
-    configs = list(dynamo.model_configs(graph.module.graph))
     if options.text_length is not None:
+        configs = list(dynamo.model_configs(graph.module.graph))
         graph.padding = plan_padding(graph, options.text_length, _first(configs, "pad_token_id") or 0)
     lowered, inputs = graph.lower()
+    if reduces_prompts(schedule):
+        spell_out_causal(lowered, graph.mode)
     unknown = [name for name in options.streams if name not in inputs]
     if unknown:
         raise UsageError(f"options['streams'] names the input {unknown[0]!r}, but there are {', '.join(inputs)}.")
-    schedule = options.schedule or _configured(configs)
     state = State(lowered, schedule or default_schedule([0]), dict(inputs), dict(options.streams))
     with enable_python_dispatcher():  # which shapes with an open batch need
         _find_attentions(state)
         if schedule is None:
             state.schedule = _default(state)
-        _check_sites(state)
+        if not reduces_prompts(state.schedule):
+            _check_sites(state)
         run_passes(state, _FROM_SITES)
     assert state.reduced is not None
-    _say_counts(state)
+    _say_counts(state, where)
     return graph.restore(state.reduced, lowered if state.schedule.outputs == "restored" else None)
 
 
@@ -181,12 +199,12 @@ def _check_sites(state: State) -> None:
             raise _NothingReduced(str(error)) from error
 
 
-def _say_counts(state: State) -> None:
+def _say_counts(state: State, where: str) -> None:
     assert state.annotation is not None and state.walk is not None
     before = state.annotation.streams
     counts = {s: [before[s], *(step.after for step in steps)] for s, steps in state.walk.steps.items()}
     text = ", ".join(f"{stream} {' -> '.join(map(str, numbers))}" for stream, numbers in counts.items())
-    log.info("torch.compile: %s tokens in %s", text, dynamo.function())
+    log.info("torch.compile: %s tokens in %s", text, where)
 
 
 def _reducing(callback: Any) -> None:
@@ -215,6 +233,56 @@ def _warn_before_the_last_compile() -> None:
             "runs the model uncompiled and unreduced. Pad texts to one length (options={'text_length': ...}), raise "
             "the limit, or compile with fullgraph=True, which makes it an error.",
             dynamo.function(),
+        )
+
+
+# --- prompts with images ----------------------------------------------------------------------------------------
+
+
+def _with_prompt(
+    module: fx.GraphModule, inputs: Sequence[Any], options: Options, schedule: Schedule | None, inner: Compiled
+) -> Compiled:
+    """A graph of a model whose prompts hold images, for a schedule that reduces those."""
+    callback, where = dynamo.callback(), dynamo.function()
+    if options.text_length is not None:
+        raise UsageError(
+            "options['text_length'] pads texts behind their last word, where a prompt goes on. Leave it out for "
+            "schedules that reduce an image in a prompt."
+        )
+    if not any(map(has_tower, scatters(module))):
+        if getattr(callback, "_pumer_reduces", False) and not scatters(module):
+            log.info("torch.compile: no image comes into %s, which is compiled as it is", where)
+        else:
+            _refuse_or_warn(module, no_image(module), options)
+        as_it_is: Compiled = inner(module, list(inputs))
+        return as_it_is
+    _check_prompt(module, where)
+
+    def compile_form(graph: DynamoGraph) -> Compiled:
+        try:
+            reduced = _reduced(graph, options, schedule, where)
+        except _NothingReduced as nothing:
+            raise LocateError(f"Nothing is reduced in {where}. {nothing}") from nothing
+        _reducing(callback)
+        compiled: Compiled = inner(reduced, [a.value for a in graph.arguments])
+        return compiled
+
+    _warn_before_the_last_compile()
+    return PromptGraph(module, compile_form, where, strict=options.strict)
+
+
+def _check_prompt(module: fx.GraphModule, where: str) -> None:
+    """What runs after the graph must find the reduced prompt there."""
+    split = dynamo.break_after(module)
+    if split:
+        raise LocateError(
+            f"An image is reduced in {where}, and what goes on behind it would count the whole prompt's tokens. "
+            f"{split} Compile with fullgraph=True, and Dynamo says what to change."
+        )
+    if has_static_cache(module):
+        raise UsageError(
+            f"{where} copies keys and values to places of a static cache (index_copy_), which are counted over the "
+            "whole prompt. Generate with a cache that grows (cache_implementation='dynamic', the default)."
         )
 
 
@@ -279,3 +347,4 @@ def compiling() -> bool:
 
 
 install_for_dynamo(torch.compiler.assume_constant_result(compiling))
+run_while_tracing("transformers.utils.output_capturing.maybe_install_capturing_hooks")

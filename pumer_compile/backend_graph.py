@@ -66,19 +66,21 @@ class DynamoGraph:
     Args:
         module: torch-level graph.
         values: tensors and numbers, one for each placeholder.
+        fixed: whether it is compiled for the sizes of the values, outside of Dynamo's compilation.
 
     Attributes:
-        module: as given.
+        module, fixed: as given.
         arguments: its inputs, parameters and buffers among them.
         mode: fake tensors of this compilation.
         padding: of the texts, where there is any.
     """
 
-    def __init__(self, module: fx.GraphModule, values: Sequence[Any]) -> None:
+    def __init__(self, module: fx.GraphModule, values: Sequence[Any], *, fixed: bool = False) -> None:
         self.module = module
-        self.arguments = _arguments(module, values)
+        self.fixed = fixed
+        self.arguments = _arguments(module, values, fixed)
         context = TracingContext.try_get()
-        mode = (context.fake_mode if context else None) or detect_fake_mode(list(values))
+        mode = None if fixed else (context.fake_mode if context else None) or detect_fake_mode(list(values))
         self.mode: FakeTensorMode = mode or FakeTensorMode()
         self._batch = self._batch_symbol()
         self.padding: Padding | None = None
@@ -99,7 +101,7 @@ class DynamoGraph:
     # --- lowering -----------------------------------------------------------------------------------------------
 
     def lower(self) -> tuple[fx.GraphModule, dict[str, Tensor]]:
-        """The graph for the passes, and its inputs by name (fake tensors).
+        """The graph for the passes, and its inputs by name (fake tensors, or the values where sizes are fixed).
 
         Sizes other than the batch become numbers, which is a guard: Dynamo compiles again where they change.
 
@@ -134,7 +136,7 @@ class DynamoGraph:
         module.graph.eliminate_dead_code()
         module.graph.lint()
         module.recompile()
-        return module, {a.name: fakes[a.name] for a in self.inputs}
+        return module, {a.name: a.value if self.fixed else fakes[a.name] for a in self.inputs}
 
     def restore(self, reduced: fx.GraphModule, lowered: fx.GraphModule | None = None) -> fx.GraphModule:
         """The reduced graph with the inputs of Dynamo's graph, in its order, as ATen operators alone.
@@ -157,7 +159,7 @@ class DynamoGraph:
             return outputs if lowered is None else _as_in(lowered, outputs)
 
         final = self._trace(run, values)
-        _as_dynamo_left_it(final, self.module)
+        as_dynamo_left_it(final, self.module)
         return final
 
     def _trace(self, run: Callable[..., Any], values: list[Any]) -> fx.GraphModule:
@@ -230,10 +232,10 @@ class _Tracing(fx.Interpreter):
 # --- arguments --------------------------------------------------------------------------------------------------
 
 
-def _arguments(module: fx.GraphModule, values: Sequence[Any]) -> list[Argument]:
+def _arguments(module: fx.GraphModule, values: Sequence[Any], fixed: bool) -> list[Argument]:
     arguments: list[Argument] = []
     for node, value in zip(_placeholders(module), values, strict=True):
-        seen = node.meta.get("example_value")
+        seen = value if fixed else node.meta.get("example_value")
         if not isinstance(value, Tensor):
             arguments.append(Argument(node, node.name, "number", value if seen is None else seen))
             continue
@@ -302,7 +304,7 @@ def _to_attribute(module: fx.GraphModule, argument: Argument) -> None:
     module.graph.erase_node(node)
 
 
-def _as_dynamo_left_it(final: fx.GraphModule, original: fx.GraphModule) -> None:
+def as_dynamo_left_it(final: fx.GraphModule, original: fx.GraphModule) -> None:
     """Give placeholders and module what backends read from Dynamo's: where inputs come from, and which are static."""
     for node, old in zip(_placeholders(final), _placeholders(original), strict=True):
         node.meta.update({k: v for k, v in old.meta.items() if k == "tensor_dict"})
@@ -322,9 +324,11 @@ def _as_dynamo_left_it(final: fx.GraphModule, original: fx.GraphModule) -> None:
 
 def may_attend(module: fx.GraphModule) -> bool:
     """Whether Dynamo's graph, or a part of it that is wrapped, calls what an attention is made of."""
-    for part in module.modules():
-        for node in part.graph.nodes if isinstance(part, fx.GraphModule) else ():
-            name = str(getattr(node.target, "__name__", node.target))
-            if node.op.startswith("call_") and ("attention" in name or ("softmax" in name and "log" not in name)):
-                return True
-    return False
+    parts = (part for part in module.modules() if isinstance(part, fx.GraphModule))
+    return any(calls_attention(node) for part in parts for node in part.graph.nodes)
+
+
+def calls_attention(node: fx.Node) -> bool:
+    """Whether a node of Dynamo's graph calls what an attention is made of."""
+    name = str(getattr(node.target, "__name__", node.target))
+    return node.op.startswith("call_") and ("attention" in name or ("softmax" in name and "log" not in name))

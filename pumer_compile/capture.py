@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
+from torch.utils._pytree import tree_leaves, tree_structure, tree_unflatten
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.exporters.configs import DynamoConfig
 from transformers.exporters.exporter_dynamo import DynamoExporter
@@ -30,6 +31,7 @@ from .inputs import (
     example_inputs,
     explain_inputs,
     exported_inputs,
+    fixed_inputs,
 )
 from .loading import LoadedModel, first_line, quiet
 from .outputs import select_outputs
@@ -44,7 +46,9 @@ class Program:
     their own names (a weight is never copied), so training it trains the model. `inputs` are the sample
     inputs it was captured with, by forward argument and in forward order, cast to the model's floating dtype
     and device; their batch is 2 where the batch is dynamic and the sample had a batch of 1. `outputs` are the
-    names that were asked for; with any, the module returns a dictionary of them.
+    names that were asked for; with any, the module returns a dictionary of them. `fixed` are inputs whose numbers the
+    model looked at while it was traced (the sizes of images that are cut into crops): the graph is for these alone and
+    does not read them.
     """
 
     module: fx.GraphModule
@@ -54,6 +58,7 @@ class Program:
     streams: dict[str, str] = field(default_factory=dict)
     checkpoint_sha256: str | None = None
     outputs: tuple[str, ...] = ()
+    fixed: tuple[str, ...] = ()
 
 
 def capture(
@@ -106,13 +111,14 @@ def _from_module(model: nn.Module, inputs: Mapping[str, Tensor], dynamic_batch: 
         try:
             exported = _export(model, sample, shapes)
             graph = plain_graph_module(exported)
+            fixed = _without_numbers(graph, fixed_inputs(exported), sample)
         except PumerError:
             raise
         except Exception as error:
             raise _failure(model, sample, dynamic_batch, error) from error
     # On the meta device (a plan of a model too large to hold) ids are kept: they say where an image stands in a prompt.
     kept = {n: inputs[n] if t.is_meta and not t.is_floating_point() else t for n, t in sample.items()}
-    return Program(graph, kept, dynamic_batch, model)
+    return Program(graph, kept, dynamic_batch, model, fixed=fixed)
 
 
 def set_for_inference(model: nn.Module) -> None:
@@ -184,7 +190,9 @@ def _from_exported(exported: ExportedProgram, inputs: Mapping[str, Tensor] | Non
     if symbolic:
         sample = symbolic_batch(sample)[0]
     with quiet():
-        return Program(plain_graph_module(exported), sample, symbolic)
+        module = plain_graph_module(exported)
+        fixed = _without_numbers(module, fixed_inputs(exported), sample)
+        return Program(module, sample, symbolic, fixed=fixed)
 
 
 # --- The graph ----------------------------------------------------------------------------------------------
@@ -219,6 +227,34 @@ def plain_graph_module(exported: ExportedProgram) -> fx.GraphModule:
             owner, _, buffer = name.rpartition(".")
             module.get_submodule(owner)._non_persistent_buffers_set.add(buffer)
     return module.eval()
+
+
+def _without_numbers(
+    module: fx.GraphModule, fixed: Mapping[str, Tensor], sample: Mapping[str, Tensor]
+) -> tuple[str, ...]:
+    """Let a graph take a tensor, which it does not read, for each input that was traced as numbers; their names."""
+    if not fixed:
+        return ()
+    graph = module.graph
+    placeholders = list(graph.find_nodes(op="placeholder"))
+    mode = next(n.meta["val"].fake_mode for n in placeholders if isinstance(n.meta.get("val"), Tensor))
+    info = vars(graph._codegen)["pytree_info"]
+    args, kwargs = tree_unflatten(placeholders, info.in_spec)
+    taken = dict(zip(info.orig_args, (*args, *kwargs.values()), strict=True))
+    for name in fixed:
+        numbers = tree_leaves(taken[name])
+        with graph.inserting_before(numbers[0]):
+            tensor = graph.placeholder(name)
+        tensor.meta["val"] = mode.from_tensor(sample[name], static_shapes=True)
+        for node in numbers:
+            node.replace_all_uses_with(node.meta["val"])
+            graph.erase_node(node)
+        taken[name] = tensor
+    ordered = list(taken.values())
+    spec = tree_structure((tuple(ordered[: len(args)]), dict(zip(kwargs, ordered[len(args) :], strict=True))))
+    vars(graph._codegen)["pytree_info"] = info._replace(in_spec=spec)
+    module.recompile()
+    return tuple(fixed)
 
 
 def _erase(node: fx.Node) -> None:

@@ -2,26 +2,30 @@
 
 The prefill is an ordinary artifact (`export`), whose outputs hold the cache of the reduced prompt. A step of decoding
 reads that cache whatever its length, so it is the unreduced model's own: transformers' exporter takes it out of
-`generate` (`decompose_for_generation`) and converts it.
+`generate` (`decompose_for_generation`) and converts it. FastV leaves caches of two lengths, and transformers makes one
+mask for all layers; but a new token sees the whole of a cache without padding, so the step has no mask.
 """
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import numpy as np
 import onnx
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.exporters.configs import OnnxConfig
 from transformers.exporters.exporter_onnx import OnnxExporter
 from transformers.exporters.utils import decompose_for_generation, get_leaf_tensors
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from .capture import left_as_found, set_for_inference
 from .errors import ExportError, ParityError, UsageError
@@ -33,6 +37,7 @@ from .plan import check_prompts
 
 KEY = "pumer_compile.decode"
 CACHE = "past_key_values."
+UNMASKED = "pumer_compile_unmasked"
 # A decoding step is the same arithmetic as eager PyTorch's: nothing is decided in it.
 TOLERANCE = 1e-4
 
@@ -65,7 +70,9 @@ def export_decode(model: PreTrainedModel, inputs: Mapping[str, Tensor], path: st
         try:
             assert isinstance(step, PreTrainedModel)  # of a decoder: the model itself
             config = OnnxConfig(dynamic=True, opset_version=DEFAULT_OPSET)
-            converted, _ = OnnxExporter().export_program(step, given, config)
+            with left_as_found(step):
+                apart = _without_mask(step)
+                converted, _ = OnnxExporter().export_program(step, given, config)
         except torch.onnx.OnnxExporterError as error:
             raise ExportError(f"transformers could not convert the decoding step: {error}") from error
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
@@ -74,8 +81,11 @@ def export_decode(model: PreTrainedModel, inputs: Mapping[str, Tensor], path: st
             _check_step(model, session)
             # Some models count from 1.
             offset = int(given["position_ids"].flatten()[0]) - inputs["input_ids"].shape[1]
-            _prove(model, inputs, session, offset)
+            kind = _token_type(given)
+            _prove(model, inputs, session, offset, kind)
             described = {"inputs": session.inputs, "outputs": session.outputs, "position_offset": offset}
+            described["token_type"] = kind
+            described["lengths_by_layer"] = apart
             append_metadata(files[-1], {KEY: json.dumps(described)})
             publish([(file, path.with_name(file.name)) for file in files])
     return path
@@ -89,29 +99,89 @@ def _check(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> None:
         raise UsageError("A prompt for generation must have no padding: batch prompts of one length.")
 
 
+def _without_mask(step: PreTrainedModel) -> bool:
+    """Let a step compute its attention without a mask, so that the cache of each layer may have its own length; False
+    where some layer does not see the whole of it (a sliding window), or the attention is not transformers' `sdpa`."""
+    text = step.config.get_text_config()
+    kinds = getattr(text, "layer_types", None) or ["full_attention"]
+    windows = getattr(text, "sliding_window", None) is not None and getattr(text, "use_sliding_window", True)
+    if set(kinds) != {"full_attention"} or windows or text._attn_implementation != "sdpa":
+        return False
+    AttentionInterface.register(UNMASKED, sdpa_attention_forward)
+    AttentionMaskInterface.register(UNMASKED, _no_mask)
+    text._attn_implementation = UNMASKED
+    return True
+
+
+def _no_mask(*_: Any, **__: Any) -> None:
+    return None
+
+
 def _check_step(model: PreTrainedModel, session: OnnxSession) -> None:
-    known = ("input_ids", "position_ids")
+    known = ("input_ids", "position_ids", "token_type_ids")
     others = [n for n in session.inputs if n not in known and not n.startswith(f"input.{CACHE}")]
     if others or "position_ids" not in session.inputs:
         raise UsageError(
             f"The decoding step of {type(model).__name__} takes {', '.join(others) or 'no position_ids'}; a token, its "
-            "position and the cache are what the reference loop gives."
+            "position and type and the cache are what the reference loop gives."
         )
 
 
-def _prove(model: PreTrainedModel, inputs: Mapping[str, Tensor], session: OnnxSession, offset: int) -> None:
+def _token_type(given: Mapping[str, Any]) -> int:
+    """The type that transformers gives to a new token (PaliGemma: 1, what is behind the prompt)."""
+    types = given.get("token_type_ids")
+    return int(types.flatten()[0]) if isinstance(types, Tensor) else 0
+
+
+def _prove(model: PreTrainedModel, inputs: Mapping[str, Tensor], session: OnnxSession, offset: int, kind: int) -> None:
     """Compare with eager PyTorch, which counts positions by itself, after the prompt and again one token later."""
     found = model(**inputs, use_cache=True)
     token = found.logits[:, -1:].argmax(-1)
     length = inputs["input_ids"].shape[1]
     cache = _cache(get_leaf_tensors({"past_key_values": found.past_key_values}))
     for position in (length, length + 1):
-        outputs = session.run({**_step(token, position + offset), **_past(session, cache)})
-        found = model(input_ids=token, past_key_values=found.past_key_values, use_cache=True)
+        step = _step(session, token, position + offset, kind)
+        outputs = session.run({**step, **_past(session, cache)})
+        typed = {name: step[name] for name in ("token_type_ids",) if name in step}
+        found = model(input_ids=token, past_key_values=found.past_key_values, use_cache=True, **typed)
         error = float(np.abs(outputs["logits"] - found.logits.float().numpy()).max())
         if not error <= TOLERANCE:
             raise ParityError(f"The decoding step differs from eager PyTorch by {error:.2e}, allowed {TOLERANCE:g}.")
         token, cache = found.logits[:, -1:].argmax(-1), _next(outputs)
+
+
+def whole_forward(model: PreTrainedModel) -> Callable[..., Any]:
+    """The model's forward, for `torch.compile`, such that its `generate` calls it with pixels.
+
+    Newer versions of transformers let `generate` run the vision tower before the model, where the model's forward takes
+    what the tower gives (`mm_encoder_outputs`); then the tower is not in the compiled graph. This one does not take it.
+
+    ```python
+    model.forward = torch.compile(whole_forward(model), backend="pumer", options={"schedule": schedule}, fullgraph=True)
+    model.generate(**inputs)
+    ```
+
+    Args:
+        model: that generates.
+
+    Returns:
+        A bound method; it calls `model`'s forward as that was when this was called.
+
+    Raises:
+        UsageError: the model does not generate.
+    """
+    if not getattr(model, "can_generate", lambda: False)():
+        raise UsageError(f"{type(model).__name__} does not generate text; compile it with torch.compile(model).")
+    original = vars(model).get("forward")
+    signature = inspect.signature(model.forward)
+    itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    taken = [p for name, p in signature.parameters.items() if name != "mm_encoder_outputs"]
+
+    def forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        return type(self).forward(self, *args, **kwargs) if original is None else original(*args, **kwargs)
+
+    forward.__signature__ = signature.replace(parameters=[itself, *taken])  # type: ignore[attr-defined]
+    return MethodType(forward, model)
 
 
 class Generator:
@@ -135,7 +205,14 @@ class Generator:
                 f"{prefill} gives {', '.join(self.prefill.outputs)}; generating needs logits and a cache. Compile it "
                 "without --outputs."
             )
-        self._offset = _described(Path(decode))["position_offset"]
+        step = _described(Path(decode))
+        if schedule.get("method") == "fastv" and not step.get("lengths_by_layer"):
+            raise UsageError(
+                f"{prefill} gives a cache that is longer in the first layers (`method: fastv`), and {decode} takes one "
+                "of the same length in all. Export the step again; of models with sliding windows, or whose attention "
+                "is not transformers' sdpa, it is not supported."
+            )
+        self._offset, self._token_type = step["position_offset"], step.get("token_type", 0)
 
     def generate(self, inputs: Mapping[str, Tensor], tokens: int, stop: int | None = None) -> Tensor:
         """New tokens, greedy.
@@ -155,7 +232,8 @@ class Generator:
         made = [torch.from_numpy(outputs["logits"])[:, -1:].argmax(-1)]
         while len(made) < tokens and not (stop is not None and _ended(made, stop)):
             position = length + len(made) - 1 + self._offset
-            outputs = self.decode.run({**_step(made[-1], position), **_past(self.decode, cache)})
+            step = _step(self.decode, made[-1], position, self._token_type)
+            outputs = self.decode.run({**step, **_past(self.decode, cache)})
             cache = _next(outputs)
             made.append(torch.from_numpy(outputs["logits"])[:, -1:].argmax(-1))
         return torch.cat(made, 1)
@@ -172,8 +250,10 @@ def _described(path: Path) -> dict[str, Any]:
     raise UsageError(f"{path} is no decoding step of pumer-compile: its metadata has no {KEY}.")
 
 
-def _step(token: Tensor, position: int) -> dict[str, Tensor]:
-    return {"input_ids": token, "position_ids": torch.full_like(token, position)}
+def _step(session: OnnxSession, token: Tensor, position: int, kind: int) -> dict[str, Tensor]:
+    same = {"position_ids": position, "token_type_ids": kind}
+    given = {"input_ids": token, **{name: torch.full_like(token, value) for name, value in same.items()}}
+    return {name: tensor for name, tensor in given.items() if name in session.inputs}
 
 
 def _past(session: OnnxSession, cache: Mapping[str, Tensor]) -> dict[str, Tensor]:

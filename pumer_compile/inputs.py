@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
-from torch.utils._pytree import tree_unflatten
+from torch.utils._pytree import tree_leaves, tree_unflatten
 from transformers import PreTrainedModel
 
 from .errors import CaptureError, UsageError
@@ -191,6 +192,8 @@ def explain_inputs(model: nn.Module, sample: Mapping[str, Tensor]) -> str:
 def exported_inputs(exported: ExportedProgram) -> dict[str, Tensor]:
     """The inputs of an exported program by argument name, as fake tensors (a symbolic size is a `SymInt`).
 
+    Those that the trace has written into the graph (`fixed_inputs`) are real tensors.
+
     Raises CaptureError where they are not a flat list of tensors or a size other than the batch is symbolic.
     """
     nodes = {node.name: node for node in exported.graph.nodes if node.op == "placeholder"}
@@ -199,7 +202,7 @@ def exported_inputs(exported: ExportedProgram) -> dict[str, Tensor]:
     args, kwargs = tree_unflatten(leaves, exported.call_spec.in_spec)
     signature = exported.module_call_graph[0].signature
     names = list((signature.forward_arg_names if signature else None) or users)
-    tensors = [*args, *kwargs.values()]
+    tensors = [_as_fixed(value) for value in (*args, *kwargs.values())]
     if len(names) != len(tensors) or not all(isinstance(tensor, Tensor) for tensor in tensors):
         raise CaptureError(
             "The torch.export archive does not take plain tensors: its inputs are nested, constant or None "
@@ -215,6 +218,19 @@ def exported_inputs(exported: ExportedProgram) -> dict[str, Tensor]:
                 "Export it again with fixed sizes."
             )
     return dict(zip(names, tensors, strict=True))
+
+
+def _as_fixed(value: Any) -> Any:
+    """A tensor of nested lists of numbers; anything else as it is."""
+    numbers = tree_leaves(value)
+    if isinstance(value, list | tuple) and numbers and all(isinstance(number, int | float) for number in numbers):
+        return torch.tensor(value)
+    return value
+
+
+def fixed_inputs(exported: ExportedProgram) -> dict[str, Tensor]:
+    """Inputs whose numbers the model looked at while it was traced (the sizes of LLaVA-NeXT's images), by name."""
+    return {name: t for name, t in exported_inputs(exported).items() if not isinstance(t, FakeTensor)}
 
 
 def example_inputs(exported: ExportedProgram) -> dict[str, Tensor]:
@@ -249,6 +265,11 @@ def check_exported_inputs(exported: ExportedProgram, inputs: Mapping[str, Tensor
             raise UsageError(
                 f"The torch.export archive was exported with {name} {describe(value)}; found "
                 f"{describe(given)}. An archive runs with the shapes it was exported with."
+            )
+        if not isinstance(value, FakeTensor) and not torch.equal(given.cpu(), value):
+            raise UsageError(
+                f"{name} was {value.tolist()} when the model was traced, and the graph is for that alone; found "
+                f"{given.tolist()}. Export it again with these."
             )
     batches = {
         name: inputs[name].shape[0] for name, t in expected.items() if t.ndim and not isinstance(t.shape[0], int)

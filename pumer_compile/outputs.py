@@ -1,8 +1,8 @@
-"""The outputs of a captured graph by name: which there are, and keeping only some."""
+"""The outputs of a captured graph by name: which there are, and keeping only some; and inputs that it does not read."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -39,6 +39,22 @@ def set_output_names(graph: fx.Graph, names: list[str]) -> None:
     if hasattr(codegen, "pytree_info"):
         spec = tree_structure(dict.fromkeys(names, 0))
         codegen.pytree_info = codegen.pytree_info._replace(out_spec=spec)
+
+
+def without_inputs(module: fx.GraphModule, names: Collection[str]) -> None:
+    """Let a graph module no longer take given inputs (by keyword), which it does not read; in place."""
+    if not names:
+        return
+    info = vars(module.graph._codegen)["pytree_info"]
+    placeholders = module.graph.find_nodes(op="placeholder")
+    args, kwargs = tree_unflatten(list(placeholders), info.in_spec)
+    for name in names:
+        module.graph.erase_node(kwargs.pop(name))
+    spec = tree_structure((args, kwargs))
+    vars(module.graph._codegen)["pytree_info"] = info._replace(
+        in_spec=spec, orig_args=[name for name in info.orig_args if name not in names]
+    )
+    module.recompile()
 
 
 def select_outputs(module: fx.GraphModule, wanted: Iterable[str]) -> None:

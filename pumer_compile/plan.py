@@ -97,22 +97,35 @@ class Plan:
 
 
 def check_prompts(manifest: Mapping[str, Any], inputs: Mapping[str, Tensor]) -> None:
-    """Whether images stand in these prompts where the artifact has them compiled in.
+    """Whether images stand in these prompts where the artifact has them compiled in, and are cut as it has them.
 
     Raises:
-        UsageError: elsewhere, or in another number of places.
+        UsageError: elsewhere, in another number of places, or an input has other values than it was compiled for.
     """
-    for place in (manifest.get("plan") or {}).get("prompts", ()):
-        ids, start, stop = inputs.get(place["input"]), place["start"], place["stop"]
-        if ids is None:
-            continue
-        found = ids == place["placeholder"]
-        if not (bool(found[:, start:stop].all()) and int(found.sum()) == (stop - start) * ids.shape[0]):
+    for name, values in (manifest.get("fixed_inputs") or {}).items():
+        if name in inputs and inputs[name].tolist() != values:
             raise UsageError(
-                f"The artifact has the image at positions {start} to {stop - 1} of every prompt, and these "
-                f"{place['input']} do not have its placeholders (id {place['placeholder']}) just there. Compile it for "
-                "prompts of this form."
+                f"The artifact was compiled for {name} {values}, which is written into it (images of another shape are "
+                f"cut otherwise), and was given {inputs[name].tolist()}. Compile it for this shape."
             )
+    blocks: dict[tuple[str, int], list[tuple[int, int]]] = {}
+    for place in (manifest.get("plan") or {}).get("prompts", ()):
+        blocks.setdefault((place["input"], place["placeholder"]), []).append((place["start"], place["stop"]))
+    for (name, placeholder), places in blocks.items():
+        if name in inputs:
+            _check_places(name, inputs[name], placeholder, places)
+
+
+def _check_places(name: str, ids: Tensor, placeholder: int, places: list[tuple[int, int]]) -> None:
+    found = ids == placeholder
+    total = sum(stop - start for start, stop in places)
+    there = all(bool(found[:, start:stop].all()) for start, stop in places)
+    if not there or int(found.sum()) != total * ids.shape[0]:
+        positions = " and ".join(f"{start} to {stop - 1}" for start, stop in places)
+        raise UsageError(
+            f"The artifact has the image at positions {positions} of every prompt, and these {name} do not have its "
+            f"placeholders (id {placeholder}) just there. Compile it for prompts of this form."
+        )
 
 
 def merge_limit(tokens: int, protected: int) -> int:

@@ -36,7 +36,7 @@ from pydantic import (
 
 from .errors import ScheduleError
 
-Method = Literal["pumer", "tome", "vispruner"]
+Method = Literal["pumer", "tome", "vispruner", "fastv"]
 Semantics = Literal["reference", "paper", "safe", "stable"]
 Positions = Literal["compact", "original"]
 TokenOutputs = Literal["refused", "reduced", "restored"]
@@ -87,7 +87,8 @@ class Schedule(_Strict):
         method: `pumer` is text-informed pruning, then modality-aware merging (PuMer, section 4); `tome` is merging
             alone, with token sizes carried along and counted in every later attention (Bolya et al. 2023);
             `vispruner` keeps `budget` image tokens of a prompt by visual cues alone, before the projector (Zhang et
-            al. 2025).
+            al. 2025); `fastv` keeps those that the last token of the prompt looks at, from a layer of the language
+            model on (Chen et al. 2024).
         semantics: `reference` computes what the published code computes, its masked softmax included; `paper`
             is Algorithm 1 and equation 1 as written, with the model's own softmax; `safe` is for models that
             were not fine-tuned with reduction (padding neither votes nor merges, class tokens stay, token
@@ -95,12 +96,14 @@ class Schedule(_Strict):
             not depend on the order of nearly equal similarities.
         layers: cross-modal attention nodes in execution order, all with the budgets `prune` and `merge`.
         sites: instead of `layers`: one entry for each site, with its own budgets.
-        budget: image tokens that `vispruner` keeps of each image.
+        budget: image tokens that `vispruner` or `fastv` keeps of each image.
         important: share of them kept for the attention they get; the others are kept for being unlike each other.
+        layer: of `fastv`, the paper's K: so many language layers see every token; the attention of the last of them
+            decides.
         positions: of the tokens that `vispruner` leaves: `compact` (counted anew, as published) or `original` (where
-            they stood in the whole prompt).
+            they stood in the whole prompt); those that `fastv` leaves have their original ones.
         outputs: what becomes of outputs with one entry for each token: `refused` (an error; the default), `reduced`
-            (the default of `vispruner`, whose logits have an entry for each token; one entry for
+            (the default of `vispruner` and `fastv`, whose logits have an entry for each token; one entry for
             each token that is left), or `restored` (every original position gets the token it was merged into; pruned
             ones get zeros, and an extra output `<name>.kept` says which those are).
         prune: share (float) or number (int) of image tokens pruned at each layer.
@@ -115,12 +118,15 @@ class Schedule(_Strict):
     sites: tuple[Site, ...] | None = None
     budget: Annotated[int, Field(ge=1, strict=True)] | None = None
     important: Annotated[float, Field(ge=0, le=1)] | None = None
+    layer: Annotated[int, Field(strict=True)] | None = None
     positions: Positions | None = None
     outputs: TokenOutputs = "refused"
 
     def __init__(self, /, **data: Any) -> None:
         if data.get("method") == "vispruner":
             data = {"important": 0.5, "positions": "compact", "outputs": "reduced", **data}
+        if data.get("method") == "fastv":
+            data = {"positions": "original", "outputs": "reduced", **data}
         try:
             super().__init__(**data)
         except ValidationError as error:
@@ -130,9 +136,12 @@ class Schedule(_Strict):
     def _layers_or_sites(self) -> Schedule:
         if self.method == "vispruner":
             return self._visual()
-        visual = [n for n in ("budget", "important", "positions") if getattr(self, n) is not None]
-        if visual:
-            raise ValueError(f"`{visual[0]}` is for `method: vispruner`")
+        if self.method == "fastv":
+            return self._last_query()
+        owners = {"budget": "`method: vispruner` and `method: fastv`", "layer": "`method: fastv`"}
+        foreign = [n for n in ("budget", "important", "layer", "positions") if getattr(self, n) is not None]
+        if foreign:
+            raise ValueError(f"`{foreign[0]}` is for {owners.get(foreign[0], '`method: vispruner`')}")
         if self.semantics == "stable":
             raise ValueError("`semantics: stable` is for `method: vispruner`; choose reference, paper or safe")
         if (self.layers is None) == (self.sites is None):
@@ -152,13 +161,35 @@ class Schedule(_Strict):
         return self
 
     def _visual(self) -> Schedule:
-        given = [n for n in ("layers", "sites", "prune", "merge") if getattr(self, n) is not None]
+        given = [n for n in ("layers", "sites", "prune", "merge", "layer") if getattr(self, n) is not None]
         if given:
             raise ValueError(f"`method: vispruner` has a `budget` and no places of its own: leave out `{given[0]}`")
         if self.budget is None:
             raise ValueError("`method: vispruner` needs a `budget`, the image tokens to keep, such as 64")
         if self.semantics not in ("reference", "stable"):
             raise ValueError("`method: vispruner` has the semantics `reference` and `stable`")
+        return self
+
+    def _last_query(self) -> Schedule:
+        given = [n for n in ("layers", "sites", "prune", "merge", "important") if getattr(self, n) is not None]
+        if given:
+            raise ValueError(f"`method: fastv` has one `layer` and one `budget`: leave out `{given[0]}`")
+        if self.budget is None:
+            raise ValueError("`method: fastv` needs a `budget`, the image tokens to keep, such as 64")
+        if self.layer is None:
+            raise ValueError("`method: fastv` needs a `layer`, how many language layers see every token, such as 2")
+        if self.layer < 1:
+            raise ValueError(
+                f"`layer` counts the language layers that see every token, at least 1 (whose own attention then "
+                f"decides), got {self.layer}"
+            )
+        if self.semantics != "reference":
+            raise ValueError("`method: fastv` has one meaning: leave out `semantics`")
+        if self.positions != "original":
+            raise ValueError(
+                "`method: fastv` leaves tokens at their original positions (layers before it have counted them "
+                "already): leave out `positions`"
+            )
         return self
 
     def resolve(self) -> tuple[Site, ...]:
@@ -178,6 +209,8 @@ class Schedule(_Strict):
         }
         if self.method == "vispruner":
             canonical |= {"budget": self.budget, "important": self.important, "positions": self.positions}
+        if self.method == "fastv":
+            canonical |= {"budget": self.budget, "layer": self.layer}
         if self.outputs != "refused":
             canonical["outputs"] = self.outputs
         return hashlib.sha256(json.dumps(canonical, sort_keys=True).encode()).hexdigest()

@@ -198,7 +198,7 @@ def test_blocks_that_nothing_reads_are_gone(compiled: Any) -> None:
 def test_the_manifest(compiled: Any) -> None:
     manifest = inner_manifest(compiled("T48-r0.5"))
     assert manifest["schedule"]["method"] == "vispruner" and manifest["schedule"]["budget"] == 48
-    assert manifest["tokens"]["cross_modal.0"] == {"text": 9, "prompt_image": 48}
+    assert manifest["tokens"]["cross_modal.0"] == {"text": 14, "prompt_image": 48}
     assert manifest["parity"]["passed"] and manifest["parity"]["decisions_compared"]
     (row,) = manifest["parity"]["reducers"]
     assert row["differ"] == 0 and not row["judged"]

@@ -42,7 +42,9 @@ def visual_cues(model: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
     attention = found.attentions[layer].mean(1)
     if config.vision_config.model_type == "clip_vision_model":
         return states[:, 1:], attention[:, 0, 1:]
-    return found.last_hidden_state, attention.mean(1)
+    # Towers without a class token: all tokens vote. PaliGemma names no layer and takes the normalized output.
+    named = hasattr(config, "vision_feature_layer")
+    return states if named else found.last_hidden_state, attention.mean(1)
 
 
 def logits_by_hand(

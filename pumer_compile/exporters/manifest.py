@@ -81,6 +81,7 @@ def make_manifest(
             for name, tensor in program.inputs.items()
             if name not in inputs
         },
+        "fixed_inputs": {name: program.inputs[name].tolist() for name in program.fixed},
         "outputs": outputs,
         "decisions": decisions,
         "dynamic_batch": program.dynamic_batch,

@@ -35,7 +35,7 @@ from ..capture import Program, batch_inputs, capture, left_as_found, set_for_inf
 from ..errors import ExportError, UsageError
 from ..files import content_name, sha256_file
 from ..loading import quiet
-from ..outputs import output_nodes
+from ..outputs import output_nodes, without_inputs
 from ..reduce import reduce_graph, with_decisions
 from ..runtimes.ort import check_provider
 from ..schedule import Schedule
@@ -101,23 +101,29 @@ class ReduceStep(DynamoExporter):
     def export_program(
         self, model: PreTrainedModel, sample_inputs: MutableMapping[str, Any], config: Any
     ) -> tuple[ExportedProgram, Any]:
+        given = dict(sample_inputs)  # the exporter puts numbers in place of some tensors
         with _plain_scatter() if self.schedule is not None else contextlib.nullcontext():
             exported, metadata = super().export_program(model, sample_inputs, config)
-        return self._reduced(exported, sample_inputs, config), metadata
+        return self._reduced(exported, sample_inputs, given, config), metadata
 
     def export(self, model: PreTrainedModel, sample_inputs: MutableMapping[str, Any], config: Any) -> Any:
         """The step of older exporters (transformers 5.17), where it gives the program; later ones come back here with a
         finished model."""
+        given = dict(sample_inputs)
         with _plain_scatter() if self.schedule is not None else contextlib.nullcontext():
             exported = super().export(model, sample_inputs, config)
-        return self._reduced(exported, sample_inputs, config) if isinstance(exported, ExportedProgram) else exported
+        if not isinstance(exported, ExportedProgram):
+            return exported
+        return self._reduced(exported, sample_inputs, given, config)
 
     def _reduced(
-        self, exported: ExportedProgram, sample_inputs: MutableMapping[str, Any], config: Any
+        self, exported: ExportedProgram, sample_inputs: MutableMapping[str, Any], given: dict[str, Any], config: Any
     ) -> ExportedProgram:
         self.output_names, self.decision_names = [], []
         if self.schedule is not None or self.outputs:
-            program = capture(exported, dict(sample_inputs), streams=self.streams, outputs=self.outputs)
+            program = capture(exported, given, streams=self.streams, outputs=self.outputs)
+            for name in program.fixed:
+                sample_inputs.pop(name)
             exported, self.output_names, self.decision_names = reduced_export(
                 program, self.schedule, config.dynamic_shapes
             )
@@ -157,9 +163,9 @@ def reduced_export(
     # A graph may not give an output the name of an input.
     names = [f"output.{name}" if name in program.inputs else name for name in output_nodes(module)]
     twin, decisions = with_decisions(module, names)
-    exported = torch.export.export(
-        twin, args=(), kwargs=dict(program.inputs), dynamic_shapes=dynamic_shapes, strict=False
-    )
+    without_inputs(twin, program.fixed)
+    read = {name: tensor for name, tensor in program.inputs.items() if name not in program.fixed}
+    exported = torch.export.export(twin, args=(), kwargs=read, dynamic_shapes=dynamic_shapes, strict=False)
     return exported, names, decisions
 
 
@@ -318,7 +324,7 @@ def _through_torch(
     converted = torch.onnx.export(
         exported,
         args=(),
-        kwargs=dict(program.inputs),
+        kwargs={name: tensor for name, tensor in program.inputs.items() if name not in program.fixed},
         opset_version=options.opset,
         dynamo=True,
         verbose=False,

@@ -16,10 +16,11 @@ from .attention_rows import attention_rows
 from .axes import Dim, Tokens
 from .graph import ancestors, describe, values
 from .insert import Insertions, SiteInsertion, make_reducer
+from .last_query import KeepForLastQuery
 from .locate import Attention
 from .rewrite import Epochs, Rewriter, Step
 from .rules import aten, shape
-from .visual import SelectVisual, counted_anew
+from .visual import DropSeparators, SelectVisual, counted_anew
 
 log = logging.getLogger("pumer_compile")
 
@@ -31,10 +32,11 @@ def actions_after(insertions: Insertions) -> dict[fx.Node, Callable[[Rewriter], 
     """Actions by the captured node they follow."""
     found: dict[fx.Node, Callable[[Rewriter], None]] = {}
     for site in insertions.sites:
-        if site.mark is not None:
+        if site.marks:
             continue
         assert site.attention.carrier is not None
-        found[site.attention.carrier] = _Reduce(insertions, site)
+        emitter = KeepForLastQuery if site.images else _Reduce
+        found[site.attention.carrier] = emitter(insertions, site)
     return found
 
 
@@ -44,8 +46,10 @@ def actions_instead(insertions: Insertions) -> dict[fx.Node, Callable[[Rewriter]
     for attention in insertions.softmaxes:
         found[attention.probabilities or attention.context] = _PublishedSoftmax(insertions, attention)
     for site in insertions.sites:
-        if site.mark is not None:
-            found[site.mark] = SelectVisual(insertions, site)
+        for mark in site.marks:
+            found[mark.node] = SelectVisual(insertions, site, mark)
+            if mark.separated is not None:
+                found[mark.separated] = DropSeparators(mark)
     if insertions.schedule.method == "vispruner":
         found |= counted_anew(insertions)
     if insertions.schedule.method == "tome":

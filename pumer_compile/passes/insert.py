@@ -14,9 +14,10 @@ from ..reducers import ModalityAwareMerger, StreamReducer, TextInformedPruner, U
 from ..reducers.reducer import Carried
 from ..schedule import Schedule, Site
 from .annotate import Annotation
-from .axes import Tokens
+from .axes import Dim, Tokens
 from .graph import ancestors, describe
 from .locate import Attention, choose
+from .prompt import Mark
 from .rewrite import Rewriter, inside
 from .rules import shape
 
@@ -33,7 +34,9 @@ class SiteInsertion:
         plan: token counts, once the walk has passed it; None where it was left out.
         reducers: by stream.
         passed: how many reducers each modality had passed before.
-        mark: of `vispruner`: where the features leave the tower.
+        marks: of `vispruner`: where the features that it gives leave the tower, for each block of a prompt.
+        votes: of `vispruner`: the attention that decides, `[rows, tokens]`, once the walk has it.
+        images: of `fastv`: the streams of images that it reduces.
     """
 
     attention: Attention
@@ -41,7 +44,9 @@ class SiteInsertion:
     plan: SitePlan | None = None
     passed: dict[str, int] = field(default_factory=dict)
     reducers: dict[str, StreamReducer] = field(default_factory=dict)
-    mark: fx.Node | None = None
+    marks: tuple[Mark, ...] = ()
+    votes: fx.Node | None = None
+    images: tuple[str, ...] = ()
 
 
 @dataclass
@@ -73,7 +78,7 @@ class Insertions:
 
 
 def plan_insertions(
-    annotation: Annotation, attentions: list[Attention], schedule: Schedule, marks: Sequence[fx.Node] = ()
+    annotation: Annotation, attentions: list[Attention], schedule: Schedule, marks: Sequence[Mark] = ()
 ) -> Insertions:
     """Choose the sites.
 
@@ -81,14 +86,19 @@ def plan_insertions(
         annotation: axes of the captured graph.
         attentions: every attention, in execution order.
         schedule: what is asked for.
-        marks: where a vision tower's features leave for a prompt (`prompt.visual_tokens`).
+        marks: where a vision tower's features leave for a prompt.
 
     Raises:
         LocateError: a site that does not exist, has no residual carrier or cannot be followed.
         PlanError: budgets for tokens that a site does not have.
     """
-    if schedule.method == "vispruner":
-        return Insertions(schedule, annotation, attentions, visual_sites(attentions, marks), [])
+    if schedule.method in ("vispruner", "fastv"):
+        _check_marks(marks, schedule)
+        if schedule.method == "vispruner":
+            sites = visual_sites(attentions, marks)
+        else:
+            sites = [last_query_site(annotation, attentions, schedule, marks)]
+        return Insertions(schedule, annotation, attentions, sites, [])
     chosen = [(attention, site) for site in schedule.resolve() for attention in choose(attentions, site.at)]
     chosen.sort(key=lambda pair: attentions.index(pair[0]))
     for attention, site in chosen:
@@ -101,26 +111,83 @@ def plan_insertions(
     return Insertions(schedule, annotation, attentions, sites, softmaxes)
 
 
-def visual_sites(attentions: list[Attention], marks: Sequence[fx.Node]) -> list[SiteInsertion]:
+def _check_marks(marks: Sequence[Mark], schedule: Schedule) -> None:
+    if not marks:
+        raise LocateError(
+            f"`method: {schedule.method}` keeps image tokens of a prompt, and nothing is scattered into one: looked "
+            "for masked_scatter of a vision tower's features and found none. For models whose text and image meet in "
+            "attention use `method: pumer`."
+        )
+
+
+def visual_sites(attentions: list[Attention], marks: Sequence[Mark]) -> list[SiteInsertion]:
     """The last attention of the tower before each mark: the layer whose output is used.
 
     Raises:
-        LocateError: no features are scattered into a prompt, or no tower attention gives them.
+        LocateError: no tower attention gives its features.
     """
-    if not marks:
-        raise LocateError(
-            "`method: vispruner` keeps image tokens of a prompt, and nothing is scattered into one: looked for "
-            "masked_scatter of a vision tower's features and found none. For models whose text and image meet in "
-            "attention use `method: pumer`."
-        )
-    sites = []
+    found: dict[fx.Node, SiteInsertion] = {}
     for mark in marks:
-        before = ancestors(mark)
+        before = ancestors(mark.node)
         tower = [a for a in attentions if a.context in before]
         if not tower:
-            raise LocateError(f"No attention over image tokens was found before {describe(mark)}.")
-        sites.append(SiteInsertion(tower[-1], Site(at=tower[-1].site), mark=mark))
-    return sites
+            raise LocateError(f"No attention over image tokens was found before {describe(mark.node)}.")
+        last = tower[-1]
+        site = found.setdefault(last.context, SiteInsertion(last, Site(at=last.site)))
+        site.marks = (*site.marks, mark)
+    return list(found.values())
+
+
+def last_query_site(
+    annotation: Annotation, attentions: list[Attention], schedule: Schedule, marks: Sequence[Mark]
+) -> SiteInsertion:
+    """The attention of the last language layer that sees every token, with all the images in its prompt.
+
+    Raises:
+        LocateError: no attention over a prompt with its images, or one that cannot be reduced.
+        PlanError: there is no such layer, or none after it.
+    """
+    axes = [annotation.axis(Dim(mark.prompted, 1)) for mark in marks]
+    images = tuple(s for axis in axes if isinstance(axis, Tokens) for s in axis.streams)
+    layers = [a for a in attentions if {*images, "text"} <= set(a.query_axis.streams) & set(a.key_axis.streams)]
+    if not layers:
+        raise LocateError(
+            "`method: fastv` reads the attention of a language model, and none was found whose queries and keys are "
+            f"the words of a prompt with {' and '.join(images) or 'its image'} among them."
+        )
+    wanted = schedule.layer or 0
+    if wanted >= len(layers):
+        few = f"choose 1 to {len(layers) - 1}" if len(layers) > 1 else "there is none to choose"
+        raise PlanError(
+            f"`layer: {wanted}` lets the first {wanted} language layers see every token and the others fewer, and this "
+            f"model has {len(layers)}: {few}."
+        )
+    attention = layers[wanted - 1]
+    _check_prompt(attention, images)
+    _check_masks(attentions[attentions.index(attention) :])
+    return SiteInsertion(attention, Site(at=attention.site), images=images)
+
+
+def _check_prompt(attention: Attention, images: tuple[str, ...]) -> None:
+    if attention.carrier is None:
+        raise LocateError(f"Site {attention.described} has no residual value to reduce: {attention.no_carrier}.")
+    if len(shape(attention.query)) != 4:
+        raise LocateError(
+            f"Site {attention.described} has queries of shape {list(shape(attention.query))}; `method: fastv` reads "
+            "[batch, heads, tokens, head size]. Use a model whose attention keeps heads in a dimension of their own."
+        )
+    *_, last = attention.query_axis.segments
+    if last.stream != "text":
+        raise LocateError(
+            f"The prompt {attention.query_axis} ends with an image, and `method: fastv` keeps the image tokens that "
+            "its last word looks at. Compile it for a prompt that ends with a word."
+        )
+    cut = [s for s in attention.query_axis.segments if s.stream in images and not s.whole]
+    if cut:
+        raise LocateError(
+            f"The prompt {attention.query_axis} has {cut[0].length} tokens of {cut[0].stream} apart from the others; "
+            "an image is reduced whole."
+        )
 
 
 def modalities(annotation: Annotation, axis: Tokens) -> set[str]:

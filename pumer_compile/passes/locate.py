@@ -365,7 +365,9 @@ def alike_for_queries(node: fx.Node) -> bool:
             node = node.all_input_nodes[0]
         elif not depends_on_input(node):
             constant = constant_value(node)
-            return constant is not None and bool((constant == constant[..., :1, :]).all())
+            if constant is None or constant.is_meta:  # a model planned without its numbers
+                return False
+            return bool((constant == constant[..., :1, :]).all())
         else:
             pointwise = node.op == "call_function" and _is_pointwise(node)
             return pointwise and all(alike_for_queries(n) for n in content_inputs(node) if values(n))

@@ -82,7 +82,7 @@ class History:
 
 
 def _prompt(state: State) -> int:
-    if state.schedule.method != "vispruner":
+    if state.schedule.method not in ("vispruner", "fastv"):
         return 0  # what else is reduced, it is reduced in the graph as it was captured
     state.prompt = spell_out(state.captured, state.inputs)
     if state.prompt is None:
@@ -241,7 +241,13 @@ def tokens_after_layers(
     for attention in (a for a in attentions if a.query_axis.streams):
         counts: dict[str, int] = {}
         for axis, dim in ((attention.query_axis, attention.query_dim), (attention.key_axis, attention.key_dim)):
-            counts.update({s.stream: walk.length(s, walk.at(dim)) for s in axis.segments if s.stream})
+            # A prompt has text on both sides of an image.
+            present: dict[str, int] = {}
+            for segment in axis.segments:
+                if segment.stream:
+                    length = walk.length(segment, walk.at(dim))
+                    present[segment.stream] = present.get(segment.stream, 0) + length
+            counts.update(present)
         name = attention.site + (f"@{attention.call}" if attention.call else "")
         layers[name] = {**counts, **after.get(name, {})}
     return layers

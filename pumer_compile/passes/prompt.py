@@ -1,10 +1,14 @@
-"""Prompt: say plainly where the image stands in a language model's prompt.
+"""Prompt: say plainly where images stand in a language model's prompt.
 
 Models of LLaVA's kind look a prompt up in the word table, placeholders included, and scatter the projected image
 features over the placeholders (`masked_scatter`). Where these stand is data; for one compiled prompt form it is fixed.
-This pass reads it off the sample ids and writes it down as what it is: words before, image, words after, joined by a
+This pass reads it off the sample ids and writes it down as what it is: words, image, words, and so on, joined by a
 `cat`. From there on the axes of the prompt follow by the ordinary rules. It also marks where the features leave the
-vision tower for the projector, as a stream of their own (`visual_tokens`).
+vision tower for the projector, as streams of their own (`visual_tokens`), one for each block of placeholders.
+
+Where several rows of the tower's output make one prompt (images, or the crops of one), or tokens are rearranged on the
+way (`arrangement.py`), the tokens are brought into the prompt's order before the projector, which looks at each token
+alone. Learned separators between them (the end of a picture's row) are kept until a reducer drops them.
 """
 
 from __future__ import annotations
@@ -19,17 +23,31 @@ from torch import Tensor, fx
 
 from ..errors import AxisError
 from ..plan import PromptPlace
+from .arrangement import SEPARATOR, Arrangement, arrangement
 from .axes import Constraint, Dim, Opaque, Same, Seed
 from .graph import ancestors, attribute, constant_value, describe, module_path, values
-from .rules import aten, rule
+from .rules import aten, overloads, rule
 
 _SCATTER = aten.masked_scatter.default
 _ATTENTION = {aten.softmax.int, aten._softmax.default, aten.scaled_dot_product_attention.default}
+# What may stand between tower and prompt where tokens of several rows become one stream: each token by itself.
+_BY_TOKEN = {
+    *overloads(
+        "linear gelu relu silu sigmoid tanh mul add div layer_norm rms_norm dropout contiguous clone to _to_copy"
+    ),
+    *overloads("pow rsqrt alias"),
+}
 
 
-def visual_tokens(features: Tensor) -> Tensor:
-    """A mark in the graph: these are the tokens that a vision tower gives, `[batch, tokens, width]`."""
+def visual_tokens(features: Tensor, place: str = "prompt") -> Tensor:
+    """A mark in the graph: these are the tokens that a vision tower gives, `[batch, tokens, width]`; `place` names
+    their stream."""
     return features
+
+
+def with_separators(image: Tensor, whole: Tensor, place: str = "prompt") -> Tensor:
+    """A mark in the graph: `whole`, `[batch, tokens, width]`, is `image` with learned separators between its tokens."""
+    return whole
 
 
 @rule(visual_tokens)
@@ -39,8 +57,48 @@ def _visual_tokens(node: fx.Node) -> list[Constraint]:
         Same(Dim(node, 0), Dim(source, 0)),
         Same(Dim(node, 2), Dim(source, 2)),
         Opaque(Dim(source, 1)),
-        Seed((Dim(node, 1),), "image@prompt"),
+        Seed((Dim(node, 1),), f"image@{_place(node, 1)}"),
     ]
+
+
+@rule(with_separators)
+def _with_separators(node: fx.Node) -> list[Constraint]:
+    image, whole = node.args[:2]
+    assert isinstance(image, fx.Node) and isinstance(whole, fx.Node)
+    opaque = [Opaque(Dim(source, i)) for source, dims in ((image, (1,)), (whole, (0, 1, 2))) for i in dims]
+    same = [Same(Dim(node, 0), Dim(image, 0)), Same(Dim(node, 2), Dim(image, 2))]
+    return [*same, *opaque, Seed((Dim(node, 1),), f"image@{_place(node, 2)}")]
+
+
+def _place(node: fx.Node, argument: int) -> object:
+    return node.args[argument] if len(node.args) > argument else "prompt"
+
+
+@dataclass(frozen=True)
+class Mark:
+    """Image tokens of one block of every prompt, where they leave the vision tower.
+
+    Attributes:
+        node: the `visual_tokens` node, `[batch, tokens, width]`.
+        features: what leaves the tower, `[rows, tokens of a row, width]`.
+        order: of each token, its number among those of the prompt's rows (`row * tokens of a row + token`); None where
+            a prompt has one row, as it is.
+        crops: places in the block of each row's tokens, in their order.
+        separated: the `with_separators` node, if any.
+        origin: for each place of it, the number of the token in `node`, or `SEPARATOR`.
+    """
+
+    node: fx.Node
+    features: fx.Node
+    order: tuple[int, ...] | None
+    crops: tuple[tuple[int, ...], ...]
+    separated: fx.Node | None = None
+    origin: tuple[int, ...] = ()
+
+    @property
+    def prompted(self) -> fx.Node:
+        """The block's tokens as the prompt has them, separators included."""
+        return self.separated or self.node
 
 
 @dataclass(frozen=True)
@@ -49,12 +107,12 @@ class Prompt:
 
     Attributes:
         module: a copy of the captured graph; parameters are shared.
-        marks: its `visual_tokens` nodes.
+        marks: where image tokens leave the tower, for each block of a prompt.
         places: where the images stand, for those whose placeholder is an id.
     """
 
     module: fx.GraphModule
-    marks: list[fx.Node]
+    marks: list[Mark]
     places: list[PromptPlace]
 
 
@@ -66,31 +124,30 @@ def spell_out(captured: fx.GraphModule, inputs: Mapping[str, Tensor]) -> Prompt 
         inputs: the sample inputs, whose placeholder ids say where images stand.
 
     Raises:
-        AxisError: the placeholders stand elsewhere in another row, in several blocks, or do not fit the features.
+        AxisError: the placeholders stand elsewhere in another row, or do not fit the features; or more than moving
+            happens to features between projector and prompt.
     """
     if not any(node.target is _SCATTER for node in captured.graph.nodes):
         return None
     graph = copy.deepcopy(captured.graph)
     module = fx.GraphModule(captured, graph)
-    marks: list[fx.Node] = []
-    places: list[PromptPlace] = []
+    prompt = Prompt(module, [], [])
     for node in [n for n in graph.nodes if n.target is _SCATTER]:
-        if not any(n.target in _ATTENTION for n in ancestors(node)):
-            continue  # not the output of a tower
-        _spell_out(graph, node, inputs, marks, places)
+        if any(n.target in _ATTENTION for n in ancestors(node)):  # the output of a tower
+            _Scatter(prompt, node, inputs).spell_out()
     graph.eliminate_dead_code()
-    _towers_first(graph, marks)
+    _first(graph, [mark.prompted for mark in prompt.marks])
     graph.lint()
     module.recompile()
-    return Prompt(module, marks, places) if marks else None
+    return prompt if prompt.marks else None
 
 
-def _towers_first(graph: fx.Graph, marks: list[fx.Node]) -> None:
+def _first(graph: fx.Graph, marks: list[fx.Node]) -> None:
     """Let everything that the marks need come before everything else: positions in a prompt may be counted before the
     image is looked at, and have to be counted over what is left of it."""
     early = set(marks).union(*(ancestors(mark) for mark in marks))
-    nodes = [n for n in graph.nodes if n.op == "call_function"]
-    first = next((n for n in nodes if n not in early), None)
+    nodes = list(graph.nodes)
+    first = next((n for n in nodes if n.op == "call_function" and n not in early), None)
     if first is None:
         return
     for node in nodes[nodes.index(first) :]:
@@ -98,46 +155,153 @@ def _towers_first(graph: fx.Graph, marks: list[fx.Node]) -> None:
             first.prepend(node)
 
 
-def _spell_out(
-    graph: fx.Graph,
-    scatter: fx.Node,
-    inputs: Mapping[str, Tensor],
-    marks: list[fx.Node],
-    places: list[PromptPlace],
-) -> None:
-    words, mask, source = scatter.args
-    assert isinstance(words, fx.Node) and isinstance(mask, fx.Node) and isinstance(source, fx.Node)
-    if not all(isinstance(size, int) for n in (words, source) for size in values(n)[0].shape[:-1]):
-        raise AxisError(
-            f"{describe(scatter)} scatters image features whose number depends on data; a prompt of one form has a "
-            "fixed number of them."
-        )
-    filled = constant_value(mask, inputs)
-    if filled is None:
-        raise AxisError(f"{describe(scatter)} fills places whose number is open; an image needs a fixed place.")
-    start, stop, length = _block(scatter, filled)
-    marks.append(_mark(graph, scatter, source))
-    known = _placeholder(mask)
-    if known is not None:
-        places.append(PromptPlace(*known, start, stop))
-    flat = _flattened(graph, source)
-    width = values(words)[0].shape[-1]
-    if values(source)[0].numel() != values(words)[0].shape[0] * (stop - start) * width:
-        raise AxisError(
-            f"{describe(scatter)} fills {stop - start} placeholders in each prompt, and the image features "
-            f"{tuple(values(source)[0].shape)} do not fit them: one image for each prompt is expected."
-        )
-    with graph.inserting_before(scatter):
-        emit = _Emitter(graph, scatter)
-        image = emit(aten.view.default, flat, [-1, stop - start, width])
-        parts = [image]
-        if start > 0:
-            parts.insert(0, emit(aten.slice.Tensor, words, 1, 0, start))
-        if stop < length:
-            parts.append(emit(aten.slice.Tensor, words, 1, stop, length))
-        joined = emit(aten.cat.default, parts, 1)
-    scatter.replace_all_uses_with(joined)
-    graph.erase_node(scatter)
+class _Scatter:
+    """One `masked_scatter` of image features into words."""
+
+    def __init__(self, prompt: Prompt, node: fx.Node, inputs: Mapping[str, Tensor]) -> None:
+        self.prompt, self.node, self.inputs = prompt, node, inputs
+        words, mask, source = node.args
+        assert isinstance(words, fx.Node) and isinstance(mask, fx.Node) and isinstance(source, fx.Node)
+        self.words, self.mask, self.source = words, mask, source
+        self.batch, self.length, self.width = values(words)[0].shape
+        self.emit = _Emitter(prompt.module.graph, node)
+        # An output of the model, say.
+        self.others = [user for user in source.users if user is not node]
+
+    def spell_out(self) -> None:
+        if not all(isinstance(size, int) for n in (self.words, self.source) for size in values(n)[0].shape[:-1]):
+            raise AxisError(
+                f"{describe(self.node)} scatters image features whose number depends on data; a prompt of one form has "
+                "a fixed number of them."
+            )
+        filled = constant_value(self.mask, self.inputs)
+        if filled is None:
+            raise AxisError(f"{describe(self.node)} fills places whose number is open; an image needs a fixed place.")
+        blocks = _blocks(self.node, filled)
+        places = sum(stop - start for start, stop in blocks)
+        given = values(self.source)[0]
+        if given.numel() != self.batch * places * self.width:
+            raise AxisError(
+                f"{describe(self.node)} fills {places} placeholders in each prompt, and the image features "
+                f"{tuple(given.shape)} do not fit them."
+            )
+        found = arrangement(self.node, self.source, self.batch)
+        with self.prompt.module.graph.inserting_before(self.node):
+            images = self._as_it_is(found) if len(blocks) == 1 and found.in_place else self._arranged(found, blocks)
+            self._say_places(blocks)
+            self._join(images, blocks)
+
+    def _say_places(self, blocks: list[tuple[int, int]]) -> None:
+        known = _placeholder(self.mask)
+        if known is not None:
+            self.prompt.places.extend(PromptPlace(*known, start, stop) for start, stop in blocks)
+
+    def _join(self, images: list[fx.Node], blocks: list[tuple[int, int]]) -> None:
+        """Words and images side by side, in place of the scatter; and the images in place of its source."""
+        parts, position = [], 0
+        for image, (start, stop) in zip(images, blocks, strict=True):
+            if position < start:
+                parts.append(self.emit(aten.slice.Tensor, self.words, 1, position, start))
+            parts.append(image)
+            position = stop
+        if position < self.length:
+            parts.append(self.emit(aten.slice.Tensor, self.words, 1, position, self.length))
+        self.node.replace_all_uses_with(self.emit(aten.cat.default, parts, 1))
+        if self.others:
+            # They see the same tokens, without the batch taken apart.
+            whole = self.emit(aten.cat.default, images, 1) if len(images) > 1 else images[0]
+            shape = [-1, self.width] if values(self.source)[0].dim() == 2 else [self.batch, -1, self.width]
+            rows = self.emit(aten.view.default, whole, shape) if len(shape) == 2 else whole
+            for user in self.others:
+                user.replace_input_with(self.source, rows)
+        self.prompt.module.graph.erase_node(self.node)
+
+    # --- one row for each prompt, as it is ----------------------------------------------------------------------
+
+    def _as_it_is(self, found: Arrangement) -> list[fx.Node]:
+        features, user = _leaving(self.node, found.projected)
+        behind = ancestors(self.source) | {self.source}
+        with self.prompt.module.graph.inserting_after(features):
+            mark = _Emitter(self.prompt.module.graph, user)(visual_tokens, features)
+        for reader in [u for u in features.users if u is not mark and u in behind]:
+            reader.replace_input_with(features, mark)
+        self.prompt.marks.append(Mark(mark, features, None, (tuple(range(found.tokens)),)))
+        return [self._cast(found.projected)]
+
+    def _cast(self, image: fx.Node) -> fx.Node:
+        dtype = values(self.source)[0].dtype
+        return image if values(image)[0].dtype == dtype else self.emit(aten.to.dtype, image, dtype)
+
+    # --- tokens of several rows, or rearranged ------------------------------------------------------------------
+
+    def _arranged(self, found: Arrangement, blocks: list[tuple[int, int]]) -> list[fx.Node]:
+        features, _ = _leaving(self.node, found.projected)
+        projector = _between(self.node, features, found.projected)
+        images, done = [], 0
+        seen: set[int] = set()
+        for start, stop in blocks:
+            origin = found.origin[done : done + stop - start]
+            rows = set((origin[origin != SEPARATOR] // found.tokens).tolist())
+            if seen & rows:
+                raise AxisError(
+                    f"{describe(self.node)} puts the tokens of one image into several blocks of the prompt (up to "
+                    f"position {stop}), with words between. An image is reduced as a whole: give it one block."
+                )
+            seen |= rows
+            images.append(self._block(found, features, projector, origin, done))
+            done += stop - start
+        return images
+
+    def _block(
+        self, found: Arrangement, features: fx.Node, projector: list[fx.Node], origin: Tensor, offset: int
+    ) -> fx.Node:
+        """The image of one block: its tokens in order, through the projector, and its separators."""
+        order = origin[origin != SEPARATOR]
+        if len(order) == 0:
+            raise AxisError(f"{describe(self.node)} fills a block of the prompt with separators alone.")
+        own = self.emit(aten.reshape.default, features, [self.batch, found.rows * found.tokens, -1])
+        # Blocks side by side (in an output of the model) must not be taken for one stream.
+        number = len(self.prompt.marks)
+        suffix = f"_{number + 1}" if number else ""
+        place = f"crops{suffix}" if len(order) < len(origin) else f"prompt{suffix}"
+        mark = self.emit(visual_tokens, self.emit(aten.index_select.default, own, 1, self._constant(order)), place)
+        image = self._cast(self._project(projector, features, mark, len(order)))
+        rows = (order // found.tokens).tolist()
+        by_token = order.argsort().tolist()
+        crops = tuple(tuple(p for p in by_token if rows[p] == row) for row in dict.fromkeys(rows))
+        if len(order) == len(origin):
+            self.prompt.marks.append(Mark(mark, features, tuple(order.tolist()), crops))
+            return image
+        whole = self.emit(aten.reshape.default, self.source, [self.batch, -1, self.width])
+        whole = self.emit(aten.slice.Tensor, whole, 1, offset, offset + len(origin))
+        separated = self.emit(with_separators, image, whole, f"prompt{suffix}")
+        numbers = (origin != SEPARATOR).cumsum(0) - 1
+        among = tuple(torch.where(origin == SEPARATOR, SEPARATOR, numbers).tolist())
+        self.prompt.marks.append(Mark(mark, features, tuple(order.tolist()), crops, separated, among))
+        return separated
+
+    def _project(self, projector: list[fx.Node], features: fx.Node, mark: fx.Node, tokens: int) -> fx.Node:
+        """The projector once more, for the tokens of one block."""
+        copies = {features: mark}
+        for node in projector:
+            # Keywords stay as they are; values follow the new shape.
+            copies[node] = self.emit(
+                node.target, *fx.map_arg(node.args, lambda n: copies.get(n, n)), **dict(node.kwargs)
+            )
+            copies[node].meta.update({k: v for k, v in node.meta.items() if k in ("nn_module_stack", "stack_trace")})
+            shape = values(copies[node])[0].shape
+            if list(shape[:2]) != [self.batch, tokens]:
+                raise _not_by_token(self.node, node)
+        return copies[projector[-1]] if projector else mark
+
+    def _constant(self, numbers: Tensor) -> fx.Node:
+        module = self.prompt.module
+        name = f"_prompt_order_{len(self.prompt.marks)}"
+        module.register_buffer(name, numbers, persistent=False)
+        node = module.graph.get_attr(name)
+        mode = values(self.words)[0].fake_mode  # type: ignore[attr-defined]  # of a fake tensor
+        node.meta["val"] = mode.from_tensor(numbers, static_shapes=True)
+        return node
 
 
 def _placeholder(mask: fx.Node) -> tuple[str, int] | None:
@@ -149,27 +313,23 @@ def _placeholder(mask: fx.Node) -> tuple[str, int] | None:
     return None
 
 
-def _block(scatter: fx.Node, mask: Tensor) -> tuple[int, int, int]:
-    """First and last-but-one placeholder, and the length of the prompt."""
+def _blocks(scatter: fx.Node, mask: Tensor) -> list[tuple[int, int]]:
+    """First and last-but-one place of every run of placeholders."""
     rows = mask.flatten(2).any(-1) if mask.dim() > 2 else mask
     if not bool((rows == rows[0]).all()):
         raise AxisError(
             f"{describe(scatter)} puts the image at other places in another prompt of the batch. One compiled prompt "
             "form has it at one place: pad the prompts in front, or compile for a batch of one."
         )
-    found = rows[0].nonzero().flatten()
-    if len(found) == 0:
+    found = rows[0].nonzero().flatten().tolist()
+    if not found:
         raise AxisError(
             f"{describe(scatter)} finds no image placeholder in the sample prompt. Give inputs whose ids hold them, as "
             "the model's processor makes them."
         )
-    start, stop = int(found[0]), int(found[-1]) + 1
-    if stop - start != len(found):
-        raise AxisError(
-            f"{describe(scatter)} finds image placeholders in several blocks between {start} and {stop} of the prompt. "
-            "One block is supported."
-        )
-    return start, stop, rows.shape[1]
+    starts = [place for place in found if place - 1 not in set(found)]
+    stops = [place + 1 for place in found if place + 1 not in set(found)]
+    return list(zip(starts, stops, strict=True))
 
 
 class _Emitter:
@@ -178,56 +338,18 @@ class _Emitter:
     def __init__(self, graph: fx.Graph, origin: fx.Node) -> None:
         self.graph, self.origin = graph, origin
 
-    def __call__(self, target: Any, *arguments: Any) -> fx.Node:
-        node = self.graph.call_function(target, arguments)
+    def __call__(self, target: Any, *arguments: Any, **options: Any) -> fx.Node:
+        node = self.graph.call_function(target, arguments, options)
         node.meta = {k: v for k, v in self.origin.meta.items() if k in ("nn_module_stack", "stack_trace")}
-        given = fx.map_arg(arguments, lambda n: n.meta["val"])
-        node.meta["val"] = target(*given)
+        given = fx.map_arg(arguments, lambda n: values(n)[0])
+        node.meta["val"] = target(*given, **options)
         return node
 
 
-def _flattened(graph: fx.Graph, source: fx.Node) -> fx.Node:
-    """The features without taking the batch apart: `cat(unbind(x))`, and copies, are `x` itself."""
-    node = source
-    while True:
-        if node.target in (aten.to.device, aten.to.dtype, aten.to.dtype_layout, aten.contiguous.default):
-            before = node.all_input_nodes[0]
-            if values(before)[0].dtype != values(node)[0].dtype:
-                return node
-            node = before
-        elif node.target is aten.cat.default and (whole := _unbound(node)) is not None:
-            # Other uses (an output of the model) see the same rows without the batch taken apart.
-            with graph.inserting_before(node):
-                rows = _Emitter(graph, node)(aten.view.default, whole, [-1, *values(whole)[0].shape[2:]])
-            node.replace_all_uses_with(rows)
-            node = whole
-        else:
-            return node
-
-
-def _unbound(cat: fx.Node) -> fx.Node | None:
-    """What a `cat` along dimension 0 puts together again, all of it and in order."""
-    parts = cat.args[0]
-    if not isinstance(parts, list | tuple) or (len(cat.args) > 1 and cat.args[1] != 0):
-        return None
-    sources = {part.args[0] for part in parts if isinstance(part, fx.Node) and part.args}
-    if len(sources) != 1:
-        return None
-    (unbind,) = sources
-    if not isinstance(unbind, fx.Node) or unbind.target is not aten.unbind.int:
-        return None
-    dim = unbind.args[1] if len(unbind.args) > 1 else 0
-    order = [part.args[1] for part in parts if isinstance(part, fx.Node)]
-    whole = unbind.args[0]
-    if dim != 0 or not isinstance(whole, fx.Node) or order != list(range(len(values(unbind)))):
-        return None
-    return whole
-
-
-def _mark(graph: fx.Graph, scatter: fx.Node, source: fx.Node) -> fx.Node:
-    """Mark the features where they leave the tower: before the first learned operator outside of it."""
-    behind = ancestors(source) | {source}
-    order = [n for n in graph.nodes if n in behind]
+def _leaving(scatter: fx.Node, projected: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """The features that leave the tower, and the first learned operator outside of it, which takes them."""
+    behind = ancestors(projected) | {projected}
+    order = [n for n in projected.graph.nodes if n in behind]
     last = [n for n in order if n.target in _ATTENTION][-1]
     tower = _common([module_path(n) for n in ancestors(last) if _learned(n)])
     after = {last}
@@ -243,14 +365,40 @@ def _mark(graph: fx.Graph, scatter: fx.Node, source: fx.Node) -> fx.Node:
                     f"{describe(node)} takes the features of the vision tower {tower} as "
                     f"{tuple(values(features)[0].shape)}; [images, tokens, width] is expected."
                 )
-            with graph.inserting_after(features):
-                mark = _Emitter(graph, node)(visual_tokens, features)
-            for user in [u for u in features.users if u is not mark and u in behind]:
-                user.replace_input_with(features, mark)
-            return mark
+            return features, node
     raise AxisError(
         f"{describe(scatter)} scatters the output of the vision tower {tower or '(the whole model)'} with no projector "
         "between; where its features leave is not found."
+    )
+
+
+def _between(scatter: fx.Node, features: fx.Node, projected: fx.Node) -> list[fx.Node]:
+    """The projector: what makes `projected` of `features`, in order, each token by itself."""
+    behind = ancestors(projected) | {projected}
+    after, chain = {features}, []
+    for node in projected.graph.nodes:
+        if node in behind and after & set(node.all_input_nodes):
+            if not _by_token(node, after) or values(node)[0].shape[:2] != values(features)[0].shape[:2]:
+                raise _not_by_token(scatter, node)
+            after.add(node)
+            chain.append(node)
+    return chain
+
+
+def _by_token(node: fx.Node, features: set[fx.Node]) -> bool:
+    """Whether an operator does the same to every token and mixes none."""
+    if node.target not in _BY_TOKEN:
+        return False
+    if node.target in overloads("layer_norm rms_norm"):
+        return len(node.args[1]) == 1  # type: ignore[arg-type]  # the normalized shape
+    tables = [values(n)[0].shape for n in node.all_input_nodes if n not in features]
+    return node.target in overloads("linear") or all(len(shape) < 2 or shape[-2] == 1 for shape in tables)
+
+
+def _not_by_token(scatter: fx.Node, node: fx.Node) -> AxisError:
+    return AxisError(
+        f"{describe(node)} stands between the vision tower and {describe(scatter)}, where the tokens of several images "
+        "or crops meet; it is not known to look at each token by itself."
     )
 
 

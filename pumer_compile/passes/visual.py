@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import operator
 from collections.abc import Callable
@@ -10,15 +11,17 @@ from functools import partial
 import torch
 from torch import fx
 
-from ..errors import LocateError, PlanError
+from ..errors import LocateError, PlanError, UsageError
 from ..plan import SitePlan
 from ..reducers.vispruner import Order
-from ..reducers.visual import VisualReducer
+from ..reducers.visual import VisualReducer, WithSeparators
+from .annotate import Annotation
 from .attention_rows import attention_rows
 from .axes import Dim, Tokens
 from .graph import describe, values
 from .insert import Insertions, SiteInsertion
 from .locate import Attention
+from .prompt import Mark
 from .rewrite import Rewriter, Step
 from .rules import aten, shape
 
@@ -28,39 +31,63 @@ log = logging.getLogger("pumer_compile")
 class SelectVisual:
     """Emits a `VisualReducer` in place of a mark."""
 
-    def __init__(self, insertions: Insertions, site: SiteInsertion) -> None:
-        self.insertions, self.site = insertions, site
+    def __init__(self, insertions: Insertions, site: SiteInsertion, mark: Mark) -> None:
+        self.insertions, self.site, self.mark = insertions, site, mark
 
     def __call__(self, walk: Rewriter) -> fx.Node:
-        mark, attention, schedule = self.site.mark, self.site.attention, self.insertions.schedule
-        assert mark is not None and schedule.budget is not None and schedule.important is not None
-        (features,) = mark.all_input_nodes
-        axis = walk.annotation.axis(Dim(mark, 1))
-        assert isinstance(axis, Tokens)
-        (segment,) = axis.segments
-        stream = str(segment.stream)
-        if schedule.budget > segment.length:
-            raise PlanError(
-                f"A budget of {schedule.budget} is more than the {segment.length} tokens that the vision tower gives. "
-                "Choose a smaller one, or `none`."
-            )
-        if schedule.budget == segment.length:
-            log.warning("A budget of %d keeps every token of the image: nothing is reduced.", schedule.budget)
+        mark, attention, schedule = self.mark, self.site.attention, self.insertions.schedule
+        assert schedule.budget is not None and schedule.important is not None
+        (tokens,) = mark.node.all_input_nodes
+        stream = only_stream(walk.annotation, mark.node)
+        self._check_budget(schedule.budget)
         order: Order = "stable" if schedule.semantics == "stable" else "reference"
-        reducer = VisualReducer(segment.length, schedule.budget, schedule.important, order=order)
+        reducer = VisualReducer(mark.crops, schedule.budget, schedule.important, order=order)
         self.site.reducers[stream] = reducer
-        probabilities = self._attention(walk, attention, features, segment.length)
+        votes = self._votes(walk, attention)
         name = f"reducer.{attention.name}.{stream}"
-        made = walk.call_module(name, reducer, walk.env[features], probabilities)
-        tokens, weights, step_map, *_, assigned = (walk.call(operator.getitem, made, index) for index in range(7))
-        walk.batch = walk.batch or Dim(mark, 0)
-        epoch = walk.add_step(stream, Step(0, step_map, assigned, schedule.budget, False, False))
-        self.insertions.weights[stream, epoch] = weights
-        walk.bump(Dim(mark, 1), {stream: epoch})
-        pruned = {stream: segment.length - schedule.budget}
-        before, after = {stream: segment.length}, {stream: schedule.budget}
-        self.site.plan = SitePlan(attention.site, attention.module, before, after, pruned, {}, call=attention.call)
-        return tokens
+        made = walk.call_module(name, reducer, walk.env[tokens], votes)
+        kept, weights, step_map, *_, assigned = (walk.call(operator.getitem, made, index) for index in range(7))
+        walk.batch = walk.batch or Dim(mark.node, 0)
+        self.insertions.weights[stream, take_step(walk, mark.node, step_map, assigned, reducer.tokens_after)] = weights
+        self._plan(stream, reducer)
+        return kept
+
+    def _check_budget(self, budget: int) -> None:
+        given = int(shape(self.mark.features)[1])
+        if budget > given:
+            raise PlanError(
+                f"A budget of {budget} is more than the {given} tokens that the vision tower gives. Choose a smaller "
+                "one, or `none`."
+            )
+        if budget >= max(map(len, self.mark.crops)):
+            log.warning("A budget of %d keeps every token of the image: nothing is pruned.", budget)
+
+    def _plan(self, stream: str, reducer: VisualReducer) -> None:
+        """Add this block's counts to those of the blocks before it."""
+        attention, before = self.site.attention, reducer.tokens
+        plan = self.site.plan or SitePlan(attention.site, attention.module, {}, {}, {}, {}, call=attention.call)
+        self.site.plan = dataclasses.replace(
+            plan,
+            before={**plan.before, stream: before},
+            after={**plan.after, stream: reducer.tokens_after},
+            pruned={**plan.pruned, stream: before - reducer.tokens_after},
+        )
+
+    def _votes(self, walk: Rewriter, attention: Attention) -> fx.Node:
+        """What each token of the mark gets, `[batch, tokens]`, float32."""
+        mark = self.mark
+        tokens = int(shape(mark.features)[1])
+        if self.site.votes is None:
+            rows = self._attention(walk, attention, mark.features, tokens)
+            self.site.votes = walk.call(aten.mean.dim, rows, [1, 2])
+        found = self.site.votes
+        if mark.order is None:
+            return found
+        batch = shape(mark.node)[0]
+        own = walk.call(aten.reshape.default, found, [batch, -1])
+        # The captured graph brings the features into this order.
+        order = next(n for n in mark.node.all_input_nodes[0].all_input_nodes if n.op == "get_attr")
+        return walk.call(aten.index_select.default, own, 1, walk.env[order])
 
     def _attention(self, walk: Rewriter, attention: Attention, features: fx.Node, tokens: int) -> fx.Node:
         """Attention to the image's own tokens, float32: of the class token `[batch, heads, 1, tokens]`, or of every
@@ -101,14 +128,54 @@ class SelectVisual:
         return start
 
 
+class DropSeparators:
+    """Leaves out the separators between image tokens, as the published code does: its budget is of image tokens."""
+
+    def __init__(self, mark: Mark) -> None:
+        self.mark = mark
+
+    def __call__(self, walk: Rewriter) -> fx.Node:
+        separated = self.mark.separated
+        assert separated is not None
+        image = separated.args[0]
+        assert isinstance(image, fx.Node)
+        inner, outer = (only_stream(walk.annotation, node) for node in (self.mark.node, separated))
+        (step,) = walk.steps[inner]
+        module = WithSeparators(self.mark.origin)
+        step_map = walk.call_module(f"reducer.separators.{outer}", module, step.map)
+        take_step(walk, separated, step_map, step_map, step.after)
+        return walk.env[image]
+
+
+def take_step(walk: Rewriter, node: fx.Node, step_map: fx.Node, assigned: fx.Node, after: int) -> int:
+    """Note that the stream along dimension 1 of a node is `after` tokens long from there on; the new epoch."""
+    stream = only_stream(walk.annotation, node)
+    epoch = walk.add_step(stream, Step(0, step_map, assigned, after, False, False))
+    walk.bump(Dim(node, 1), {stream: epoch})
+    return epoch
+
+
+def only_stream(annotation: Annotation, node: fx.Node) -> str:
+    """The stream whose tokens are dimension 1 of a mark."""
+    axis = annotation.axis(Dim(node, 1))
+    assert isinstance(axis, Tokens)
+    (segment,) = axis.segments
+    return str(segment.stream)
+
+
 def counted_anew(insertions: Insertions) -> dict[fx.Node, Callable[[Rewriter], fx.Node | None]]:
     """Positions along a prompt, made out of nothing but its length: counted over the tokens that are left.
 
     With `positions: original` those that become features (rotary angles) are not: they stay where they were, and the
     selection takes them. Comparisons of positions, as in a causal mask, come out the same either way.
+
+    Raises:
+        UsageError: positions are to be counted anew, and the caller gives them.
     """
-    marks = [site.mark for site in insertions.sites if site.mark is not None]
-    streams = {s for mark in marks for s in _streams(insertions, mark, 1)}
+    marks = [mark for site in insertions.sites for mark in site.marks]
+    streams = {s for mark in marks for s in _streams(insertions, mark.prompted, 1)}
+    if insertions.schedule.positions == "compact":
+        _check_not_given(insertions, streams)
     found: dict[fx.Node, Callable[[Rewriter], fx.Node | None]] = {}
     for node in insertions.annotation.constraints:
         if node.target is not aten.arange.default or not streams & set(_streams(insertions, node, 0)):
@@ -116,6 +183,31 @@ def counted_anew(insertions: Insertions) -> dict[fx.Node, Callable[[Rewriter], f
         if insertions.schedule.positions == "compact" or not _becomes_feature(node):
             found[node] = partial(_count, node)
     return found
+
+
+def _check_not_given(insertions: Insertions, streams: set[str]) -> None:
+    for node in insertions.attentions[0].context.graph.find_nodes(op="placeholder"):
+        tensors = [value for value in values(node) if not value.is_floating_point()]
+        along = any(streams & set(_streams(insertions, node, i)) for value in tensors for i in range(value.dim()))
+        if along and ("position" in str(node.target) or _becomes_angle(node)):
+            raise UsageError(
+                f"`positions: compact` counts positions anew over the tokens that are left, and here they are given, in "
+                f"the input {node.target}, counted over the whole prompt. Leave that input out, or choose "
+                "`positions: original` (transformers' `generate` always gives them)."
+            )
+
+
+def _becomes_angle(node: fx.Node) -> bool:
+    """Whether the numbers of an input themselves are taken the cosine or sine of (rotary positions)."""
+    pending, seen = [node], {node}
+    while pending:
+        for user in pending.pop().users:
+            if user.target in (aten.cos.default, aten.sin.default):
+                return True
+            if user.target not in (aten.embedding.default, aten.cumsum.default) and user not in seen:
+                seen.add(user)
+                pending.append(user)
+    return False
 
 
 def _count(node: fx.Node, walk: Rewriter) -> fx.Node:

@@ -89,10 +89,14 @@ class VisPruner(nn.Module):
             attention: what each token receives from the class token in the layer that made the features (in a tower
                 without one: from all tokens, mean over them), mean over heads, `[batch, tokens]`, any float.
         """
+        return selection(self.keeps(features, attention), min(self.budget, features.shape[1]))
+
+    def keeps(self, features: Tensor, attention: Tensor) -> Tensor:
+        """Which tokens stay, `[batch, tokens]`, bool; arguments as for `forward`."""
         if torch.amp.is_autocast_available(features.device.type) and torch.is_autocast_enabled(features.device.type):
             # Autocast would compute similarities in half precision.
             with torch.autocast(features.device.type, enabled=False):
-                return self.forward(features, attention)
+                return self.keeps(features, attention)
         # A choice has no gradient, and the steps would hold on to much memory.
         features, attention = features.detach().float(), attention.detach().float()
         tokens = features.shape[1]
@@ -100,10 +104,10 @@ class VisPruner(nn.Module):
         important = int(budget * self.important)
         rank = descending_rank(attention).float()
         if important == budget or budget == tokens:
-            return _selection(rank < budget, budget)
+            return rank < budget
         steps = removals(tokens - important, budget - important)
         distinct = _distinct_published if self.order == "reference" else _distinct_stable
-        return _selection((rank < important) | distinct(_cosines(features), rank - important, steps), budget)
+        return (rank < important) | distinct(_cosines(features), rank - important, steps)
 
 
 def removals(length: int, wanted: int) -> list[tuple[int, int]]:
@@ -175,7 +179,7 @@ def _rank(scores: Tensor, first: Tensor) -> Tensor:
     return ((other > mine) | ((other == mine) & first)).float().sum(-1)
 
 
-def _selection(keep: Tensor, budget: int) -> VisualSelection:
+def selection(keep: Tensor, budget: int) -> VisualSelection:
     """The `budget` tokens where `keep` (`[batch, tokens]`, bool) is true."""
     row = torch.where(keep, keep.long().cumsum(-1) - 1, -1)
     rows = one_hot(row, budget).transpose(1, 2)

@@ -2,41 +2,51 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .merger import ModalityAwareMerger
 from .ranking import one_hot
 from .reducer import Comparison, Decisions, Reduction, StreamReducer
-from .vispruner import Order, VisPruner
+from .vispruner import Order, VisPruner, selection
 
 
 class VisualReducer(StreamReducer):
-    """Keeps the tokens that `VisPruner` selects, in raster order.
+    """Keeps the tokens that `VisPruner` selects, in their order.
 
     Args:
-        tokens: of the image, before.
-        budget: of them to keep, at most `tokens`.
+        crops: the places that each crop's tokens have in the stream, in the crop's raster order; together all of them,
+            each once. One image is one crop; an image of high resolution is an overview and several crops.
+        budget: tokens to keep of each crop; one that has no more keeps all.
         important, order: see `VisPruner`.
     """
 
     # A selection of hundreds of steps has no score by which a differing one could be called nearly tied.
     judged = False
 
-    def __init__(self, tokens: int, budget: int, important: float, *, order: Order = "reference") -> None:
-        pruner = VisPruner(budget, important, order=order)
-        super().__init__(tokens, pruner, ModalityAwareMerger(0), carried="ones")
+    def __init__(
+        self, crops: Sequence[Sequence[int]], budget: int, important: float, *, order: Order = "reference"
+    ) -> None:
+        kept = sum(min(budget, len(crop)) for crop in crops)
+        tokens = sum(map(len, crops))
+        super().__init__(tokens, VisPruner(kept, important, order=order), ModalityAwareMerger(0), carried="ones")
+        self.of_crop = VisPruner(budget, important, order=order)
+        # Crops of one length are selected from at once.
+        self.shapes = [(sum(len(c) == n for c in crops), n) for n in sorted({len(c) for c in crops})]
+        places = [place for _, n in self.shapes for crop in crops if len(crop) == n for place in crop]
+        self.places = None if places == list(range(tokens)) else places
 
     def forward(self, tokens: Tensor, attention: Tensor) -> Reduction:  # type: ignore[override]  # other evidence
         """Reduce the stream.
 
         Args:
             tokens: features that leave the vision tower, `[batch, before, width]`.
-            attention: to them, after softmax, `[batch, heads, queries, before]`: of the class token alone, or of every
-                token where there is none.
+            attention: that each of them gets, see `VisPruner.forward`, `[batch, before]`.
         """
-        assert isinstance(self.pruner, VisPruner)
-        kept, assigned = self.pruner(tokens, attention.float().mean((1, 2)))
+        assert self.pruner is not None
+        kept, assigned = selection(self._keeps(tokens, attention), self.pruner.keep)
         if self.forcing is not None:
             forced = self.forcing.decisions.kept
             differs = (kept != forced).any(1)
@@ -46,3 +56,40 @@ class VisualReducer(StreamReducer):
             kept, assigned = forced, one_hot(forced, self.tokens).float()
         ones = torch.ones_like(tokens[:, :, 0])
         return self._combine(tokens, ones, assigned, Decisions(kept, kept[:, :0], kept[:, :0]))
+
+    def _keeps(self, tokens: Tensor, attention: Tensor) -> Tensor:
+        """Which tokens stay, `[batch, before]`, bool."""
+        if self.places is not None:
+            places = torch.tensor(self.places, device=tokens.device)
+            tokens, attention = tokens.index_select(1, places), attention.index_select(1, places)
+        found, start = [], 0
+        for count, length in self.shapes:
+            stop = start + count * length
+            features, votes = tokens[:, start:stop], attention[:, start:stop]
+            if count > 1:
+                features, votes = features.reshape(-1, length, tokens.shape[2]), votes.reshape(-1, length)
+            found.append(self.of_crop.keeps(features, votes).reshape(-1, count * length))
+            start = stop
+        keeps = torch.cat(found, 1) if len(found) > 1 else found[0]
+        if self.places is None:
+            return keeps
+        back = sorted(range(self.tokens), key=self.places.__getitem__)
+        return keeps.index_select(1, torch.tensor(back, device=keeps.device))
+
+
+class WithSeparators(nn.Module):
+    """The map of a stream, from that of its image tokens, where separators that are dropped stand between these.
+
+    Args:
+        origin: for every token with separators, its number among the image tokens; -1 for a separator.
+    """
+
+    def __init__(self, origin: Sequence[int]) -> None:
+        super().__init__()
+        tokens = max(origin) + 1
+        self.columns = [tokens if number < 0 else number for number in origin]
+
+    def forward(self, selected: Tensor) -> Tensor:
+        """`[batch, after, image tokens]` to `[batch, after, tokens with separators]`."""
+        columns = torch.tensor(self.columns, device=selected.device)
+        return torch.nn.functional.pad(selected, (0, 1)).index_select(2, columns)

@@ -50,7 +50,7 @@ def test_the_prompt_put_together_by_hand(name: str, important: float) -> None:
     assert reduced.plan.sites[0].after == {"prompt_image": BUDGET}
 
 
-@pytest.mark.parametrize("name", ["LLaVA-NeXT", "LLaVA-OneVision", "VipLLaVA", "Gemma 3", "InternVL"])
+@pytest.mark.parametrize("name", ["VipLLaVA", "Gemma 3", "InternVL"])
 def test_what_is_rearranged_on_the_way_is_refused(name: str) -> None:
     model, inputs = ARCHITECTURES[name].build()
     captured = pumer.capture(model, inputs, outputs=["logits"])

@@ -197,7 +197,7 @@ def test_axes_by_provenance(before: int, after: int, grid: tuple[int, int]) -> N
     image = grid[0] * grid[1]
     (joined,) = [n for n in prompt.module.graph.nodes if n.name == "cat_default"]
     assert str(annotation.axis(Dim(joined, 1))) == f"[text:{before} | prompt_image:{image} | text:{after}]"
-    assert str(annotation.axis(Dim(prompt.marks[0], 1))) == f"[prompt_image:{image}]"
+    assert str(annotation.axis(Dim(prompt.marks[0].node, 1))) == f"[prompt_image:{image}]"
 
 
 # --- Refused ----------------------------------------------------------------------------------------------------------
@@ -219,7 +219,7 @@ def too_few(ids: Tensor) -> None:
     ("change", "words"),
     [
         (other_place, "at other places in another prompt"),
-        (two_blocks, "several blocks"),
+        (two_blocks, "one image into several blocks"),
         (too_few, "do not fit"),
         (lambda ids: ids.fill_(1), "no image placeholder in the sample"),
     ],
