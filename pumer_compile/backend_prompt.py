@@ -7,6 +7,7 @@ over, but at its first call, for the sizes and the place of that call's prompt, 
 from __future__ import annotations
 
 import copy
+import ctypes
 import functools
 import importlib
 import logging
@@ -14,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .backend_graph import DynamoGraph, as_dynamo_left_it, calls_attention
@@ -219,23 +220,31 @@ def _triangle(graph: fx.Graph, before: fx.Node, mode: FakeTensorMode, queries: i
 
 
 def run_while_tracing(path: str) -> None:
-    """Let Dynamo call a function that prepares a model, rather than trace it.
+    """Let Dynamo call a function that prepares a module, rather than trace it.
 
     transformers installs its hooks for hidden states at the first call that asks for them, under a lock that Dynamo
     cannot enter.
 
     Args:
-        path: dotted; a version of the library without it needs nothing.
+        path: dotted, of a function of one module; a version of the library without it needs nothing.
     """
     name, _, attribute = path.rpartition(".")
-    module = importlib.import_module(name)
-    original = getattr(module, attribute, None)
+    owner = importlib.import_module(name)
+    original = getattr(owner, attribute, None)
     if original is None or hasattr(original, "_pumer_original"):
         return
 
+    @torch.compiler.assume_constant_result
+    def by_address(address: int) -> None:
+        # PyTorch 2.11 hands no modules to such a function. The caller has this one, so it is alive.
+        original(ctypes.cast(address, ctypes.py_object).value)
+
     @functools.wraps(original)
-    def called(*args: Any) -> None:
-        original(*args)
+    def called(module: nn.Module) -> None:
+        if torch.compiler.is_dynamo_compiling():
+            by_address(id(module))
+        else:
+            original(module)
 
     called._pumer_original = original  # type: ignore[attr-defined]  # says that it is wrapped already
-    setattr(module, attribute, torch.compiler.assume_constant_result(called))
+    setattr(owner, attribute, called)

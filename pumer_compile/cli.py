@@ -171,6 +171,7 @@ def compile_(
     dynamic_batch: Annotated[bool, typer.Option("--dynamic-batch", help="Leave the batch size open.")] = False,
     stream: opt.Streams = None,
     outputs: opt.Outputs = None,
+    component: opt.Component = None,
     dtype: opt.Dtype = None,
     quantize: opt.Quantize = None,
     quantize_mode: opt.QuantizeMode = None,
@@ -212,6 +213,7 @@ def compile_(
     from .parity import save_report
 
     check_writable(output)
+    opt.check_component(component, outputs, schedule)
     options = exporter_options(
         output,
         dtype=dtype,
@@ -246,6 +248,7 @@ def compile_(
         open_batch,
         stream,
         outputs,
+        component,
     )
     reduced = _reduced(program, chosen, dump_graph)
     with _stage("exporting" if no_verify else "exporting and proving") as progress:
@@ -254,7 +257,7 @@ def compile_(
                 reduced,
                 output,
                 options=options,
-                with_decisions=with_decisions,
+                with_decisions=with_decisions or component is not None,
                 verify=not no_verify,
                 atol=absolute,
                 rtol=relative,
@@ -463,6 +466,7 @@ def _captured(
     dynamic_batch: bool,
     stream: list[str] | None,
     outputs: str | None,
+    component: str | None = None,
 ) -> tuple[Any, Any]:
     """Load and capture, the schedule first: a typo should not wait for a model to load."""
     from .schedule import Schedule
@@ -482,11 +486,28 @@ def _captured(
         loaded = load_model(model, config=config, allow_pickle=allow_pickle)
         if inputs is not None:
             sample = load_inputs(inputs, loaded.source)
+        elif component is not None:
+            sample = _image_prompt(loaded.source, batch, text_length, pixels)
         else:
             sample = make_inputs(loaded.source, batch=batch, text_length=text_length, image_size=pixels)
     with _stage("capturing"):
-        kept = [name.strip() for name in (outputs or "").split(",") if name.strip()]
+        wanted = outputs or ("image_hidden_states" if component else "")
+        kept = [name.strip() for name in wanted.split(",") if name.strip()]
         return capture(loaded, sample, dynamic_batch=dynamic_batch, streams=streams, outputs=kept), chosen
+
+
+def _image_prompt(
+    source: Any, batch: int | None, text_length: int | None, pixels: int | tuple[int, int] | None
+) -> dict[str, Any]:
+    from torch.nn import Module
+
+    from .samples import make_image_prompt
+
+    if text_length is not None or not isinstance(source, Module):
+        raise UsageError(
+            "--component vision has no text (leave out --text-length), and takes a model, not a torch.export archive."
+        )
+    return make_image_prompt(source, batch=batch, image_size=pixels)
 
 
 def _reduced(program: Any, schedule: Any, dump_graph: Path | None) -> Any:

@@ -46,6 +46,15 @@ Outputs = Annotated[
     str | None,
     typer.Option("--outputs", metavar="NAME,...", help="Keep only these outputs of the model.", show_default=False),
 ]
+Component = Annotated[
+    str | None,
+    typer.Option(
+        "--component",
+        metavar="vision",
+        help="Keep only what makes an image's tokens: pixels in; features, ready for a prompt, and their places out.",
+        show_default=False,
+    ),
+]
 DumpGraph = Annotated[
     Path | None,
     typer.Option("--dump-graph", metavar="DIR", help="Write the graph after each pass.", show_default=False),
@@ -198,3 +207,20 @@ def compute_capabilities(text: str | None) -> tuple[str, ...] | None:
     if not all(re.fullmatch(r"[0-9]{1,2}\.[0-9]", part) for part in parts):
         raise UsageError(f"--compute-capability {text!r} is not a list of the form 8.6,8.9.")
     return parts
+
+
+def check_component(component: str | None, outputs: str | None, schedule: str) -> None:
+    """Refuse a component that there is not, or that nothing reduces."""
+    from .schedule import Schedule
+
+    if component is None:
+        return
+    if component != "vision":
+        raise UsageError(f"No component {component!r}: choose vision, or leave --component out for the whole model.")
+    if outputs is not None:
+        raise UsageError("--component chooses the outputs: leave out --outputs.")
+    if schedule != "none" and (method := Schedule.load(schedule).method) != "vispruner":
+        raise UsageError(
+            f"`method: {method}` does nothing before the prompt, so it does not go with --component vision. "
+            "`method: vispruner` selects there."
+        )

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
+import transformers
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.exporters.configs import OnnxConfig
@@ -94,6 +95,11 @@ def export_decode(model: PreTrainedModel, inputs: Mapping[str, Tensor], path: st
 def _check(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> None:
     if not hasattr(model, "generate") or not getattr(model, "can_generate", lambda: False)():
         raise UsageError(f"{type(model).__name__} does not generate text, so there is no decoding step.")
+    if not hasattr(OnnxExporter, "export_program"):
+        raise UsageError(
+            f"transformers {transformers.__version__} cannot convert a decoding step: its ONNX exporter has no "
+            "`export_program`, as 5.23 has. Install a newer one."
+        )
     mask = inputs.get("attention_mask")
     if mask is not None and not bool(mask.bool().all()):
         raise UsageError("A prompt for generation must have no padding: batch prompts of one length.")

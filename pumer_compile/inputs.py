@@ -325,7 +325,7 @@ def make_inputs(
     padded = [padding and (row > 0 or (batch == 1 and seed != 0)) for row in range(batch)]
     made: dict[str, Tensor] = {}
     if "input_ids" in accepted:
-        made |= _make_text(config, padded, text_length, generator)
+        made |= make_text(config, padded, text_length, generator)
     if "pixel_values" in accepted:
         made |= _make_images(config, batch, image_size, generator, name)
     if "pixel_mask" in accepted and "pixel_values" in made:
@@ -413,7 +413,9 @@ def _lookup(config: Any, part: str, *names: str) -> Any:
     return None
 
 
-def _make_text(config: Any, padded: list[bool], length: int | None, generator: torch.Generator) -> dict[str, Tensor]:
+def make_text(config: Any, padded: list[bool], length: int | None, generator: torch.Generator) -> dict[str, Tensor]:
+    """Random `input_ids` and `attention_mask`, int64 `[batch, length]`, of ordinary words; none where the config tells
+    no vocabulary. `padded` says of each sample whether it is padded on the right."""
     vocabulary = _lookup(config, "text_config", "vocab_size")
     if not isinstance(vocabulary, int):
         return {}

@@ -28,15 +28,15 @@ from .exporters.base import Profile, Session
 from .exporters.manifest import read_manifest
 from .exporters.onnx import in_precision
 from .exporters.session import comparable_decisions, deciding, open_session
-from .inputs import make_inputs
 from .loading import LoadedModel, load_model
 from .outputs import output_nodes
 from .passes.insert import reducers_of
-from .plan import check_prompts
+from .plan import PromptPlace, check_prompts
 from .reduce import reduce
 from .reducers import StreamReducer, forced_decisions
 from .reducers.reducer import Decisions, Forcing
 from .replay import Recorder, check_recording
+from .samples import random_batches
 from .schedule import Schedule
 
 Arrays = dict[str, np.ndarray[Any, Any]]
@@ -319,7 +319,9 @@ def _batches(
     if samples is not None:
         return [dict(sample) for sample in samples]
     dtypes = {name: spec["dtype"] for name, spec in _specs(manifest).items()}
-    return random_batches(model, _sample_shapes(manifest), dtypes)
+    prompts = [PromptPlace(**place) for place in (manifest.get("plan") or {}).get("prompts", ())]
+    fixed = {name: torch.tensor(values) for name, values in (manifest.get("fixed_inputs") or {}).items()}
+    return random_batches(model, _sample_shapes(manifest), dtypes, prompts=prompts, fixed=fixed)
 
 
 def _specs(manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -338,48 +340,6 @@ def _sample_shapes(manifest: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     sizes = [min(max(captured, profile.minimum), profile.maximum) for profile in profiles]
     nearest = min(sizes, key=lambda size: abs(size - captured))
     return {name: (nearest, *shape[1:]) if name in batched else shape for name, shape in shapes.items()}
-
-
-def random_batches(
-    model: Any, shapes: Mapping[str, Sequence[int]], dtypes: Mapping[str, str], count: int = 3
-) -> list[dict[str, Tensor]]:
-    """Random inputs with padding in the shapes of an artifact's inputs, one batch for each seed.
-
-    Args:
-        model: whose config says what random ids and images are.
-        shapes: by input name.
-        dtypes: by input name, such as `int64`. What a config does not describe is standard normal where it is
-            floating point (region features), all ones where it is a mask, and zeros where it is token types.
-        count: how many.
-
-    Raises:
-        UsageError: inputs cannot be made up for this model; give real ones.
-    """
-    source = model.source if isinstance(model, LoadedModel) else model
-    ids, pixels = shapes.get("input_ids"), shapes.get("pixel_values")
-    batches = []
-    for seed in range(count):
-        made = make_inputs(
-            source,
-            batch=next(iter(shapes.values()))[0],
-            text_length=ids[1] if ids else None,
-            image_size=(pixels[-2], pixels[-1]) if pixels else None,
-            seed=seed,
-            padding=True,
-        )
-        generator = torch.Generator().manual_seed(seed)
-        batches.append({n: made[n] if n in made else _made_up(n, shapes[n], dtypes[n], generator) for n in shapes})
-    return batches
-
-
-def _made_up(name: str, shape: Sequence[int], dtype: str, generator: torch.Generator) -> Tensor:
-    if dtype.startswith(("float", "bfloat")):
-        return torch.randn(list(shape), generator=generator)
-    if name.endswith("mask"):
-        return torch.ones(list(shape), dtype=getattr(torch, dtype))
-    if name.endswith("token_type_ids"):
-        return torch.zeros(list(shape), dtype=torch.int64)
-    raise UsageError(f"Random samples cannot be made for the input {name}. Give samples (`--inputs FILE.npz`).")
 
 
 def check(

@@ -207,7 +207,7 @@ BAD_OPTIONS = {
     "streams": ({"streams": "text"}, r"must map inputs to streams"),
     "no schedule": ({"schedule": None}, r"a file, a preset, a mapping or a Schedule"),
     "unknown preset": ({"schedule": "vilt-vqb"}, r"Presets: vilt-vqa"),
-    "unknown key": ({"schedule": {"layer": [1]}}, r"layer: unknown key"),
+    "unknown key": ({"schedule": {"leyers": [1]}}, r"leyers: unknown key"),
 }
 
 

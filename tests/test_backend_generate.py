@@ -261,7 +261,7 @@ def test_one_form_too_many(caplog: pytest.LogCaptureFixture) -> None:
             assert model(**moved("LLaVA", 1)).logits.shape[1] == 62
             assert any("as many as" in r.getMessage() for r in caplog.records)
             if strict:
-                with pytest.raises(UsageError, match="compiled for 2 forms of prompts .*recompile_limit"):
+                with pytest.raises(UsageError, match=r"compiled for 2 forms of prompts .*recompile_limit"):
                     model(**moved("LLaVA", 2))
             else:
                 found = model(**moved("LLaVA", 2)).logits
@@ -279,7 +279,9 @@ def text_alone() -> dict[str, Tensor]:
 
 
 def test_text_before_any_image() -> None:
-    with pytest.raises(BackendCompilerFailed, match="Nothing is reduced.*Make the first call with an image") as refused:
+    with pytest.raises(
+        BackendCompilerFailed, match=r"Nothing is reduced.*Make the first call with an image"
+    ) as refused:
         served("LLaVA").generate(**text_alone(), max_new_tokens=1)
     assert isinstance(refused.value.inner_exception, LocateError)
 
@@ -305,7 +307,7 @@ def test_generate_without_the_tower() -> None:
     if "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
         pytest.skip("this version of transformers runs the tower in the model's forward")
     model.compile(backend="pumer", options={"schedule": schedule("LLaVA"), "inner": "eager"}, fullgraph=True)
-    with pytest.raises(BackendCompilerFailed, match="vision tower.*is not there.*whole_forward"):
+    with pytest.raises(BackendCompilerFailed, match=r"vision tower.*is not there.*whole_forward"):
         model.generate(**given("LLaVA")[1], max_new_tokens=1)
 
 
@@ -313,17 +315,17 @@ def test_positions_that_are_given_are_not_counted_anew() -> None:
     model, inputs = copy.deepcopy(given("LLaVA")[0]), given("LLaVA")[1]
     options = {"schedule": schedule("LLaVA", positions="compact"), "inner": "eager"}
     model.forward = torch.compile(whole_forward(model), backend="pumer", options=options, fullgraph=True)
-    with pytest.raises(UsageError, match="position_ids.*positions: original"):
+    with pytest.raises(UsageError, match=r"position_ids.*positions: original"):
         model.generate(**inputs, max_new_tokens=1)
     positions = torch.arange(158).expand(2, -1)
     captured = pumer.capture(given("LLaVA")[0], {**inputs, "position_ids": positions})
-    with pytest.raises(UsageError, match="position_ids.*positions: original"):
+    with pytest.raises(UsageError, match=r"position_ids.*positions: original"):
         pumer.reduce(captured, schedule("LLaVA", positions="compact"))
     assert pumer.reduce(captured, schedule("LLaVA")).plan.sites[0].after == {"prompt_image": 48}
 
 
 def test_static_caches() -> None:
-    with pytest.raises(BackendCompilerFailed, match="static cache.*dynamic"):
+    with pytest.raises(BackendCompilerFailed, match=r"static cache.*dynamic"):
         served("LLaVA").generate(**given("LLaVA")[1], max_new_tokens=2, cache_implementation="static")
 
 
@@ -331,7 +333,7 @@ def test_padded_texts() -> None:
     model = copy.deepcopy(given("LLaVA")[0])
     options = {"schedule": schedule("LLaVA"), "text_length": 200}
     model.forward = torch.compile(whole_forward(model), backend="pumer", options=options)
-    with pytest.raises(BackendCompilerFailed, match="text_length.*Leave it out"):
+    with pytest.raises(BackendCompilerFailed, match=r"text_length.*Leave it out"):
         model.generate(**given("LLaVA")[1], max_new_tokens=1)
 
 
@@ -339,7 +341,7 @@ def test_padded_texts() -> None:
 def test_a_graph_break_behind_the_image() -> None:
     model = served("LLaVA", fullgraph=False)
     model.model.language_model.layers[1].register_forward_hook(lambda *_: torch._dynamo.graph_break())
-    with pytest.raises(BackendCompilerFailed, match="would count the whole prompt.*fullgraph=True"):
+    with pytest.raises(BackendCompilerFailed, match=r"would count the whole prompt.*fullgraph=True"):
         model(**given("LLaVA")[1])
 
 

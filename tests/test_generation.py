@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import onnx
@@ -14,7 +15,7 @@ import pumer_compile as pumer
 from benchmarks.architecture_models import ARCHITECTURES
 from pumer_compile import Schedule
 from pumer_compile.errors import ParityError, UsageError
-from pumer_compile.generation import Generator, export_decode
+from pumer_compile.generation import Generator, _check_step, export_decode
 from tests.commands import artifact
 from tests.test_oracle_llava import model, tensors
 from tests.tiny import tiny_vilt
@@ -149,3 +150,13 @@ def test_models_that_count_from_one(tmp_path: Path) -> None:
     with torch.no_grad():
         wanted = paligemma.generate(**one, max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False)
     assert torch.equal(Generator(path, step).generate(one, TOKENS), wanted[:, one["input_ids"].shape[1] :])
+
+
+def test_what_the_loop_does_not_give() -> None:
+    """A new token's type, which transformers gives to PaliGemma, is known; anything else is refused."""
+    known = ["input_ids", "position_ids", "token_type_ids", "input.past_key_values.layers.0.keys"]
+    _check_step(model(), SimpleNamespace(inputs=known))
+    with pytest.raises(UsageError, match="takes cache_position; a token"):
+        _check_step(model(), SimpleNamespace(inputs=[*known, "cache_position"]))
+    with pytest.raises(UsageError, match="takes no position_ids"):
+        _check_step(model(), SimpleNamespace(inputs=["input_ids"]))

@@ -122,3 +122,10 @@ def test_a_step_that_needs_its_mask_keeps_it(change: str, tmp_path: Path, monkey
     assert _described(path)["lengths_by_layer"] is False
     inputs = [v for v in onnx.load(str(path)).graph.input if v.name.endswith(".keys")]
     assert len(inputs) == 3 and len({v.type.tensor_type.shape.dim[2].dim_param for v in inputs}) == 1
+
+
+def test_an_exporter_that_cannot(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """transformers 5.17 has it not."""
+    monkeypatch.setattr("pumer_compile.generation.OnnxExporter", type("OnnxExporter", (), {}))
+    with pytest.raises(UsageError, match="cannot convert a decoding step"):
+        export_decode(model(), tensors(), tmp_path / "decode.onnx")

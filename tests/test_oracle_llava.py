@@ -19,7 +19,7 @@ from pumer_compile import Program, Reduced, Schedule
 from pumer_compile.errors import LocateError, UsageError
 from pumer_compile.loading import load_model
 from pumer_compile.passes.insert import reducers_of
-from tests.commands import done, inner_manifest, onnx_outputs, tensorrt_refuses
+from tests.commands import done, inner_manifest, onnx_outputs, refused, tensorrt_refuses
 from tests.visual import logits_by_hand, select, visual_cues
 
 FOLDER = Path(__file__).parent / "oracle" / "llava-tiny"
@@ -209,8 +209,7 @@ def test_the_tower_alone(tmp_path: Path) -> None:
     path = tmp_path / "vision.onnx"
     (tmp_path / "schedule.yaml").write_text("method: vispruner\nbudget: 48\n", encoding="utf-8")
     inputs = ("--inputs", FOLDER / "inputs.npz")
-    only = ("--outputs", "image_hidden_states", "--with-decisions")
-    done(FOLDER, "--schedule", tmp_path / "schedule.yaml", *inputs, "-o", path, *only)
+    done(FOLDER, "--schedule", tmp_path / "schedule.yaml", *inputs, "-o", path, "--component", "vision")
     outputs = onnx_outputs(path, {"pixel_values": given()["pixel_values"]})
     assert set(outputs) == {"image_hidden_states", "reducer.vision_2.prompt_image.kept"}
     np.testing.assert_array_equal(outputs["reducer.vision_2.prompt_image.kept"], EXPECTED["T48-r0.5.kept"])
@@ -220,6 +219,49 @@ def test_the_tower_alone(tmp_path: Path) -> None:
     assert list(manifest["inputs"]) == ["pixel_values"]
     assert sorted(manifest["unread_inputs"]) == ["attention_mask", "input_ids"]
     done("parity", path, "--model", FOLDER, *inputs)
+
+
+def test_the_tower_of_a_batch_without_a_prompt(tmp_path: Path) -> None:
+    """Nobody has to make a prompt for it; the proof does."""
+    path = tmp_path / "vision.onnx"
+    (tmp_path / "schedule.yaml").write_text("method: vispruner\nbudget: 48\n", encoding="utf-8")
+    done(FOLDER, "--schedule", tmp_path / "schedule.yaml", "-o", path, "--component", "vision", "--batch", "2")
+    outputs = onnx_outputs(path, {"pixel_values": given()["pixel_values"]})
+    np.testing.assert_array_equal(outputs["reducer.vision_2.prompt_image.kept"], EXPECTED["T48-r0.5.kept"])
+    assert inner_manifest(path)["parity"]["samples"] > 2
+    done("parity", path, "--model", FOLDER)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--component", "text"), "No component 'text': choose vision"),
+        (("--component", "vision", "--outputs", "logits"), "leave out --outputs"),
+        (("--component", "vision", "--text-length", "9"), "has no text"),
+    ],
+)
+def test_components_that_are_refused(arguments: tuple[str, ...], words: str, tmp_path: Path) -> None:
+    (tmp_path / "schedule.yaml").write_text("method: vispruner\nbudget: 48\n", encoding="utf-8")
+    path = tmp_path / "x.onnx"
+    assert words in refused(2, FOLDER, "--schedule", tmp_path / "schedule.yaml", "-o", path, *arguments)
+    assert not path.exists()
+
+
+def test_a_component_that_nothing_reduces(tmp_path: Path) -> None:
+    said = refused(2, FOLDER, "--schedule", "vilt-vqa", "-o", tmp_path / "x.onnx", "--component", "vision")
+    assert "does nothing before the prompt" in said
+
+
+def test_an_engine_of_the_tower(tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    path = tmp_path / "vision.engine"
+    (tmp_path / "schedule.yaml").write_text("method: vispruner\nbudget: 48\n", encoding="utf-8")
+    done(FOLDER, "--schedule", tmp_path / "schedule.yaml", "-o", path, "--component", "vision")
+    manifest = json.loads((tmp_path / "manifest.json").read_text(encoding="utf-8"))
+    assert list(manifest["inputs"]) == ["pixel_values"]
+    assert manifest["outputs"] == ["image_hidden_states"]
+    assert manifest["decisions"] == ["reducer.vision_2.prompt_image.kept"]
+    assert path.stat().st_size > 0 and manifest["parity"]["passed"]
 
 
 def test_features_with_the_class_token_are_refused() -> None:

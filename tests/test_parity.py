@@ -17,10 +17,11 @@ from torch import Tensor
 
 import pumer_compile as pumer
 from pumer_compile.errors import ParityError, UsageError
-from pumer_compile.parity import OutputReport, ParityReport, check, random_batches
+from pumer_compile.parity import OutputReport, ParityReport, check
 from pumer_compile.reduce import Reduced, with_decisions
 from pumer_compile.reducers import forced_decisions
 from pumer_compile.reducers.reducer import Decisions
+from pumer_compile.samples import random_batches
 from tests.commands import artifact, done, feed, folder, inner_manifest, refused, run
 from tests.models import Config, Fusion, inputs_for, make, program, schedule
 from tests.tiny import tiny_vilt

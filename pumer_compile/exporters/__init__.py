@@ -16,8 +16,10 @@ from torch import Tensor
 from ..capture import Program, batch_inputs
 from ..errors import ParityError, UsageError
 from ..files import publish, sha256_file
-from ..parity import ParityReport, check, random_batches
+from ..parity import ParityReport, check
+from ..plan import PromptPlace
 from ..reduce import Reduced
+from ..samples import random_batches
 from .base import Options, Profile, Writer
 from .manifest import make_manifest, sidecar
 from .onnx import OnnxOptions, OnnxWriter, in_precision
@@ -158,7 +160,8 @@ def _prove(
     evidence = writer.evidence(build, files)
     program = reduced.program if isinstance(reduced, Reduced) else reduced
     eager, unreduced = _eager(reduced)
-    batches, clipped = _proof_batches(program, samples, writer.options.profiles)
+    prompts = reduced.plan.prompts if isinstance(reduced, Reduced) else ()
+    batches, clipped = _proof_batches(program, samples, writer.options.profiles, prompts)
     report = check(
         evidence.session,
         eager,
@@ -225,7 +228,10 @@ def _writer_class(path: Path) -> type[Writer[Any, Any]]:
 
 
 def _proof_batches(
-    program: Program, samples: Sequence[Mapping[str, Tensor]] | None, profiles: Sequence[Profile]
+    program: Program,
+    samples: Sequence[Mapping[str, Tensor]] | None,
+    profiles: Sequence[Profile],
+    prompts: Sequence[PromptPlace] = (),
 ) -> tuple[list[Mapping[str, Tensor]], str]:
     """Batches for a proof, in every batch size of the profiles; and which sizes are too large for one."""
     batches: list[Mapping[str, Tensor]] = [program.inputs]
@@ -234,8 +240,9 @@ def _proof_batches(
     elif program.model is not None and hasattr(program.model, "config"):
         shapes = {name: tuple(tensor.shape) for name, tensor in program.inputs.items()}
         dtypes = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in program.inputs.items()}
+        fixed = {name: program.inputs[name] for name in program.fixed}
         try:
-            batches += random_batches(program.model, shapes, dtypes)
+            batches += random_batches(program.model, shapes, dtypes, prompts=prompts, fixed=fixed)
         except UsageError:  # inputs that nobody can make up
             pass
     sizes = sorted({size for p in profiles for size in (p.minimum, p.optimum, p.maximum)})

@@ -13,6 +13,7 @@ import pumer_compile as pumer
 from pumer_compile import Schedule
 from pumer_compile.engine import Engine
 from pumer_compile.errors import PlanError, UsageError
+from pumer_compile.samples import make_image_prompt
 from tests.architectures.test_prompts import built
 from tests.crops import TOKENS, crops_inputs, crops_model, logits_of_crops, packing, prompt_of_crops, run_by_hand
 from tests.visual import select, visual_cues
@@ -94,6 +95,11 @@ def test_one_artifact(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="compiled for image_sizes"):
         engine(**{**others, "image_sizes": torch.tensor([[91, 120]])})
     assert pumer.parity(exported.path, model, [others]).passed
+
+
+def test_a_sample_of_crops_has_to_be_given() -> None:
+    with pytest.raises(UsageError, match="wants more than pixels"):
+        make_image_prompt(crops_model("LLaVA-NeXT"))
 
 
 # --- several images in a prompt --------------------------------------------------------------------------------

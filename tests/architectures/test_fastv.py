@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -16,6 +18,7 @@ from pumer_compile import Program, Schedule
 from pumer_compile.errors import PlanError
 from pumer_compile.passes.insert import reducers_of
 from tests import test_oracle_llava as llava
+from tests.commands import done, inner_manifest, onnx_outputs, refused
 from tests.fastv import by_hand, places_left, rows_of
 
 MODELS = ["LLaVA", "PaliGemma"]
@@ -207,6 +210,19 @@ def test_the_plan() -> None:
     }
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_plan_without_the_numbers(attention: str) -> None:
+    """On the meta device, as a plan of a large model is made."""
+    model, inputs = built("LLaVA")
+    empty = copy.deepcopy(model).to("meta")
+    empty.set_attn_implementation(attention)
+    plan = pumer.reduce(pumer.capture(empty, inputs, outputs=["logits"]), fastv(1, 30)).plan
+    wanted = pumer.reduce(captured("LLaVA", attention), fastv(1, 30)).plan
+    assert plan.layers == wanted.layers and [s.after for s in plan.sites] == [s.after for s in wanted.sites]
+    if attention == "eager":  # of fused attention, torch counts another kernel on another device
+        assert plan.multiply_adds_after == wanted.multiply_adds_after
+
+
 def test_what_changes_in_the_graph() -> None:
     """One reducer and the rows of one attention more; no operator that sorts, and no attention less."""
     before = [str(n.target) for n in captured("LLaVA").module.graph.nodes]
@@ -229,6 +245,24 @@ def test_onnx(tmp_path: Path) -> None:
     assert row.judged and row.differ == row.near_ties
     outputs = pumer.Engine(exported.path)(**inputs)
     torch.testing.assert_close(outputs["logits"], by_hand(model, inputs, 1, 12).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_the_command_line(tmp_path: Path) -> None:
+    (tmp_path / "fastv.yaml").write_text("method: fastv\nlayer: 2\nbudget: 30\n", encoding="utf-8")
+    options = ("--schedule", tmp_path / "fastv.yaml", "--inputs", llava.FOLDER / "inputs.npz")
+    path = tmp_path / "model.onnx"
+    done(llava.FOLDER, *options, "-o", path, "--outputs", "logits")
+    manifest = inner_manifest(path)
+    assert manifest["schedule"] == {**manifest["schedule"], "method": "fastv", "layer": 2, "budget": 30}
+    assert manifest["tokens"]["cross_modal.1"]["prompt_image"] == 30
+    assert manifest["parity"]["passed"] and manifest["parity"]["decisions_compared"]
+    assert manifest["parity"]["reducers"][0]["judged"]
+    found = onnx_outputs(path, {name: value.numpy() for name, value in llava.tensors().items()})["logits"]
+    assert np.abs(found - by_hand(*built("LLaVA"), 2, 30).logits.numpy()).max() <= 1e-4
+    (tmp_path / "fastv.yaml").write_text("method: fastv\nlayer: 3\nbudget: 30\n", encoding="utf-8")
+    assert "choose 1 to 2" in refused(2, "plan", llava.FOLDER, *options)
+    (tmp_path / "fastv.yaml").write_text("method: fastv\nlayer: 0\nbudget: 30\n", encoding="utf-8")
+    assert "at least 1" in refused(2, "plan", llava.FOLDER, *options)
 
 
 def test_places() -> None:
