@@ -16,7 +16,8 @@ from .distill import Teacher, distillation_loss
 from .engine import Engine
 from .errors import PumerError
 from .exporters import Exported, OnnxOptions, OnnxSession, export
-from .parity import ParityReport, parity
+from .parity import parity
+from .parity_report import ParityReport
 from .plan import Plan
 from .reduce import Reduced, reduce
 from .schedule import Schedule

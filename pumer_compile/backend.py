@@ -19,6 +19,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.backends.registry import lookup_backend
 
 from . import backend_dynamo as dynamo
+from .backend_causal import spell_out_causal
 from .backend_graph import DynamoGraph, may_attend
 from .backend_prompt import (
     Compiled,
@@ -29,7 +30,6 @@ from .backend_prompt import (
     reduces_prompts,
     run_while_tracing,
     scatters,
-    spell_out_causal,
 )
 from .backend_text import plan_padding
 from .errors import LocateError, UsageError, VerifyError

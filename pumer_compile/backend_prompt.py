@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .backend_graph import DynamoGraph, as_dynamo_left_it, calls_attention
 from .errors import UsageError
@@ -25,7 +24,6 @@ from .schedule import Schedule
 
 log = logging.getLogger("pumer_compile")
 
-aten = torch.ops.aten
 Compiled = Callable[..., Any]
 Compile = Callable[[DynamoGraph], Compiled]
 
@@ -171,51 +169,6 @@ def _masks(module: fx.GraphModule) -> tuple[fx.GraphModule, list[int]]:
     return fx.GraphModule(module, graph), [i for i, node in enumerate(placeholders) if node in needed]
 
 
-# --- causal attention -------------------------------------------------------------------------------------------
-
-
-def spell_out_causal(lowered: fx.GraphModule, mode: FakeTensorMode) -> None:
-    """Write `is_causal=True` as the mask that it stands for: which tokens are where is then in the graph, and follows a
-    reducer. transformers gives no mask where no token is padding.
-
-    Args:
-        lowered: graph for the passes, changed in place.
-        mode: of its fake tensors.
-    """
-    masks: dict[tuple[int, ...], fx.Node] = {}
-    for node in lowered.graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default):
-        names = [a.name for a in node.target._schema.arguments]
-        given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-        if not given.get("is_causal"):
-            continue
-        query, key = given.pop("query"), given.pop("key")
-        lengths = tuple(int(n.meta["val"].shape[-2]) for n in (query, key))
-        if lengths not in masks:
-            masks[lengths] = _triangle(lowered.graph, node, mode, *lengths)
-        value = given.pop("value")
-        node.args = (query, key, value)
-        node.kwargs = {**given, "attn_mask": masks[lengths], "is_causal": False}
-    lowered.graph.lint()
-    lowered.recompile()
-
-
-def _triangle(graph: fx.Graph, before: fx.Node, mode: FakeTensorMode, queries: int, keys: int) -> fx.Node:
-    """Which keys each query sees, `[queries, keys]`: those at its place and before it."""
-    device = before.meta["val"].device
-
-    def emit(target: Any, *arguments: Any, **more: Any) -> fx.Node:
-        node = graph.call_function(target, arguments, more)
-        node.meta = {k: v for k, v in before.meta.items() if k in ("nn_module_stack", "stack_trace")}
-        with mode:
-            node.meta["val"] = target(*fx.map_arg(arguments, lambda n: n.meta["val"]), **more)
-        return node
-
-    with graph.inserting_before(before):
-        rows = emit(aten.unsqueeze.default, emit(aten.arange.default, queries, device=device), 1)
-        columns = emit(aten.unsqueeze.default, emit(aten.arange.default, keys, device=device), 0)
-        return emit(aten.le.Tensor, columns, rows)
-
-
 # --- frontends --------------------------------------------------------------------------------------------------
 
 
@@ -234,10 +187,11 @@ def run_while_tracing(path: str) -> None:
     if original is None or hasattr(original, "_pumer_original"):
         return
 
-    @torch.compiler.assume_constant_result
-    def by_address(address: int) -> None:
+    def prepare(address: int) -> None:
         # PyTorch 2.11 hands no modules to such a function. The caller has this one, so it is alive.
         original(ctypes.cast(address, ctypes.py_object).value)
+
+    by_address = torch.compiler.assume_constant_result(prepare)
 
     @functools.wraps(original)
     def called(module: nn.Module) -> None:

@@ -210,7 +210,7 @@ def compile_(
     """Compile MODEL to a reduced artifact (the default command)."""
     from .exporters import check_exporter, export, exporter_options
     from .files import check_writable
-    from .parity import save_report
+    from .parity_report import save_report
 
     check_writable(output)
     opt.check_component(component, outputs, schedule)
@@ -311,7 +311,8 @@ def parity_(
     from .files import check_writable
     from .inputs import load_inputs
     from .loading import load_model
-    from .parity import parity, save_report
+    from .parity import parity
+    from .parity_report import save_report
     from .replay import check_recording
 
     absolute, relative = opt.tolerance(atol), opt.tolerance(rtol)

@@ -22,6 +22,7 @@ import onnx
 import torch
 import transformers
 from torch import Tensor
+from torch.torch_version import TorchVersion
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.exporters.configs import OnnxConfig
 from transformers.exporters.exporter_onnx import OnnxExporter
@@ -38,6 +39,7 @@ from .plan import check_prompts
 
 KEY = "pumer_compile.decode"
 CACHE = "past_key_values."
+UNCHECKED = "TRANSFORMERS_DISABLE_TORCH_CHECK"
 UNMASKED = "pumer_compile_unmasked"
 # A decoding step is the same arithmetic as eager PyTorch's: nothing is decided in it.
 TOLERANCE = 1e-4
@@ -174,10 +176,16 @@ def whole_forward(model: PreTrainedModel) -> Callable[..., Any]:
         A bound method; it calls `model`'s forward as that was when this was called.
 
     Raises:
-        UsageError: the model does not generate.
+        UsageError: the model does not generate, or this PyTorch cannot trace what transformers checks.
     """
     if not getattr(model, "can_generate", lambda: False)():
         raise UsageError(f"{type(model).__name__} does not generate text; compile it with torch.compile(model).")
+    if TorchVersion(torch.__version__) < "2.13" and os.getenv(UNCHECKED, "0") != "1":
+        raise UsageError(
+            f"PyTorch {torch.__version__} cannot trace transformers' comparison of placeholders and image features. "
+            f"Set the environment variable {UNCHECKED}=1, which leaves it out (they are compared when the prompt is "
+            "reduced), or use PyTorch 2.13 or newer."
+        )
     original = vars(model).get("forward")
     signature = inspect.signature(model.forward)
     itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)

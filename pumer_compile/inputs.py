@@ -416,7 +416,8 @@ def _lookup(config: Any, part: str, *names: str) -> Any:
 def make_text(config: Any, padded: list[bool], length: int | None, generator: torch.Generator) -> dict[str, Tensor]:
     """Random `input_ids` and `attention_mask`, int64 `[batch, length]`, of ordinary words; none where the config tells
     no vocabulary. `padded` says of each sample whether it is padded on the right."""
-    vocabulary = _lookup(config, "text_config", "vocab_size")
+    # Of the language model first: PaliGemma's own vocabulary is larger than its word table.
+    vocabulary = _lookup(getattr(config, "text_config", None), "", "vocab_size") or _lookup(config, "", "vocab_size")
     if not isinstance(vocabulary, int):
         return {}
     limit = _lookup(config, "text_config", "max_text_length", "max_position_embeddings") or DEFAULT_TEXT_LENGTH

@@ -8,11 +8,10 @@ whose choices agree.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from .exporters.onnx import in_precision
 from .exporters.session import comparable_decisions, deciding, open_session
 from .loading import LoadedModel, load_model
 from .outputs import output_nodes
+from .parity_report import TOLERANCES, OutputReport, ParityReport, ReducerReport, Tolerance
 from .passes.insert import reducers_of
 from .plan import PromptPlace, check_prompts
 from .reduce import reduce
@@ -40,202 +40,6 @@ from .samples import random_batches
 from .schedule import Schedule
 
 Arrays = dict[str, np.ndarray[Any, Any]]
-
-
-@dataclass(frozen=True)
-class Tolerance:
-    """How much an artifact may differ.
-
-    Attributes:
-        atol, rtol: of every entry of an output: `|artifact - eager| <= atol + rtol * |eager|`.
-        norm: of an output as a whole, in each sample: `|artifact - eager|_2 <= norm * |eager|_2`.
-        tie: relative score gap below which two scores count as tied.
-        decisions: whether a differing choice must be such a tie; else they are reported, and the outputs judge.
-    """
-
-    atol: float
-    rtol: float
-    norm: float
-    tie: float
-    decisions: bool = True
-
-
-TOLERANCES = {
-    "float32": Tolerance(atol=1e-4, rtol=1e-4, norm=math.inf, tie=1e-5),
-    "float16": Tolerance(atol=2e-2, rtol=2e-2, norm=5e-3, tie=1e-2),
-    # Eight times coarser than float16, by its three bits less of precision.
-    "bfloat16": Tolerance(atol=1.6e-1, rtol=1.6e-1, norm=4e-2, tie=8e-2),
-    # Reducers choose by what quantized layers give them, so other choices are to be expected and are only reported.
-    # The norm is about twice the largest error measured with the artifact's choices forced: 5.4e-2 on small models of
-    # random weights, 2.5e-2 on the demo's.
-    "int8": Tolerance(atol=math.inf, rtol=0, norm=1e-1, tie=1e-2, decisions=False),
-}
-"""Defaults by the artifact's dtype, or by what it is quantized to; the eager side is float32."""
-
-
-@dataclass
-class ReducerReport:
-    """Decisions of one reducer over all samples.
-
-    Attributes:
-        name: its path, such as `reducer.cross_modal_2.image`.
-        samples: how many were compared.
-        differ: on how many any index differs from the eager model's choice on the same inputs.
-        near_ties: how many of these are allowed, because the eager scores are nearly tied.
-        worst_margin: largest relative score gap where a choice differs.
-        chosen, flipped: indices chosen in all samples, and how many of them differ.
-        judged: whether a differing choice must be a near-tie.
-        fault: why the artifact's decisions cannot be those of this reducer at all; empty where they can.
-    """
-
-    name: str
-    samples: int = 0
-    differ: int = 0
-    near_ties: int = 0
-    worst_margin: float = 0.0
-    chosen: int = 0
-    flipped: int = 0
-    judged: bool = True
-    fault: str = ""
-
-    @property
-    def passed(self) -> bool:
-        """Whether every differing choice is a near-tie, where it must be."""
-        return not self.fault and (not self.judged or self.differ == self.near_ties)
-
-    @property
-    def flip_rate(self) -> float:
-        """Share of the chosen indices that differ."""
-        return self.flipped / self.chosen if self.chosen else 0.0
-
-
-@dataclass
-class OutputReport:
-    """Differences of one output over samples.
-
-    Attributes:
-        name: of the output.
-        against: `forced` (eager with the artifact's decisions), `end_to_end` or `unreduced`.
-        judged: whether it counts for the verdict.
-        samples: how many were compared.
-        max_abs, mean_abs, max_rel, mean_rel: errors; relative to the eager value.
-        max_norm: largest error of a sample in the Euclidean norm, relative to the norm of the eager value.
-        cosine: smallest cosine similarity of a sample.
-        top1: share of samples with the same largest entry.
-        atol, rtol, norm: the tolerance.
-        required_atol: smallest `atol` that would pass with this `rtol`.
-        finite: whether every value is finite.
-    """
-
-    name: str
-    against: str
-    judged: bool
-    atol: float
-    rtol: float
-    samples: int = 0
-    max_abs: float = 0.0
-    mean_abs: float = 0.0
-    max_rel: float = 0.0
-    mean_rel: float = 0.0
-    max_norm: float = 0.0
-    norm: float = math.inf
-    cosine: float = 1.0
-    top1: float = 1.0
-    required_atol: float = 0.0
-    finite: bool = True
-
-    @property
-    def passed(self) -> bool:
-        """Within tolerance and finite; always true where it is not judged and finite."""
-        return self.finite and (not self.judged or (self.required_atol <= self.atol and self.max_norm <= self.norm))
-
-    def add(self, artifact: np.ndarray[Any, Any], eager: np.ndarray[Any, Any]) -> None:
-        """Take in one batch, `[samples, ...]` each."""
-        count = artifact.shape[0]
-        if count == 0:
-            return
-        a, e = (x.reshape(count, -1).astype(np.float64) for x in (artifact, eager))
-        self.finite = self.finite and bool(np.isfinite(a).all() and np.isfinite(e).all())
-        if not self.finite:
-            return
-        error = np.abs(a - e)
-        relative = error / np.maximum(np.abs(e), 1e-12)
-        old, new = self.samples / (self.samples + count), count / (self.samples + count)
-        self.max_abs, self.max_rel = max(self.max_abs, error.max()), max(self.max_rel, relative.max())
-        self.mean_abs = old * self.mean_abs + new * error.mean()
-        self.mean_rel = old * self.mean_rel + new * relative.mean()
-        size = np.linalg.norm(e, axis=1)
-        self.max_norm = max(self.max_norm, float((np.linalg.norm(a - e, axis=1) / np.maximum(size, 1e-12)).max()))
-        norms = np.linalg.norm(a, axis=1) * size
-        cosines = np.where(norms > 0, (a * e).sum(1) / np.maximum(norms, 1e-300), 1.0)
-        self.cosine = min(self.cosine, float(cosines.min()))
-        self.top1 = old * self.top1 + new * float((a.argmax(1) == e.argmax(1)).mean())
-        self.required_atol = max(self.required_atol, float((error - self.rtol * np.abs(e)).max()))
-        self.samples += count
-
-
-@dataclass
-class ParityReport:
-    """The verdict and what it rests on.
-
-    Attributes:
-        artifact: whose report it is.
-        dtype: of the artifact.
-        provider: that executed it.
-        stand_in: what was executed in its place, where the artifact itself cannot run; empty otherwise.
-        samples: how many were compared.
-        decisions_compared: whether the reducers' choices were.
-        reducers, outputs: the figures.
-        notes: what a reader should know besides.
-    """
-
-    artifact: str
-    dtype: str
-    provider: str
-    stand_in: str = ""
-    samples: int = 0
-    decisions_compared: bool = False
-    reducers: list[ReducerReport] = field(default_factory=list)
-    outputs: list[OutputReport] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def passed(self) -> bool:
-        """Whether the artifact may be trusted."""
-        return self.samples > 0 and all(r.passed for r in self.reducers) and all(o.passed for o in self.outputs)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything, as JSON can hold it (NaN and infinities as strings)."""
-        return {"passed": self.passed, **_jsonable(asdict(self))}
-
-    def failures(self) -> str:
-        """What failed, in one sentence each."""
-        parts = [
-            f"{r.name} {r.fault}"
-            if r.fault
-            else f"{r.name} decides differently on {r.differ - r.near_ties} of {r.samples} samples where the eager "
-            f"scores are no near-tie (relative gap up to {r.worst_margin:.1e})"
-            for r in self.reducers
-            if not r.passed
-        ]
-        for o in self.outputs:
-            if not o.passed:
-                limit = f"{o.max_abs:.2e}, allowed atol {o.atol:g} + rtol {o.rtol:g}"
-                if o.max_norm > o.norm:
-                    limit = f"{o.max_norm:.2e} of its norm, allowed {o.norm:g}"
-                what = f"differs by up to {limit}" if o.finite else "has NaN or Inf"
-                parts.append(f"output {o.name} ({o.against.replace('_', ' ')}) {what}")
-        return "; ".join(parts) or ("no sample was compared" if self.samples == 0 else "")
-
-
-def _jsonable(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _jsonable(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_jsonable(v) for v in value]
-    if isinstance(value, float | np.floating):
-        return float(value) if math.isfinite(value) else str(value)
-    return value
 
 
 def parity(
@@ -514,8 +318,3 @@ def _fault(reducer: StreamReducer, decisions: Decisions) -> str:
         if what != "merges into" and (indices.sort(1).values.diff() == 0).any():
             return f"{what} the same token twice"
     return ""
-
-
-def save_report(report: ParityReport, path: Path) -> None:
-    """Write a report as JSON."""
-    path.write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")

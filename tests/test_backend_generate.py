@@ -17,12 +17,13 @@ import torch
 import torch._dynamo
 from torch import Tensor
 from torch._dynamo.exc import BackendCompilerFailed
+from torch.torch_version import TorchVersion
 from transformers import DynamicCache
 
 import pumer_compile as pumer
 from pumer_compile import Schedule
 from pumer_compile.errors import AxisError, LocateError, UsageError
-from pumer_compile.generation import Generator, export_decode, whole_forward
+from pumer_compile.generation import UNCHECKED, Generator, export_decode, whole_forward
 from tests import test_oracle_llava as oracle
 from tests.architectures.test_prompts import built
 from tests.tiny import tiny_vilt
@@ -36,7 +37,9 @@ FIRST = {"LLaVA": 0, "PaliGemma": 1}
 
 
 @pytest.fixture(autouse=True)
-def fresh_dynamo() -> Iterator[None]:
+def fresh_dynamo(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    if TorchVersion(torch.__version__) < "2.13":
+        monkeypatch.setenv(UNCHECKED, "1")
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
@@ -142,6 +145,18 @@ def test_the_reduced_module_in_eager_pytorch(name: str) -> None:
         found = pumer.reduce(pumer.capture(model, inputs), schedule(name)).module(**inputs)
     text = continued(name, found["logits"], found["past_key_values"], inputs["input_ids"].shape[1])
     assert_same(text, reference(name))
+
+
+def test_fastv() -> None:
+    """The first layer's cache is longer than those of the others."""
+    model, inputs = copy.deepcopy(given("LLaVA")[0]), given("LLaVA")[1]
+    wanted = Schedule(method="fastv", budget=12, layer=1)
+    with torch.no_grad():
+        found = pumer.reduce(pumer.capture(model, inputs), wanted).module(**inputs)
+    assert [layer.keys.shape[2] for layer in found["past_key_values"].layers] == [158, 26, 26]
+    options = {"schedule": wanted, "inner": "eager"}
+    model.forward = torch.compile(whole_forward(model), backend="pumer", options=options, fullgraph=True)
+    assert_same(generated(model, inputs), continued("LLaVA", found["logits"], found["past_key_values"], 158))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -365,6 +380,15 @@ def test_whole_forward() -> None:
     with torch.no_grad():
         torch.testing.assert_close(whole_forward(model)(**inputs).logits, original(**inputs).logits)
     assert len(calls) == 1
+
+
+def test_older_versions_of_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.11.0+cpu")
+    monkeypatch.setenv(UNCHECKED, "0")
+    with pytest.raises(UsageError, match=f"2.11.0.cpu cannot trace .*{UNCHECKED}=1"):
+        whole_forward(given("LLaVA")[0])
+    monkeypatch.setenv(UNCHECKED, "1")
+    assert callable(whole_forward(given("LLaVA")[0]))
 
 
 def test_whole_forward_of_a_model_that_does_not_generate() -> None:

@@ -145,7 +145,7 @@ def test_models_that_count_from_one(tmp_path: Path) -> None:
     paligemma, one = ARCHITECTURES["PaliGemma"].build()
     paligemma.eval()
     reduced = pumer.reduce(pumer.capture(paligemma, one), Schedule(method="vispruner", budget=36))
-    path = pumer.export(reduced, tmp_path / "prefill.onnx").path
+    path = pumer.export(reduced, tmp_path / "prefill.onnx", samples=[one]).path
     step = export_decode(paligemma, one, tmp_path / "decode.onnx")
     with torch.no_grad():
         wanted = paligemma.generate(**one, max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False)

@@ -17,7 +17,8 @@ from torch import Tensor
 
 import pumer_compile as pumer
 from pumer_compile.errors import ParityError, UsageError
-from pumer_compile.parity import OutputReport, ParityReport, check
+from pumer_compile.parity import check
+from pumer_compile.parity_report import OutputReport, ParityReport
 from pumer_compile.reduce import Reduced, with_decisions
 from pumer_compile.reducers import forced_decisions
 from pumer_compile.reducers.reducer import Decisions

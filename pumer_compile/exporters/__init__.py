@@ -16,7 +16,8 @@ from torch import Tensor
 from ..capture import Program, batch_inputs
 from ..errors import ParityError, UsageError
 from ..files import publish, sha256_file
-from ..parity import ParityReport, check
+from ..parity import check
+from ..parity_report import ParityReport
 from ..plan import PromptPlace
 from ..reduce import Reduced
 from ..samples import random_batches

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +13,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..errors import VerifyError
 from .graph import attribute, describe
+
+
+def _fused_attention(query: Any, key: Any, value: Any, *args: Any, **options: Any) -> int:
+    """Floating-point operations of a fused attention; the shapes are `[batch, heads, tokens, head size]`."""
+    *batch, queries, size = query
+    return int(2 * math.prod(batch) * queries * key[-2] * (size + value[-1]))
+
+
+# The kernel of the CPU, which PyTorch's counter does not know.
+_COUNTED = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _fused_attention}
 
 
 class _FakeInterpreter(fx.Interpreter):
@@ -32,7 +43,7 @@ class _FakeInterpreter(fx.Interpreter):
         return self.attributes[target] if target in self.attributes else super().fetch_attr(target)
 
     def run_node(self, n: fx.Node) -> Any:
-        counter = FlopCounterMode(display=False)
+        counter = FlopCounterMode(display=False, custom_mapping=_COUNTED)
         try:
             with counter:
                 result = super().run_node(n)

@@ -191,7 +191,7 @@ def _check_not_given(insertions: Insertions, streams: set[str]) -> None:
         along = any(streams & set(_streams(insertions, node, i)) for value in tensors for i in range(value.dim()))
         if along and ("position" in str(node.target) or _becomes_angle(node)):
             raise UsageError(
-                f"`positions: compact` counts positions anew over the tokens that are left, and here they are given, in "
+                "`positions: compact` counts positions anew over the tokens that are left, and here they are given, in "
                 f"the input {node.target}, counted over the whole prompt. Leave that input out, or choose "
                 "`positions: original` (transformers' `generate` always gives them)."
             )
