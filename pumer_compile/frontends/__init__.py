@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from transformers.exporters.utils import register_patch
 
-from . import vilt
+from . import llava_next, vilt
 from .meter import MODELS as MODELS
 
-FRONTENDS = (vilt,)
+FRONTENDS = (vilt, llava_next)
 
 # A reload of this package runs its code in the same namespace: what was registered stays registered once.
 _registered: set[str] = globals().get("_registered", set())

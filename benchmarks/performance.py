@@ -1,0 +1,360 @@
+"""Everything that takes a model's time, side by side in one run: what this package makes, and its peers.
+
+For each model and batch size all contenders take turns in one process, so that a busy machine slows them alike:
+transformers in eager PyTorch, inductor, transformers' own ONNX exporter (plain, and with its fusions for onnxruntime),
+and of this package the unreduced and the reduced model as ONNX, under `torch.compile` and in eager PyTorch. Beside the
+times stand multiply-adds, the share of the machine's matrix peak (measured in the same run), the reducers' share of
+onnxruntime's time, the size of artifacts, compile time by stage, and the memory of a training step. Weights are random.
+
+    python -m benchmarks.performance                        # half an hour
+    python -m benchmarks.performance --work vilt --batch 1  # a part
+    python -m benchmarks.performance --tiny                 # the machinery alone
+
+Writes one JSON with every sample and the machine, and a plot.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import torch
+from torch import Tensor, nn
+
+import pumer_compile as pumer
+from benchmarks.torch_compile import traceable
+from benchmarks.vilt_b32 import machine
+from pumer_compile.exporters.onnx import OnnxOptions, Target, quiet_torch_onnx
+from pumer_compile.frontends.meter import MeterConfig, MeterForQuestionAnswering
+from pumer_compile.inputs import make_inputs
+
+RESULTS = Path(__file__).parent / "results" / "performance_cpu.json"
+TEXT = 40
+LOSSLESS = ("lossless",) if "lossless" in pumer.schedule.PRESETS else ()
+
+
+@dataclass
+class Contender:
+    """Something that runs the model.
+
+    Attributes:
+        run: once.
+        multiply_adds: of one sample.
+        facts: size of its artifact, seconds by stage.
+    """
+
+    run: Callable[[], Any]
+    multiply_adds: int
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def vilt() -> nn.Module:
+    """ViLT-B/32 for question answering."""
+    from transformers import ViltConfig, ViltForQuestionAnswering
+
+    torch.manual_seed(0)
+    return ViltForQuestionAnswering(ViltConfig(num_labels=3129)).eval()
+
+
+def meter() -> nn.Module:
+    """METER at 384 pixels."""
+    torch.manual_seed(0)
+    return MeterForQuestionAnswering(MeterConfig()).eval()
+
+
+def tiny() -> nn.Module:
+    """A model of no use but to try this script."""
+    from transformers import ViltConfig, ViltForQuestionAnswering
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 32, "num_hidden_layers": 9}
+    return ViltForQuestionAnswering(ViltConfig(**sizes, image_size=64, patch_size=16, vocab_size=99)).eval()
+
+
+WORKS: dict[str, tuple[Callable[[], nn.Module], tuple[str, ...], tuple[int, ...]]] = {
+    "vilt": (vilt, ("vilt-vqa", "vilt-ve"), (1, 8)),
+    "meter": (meter, ("meter-vqa", "meter-vqa-tower", "meter-ve-tower"), (4,)),
+    "tiny": (tiny, ("vilt-vqa",), (1, 2)),
+}
+
+
+def matrix_peak() -> float:
+    """Multiply-adds in a second of the fastest of some float32 matrix products."""
+    best = 0.0
+    for size in (1024, 2048, 3072):
+        a, b = torch.randn(size, size), torch.randn(size, size)
+        for _ in range(4):
+            start = time.perf_counter()
+            a @ b
+            best = max(best, size**3 / (time.perf_counter() - start))
+    return best
+
+
+# --- contenders -----------------------------------------------------------------------------------------------------
+
+
+def onnx_contender(path: Path, inputs: dict[str, Tensor], multiply_adds: int, **facts: Any) -> Contender:
+    """An ONNX model under onnxruntime, given arrays."""
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    feed = {i.name: inputs[i.name].numpy() for i in session.get_inputs()}
+    size = path.stat().st_size + sum(data.stat().st_size for data in path.parent.glob(f"{path.name}*.data"))
+    return Contender(lambda: session.run(None, feed), multiply_adds, {"bytes": size, **facts})
+
+
+def ours(
+    program: pumer.Program,
+    schedule: str,
+    folder: Path,
+    inputs: dict[str, Tensor],
+    whole: int,
+    target: Target | None = None,
+) -> Iterator[tuple[str, Contender]]:
+    """The ONNX model of a schedule, and (without a target) the reduced module in eager PyTorch."""
+    stages: dict[str, float] = {}
+
+    @contextmanager
+    def stage(name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        stages[name] = time.perf_counter() - start
+
+    with stage("reduce"):
+        reduced = None if schedule == "none" else pumer.reduce(program, schedule)
+    path = folder / f"{schedule}{'-fused' if target else ''}.onnx"
+    with stage("export and prove"):
+        pumer.export(reduced or program, path, options=OnnxOptions(target=target))
+    count = whole if reduced is None else reduced.plan.multiply_adds_after
+    name = f"onnx {schedule}{' fused' if target else ''}"
+    yield name, onnx_contender(path, inputs, count, stages=stages, reducers=reducer_share(path, inputs))
+    if reduced is not None and target is None:
+        yield f"eager {schedule}", Contender(lambda: reduced.module(**inputs), count)
+
+
+def reducer_share(path: Path, inputs: dict[str, Tensor]) -> float:
+    """Share of the operators' time that nodes of reducers take under onnxruntime."""
+    options = onnxruntime.SessionOptions()
+    options.enable_profiling = True
+    with tempfile.TemporaryDirectory() as folder:
+        options.profile_file_prefix = str(Path(folder) / "profile")
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        feed = {i.name: inputs[i.name].numpy() for i in session.get_inputs()}
+        for _ in range(3):
+            session.run(None, feed)
+        events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+    kernels = [e for e in events if e.get("cat") == "Node" and str(e["name"]).endswith("_kernel_time")]
+    total = sum(e["dur"] for e in kernels)
+    return sum(e["dur"] for e in kernels if "reducer." in e["name"]) / total
+
+
+def peers(model: nn.Module, inputs: dict[str, Tensor], folder: Path, whole: int) -> Iterator[tuple[str, Contender]]:
+    """The unreduced model as others run it."""
+    from transformers import PreTrainedModel
+    from transformers.exporters.configs import OnnxConfig
+    from transformers.exporters.exporter_onnx import OnnxExporter
+
+    yield "eager", Contender(lambda: model(**inputs), whole)
+    compiled = torch.compile(model, backend="inductor", fullgraph=True, dynamic=False)
+    yield "inductor", Contender(lambda: compiled(**inputs), whole)
+    if not isinstance(model, PreTrainedModel):
+        return
+    for name, fusions in (("transformers onnx", None), ("transformers onnx fused", "cpu")):
+        path = folder / f"{name.replace(' ', '-')}.onnx"
+        with quiet_torch_onnx():
+            exported = OnnxExporter().export(model, dict(inputs), OnnxConfig(ort_fusions=fusions))
+        OnnxExporter.save_program(exported.program, path)
+        yield name, onnx_contender(path, inputs, whole)
+
+
+def contenders(
+    model: nn.Module, schedules: tuple[str, ...], inputs: dict[str, Tensor], folder: Path
+) -> dict[str, Contender]:
+    """Everybody, ready to run; who cannot run the model is left out and named."""
+    start = time.perf_counter()
+    program = pumer.capture(model, inputs)
+    captured = time.perf_counter() - start
+    whole = pumer.reduce(program, schedules[0]).plan.multiply_adds_before
+    found: dict[str, Contender] = dict(peers(model, inputs, folder, whole))
+    for schedule in ("none", *LOSSLESS, *schedules):
+        found.update(ours(program, schedule, folder, inputs, whole))
+        found[f"onnx {schedule}"].facts["stages"]["capture"] = captured
+        gc.collect()
+    for schedule in schedules:
+        if not schedule.startswith("meter"):
+            found.update(ours(program, schedule, folder, inputs, whole, "onnxruntime-cpu"))
+        options = {"schedule": schedule}
+        reduced = torch.compile(model, backend="pumer", options=options, fullgraph=True, dynamic=False)
+        count = found[f"onnx {schedule}"].multiply_adds
+        found[f"torch.compile {schedule}"] = Contender(lambda f=reduced: f(**inputs), count)
+    return found
+
+
+def alternate(found: dict[str, Contender], rounds: int) -> dict[str, list[float]]:
+    """Milliseconds of every run, in turn, after two rounds of warm-up."""
+    samples: dict[str, list[float]] = {name: [] for name in found}
+    for turn in range(rounds + 2):
+        for name, contender in found.items():
+            start = time.perf_counter()
+            contender.run()
+            if turn >= 2:
+                samples[name].append(1e3 * (time.perf_counter() - start))
+    return samples
+
+
+# --- a training step ------------------------------------------------------------------------------------------------
+
+
+def train_step(work: str, schedule: str, batch: int) -> None:
+    """Print the peak memory of one training step beyond weights, gradients and optimizer state, in bytes."""
+    model = WORKS[work][0]()
+    inputs = make_inputs(model, batch=batch, text_length=TEXT if work != "tiny" else 16, padding=False)
+    forward: Any = model
+    if schedule != "none":
+        forward = pumer.reduce(pumer.capture(model, inputs), schedule).module
+    optimizer = torch.optim.AdamW(model.parameters())
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    gc.collect()
+    base = _resident()
+    resident = [base]
+    logits = forward(**inputs).logits
+    resident.append(_resident())
+    logits.float().pow(2).mean().backward()
+    resident.append(_resident())
+    optimizer.step()
+    peak = max(max(resident), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    print(json.dumps({"base": base, "forward": resident[1] - base, "peak": peak - base}))
+
+
+def _resident() -> int:
+    pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def training(work: str, schedules: tuple[str, ...], batch: int) -> dict[str, Any]:
+    """A step of each in a process of its own."""
+    found = {}
+    for schedule in ("none", *schedules):
+        command = [sys.executable, "-m", "benchmarks.performance", "--train-step", work, schedule, str(batch)]
+        done = subprocess.run(command, capture_output=True, check=True, text=True)
+        found[schedule] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+# --- everything -----------------------------------------------------------------------------------------------------
+
+
+def measure(work: str, batch: int, rounds: int, peak: float) -> dict[str, Any]:
+    """One model at one batch size."""
+    build, schedules, _ = WORKS[work]
+    model = build()
+    inputs = make_inputs(model, batch=batch, text_length=TEXT if work != "tiny" else 16, padding=False)
+    torch._dynamo.reset()
+    with tempfile.TemporaryDirectory() as name, torch.no_grad(), traceable():
+        found = contenders(model, schedules, inputs, Path(name))
+        samples = alternate(found, rounds)
+    rows = {}
+    for name, contender in found.items():
+        median = statistics.median(samples[name])
+        share = contender.multiply_adds * batch / (median / 1e3) / peak
+        rows[name] = {
+            "milliseconds": samples[name],
+            "multiply_adds": contender.multiply_adds,
+            "share_of_peak": share,
+            **contender.facts,
+        }
+    return rows
+
+
+def print_rows(work: str, batch: int, rows: dict[str, Any]) -> None:
+    """A table; ratios are to our own unreduced ONNX model."""
+    base = rows["onnx none"]
+    print(f"\n{work}, batch {batch}")
+    print(f"{'':<28}{'median ms':>10}{'quartiles':>16}{'time':>8}{'work':>8}{'of peak':>9}{'reducers':>10}{'MB':>7}")
+    for name, row in rows.items():
+        low, median, high = statistics.quantiles(row["milliseconds"], n=4)
+        saved = statistics.median(base["milliseconds"]) / median
+        less = base["multiply_adds"] / row["multiply_adds"]
+        line = f"{name:<28}{median:>10.1f}{f'{low:.0f} to {high:.0f}':>16}{saved:>7.2f}x{less:>7.2f}x"
+        line += f"{row['share_of_peak']:>9.0%}"
+        if "bytes" in row:
+            line += f"{row['reducers']:>10.1%}" if "reducers" in row else f"{'':>10}"
+            line += f"{row['bytes'] / 1e6:>7.0f}"
+        print(line, flush=True)
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Medians as bars, one panel for each model and batch."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels = [(w, b, rows) for w, batches in result["works"].items() for b, rows in batches.items()]
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(6 * len(panels), 6), squeeze=False)
+    for axis, (work, batch, rows) in zip(axes[0], panels, strict=True):
+        names = list(rows)[::-1]
+        medians = [statistics.median(rows[name]["milliseconds"]) for name in names]
+        colours = ["tab:orange" if name.split(" ")[-1] in WORKS[work][1] else "tab:gray" for name in names]
+        axis.barh(names, medians, color=colours)
+        axis.set_title(f"{work}, batch {batch}")
+        axis.set_xlabel("ms (median); orange: reduced")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", choices=WORKS, nargs="+", default=["vilt", "meter"])
+    parser.add_argument("--batch", type=int, nargs="+")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--tiny", action="store_true", help="a small model, and no file unless --output is given")
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--train-step", nargs=3, metavar=("WORK", "SCHEDULE", "BATCH"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.train_step:
+        work, schedule, batch = arguments.train_step
+        train_step(work, schedule, int(batch))
+        return
+    works = ["tiny"] if arguments.tiny else arguments.work
+    peak = matrix_peak()
+    result: dict[str, Any] = {"machine": machine(), "threads": torch.get_num_threads(), "text_length": TEXT}
+    result |= {"matrix_peak_multiply_adds_per_second": peak, "works": {}, "training": {}}
+    print(f"matrix peak: {2 * peak / 1e9:.0f} GFLOP/s with {torch.get_num_threads()} threads")
+    for work in works:
+        _, schedules, batches = WORKS[work]
+        for batch in arguments.batch or batches:
+            rows = measure(work, batch, arguments.rounds, peak)
+            result["works"].setdefault(work, {})[batch] = rows
+            print_rows(work, batch, rows)
+        if work != "meter":
+            largest = max(arguments.batch or batches)
+            steps = result["training"][work] = {"batch": largest, **training(work, schedules, largest)}
+            for schedule in schedules:
+                less = 1 - steps[schedule]["peak"] / steps["none"]["peak"]
+                print(f"training step of {work} at batch {largest}, {schedule}: {less:.0%} less memory")
+    output = arguments.output or (None if arguments.tiny else RESULTS)
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        plot(result, output.with_suffix(".png"))
+        print(f"Wrote {output} and {output.with_suffix('.png')}.")
+
+
+if __name__ == "__main__":
+    main()
