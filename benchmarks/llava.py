@@ -1,8 +1,8 @@
 """LLaVA-1.5-7B's shape under VisPruner: multiply-adds of every part (FastV's too), and the time of a prefill that fits
-this machine.
+this machine; multiply-adds of LLaVA-1.5-13B and LLaVA-NeXT-7B (an image in four crops and an overview) as well.
 
-The plan is made on the meta device, so nothing of the 7B is ever held. The prefill that is timed has the 7B's vision
-tower (CLIP ViT-L/14 at 336 px) and widths, but few language layers; eager PyTorch, float32, random weights, batch 1, 40
+The plans are made on the meta device, so nothing of these models is ever held. The prefill that is timed has the 7B's
+vision tower (CLIP ViT-L/14 at 336 px) and widths, but few language layers; eager PyTorch, float32, random weights, batch 1, 40
 text tokens, all budgets and the unreduced model taking turns in one process. The selection is timed by itself too.
 
 python -m benchmarks.llava [--layers 2] [--rounds 5] [--output benchmarks/results/llava_cpu.json]
@@ -32,11 +32,19 @@ from pumer_compile.passes.propagate import propagate
 BUDGETS = (192, 128, 64, 32)
 FASTV_LAYER = 2  # as its paper has it
 TEXT, BEFORE, IMAGE, PLACEHOLDER = 40, 5, 576, 32000
+# Width, width between, heads and layers of the language model.
+VICUNA_7B, VICUNA_13B = (4096, 11008, 32, 32), (5120, 13824, 40, 40)
+CROPS, PICTURE = 5, 672
 
 
-def model_of(layers: int, device: str) -> Any:
-    """LLaVA-1.5 with so many language layers; the 7B has 32."""
-    from transformers import LlavaConfig, LlavaForConditionalGeneration
+def model_of(language: tuple[int, int, int, int], device: str, *, crops: bool = False) -> Any:
+    """LLaVA-1.5 (or LLaVA-NeXT) with a language model of these sizes."""
+    from transformers import (
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        LlavaNextConfig,
+        LlavaNextForConditionalGeneration,
+    )
 
     vision = {
         "model_type": "clip_vision_model",
@@ -48,28 +56,36 @@ def model_of(layers: int, device: str) -> Any:
         "patch_size": 14,
         "projection_dim": 768,
     }
+    width, between, heads, layers = language
     text = {
         "model_type": "llama",
         "vocab_size": 32064,
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
+        "hidden_size": width,
+        "intermediate_size": between,
         "num_hidden_layers": layers,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 32,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
         "max_position_embeddings": 4096,
     }
+    shared = {"vision_config": vision, "text_config": text, "image_token_index": PLACEHOLDER}
     torch.manual_seed(0)
     with torch.device(device):
-        config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=PLACEHOLDER)
-        return LlavaForConditionalGeneration(config).eval()
+        if crops:
+            config = LlavaNextConfig(**shared, image_grid_pinpoints=[[PICTURE, PICTURE]])
+            return LlavaNextForConditionalGeneration(config).eval()
+        return LlavaForConditionalGeneration(LlavaConfig(**shared)).eval()
 
 
-def prompt() -> dict[str, torch.Tensor]:
+def prompt(*, crops: bool = False) -> dict[str, torch.Tensor]:
     """One image among 40 words."""
-    ids = torch.full((1, IMAGE + TEXT), 7)
-    ids[:, BEFORE : BEFORE + IMAGE] = PLACEHOLDER
-    pixels = torch.randn(1, 3, 336, 336, generator=torch.Generator().manual_seed(0))
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+    # A newline behind each of the picture's 48 rows.
+    image = CROPS * IMAGE + PICTURE // 14 if crops else IMAGE
+    ids = torch.full((1, image + TEXT), 7)
+    ids[:, BEFORE : BEFORE + image] = PLACEHOLDER
+    shape = (1, CROPS, 3, 336, 336) if crops else (1, 3, 336, 336)
+    pixels = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    sizes = {"image_sizes": torch.tensor([[PICTURE, PICTURE]])} if crops else {}
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels, **sizes}
 
 
 def parts(module: fx.GraphModule, program: Program) -> dict[str, int]:
@@ -92,7 +108,7 @@ def parts(module: fx.GraphModule, program: Program) -> dict[str, int]:
 def plan() -> list[dict[str, Any]]:
     """Multiply-adds at the 7B's shape, unreduced and at every budget: of VisPruner, and of FastV."""
     start = time.perf_counter()
-    program = pumer.capture(model_of(32, "meta"), prompt(), outputs=["logits"])
+    program = pumer.capture(model_of(VICUNA_7B, "meta"), prompt(), outputs=["logits"])
     whole = parts(program.module, program)
     rows = [{"budget": IMAGE, "multiply_adds": whole, "fastv": whole}]
     for budget in BUDGETS:
@@ -105,6 +121,21 @@ def plan() -> list[dict[str, Any]]:
         print(name)
         _print_plan([{"budget": row["budget"], "multiply_adds": row[key]} for row in rows])
     return rows
+
+
+def larger_plans() -> dict[str, list[dict[str, Any]]]:
+    """VisPruner's multiply-adds at other shapes; the budget is of each crop."""
+    found = {}
+    for name, language, crops in (("LLaVA-1.5-13B", VICUNA_13B, False), ("LLaVA-NeXT-7B", VICUNA_7B, True)):
+        program = pumer.capture(model_of(language, "meta", crops=crops), prompt(crops=crops), outputs=["logits"])
+        rows = [{"budget": IMAGE, "multiply_adds": parts(program.module, program)}]
+        for budget in BUDGETS:
+            reduced = pumer.reduce(program, Schedule(method="vispruner", budget=budget))
+            rows.append({"budget": budget, "multiply_adds": parts(reduced.module, program)})
+        found[name] = rows
+        print(f"{name}, {TEXT} text tokens; tokens of each {'crop' if crops else 'image'}")
+        _print_plan(rows)
+    return found
 
 
 def _print_plan(rows: list[dict[str, Any]]) -> None:
@@ -122,7 +153,7 @@ def _print_plan(rows: list[dict[str, Any]]) -> None:
 
 def timed(layers: int, rounds: int) -> dict[str, Any]:
     """Milliseconds of every prefill, and of the selection and the tower alone."""
-    program = pumer.capture(model_of(layers, "cpu"), prompt(), outputs=["logits"])
+    program = pumer.capture(model_of((*VICUNA_7B[:3], layers), "cpu"), prompt(), outputs=["logits"])
     before = sum(parts(program.module, program).values())
     runs: dict[str, Callable[[], Any]] = {str(IMAGE): lambda: program.module(**program.inputs)}
     ratios = {str(IMAGE): 1.0}
@@ -174,7 +205,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "llava_cpu.json")
     arguments = parser.parse_args()
     logging.getLogger("pumer_compile").setLevel(logging.ERROR)
-    result = {"machine": machine(), "text": TEXT, "plan": plan(), "prefill": timed(arguments.layers, arguments.rounds)}
+    result = {"machine": machine(), "text": TEXT, "plan": plan(), "plans": larger_plans()}
+    result["prefill"] = timed(arguments.layers, arguments.rounds)
     arguments.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(f"Wrote {arguments.output}.")
 

@@ -32,10 +32,10 @@ from .backend_prompt import (
     scatters,
 )
 from .backend_text import plan_padding
-from .errors import LocateError, UsageError, VerifyError
+from .errors import LocateError, PlanError, UsageError, VerifyError
 from .frontends import install_for_dynamo
 from .passes.locate import choose
-from .passes.pipeline import PASSES, State, run_passes
+from .passes.pipeline import LOSSLESS, PASSES, State, run_passes
 from .schedule import Merge, Schedule
 
 log = logging.getLogger("pumer_compile")
@@ -166,6 +166,8 @@ def _reduced(graph: DynamoGraph, options: Options, schedule: Schedule | None, wh
         raise UsageError(f"options['streams'] names the input {unknown[0]!r}, but there are {', '.join(inputs)}.")
     state = State(lowered, schedule or default_schedule([0]), dict(inputs), dict(options.streams))
     with enable_python_dispatcher():  # which shapes with an open batch need
+        if state.schedule.method == "lossless":
+            return graph.restore(_lossless(state, where))
         _find_attentions(state)
         if schedule is None:
             state.schedule = _default(state)
@@ -175,6 +177,16 @@ def _reduced(graph: DynamoGraph, options: Options, schedule: Schedule | None, wh
     assert state.reduced is not None
     _say_counts(state, where)
     return graph.restore(state.reduced, lowered if state.schedule.outputs == "restored" else None)
+
+
+def _lossless(state: State, where: str) -> fx.GraphModule:
+    try:
+        history = run_passes(state, LOSSLESS[:1])
+    except PlanError as error:
+        raise _NothingReduced(str(error)) from error
+    assert state.reduced is not None
+    log.info("torch.compile: %d operators narrowed or left out in %s", history.records[0].matches, where)
+    return state.reduced
 
 
 def _find_attentions(state: State) -> None:

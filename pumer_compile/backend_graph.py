@@ -81,7 +81,8 @@ class DynamoGraph:
         self.arguments = _arguments(module, values, fixed)
         context = TracingContext.try_get()
         mode = None if fixed else (context.fake_mode if context else None) or detect_fake_mode(list(values))
-        self.mode: FakeTensorMode = mode or FakeTensorMode()
+        # Real tensors beside fake ones are constants that the passes have put into the graph.
+        self.mode: FakeTensorMode = mode or FakeTensorMode(allow_non_fake_inputs=True)
         self._batch = self._batch_symbol()
         self.padding: Padding | None = None
 

@@ -139,14 +139,11 @@ def _without_checks(module: fx.GraphModule) -> fx.GraphModule:
     these for each form, and what reads a number out of a tensor cannot be traced."""
     copied = fx.GraphModule(module, copy.deepcopy(module.graph))
     as_dynamo_left_it(copied, module)
-    unused = [n for n in copied.graph.nodes if _name(n) in _CHECKS]
-    while unused:
-        node = unused.pop()
-        if node.users or node.op == "placeholder":
-            continue
-        before = node.all_input_nodes
-        copied.graph.erase_node(node)
-        unused.extend(before)
+    unused = {n for n in copied.graph.nodes if _name(n) in _CHECKS}
+    for node in reversed(list(copied.graph.nodes)):
+        if node in unused and not node.users and node.op != "placeholder":
+            unused.update(node.all_input_nodes)
+            copied.graph.erase_node(node)
     copied.recompile()
     return copied
 

@@ -101,8 +101,13 @@ def capture(
     return replace(program, streams=dict(streams or {}), checkpoint_sha256=sha256, outputs=tuple(outputs or ()))
 
 
+# transformers' exporter looks at these before it traces; on the meta device there is nothing to see.
+_READ_AS_NUMBERS = ("image_sizes",)
+
+
 def _from_module(model: nn.Module, inputs: Mapping[str, Tensor], dynamic_batch: bool) -> Program:
     sample = check_inputs(model, inputs)
+    sample |= {n: inputs[n] for n in _READ_AS_NUMBERS if n in sample and sample[n].is_meta}
     shapes = None
     if dynamic_batch:
         sample, shapes = symbolic_batch(sample)

@@ -23,7 +23,18 @@ def make_table(title: str, folding: list[str], *columns: str) -> Table:
 
 
 def print_plan(plan: Any) -> None:
-    """Token counts and multiply-adds of every site."""
+    """Token counts and multiply-adds of every site (there may be none), and multiply-adds in total."""
+    if plan.sites:
+        _print_sites(plan)
+    console.print(
+        f"multiply-adds: {plan.multiply_adds_before / 1e9:.4g} G before, {plan.multiply_adds_after / 1e9:.4g} G after, "
+        f"{plan.ratio:.2f}x fewer",
+        markup=False,
+        highlight=False,
+    )
+
+
+def _print_sites(plan: Any) -> None:
     table = make_table(
         "Plan (one sample; multiply-adds from each site to the next)",
         ["site", "module"],
@@ -33,12 +44,6 @@ def print_plan(plan: Any) -> None:
         before, after = ("\n".join(f"{s} {n}" for s, n in c.items()) for c in (site.before, site.after))
         table.add_row(site.name, site.module, before, after, *(f"{n / 1e9:.3g}" for n in site.multiply_adds))
     console.print(table)
-    console.print(
-        f"multiply-adds: {plan.multiply_adds_before / 1e9:.4g} G before, {plan.multiply_adds_after / 1e9:.4g} G after, "
-        f"{plan.ratio:.2f}x fewer",
-        markup=False,
-        highlight=False,
-    )
 
 
 def print_bench(report: Any) -> None:

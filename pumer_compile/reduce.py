@@ -13,7 +13,7 @@ from torch import fx
 from .capture import Program
 from .outputs import output_nodes, set_outputs
 from .passes.insert import reducers_of
-from .passes.pipeline import PASSES, History, State, run_passes
+from .passes.pipeline import History, State, passes_of, run_passes
 from .plan import Plan
 from .schedule import Schedule
 
@@ -39,7 +39,7 @@ class Reduced:
 
 
 def reduce(program: Program, schedule: Schedule | str | os.PathLike[str], *, dump_graph: Path | None = None) -> Reduced:
-    """Insert token reducers into a captured program.
+    """Insert token reducers into a captured program, and leave out what nothing reads.
 
     Args:
         program: from `capture`.
@@ -55,7 +55,7 @@ def reduce(program: Program, schedule: Schedule | str | os.PathLike[str], *, dum
     """
     schedule = Schedule.load(schedule)
     state = State(program.module, schedule, dict(program.inputs), dict(program.streams))
-    history = run_passes(state, dump=dump_graph)
+    history = run_passes(state, passes_of(schedule), dump=dump_graph)
     assert state.reduced is not None and state.plan is not None
     state.reduced.train(program.module.training)
     return Reduced(state.reduced, state.plan, program, schedule, history)
@@ -64,7 +64,7 @@ def reduce(program: Program, schedule: Schedule | str | os.PathLike[str], *, dum
 def reduce_graph(program: Program, schedule: Schedule) -> fx.GraphModule:
     """The reduced module alone, without a plan."""
     state = State(program.module, schedule, dict(program.inputs), dict(program.streams))
-    run_passes(state, tuple(step for step in PASSES if step.name != "count"))
+    run_passes(state, tuple(step for step in passes_of(schedule) if step.name != "count"))
     assert state.reduced is not None
     return state.reduced
 

@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 import torch
 import torch._dynamo
+import transformers
+from packaging.version import parse
 from torch import Tensor
 from torch._dynamo.exc import BackendCompilerFailed
 from torch.torch_version import TorchVersion
@@ -25,7 +27,10 @@ from pumer_compile import Schedule
 from pumer_compile.errors import AxisError, LocateError, UsageError
 from pumer_compile.generation import UNCHECKED, Generator, export_decode, whole_forward
 from tests import test_oracle_llava as oracle
+from tests.architectures.test_crops import BLOCKS, images
+from tests.architectures.test_crops import by_hand as images_by_hand
 from tests.architectures.test_prompts import built
+from tests.crops import crops_inputs, crops_model
 from tests.tiny import tiny_vilt
 from tests.visual import logits_by_hand, select, visual_cues
 
@@ -78,11 +83,10 @@ def generated(model: Any, inputs: dict[str, Tensor], **more: Any) -> Text:
     return Text(found.sequences[:, inputs["input_ids"].shape[1] :], torch.stack(found.logits, 1))
 
 
-def continued(name: str, logits: Tensor, cache: Any, length: int) -> Text:
-    """A greedy loop over the unreduced model, behind a prefill: positions go on where the whole prompt ends."""
-    model = given(name)[0]
+def continued(model: Any, logits: Tensor, cache: Any, first: int) -> Text:
+    """A greedy loop over the unreduced model, behind a prefill; positions go on where the whole prompt ends."""
     seen = [logits[:, -1]]
-    for position in range(length + FIRST[name], length + FIRST[name] + TOKENS - 1):
+    for position in range(first, first + TOKENS - 1):
         token = seen[-1].argmax(-1, keepdim=True)
         with torch.no_grad():
             found = model(input_ids=token, past_key_values=cache, position_ids=torch.full_like(token, position))
@@ -105,7 +109,7 @@ def by_hand(name: str, inputs: dict[str, Tensor]) -> Text:
     more = {key: inputs[key][:, : left.shape[1]] for key in ("token_type_ids",) if key in inputs}
     logits = logits_by_hand(model, inputs, kept, features, left, past_key_values=cache, use_cache=True, **more)
     assert cache.get_seq_length() == left.shape[1] == length - (stop - start) + budget
-    return continued(name, logits, cache, length)
+    return continued(model, logits, cache, length + FIRST[name])
 
 
 @functools.cache
@@ -143,10 +147,11 @@ def test_the_reduced_module_in_eager_pytorch(name: str) -> None:
     model, inputs = given(name)
     with torch.no_grad():
         found = pumer.reduce(pumer.capture(model, inputs), schedule(name)).module(**inputs)
-    text = continued(name, found["logits"], found["past_key_values"], inputs["input_ids"].shape[1])
-    assert_same(text, reference(name))
+    end = inputs["input_ids"].shape[1] + FIRST[name]
+    assert_same(continued(model, found["logits"], found["past_key_values"], end), reference(name))
 
 
+@pytest.mark.skipif(parse(transformers.__version__) < parse("5.23"), reason="its generate always gives a mask")
 def test_fastv() -> None:
     """The first layer's cache is longer than those of the others."""
     model, inputs = copy.deepcopy(given("LLaVA")[0]), given("LLaVA")[1]
@@ -156,7 +161,33 @@ def test_fastv() -> None:
     assert [layer.keys.shape[2] for layer in found["past_key_values"].layers] == [158, 26, 26]
     options = {"schedule": wanted, "inner": "eager"}
     model.forward = torch.compile(whole_forward(model), backend="pumer", options=options, fullgraph=True)
-    assert_same(generated(model, inputs), continued("LLaVA", found["logits"], found["past_key_values"], 158))
+    assert_same(generated(model, inputs), continued(given("LLaVA")[0], found["logits"], found["past_key_values"], 158))
+
+
+@pytest.mark.skipif(parse(transformers.__version__) < parse("5.23"), reason="torch.export cannot trace its crops")
+def test_an_image_in_crops() -> None:
+    """Dynamo has to know the size of the picture: as numbers it is a guard, in a tensor it would be data."""
+    model = copy.deepcopy(crops_model("LLaVA-OneVision"))
+    inputs = crops_inputs(model, (90, 48))
+    wanted = Schedule(method="vispruner", budget=6, positions="original")
+    with torch.no_grad():
+        found = pumer.reduce(pumer.capture(model, inputs), wanted).module(**inputs)
+    end = inputs["input_ids"].shape[1]
+    assert found["logits"].shape[1] < end
+    text = continued(model, found["logits"], found["past_key_values"], end)
+    options = {"schedule": wanted, "inner": "aot_eager"}
+    model.forward = torch.compile(whole_forward(model), backend="pumer", options=options, fullgraph=True)
+    sizes: Any = inputs["image_sizes"].tolist()
+    assert_same(generated(model, {**inputs, "image_sizes": sizes}), text)
+
+
+@pytest.mark.parametrize(("blocks", "rows", "length"), BLOCKS)
+def test_several_images(blocks: list[tuple[int, int]], rows: int, length: int) -> None:
+    model, inputs = images(blocks, rows, length, batch=2)
+    options = {"schedule": Schedule(method="vispruner", budget=6), "inner": "aot_eager"}
+    with torch.no_grad():
+        found = torch.compile(copy.deepcopy(model), backend="pumer", options=options, fullgraph=True)(**inputs)
+    torch.testing.assert_close(found.logits, images_by_hand(model, inputs, blocks, 6), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", MODELS)

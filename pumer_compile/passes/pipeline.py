@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 import time
@@ -15,13 +16,14 @@ from ..errors import AxisError, PlanError, PumerError, VerifyError
 from ..plan import Plan
 from ..schedule import Schedule
 from .annotate import Annotation, annotate
+from .eliminate import eliminate
 from .emit import actions_after, actions_instead
-from .graph import values
+from .graph import ancestors, values
 from .insert import Insertions, cross_modal_layers, plan_insertions
 from .locate import Attention, locate, mask_kinds
 from .prompt import Prompt, spell_out
 from .propagate import propagate
-from .rewrite import Rewriter
+from .rewrite import Rewriter, keep_buffers_transient
 from .token_outputs import check_outputs, restoring
 from .verify import verify
 
@@ -162,10 +164,43 @@ def _verify(state: State) -> int:
     return verify(state.reduced, state.walk)
 
 
+def _eliminate(state: State) -> int:
+    assert state.reduced is not None and state.insertions is not None
+    matches = eliminate(state.reduced)
+    called = {str(node.target) for node in state.reduced.graph.nodes if node.op == "call_module"}
+    for site, _ in state.insertions.done:
+        if not any(name.startswith(f"reducer.{site.attention.name}.") for name in called):
+            log.warning("Site %s has no effect: nothing reads the tokens it reduces. Leave it out.", site.site.at)
+    return matches
+
+
+def _eliminate_alone(state: State) -> int:
+    """Without reducers: on a copy of the captured graph, which shares its parameters."""
+    graph, new = fx.Graph(), dict[fx.Node, fx.Node]()
+    for node in state.captured.graph.nodes:
+        new[node] = graph.node_copy(node, new.__getitem__)
+    graph.set_codegen(copy.copy(state.captured.graph._codegen))
+    state.reduced = fx.GraphModule(state.captured, graph, class_name="ReducedModule")
+    keep_buffers_transient(state.reduced, state.captured)
+    matches = eliminate(state.reduced)
+    if matches == 0:
+        raise PlanError(
+            "`method: lossless` found nothing to leave out: it looked for values that no output needs, such as the "
+            "last layer's tokens beside the one that a classifier reads, and this model's outputs need everything. "
+            "Keep fewer outputs (--outputs, capture(outputs=...)), name a schedule that reduces tokens, or compile "
+            "with `none`."
+        )
+    return matches
+
+
 def _count(state: State) -> int:
-    assert state.insertions is not None and state.reduced is not None and state.annotation is not None
-    assert state.attentions is not None
-    assert state.walk is not None
+    assert state.reduced is not None
+    if state.insertions is None:
+        batch = next(iter(state.inputs.values())).shape[0]
+        before, after = (_sections(m, state.inputs, 0, lambda node: -1) for m in (state.captured, state.reduced))
+        state.plan = Plan((), sum(before) // batch, sum(after) // batch)
+        return 1
+    assert state.attentions is not None and state.walk is not None
     layers = tokens_after_layers(state.attentions, state.insertions, state.walk)
     plan = count_plan(state.captured, state.reduced, state.insertions, state.inputs, layers)
     state.plan = dataclasses.replace(plan, prompts=tuple(state.prompt.places) if state.prompt else ())
@@ -179,8 +214,19 @@ PASSES: tuple[Pass, ...] = (
     Pass("insert", ("attentions",), ("insertions",), _insert),
     Pass("rewrite", ("insertions",), ("walk", "reduced"), _rewrite),
     Pass("verify", ("walk", "reduced"), (), _verify),
+    Pass("eliminate", ("reduced",), (), _eliminate, optional=True),
     Pass("count", ("reduced",), ("plan",), _count),
 )
+LOSSLESS: tuple[Pass, ...] = (
+    Pass("eliminate", ("captured",), ("reduced",), _eliminate_alone),
+    Pass("count", ("reduced",), ("plan",), _count),
+)
+"""The exact passes alone, of `method: lossless`."""
+
+
+def passes_of(schedule: Schedule) -> tuple[Pass, ...]:
+    """The passes of a schedule's method, in order."""
+    return LOSSLESS if schedule.method == "lossless" else PASSES
 
 
 def run_passes(state: State, passes: tuple[Pass, ...] = PASSES, dump: Path | None = None) -> History:
@@ -263,11 +309,9 @@ def count_plan(
     """The plan with one sample's multiply-adds before and after, in total and from each site to the next."""
     batch = next(iter(inputs.values())).shape[0]
     carriers = [site.attention.carrier for site, _ in insertions.done]
-    prefixes = [f"reducer.{site.attention.name}." for site, _ in insertions.done]
-    before = _sections(captured, inputs, lambda node, i: node is carriers[i])
-    after = _sections(
-        reduced, inputs, lambda node, i: node.op == "call_module" and str(node.target).startswith(prefixes[i])
-    )
+    prefixes = tuple(f"reducer.{site.attention.name}." for site, _ in insertions.done)
+    before = _sections(captured, inputs, len(carriers), lambda node: carriers.index(node) if node in carriers else -1)
+    after = _sections(reduced, inputs, len(carriers), lambda node: _site_of(node, prefixes))
     sites = [
         dataclasses.replace(plan, multiply_adds=(before[i + 1] // batch, after[i + 1] // batch))
         for i, (_, plan) in enumerate(insertions.done)
@@ -275,17 +319,21 @@ def count_plan(
     return Plan(tuple(sites), sum(before) // batch, sum(after) // batch, layers)
 
 
-def _sections(module: fx.GraphModule, inputs: dict[str, Tensor], opens: Callable[[fx.Node, int], bool]) -> list[int]:
-    """Multiply-adds of the whole batch before the first site, and from each site to the next."""
+def _site_of(node: fx.Node, prefixes: tuple[str, ...]) -> int:
+    """The site whose reducers a node calls, or -1."""
+    called = str(node.target) if node.op == "call_module" else ""
+    return next((i for i, prefix in enumerate(prefixes) if called.startswith(prefix)), -1)
+
+
+def _sections(
+    module: fx.GraphModule, inputs: dict[str, Tensor], sites: int, opens: Callable[[fx.Node], int]
+) -> list[int]:
+    """Multiply-adds of the whole batch before the first site, and from each site to the next. `opens` gives the site
+    that a node belongs to, or -1; a site whose reducers nothing reads has none. A captured attention that no output
+    needs is not counted: no runtime computes it."""
     _, counts = propagate(module, inputs)
-    totals = [0]
+    totals, section, live = [0] * (sites + 1), 0, ancestors(module.graph.output_node())
     for node in module.graph.nodes:
-        section = len(totals) - 1
-        try:
-            opened = opens(node, section)
-        except IndexError:
-            opened = False
-        if opened:
-            totals.append(0)
-        totals[-1] += counts.get(node, 0)
+        section = max(section, opens(node) + 1)
+        totals[section] += counts.get(node, 0) if node in live else 0
     return totals

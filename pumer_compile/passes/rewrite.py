@@ -43,6 +43,7 @@ from .axes import (
     Total,
     same_size,
 )
+from .eliminate import drop_dead
 from .graph import ancestors, attribute, content_inputs, depends_on_parameter, describe, module_path, values
 from .locate import alike_for_queries
 from .rules import aten, overloads, shape
@@ -608,12 +609,12 @@ class Rewriter:
             set_output_names(self.graph, self.output_names)
         targets = {str(n.target): attribute(n) for n in self.source.graph.nodes if n.op == "get_attr"}
         module = fx.GraphModule({**targets, **self._modules}, self.graph, class_name="ReducedModule")
-        module.graph.eliminate_dead_code()
+        drop_dead(module.graph)
         called = {str(n.target) for n in module.graph.nodes if n.op == "call_module"}
         for name in self._modules.keys() - called:
             module.delete_submodule(name)
         module.recompile()
-        _keep_buffers_transient(module, self.source)
+        keep_buffers_transient(module, self.source)
         return module
 
 
@@ -653,7 +654,7 @@ def _is_feature(node: fx.Node, features: set[fx.Node]) -> bool:
     return floats and any(n in features for n in content_inputs(node))
 
 
-def _keep_buffers_transient(module: fx.GraphModule, source: fx.GraphModule) -> None:
+def keep_buffers_transient(module: fx.GraphModule, source: fx.GraphModule) -> None:
     """Buffers that the model does not save are not saved by the reduced module either."""
     saved = set(source.state_dict())
     for name, _ in list(module.named_buffers()):

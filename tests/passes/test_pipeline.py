@@ -296,28 +296,30 @@ def test_plan_and_history() -> None:
         attention = 4 * before * width**2 + 2 * before**2 * width
         return attention + 2 * after * width * 2 * width
 
+    # The classifier reads token 0. The published softmax re-opens the diagonal, so it gets every row of the scores.
+    last = 3 * 17 * width**2 + 17**2 * width + 17 * width + width**2 + 2 * width * 2 * width
     assert result.plan.multiply_adds_before == embed + 2 * layer(32, 32) + width * 5
-    model_alone = embed + layer(32, 17) + layer(17, 17) + width * 5
+    model_alone = embed + layer(32, 17) + last + width * 5
     reducers = result.plan.multiply_adds_after - model_alone
     assert 0 < reducers < 0.2 * model_alone
     assert result.plan.ratio == result.plan.multiply_adds_before / result.plan.multiply_adds_after
     rest = 2 * 32 * width * 2 * width + layer(32, 32) + width * 5
     assert site.multiply_adds[0] == rest
-    assert site.multiply_adds[1] == 2 * 17 * width * 2 * width + layer(17, 17) + width * 5 + reducers
+    assert site.multiply_adds[1] == 2 * 17 * width * 2 * width + last + width * 5 + reducers
 
     records = result.history.records
-    assert [r.name for r in records] == ["annotate", "locate", "insert", "rewrite", "verify", "count"]
+    assert [r.name for r in records] == ["annotate", "locate", "insert", "rewrite", "verify", "eliminate", "count"]
     # Two streams, two attentions, one site of two reducers.
     assert [r.matches for r in records][:4] == [2, 2, 1, 2]
-    assert records[5].matches == 1
+    assert records[6].matches == 1
     assert all(r.matches > 0 for r in records)
     nodes = len(program(config).module.graph.nodes)
     assert [r.nodes_before for r in records][:4] == [nodes] * 4
     assert records[-1].nodes_after == len(result.module.graph.nodes)
     lines = str(result.history).splitlines()
-    assert len(lines) == 7
+    assert len(lines) == 8
     assert lines[4].startswith("rewrite")
-    assert f"{nodes} -> {len(result.module.graph.nodes)}" in lines[4]
+    assert f"{nodes} -> {records[5].nodes_before}" in lines[4]
 
 
 def test_multiply_adds_are_of_one_sample() -> None:
@@ -494,7 +496,15 @@ def test_a_pass_that_leaves_a_broken_graph() -> None:
 def test_every_pass_leaves_its_graph(tmp_path: Path) -> None:
     reduce(program(Config(mask="none", layers=2)), schedule("paper", (0,)), dump_graph=tmp_path / "graphs")
     files = sorted(p.name for p in (tmp_path / "graphs").iterdir())
-    assert files == ["1_annotate.py", "2_locate.py", "3_insert.py", "4_rewrite.py", "5_verify.py", "6_count.py"]
+    assert files == [
+        "1_annotate.py",
+        "2_locate.py",
+        "3_insert.py",
+        "4_rewrite.py",
+        "5_verify.py",
+        "6_eliminate.py",
+        "7_count.py",
+    ]
     first, last = ((tmp_path / "graphs" / files[i]).read_text() for i in (0, -1))
     assert "[text:7 | image:25]" in first
     assert "reducer.cross_modal_0.image" in last or "reducer_cross_modal_0_image" in last

@@ -1,0 +1,313 @@
+"""Eliminate: compute only the positions that something reads. Exact, on any graph.
+
+A classifier reads one token of the last hidden state, so the last layer needs one query: every other row of its
+attention, output projection, norms and MLP is computed for nothing. Going backward from the outputs, each value gets a
+demand: all of it, or one range along one dimension, the hull of what its readers want. `select` and `slice` are where
+ranges are born. What an operator then asks of its inputs follows from the axes that `rules.py` gives it, for the
+operators in `EXACT` alone; any other is asked for everything and asks for everything. Going forward, an operator whose
+demand is a range gives that range only; values it shares with readers of more are cut for it.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Sequence
+from functools import partial
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.node import map_aggregate
+
+from ..errors import VerifyError
+from .axes import Size, same_size
+from .graph import describe, values
+from .narrow import (
+    ATTENTION,
+    PIECES,
+    PRODUCTS,
+    VIEWS,
+    Cut,
+    Narrow,
+    Range,
+    birth,
+    draws_nothing,
+    is_mutable,
+    leaves,
+    narrow,
+    positions,
+)
+from .propagate import propagate
+from .rules import aten, node_arg, overloads, shape
+
+MULTIPLY_ADDS_PER_COPY = 64
+"""What copying one number costs: about the arithmetic a processor does meanwhile."""
+_NEW = frozenset(overloads("new_zeros new_ones new_full new_empty"))
+_WORK = PRODUCTS.keys() | {ATTENTION, aten.einsum.default, *overloads("conv1d conv2d conv3d")}
+Plans = dict[fx.Node, Narrow]
+
+
+def eliminate(module: fx.GraphModule) -> int:
+    """Remove what nothing reads from a graph, in place: dead nodes, and dead positions of what is left.
+
+    Args:
+        module: whose nodes know their values (`meta["val"]`), as after capture or `verify`.
+
+    Returns:
+        How many nodes were narrowed, and how many matrix products, attentions and convolutions removed.
+
+    Raises:
+        VerifyError: an output has another shape or dtype than before, a defect of this pass.
+    """
+    reducers = _called(module)
+    work = _products(module.graph)
+    drop_dead(module.graph)
+    plans = worth_it(find(module.graph))
+    if plans:
+        before = [(node.name, values(node)) for node in _outputs(module)]
+        _emit(module.graph, plans)
+        drop_dead(module.graph)
+        _check(module, before)
+    for name in reducers - _called(module):
+        module.delete_submodule(name)
+    module.recompile()
+    return len(plans) + work - _products(module.graph)
+
+
+def _products(graph: fx.Graph) -> int:
+    return sum(node.target in _WORK for node in graph.nodes)
+
+
+def _outputs(module: fx.GraphModule) -> list[fx.Node]:
+    return [leaf for leaf in leaves(module.graph.output_node().args) if isinstance(leaf, fx.Node)]
+
+
+def _called(module: fx.GraphModule) -> set[str]:
+    return {str(node.target) for node in module.graph.nodes if node.op == "call_module"}
+
+
+def drop_dead(graph: fx.Graph) -> None:
+    """Remove nodes that nothing reads, a fused attention without dropout among them (which fx keeps, because with
+    dropout it would draw random numbers)."""
+    graph.eliminate_dead_code(is_impure_node=lambda node: node.is_impure() and not draws_nothing(node))
+
+
+# --- backward: what is wanted -----------------------------------------------------------------------------------
+
+
+def find(graph: fx.Graph) -> Plans:
+    """The operators of which only a range is read, and how each gives it."""
+    shared = _may_be_changed(graph)
+    wants: dict[fx.Node, Range | None] = {}
+    plans: Plans = {}
+    for node in reversed(graph.nodes):
+        if node.op in ("placeholder", "get_attr") or _is_piece(node):
+            continue  # pieces go with what divides
+        if node not in shared and node.target in PIECES:
+            _narrow_pieces(node, wants, plans)
+        elif node not in shared and (wanted := wants.get(node)) is not None:
+            plan = narrow(node, wanted)
+            if plan is not None:
+                plans[node] = plan
+        for leaf in _asked(node, plans.get(node), node in shared):
+            _join(wants, leaf)
+    return plans
+
+
+def _asked(node: fx.Node, plan: Narrow | None, shared: bool) -> list[fx.Node | Cut]:
+    """What a node asks for: values in whole or in part."""
+    if node.target in _NEW:
+        return []  # a dtype and a device
+    if plan is not None:
+        return leaves((plan.args, plan.kwargs))
+    if node.target is aten.sym_size.int and isinstance(node.meta.get("val"), torch.SymInt):
+        return []  # only sizes that are numbers change
+    born = None if shared else birth(node)
+    source = node.args[0] if node.args else None
+    return [Cut(x, born) if born and x is source else x for x in node.all_input_nodes]
+
+
+def _join(wants: dict[fx.Node, Range | None], leaf: fx.Node | Cut) -> None:
+    if isinstance(leaf, fx.Node):
+        wants[leaf] = None
+        return
+    hull = _hull(wants[leaf.node], leaf.range) if leaf.node in wants else leaf.range
+    whole = hull is None or hull.length == shape(leaf.node)[hull.dim]
+    wants[leaf.node] = None if whole else hull
+
+
+def _hull(a: Range | None, b: Range | None) -> Range | None:
+    """The range that holds both; None (everything) where there is none along one dimension."""
+    if a is None or b is None or a.dim != b.dim:
+        return None
+    return Range(a.dim, min(a.start, b.start), max(a.stop, b.stop))
+
+
+def _is_piece(node: fx.Node) -> bool:
+    source = node.args[0] if node.target is operator.getitem else None
+    return isinstance(source, fx.Node) and source.target in PIECES
+
+
+def _narrow_pieces(node: fx.Node, wants: dict[fx.Node, Range | None], plans: Plans) -> None:
+    """A value divided along one dimension and wanted, in every piece, in a range of another."""
+    pieces = list(node.users)
+    hull = wants.get(pieces[0]) if pieces else None
+    for piece in pieces:
+        hull = _hull(hull, wants.get(piece))
+    if hull is None or not all(map(_is_piece, pieces)) or hull.length == shape(pieces[0])[hull.dim]:
+        return
+    plan = narrow(node, hull)
+    if plan is not None:
+        plans[node] = plan
+        plans.update({piece: Narrow(plan.range, piece.args, piece.kwargs) for piece in pieces})
+
+
+_SAME_STORAGE = {"to", "contiguous", "reshape", "flatten", "dropout", "feature_dropout", "type_as", "_unsafe_view"}
+"""Operators that may give their input, or a view of it, though their schema does not say so."""
+
+
+def _may_be_changed(graph: fx.Graph) -> set[fx.Node]:
+    """Values that share memory with one that is changed in place; they are left as they are."""
+    found: set[fx.Node] = set()
+    stack = [x for node in graph.nodes if is_mutable(node.target) for x in (node, *node.all_input_nodes)]
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack.extend(node.all_input_nodes if _may_alias(node) else [])
+            stack.extend(user for user in node.users if _may_alias(user))
+    return found
+
+
+def _may_alias(node: fx.Node) -> bool:
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return node.target is operator.getitem
+    returns = node.target._schema.returns
+    return any(r.alias_info for r in returns) or node.target.overloadpacket.__name__ in _SAME_STORAGE
+
+
+# --- what is worth it -------------------------------------------------------------------------------------------
+
+
+def worth_it(plans: Plans) -> Plans:
+    """The plans of those regions whose matrix products shrink by more than what cutting at their borders costs."""
+    kept: Plans = {}
+    for region in _regions(plans):
+        saved = sum(multiply_adds(n) * (1 - plans[n].range.length / shape(n)[plans[n].range.dim]) for n in region)
+        cuts = {
+            leaf
+            for node in region
+            for leaf in leaves((plans[node].args, plans[node].kwargs))
+            if isinstance(leaf, Cut) and (leaf.node not in plans or plans[leaf.node].range != leaf.range)
+        }
+        copied = sum(_numbers(cut.node) // shape(cut.node)[cut.range.dim] * cut.range.length for cut in cuts)
+        if saved > MULTIPLY_ADDS_PER_COPY * copied:
+            kept.update({node: plans[node] for node in region})
+    return kept
+
+
+def _regions(plans: Plans) -> Iterator[set[fx.Node]]:
+    """Narrowed operators that read one another."""
+    left = dict.fromkeys(plans)
+    while left:
+        region: set[fx.Node] = set()
+        stack = [next(iter(left))]
+        while stack:
+            node = stack.pop()
+            if node in left:
+                del left[node]
+                region.add(node)
+                stack.extend([*node.all_input_nodes, *node.users])
+        yield region
+
+
+def _numbers(node: fx.Node) -> int:
+    """Size of a value; an open batch counts as 1, here and in products alike."""
+    return prod(map(_number, shape(node)))
+
+
+def _number(size: Size) -> int:
+    return size if isinstance(size, int) else 1
+
+
+def multiply_adds(node: fx.Node) -> int:
+    """Of a matrix product or fused attention, for one sample of an open batch; 0 of any other operator."""
+    if node.target is ATTENTION:
+        query, key = node_arg(node, 0), node_arg(node, 1)
+        return _number(shape(key)[-2]) * (_numbers(query) + _numbers(node))
+    if node.target not in PRODUCTS:
+        return 0
+    left = node_arg(node, PRODUCTS[node.target])
+    return _numbers(node) * _number(shape(left)[-1])
+
+
+# --- forward: emitting ------------------------------------------------------------------------------------------
+
+
+def _emit(graph: fx.Graph, plans: Plans) -> None:
+    slices: dict[Cut, fx.Node] = {}
+    trivial = []
+    for node in list(graph.nodes):
+        born = birth(node)
+        if node in plans:
+            plan = plans[node]
+            with graph.inserting_before(node):
+                take = partial(_take, node=node, plans=plans, slices=slices)
+                node.args, node.kwargs = map_aggregate((plan.args, plan.kwargs), take)
+            if node.target in VIEWS:
+                node.target = aten.reshape.default  # a slice has other strides
+            if born is not None or (node.target is aten.cat.default and len(node.args[0]) == 1):
+                trivial.append(node)
+        elif born is not None and node.args[0] in plans and _shift(node, born, plans[node.args[0]].range):
+            trivial.append(node)
+    for node in trivial:
+        source = node.args[0] if isinstance(node.args[0], fx.Node) else node.args[0][0]
+        node.replace_all_uses_with(source)
+
+
+def _take(leaf: Any, node: fx.Node, plans: Plans, slices: dict[Cut, fx.Node]) -> Any:
+    """What a narrowed node reads for a `Cut`."""
+    if not isinstance(leaf, Cut):
+        return leaf
+    source, (dim, start, stop) = leaf.node, leaf.range
+    if source in plans:
+        have = plans[source].range
+        if have == leaf.range:
+            return source
+        start, stop = start - have.start, stop - have.start
+    if leaf not in slices:
+        slices[leaf] = node.graph.call_function(aten.slice.Tensor, (source, dim, start, stop))
+        slices[leaf].meta.update({k: v for k, v in node.meta.items() if k in ("stack_trace", "nn_module_stack")})
+    return slices[leaf]
+
+
+def _shift(node: fx.Node, born: Range, have: Range) -> bool:
+    """Let a `select` or `slice` read a value of which only the range `have` is there; whether it reads all of it."""
+    x, read = node.args[0], positions(node)
+    if node.target is aten.select.int:
+        node.args, node.kwargs = (x, born.dim, born.start - have.start), {}
+        return False
+    node.args = (x, born.dim, born.start - have.start, born.stop - have.start, read.step)
+    node.kwargs = {}
+    return born == have and read.step == 1
+
+
+def _check(module: fx.GraphModule, before: list[tuple[str, Sequence[Tensor]]]) -> None:
+    """Propagate shapes through the result, note them, and compare the outputs."""
+    inputs = {str(n.target): values(n)[0] for n in module.graph.nodes if n.op == "placeholder" and values(n)}
+    found, _ = propagate(module, inputs)
+    for node, value in found.items():
+        if isinstance(value, Tensor) or (node.op == "call_function" and isinstance(value, list | tuple)):
+            node.meta["val"] = value
+    for (name, old), node in zip(before, _outputs(module), strict=True):
+        new = values(node)
+        same = len(old) == len(new) and all(
+            a.dtype == b.dtype and len(a.shape) == len(b.shape) and all(map(same_size, a.shape, b.shape))
+            for a, b in zip(old, new, strict=True)
+        )
+        if not same:
+            raise VerifyError(
+                f"The output {name} ({describe(node)}) was {[list(v.shape) for v in old]} and is "
+                f"{[list(v.shape) for v in new]} without its dead tokens. This is a defect of passes/eliminate.py."
+            )
