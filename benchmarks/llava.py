@@ -2,8 +2,9 @@
 this machine; multiply-adds of LLaVA-1.5-13B and LLaVA-NeXT-7B (an image in four crops and an overview) as well.
 
 The plans are made on the meta device, so nothing of these models is ever held. The prefill that is timed has the 7B's
-vision tower (CLIP ViT-L/14 at 336 px) and widths, but few language layers; eager PyTorch, float32, random weights, batch 1, 40
-text tokens, all budgets and the unreduced model taking turns in one process. The selection is timed by itself too.
+vision tower (CLIP ViT-L/14 at 336 px) and widths, but few language layers; eager PyTorch, float32, random weights,
+batch 1, 40 text tokens, all budgets and the unreduced model taking turns in one process. The selection is timed by
+itself too.
 
 python -m benchmarks.llava [--layers 2] [--rounds 5] [--output benchmarks/results/llava_cpu.json]
 """

@@ -1,5 +1,5 @@
-"""LLaVA-NeXT's packing of crops, with sizes multiplied as Python integers: Dynamo takes NumPy's product for a tensor, and
-cannot branch on it."""
+"""LLaVA-NeXT's packing of crops, with sizes multiplied as Python integers: Dynamo takes NumPy's product for a
+tensor, and cannot branch on it."""
 
 from __future__ import annotations
 

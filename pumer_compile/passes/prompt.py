@@ -297,6 +297,7 @@ class _Scatter:
     def _constant(self, numbers: Tensor) -> fx.Node:
         module = self.prompt.module
         name = f"_prompt_order_{len(self.prompt.marks)}"
+        numbers = numbers.to(values(self.words)[0].device)
         module.register_buffer(name, numbers, persistent=False)
         node = module.graph.get_attr(name)
         mode = values(self.words)[0].fake_mode  # type: ignore[attr-defined]  # of a fake tensor

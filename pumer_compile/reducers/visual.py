@@ -60,7 +60,7 @@ class VisualReducer(StreamReducer):
     def _keeps(self, tokens: Tensor, attention: Tensor) -> Tensor:
         """Which tokens stay, `[batch, before]`, bool."""
         if self.places is not None:
-            places = torch.tensor(self.places, device=tokens.device)
+            places = torch.tensor(self.places).to(tokens.device)
             tokens, attention = tokens.index_select(1, places), attention.index_select(1, places)
         found, start = [], 0
         for count, length in self.shapes:
@@ -74,7 +74,7 @@ class VisualReducer(StreamReducer):
         if self.places is None:
             return keeps
         back = sorted(range(self.tokens), key=self.places.__getitem__)
-        return keeps.index_select(1, torch.tensor(back, device=keeps.device))
+        return keeps.index_select(1, torch.tensor(back).to(keeps.device))
 
 
 class WithSeparators(nn.Module):
@@ -91,5 +91,5 @@ class WithSeparators(nn.Module):
 
     def forward(self, selected: Tensor) -> Tensor:
         """`[batch, after, image tokens]` to `[batch, after, tokens with separators]`."""
-        columns = torch.tensor(self.columns, device=selected.device)
+        columns = torch.tensor(self.columns).to(selected.device)
         return torch.nn.functional.pad(selected, (0, 1)).index_select(2, columns)
