@@ -34,7 +34,7 @@ Prove an artifact again, on your own inputs:
     pumer-compile parity model.onnx --model MODEL --inputs samples.npz
 
 MODEL is a save_pretrained folder, a torch.export archive, or a checkpoint. SCHEDULE is a YAML file, a preset
-(vilt-vqa, vilt-nlvr2, vilt-ve, vilt-irtr) or `none`.
+(vilt-vqa, vilt-nlvr2, vilt-ve, vilt-irtr, lossless) or `none`.
 
 Exit codes: 0 done, 1 failed, 2 bad usage, 3 parity failed.
 """

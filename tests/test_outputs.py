@@ -218,7 +218,8 @@ def test_kept_outputs_are_those_of_the_whole_model() -> None:
     with torch.no_grad():
         a, b = some.module(**inputs()), every.module(**inputs())
     assert set(a) == {POOLED}
-    assert torch.equal(a[POOLED], b[POOLED])
+    # Where only token 0 is read, the last layer has one query: other products, rounded otherwise.
+    torch.testing.assert_close(a[POOLED], b[POOLED], atol=1e-6, rtol=1e-6)
     assert b[HIDDEN].shape == (2, LEFT, 24)
 
 

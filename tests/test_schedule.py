@@ -98,7 +98,8 @@ def test_presets_of_table_6_for_meter(name: str, layers: tuple[int, ...], prune:
 
 
 def test_presets_are_all_there() -> None:
-    assert set(PRESETS) == {f"{model}-{task}" for model in ("vilt", "meter") for task in ("vqa", "nlvr2", "ve", "irtr")}
+    paper = {f"{model}-{task}" for model in ("vilt", "meter") for task in ("vqa", "nlvr2", "ve", "irtr")}
+    assert set(PRESETS) == paper | {"meter-vqa-tower", "meter-ve-tower", "lossless"}
 
 
 # --- loading ------------------------------------------------------------------------------------------------

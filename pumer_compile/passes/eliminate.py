@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch.fx.node import map_aggregate
 
 from ..errors import VerifyError
@@ -60,19 +61,19 @@ def eliminate(module: fx.GraphModule) -> int:
     Raises:
         VerifyError: an output has another shape or dtype than before, a defect of this pass.
     """
-    reducers = _called(module)
-    work = _products(module.graph)
+    reducers, products, narrowed = _called(module), _products(module.graph), 0
     drop_dead(module.graph)
-    plans = worth_it(find(module.graph))
-    if plans:
+    # Again, because what is no longer there reads nothing.
+    while plans := worth_it(find(module.graph)):
         before = [(node.name, values(node)) for node in _outputs(module)]
         _emit(module.graph, plans)
         drop_dead(module.graph)
         _check(module, before)
+        narrowed += len(plans)
     for name in reducers - _called(module):
         module.delete_submodule(name)
     module.recompile()
-    return len(plans) + work - _products(module.graph)
+    return narrowed + products - _products(module.graph)
 
 
 def _products(graph: fx.Graph) -> int:
@@ -195,6 +196,7 @@ def worth_it(plans: Plans) -> Plans:
     kept: Plans = {}
     for region in _regions(plans):
         saved = sum(multiply_adds(n) * (1 - plans[n].range.length / shape(n)[plans[n].range.dim]) for n in region)
+        saved += sum(map(multiply_adds, _unread(region, plans)))
         cuts = {
             leaf
             for node in region
@@ -205,6 +207,19 @@ def worth_it(plans: Plans) -> Plans:
         if saved > MULTIPLY_ADDS_PER_COPY * copied:
             kept.update({node: plans[node] for node in region})
     return kept
+
+
+def _unread(region: set[fx.Node], plans: Plans) -> set[fx.Node]:
+    """What is computed for the parts of joined values that a region does not take, and for nothing else."""
+    reads = {n: {x.node if isinstance(x, Cut) else x for x in leaves((plans[n].args, plans[n].kwargs))} for n in region}
+    found: set[fx.Node] = set()
+    stack = [x for node in region for x in node.all_input_nodes]
+    while stack:
+        node = stack.pop()
+        if node not in found and all(user in found or node not in reads.get(user, (node,)) for user in node.users):
+            found.add(node)
+            stack.extend(node.all_input_nodes)
+    return found
 
 
 def _regions(plans: Plans) -> Iterator[set[fx.Node]]:
@@ -296,7 +311,8 @@ def _shift(node: fx.Node, born: Range, have: Range) -> bool:
 def _check(module: fx.GraphModule, before: list[tuple[str, Sequence[Tensor]]]) -> None:
     """Propagate shapes through the result, note them, and compare the outputs."""
     inputs = {str(n.target): values(n)[0] for n in module.graph.nodes if n.op == "placeholder" and values(n)}
-    found, _ = propagate(module, inputs)
+    with enable_python_dispatcher():  # which torch 2.11 needs where the batch is open
+        found, _ = propagate(module, inputs)
     for node, value in found.items():
         if isinstance(value, Tensor) or (node.op == "call_function" and isinstance(value, list | tuple)):
             node.meta["val"] = value

@@ -328,8 +328,9 @@ def _blocks(scatter: fx.Node, mask: Tensor) -> list[tuple[int, int]]:
             f"{describe(scatter)} finds no image placeholder in the sample prompt. Give inputs whose ids hold them, as "
             "the model's processor makes them."
         )
-    starts = [place for place in found if place - 1 not in set(found)]
-    stops = [place + 1 for place in found if place + 1 not in set(found)]
+    filled = set(found)
+    starts = [place for place in found if place - 1 not in filled]
+    stops = [place + 1 for place in found if place + 1 not in filled]
     return list(zip(starts, stops, strict=True))
 
 
