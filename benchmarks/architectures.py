@@ -92,7 +92,10 @@ def reduce_somehow(program: Any, annotation: Any, attentions: list[Any]) -> Resu
     except Exception as error:  # as above
         return {"error": describe(error)}
     if prompt is not None:
-        return before_the_prompt(program, min(len(crop) for mark in prompt.marks for crop in mark.crops))
+        found = before_the_prompt(program, min(len(crop) for mark in prompt.marks for crop in mark.crops))
+        if "error" not in found or not any(a.site.startswith("vision.") for a in attentions):
+            return found
+        return merged_in_the_tower(program, attentions) or found
 
     def modalities(axis: Any) -> set[str]:
         return {annotation.modality[stream] for stream in axis.streams}
@@ -120,6 +123,13 @@ def reduce_somehow(program: Any, annotation: Any, attentions: list[Any]) -> Resu
             return {**found, "what": what, "refusals": refusals}
         refusals[what] = found["error"]
     return {"error": refusals[attempts[-1][0]], "refusals": refusals, "informed": bool(informed)}
+
+
+def merged_in_the_tower(program: Any, attentions: list[Any]) -> Result:
+    """Merge in the vision tower where the image cannot be reduced before the prompt; nothing where that fails too."""
+    sites = spread([a.site for a in attentions if a.site.startswith("vision.")])
+    found = attempt(program, sites, "tome", {"merge": {"image": MERGE_IMAGE}})
+    return {} if "error" in found else {**found, "what": "vision tower", "refusals": {}}
 
 
 def before_the_prompt(program: Any, tokens: int) -> Result:
