@@ -18,8 +18,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -44,6 +42,8 @@ from pumer_compile.inputs import make_inputs
 
 RESULTS = Path(__file__).parent / "results" / "performance_cpu.json"
 TEXT = 40
+REST = 0.3
+"""Seconds before each run: threads of the runtime before it spin for a while, and would take its processor."""
 LOSSLESS = ("lossless",) if "lossless" in pumer.schedule.PRESETS else ()
 
 
@@ -207,6 +207,7 @@ def alternate(found: dict[str, Contender], rounds: int) -> dict[str, list[float]
     samples: dict[str, list[float]] = {name: [] for name in found}
     for turn in range(rounds + 2):
         for name, contender in found.items():
+            time.sleep(REST)
             start = time.perf_counter()
             contender.run()
             if turn >= 2:
@@ -229,20 +230,17 @@ def train_step(work: str, schedule: str, batch: int) -> None:
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     gc.collect()
-    base = _resident()
-    resident = [base]
-    logits = forward(**inputs).logits
-    resident.append(_resident())
-    logits.float().pow(2).mean().backward()
-    resident.append(_resident())
+    base = _memory("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the high-water mark starts anew
+    forward(**inputs).logits.float().pow(2).mean().backward()
     optimizer.step()
-    peak = max(max(resident), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-    print(json.dumps({"base": base, "forward": resident[1] - base, "peak": peak - base}))
+    print(json.dumps({"base": base, "peak": _memory("VmHWM") - base}))
 
 
-def _resident() -> int:
-    pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
+def _memory(name: str) -> int:
+    """Bytes that Linux counts under a name for this process."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
 
 def training(work: str, schedules: tuple[str, ...], batch: int) -> dict[str, Any]:

@@ -224,12 +224,13 @@ def test_a_plan_without_the_numbers(attention: str) -> None:
 
 
 def test_what_changes_in_the_graph() -> None:
-    """One reducer and the rows of one attention more; no operator that sorts, and no attention less."""
+    """One reducer and the rows of one attention more; no operator that sorts, and no attention that is read less."""
     before = [str(n.target) for n in captured("LLaVA").module.graph.nodes]
     reduced = pumer.reduce(captured("LLaVA"), fastv(1, 30)).module
     after = [str(n.target) for n in reduced.graph.nodes]
     attention = "aten.scaled_dot_product_attention.default"
-    assert before.count(attention) == after.count(attention) == 7
+    # Nothing reads the attention of the tower's last layer.
+    assert (before.count(attention), after.count(attention)) == (7, 6)
     assert after.count("reducer.cross_modal_0.attention") == after.count("reducer.cross_modal_0.prompt_image") == 1
     assert sum(name.startswith("reducer.align.") for name in after) == 2 + 2 * 2  # the mask's axes, each layer's angles
     assert before.count("aten.masked_scatter.default") == 1 and after.count("aten.masked_scatter.default") == 0
