@@ -304,7 +304,6 @@ _BUDGETS: dict[str, Any] = {"prune": 0.1, "merge": Merge(image=0.3, text=0.2)}
 _METER: dict[str, Any] = {"prune": 0.3, "merge": Merge(image=0.5, text=0.2)}
 
 
-
 def _with_tower(tower: float, **budgets: Any) -> Schedule:
     """METER's schedule with merging inside its image tower as well, where 59% of its arithmetic is before the first
     cross-modal layer; the share is merged at three of the tower's eleven layers."""
