@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -58,7 +58,7 @@ class Config:
     layers: int = 3
     batch: int = 2
     dynamic: bool = False
-    head: Head = first_token
+    head: Head = field(default=first_token, repr=False)
 
     @property
     def image(self) -> int:

@@ -15,6 +15,7 @@ from pumer_compile.engine import Engine
 from pumer_compile.errors import PlanError, UsageError
 from pumer_compile.samples import make_image_prompt
 from tests.architectures.test_prompts import built
+from tests.commands import tensorrt_refuses
 from tests.crops import TOKENS, crops_inputs, crops_model, logits_of_crops, packing, prompt_of_crops, run_by_hand
 from tests.visual import select, visual_cues
 
@@ -95,6 +96,7 @@ def test_one_artifact(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="compiled for image_sizes"):
         engine(**{**others, "image_sizes": torch.tensor([[91, 120]])})
     assert pumer.parity(exported.path, model, [others]).passed
+    assert tensorrt_refuses(exported.path) == []
 
 
 def test_a_sample_of_crops_has_to_be_given() -> None:
