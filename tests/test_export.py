@@ -24,10 +24,10 @@ from pumer_compile.files import sha256_file
 from pumer_compile.loading import load_model
 from pumer_compile.reduce import Reduced, with_decisions
 from tests.commands import artifact, feed, folder, inner_manifest, onnx_outputs, run, schedule, snapshot
-from tests.models import Config, inputs_for, make, program
+from tests.models import Config, highest, inputs_for, make, program
 from tests.models import schedule as budgets
 
-CONFIG = Config(layers=1)
+CONFIG = Config(layers=1, head=highest)
 ROOT = Path(__file__).parents[1]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from pumer_compile.exporters.onnx import (
 )
 from pumer_compile.loading import load_model
 from tests.commands import artifact, done, feed, folder, inner_manifest, onnx_outputs, refused, schedule
-from tests.models import Config, inputs_for, program
+from tests.models import Config, highest, inputs_for, program
 from tests.models import schedule as budgets
 
 HALF = ("--dtype", "float16", "--with-decisions")
@@ -216,7 +215,7 @@ def test_an_operator_that_onnx_does_not_have() -> None:
 
 @pytest.fixture(scope="module")
 def build() -> Any:
-    captured = program(Config(layers=1))
+    captured = program(Config(layers=1, head=highest))
     return build_onnx(captured, budgets(layers=(0,)), OnnxOptions(opset=18))
 
 
@@ -294,7 +293,7 @@ def test_a_session_checks_what_it_is_given(build: Any, tmp_path: Path) -> None:
 
 def test_an_open_batch_size(tmp_path: Path) -> None:
     """Proved, and run at other sizes than it was compiled with."""
-    config = dataclasses.replace(Config(layers=1), dynamic=True)
+    config = Config(layers=1, dynamic=True, head=highest)
     reduced = pumer.reduce(program(config), budgets(layers=(0,)))
     exported = pumer.export(reduced, tmp_path / "model.onnx")
     assert exported.report is not None and exported.report.passed and exported.manifest["dynamic_batch"] is True

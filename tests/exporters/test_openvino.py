@@ -21,7 +21,7 @@ from pumer_compile.exporters.session import deciding, open_session
 from pumer_compile.files import sha256_file
 from pumer_compile.loading import load_model
 from tests.commands import TOKENS, done, feed, folder, refused, run, schedule
-from tests.models import Config, Fusion, inputs_for, make, program
+from tests.models import Config, Fusion, highest, inputs_for, make, program
 from tests.models import schedule as budgets
 from tests.test_cli_oracle import CASES, EXPECTED, ORACLE, given, write_schedule
 
@@ -208,7 +208,7 @@ def test_a_plain_module(form: str, dynamic: bool, tmp_path: Path) -> None:
 
 
 def test_an_archive(tmp_path: Path) -> None:
-    config = Config(layers=1)
+    config = Config(layers=1, head=highest)
     inputs = inputs_for(config)
     archive = torch.export.export(make(config), args=(), kwargs=inputs)
     torch.export.save(archive, tmp_path / "model.pt2")

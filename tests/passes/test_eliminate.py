@@ -27,7 +27,7 @@ from pumer_compile.passes.pipeline import PASSES, State, run_passes
 from tests import commands
 from tests.helpers import count_op
 from tests.meter import meter_inputs, tiny_meter
-from tests.models import Config, Fusion, inputs_for, make, program, reduced, schedule
+from tests.models import Config, Fusion, highest, inputs_for, make, program, reduced, schedule
 from tests.tiny import image_inputs, text_inputs, tiny_vilt
 
 aten = torch.ops.aten
@@ -322,10 +322,6 @@ def test_the_last_layer_has_one_query(config: Config) -> None:
 
 def first_tokens(x: Tensor, text: int) -> Tensor:
     return x[:, 0] * x[:, text]
-
-
-def highest(x: Tensor, text: int) -> Tensor:
-    return x.amax(1)
 
 
 def test_tokens_of_both_streams_are_a_hull() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import pumer_compile as pumer
 from pumer_compile.passes.insert import reducers_of
-from tests.models import Config, inputs_for, make
+from tests.models import Config, highest, inputs_for, make
 from tests.models import schedule as budgets
 
 
@@ -18,7 +18,7 @@ from tests.models import schedule as budgets
 @pytest.mark.parametrize("form", ["unfused", "sdpa"])
 @pytest.mark.parametrize("semantics", ["reference", "paper", "safe"])
 def test_attention_is_single_precision(semantics: str, form: str, dtype: torch.dtype) -> None:
-    config = Config(form=form, layers=1, head=lambda x, text: x.amax(1))  # a head that reads the image
+    config = Config(form=form, layers=1, head=highest)
     model = make(config).to(dtype)
     inputs = {n: t.to(dtype) if t.is_floating_point() else t for n, t in inputs_for(config).items()}
     reduced = pumer.reduce(pumer.capture(model, inputs), budgets(layers=(0,), semantics=semantics))

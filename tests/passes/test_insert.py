@@ -24,7 +24,7 @@ from pumer_compile.passes.locate import locate
 from pumer_compile.passes.pipeline import PASSES, State, run_passes
 from pumer_compile.reduce import reduce_graph
 from tests.helpers import paper_counts, published_counts
-from tests.models import Config, Fusion, Staged, inputs_for, make, program, schedule
+from tests.models import Config, Fusion, Staged, highest, inputs_for, make, program, schedule
 
 SEMANTICS = ("reference", "paper", "safe")
 
@@ -188,7 +188,7 @@ def test_tome_reducers(stream: str, learned: int) -> None:
 
 
 def test_reducers_of() -> None:
-    config = Config(mask="none", layers=1, head=lambda x, text: x.amax(1))  # what nothing reads is left out
+    config = Config(mask="none", layers=1, head=highest)  # what nothing reads is left out
     module = reduce_graph(program(config), schedule("paper", (0,)))
     assert set(reducers_of(module)) == {"reducer.cross_modal_0.image", "reducer.cross_modal_0.text"}
     assert reducers_of(nn.Linear(1, 1)) == {}
