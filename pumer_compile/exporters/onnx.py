@@ -223,7 +223,7 @@ def build_onnx(program: Program, schedule: Schedule | None, options: OnnxOptions
     except torch.onnx.OnnxExporterError as error:
         first = next((line for line in str(error).splitlines() if line.strip()), "no message")
         raise ExportError(f"torch.onnx could not convert the graph: {first.strip()}") from error
-    build = polished(build, reduced=schedule is not None)
+    build = polished(build, reduced=schedule is not None and schedule.method != "lossless")
     if program.outputs:
         _drop_unread(build.model)
     if options.quantize_mode is not None:
