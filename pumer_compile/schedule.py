@@ -305,7 +305,7 @@ _METER: dict[str, Any] = {"prune": 0.3, "merge": Merge(image=0.5, text=0.2)}
 
 
 def _with_tower(tower: float, **budgets: Any) -> Schedule:
-    """METER's schedule with merging inside its image tower as well, where 59% of its arithmetic is before the first
+    """METER's schedule with merging inside its image tower as well, since most of its arithmetic is before the first
     cross-modal layer; the share is merged at three of the tower's eleven layers."""
     inside = tuple(Site(at=f"vision.{layer}", merge=Merge(image=tower)) for layer in (2, 5, 8))
     return Schedule(sites=inside + tuple(Site(at=f"cross_modal.{layer}", **budgets) for layer in (0, 2, 4, 6)))

@@ -7,6 +7,7 @@ and joined. All of it is views, cuts and joins of fixed sizes, so running it onc
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,7 +111,7 @@ def _projected(scatter: fx.Node, source: fx.Node) -> fx.Node:
 
 
 def _moves(node: fx.Node) -> bool:
-    return node.target in _MOVES or getattr(node.target, "__name__", "") == "getitem"
+    return node.target in _MOVES or node.target is operator.getitem
 
 
 def _moved(source: fx.Node, projected: fx.Node, numbers: Tensor) -> Tensor:

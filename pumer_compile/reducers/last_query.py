@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .merger import ModalityAwareMerger
 from .ranking import descending_rank, one_hot, top
-from .reducer import Comparison, Decisions, Reduction, StreamReducer
+from .reducer import Comparison, Reduction, StreamReducer, decisions_of
 
 
 class LastQueryPruner(nn.Module):
@@ -59,14 +59,12 @@ class LastQueryReducer(StreamReducer):
             forced = self.forcing.decisions
             margin = _margin(scores, kept, forced.kept)
             differs = (kept != forced.kept).any(1)
-            self.forcing.comparison = Comparison(_decisions(kept), forced, differs, torch.where(differs, margin, 0.0))
+            self.forcing.comparison = Comparison(
+                decisions_of(kept, None), forced, differs, torch.where(differs, margin, 0.0)
+            )
             kept = forced.kept
         assigned = one_hot(kept, self.tokens).float()
-        return self._combine(tokens, torch.ones_like(tokens[:, :, 0]), assigned, _decisions(kept))
-
-
-def _decisions(kept: Tensor) -> Decisions:
-    return Decisions(kept, kept[:, :0], kept[:, :0])
+        return self._combine(tokens, torch.ones_like(tokens[:, :, 0]), assigned, decisions_of(kept, None))
 
 
 def _margin(scores: Tensor, own: Tensor, forced: Tensor) -> Tensor:

@@ -149,7 +149,7 @@ class StreamReducer(nn.Module):
         if self.forcing is not None:
             kept, matching = self._force(kept, saliency, keys, weights, matching)
         assigned = self._assignment(kept, matching)
-        return self._combine(tokens, weights, assigned, _decisions(kept, matching))
+        return self._combine(tokens, weights, assigned, decisions_of(kept, matching))
 
     def _prune(
         self, weights: Tensor, attention: Tensor | None, text_weights: Tensor | None
@@ -207,7 +207,7 @@ class StreamReducer(nn.Module):
         """Compare with the forced decisions, one after the other, and return the forced ones."""
         assert self.forcing is not None
         forced = self.forcing.decisions
-        own = _decisions(kept, matching)
+        own = decisions_of(kept, matching)
         differs = (kept != forced.kept).any(1)
         margin = torch.zeros(differs.shape, device=differs.device)
         if saliency is not None:
@@ -216,7 +216,7 @@ class StreamReducer(nn.Module):
             # The merger's own choice among the tokens that the forced pruning kept.
             matching = self._match(forced.kept, keys, weights)
             assert matching is not None
-            own = Decisions(kept, *_decisions(kept, matching)[1:])
+            own = Decisions(kept, *decisions_of(kept, matching)[1:])
             differs = differs | (own.source != forced.source).any(1) | (own.target != forced.target).any(1)
             source, target = forced.source // 2, forced.target // 2
             scale = matching.scores[matching.scores > LAST_RESORT].abs().max()
@@ -227,7 +227,7 @@ class StreamReducer(nn.Module):
         return forced.kept, matching
 
 
-def _decisions(kept: Tensor, matching: Matching | None) -> Decisions:
+def decisions_of(kept: Tensor, matching: Matching | None) -> Decisions:
     """Decisions in token numbers."""
     if matching is None:
         return Decisions(kept, kept[:, :0], kept[:, :0])

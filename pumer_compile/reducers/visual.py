@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .merger import ModalityAwareMerger
 from .ranking import one_hot
-from .reducer import Comparison, Decisions, Reduction, StreamReducer
+from .reducer import Comparison, Reduction, StreamReducer, decisions_of
 from .vispruner import Order, VisPruner, selection
 
 
@@ -50,12 +50,12 @@ class VisualReducer(StreamReducer):
         if self.forcing is not None:
             forced = self.forcing.decisions.kept
             differs = (kept != forced).any(1)
-            own = Decisions(kept, kept[:, :0], kept[:, :0])
+            own = decisions_of(kept, None)
             gap = torch.zeros(differs.shape, device=differs.device)
             self.forcing.comparison = Comparison(own, self.forcing.decisions, differs, gap)
             kept, assigned = forced, one_hot(forced, self.tokens).float()
         ones = torch.ones_like(tokens[:, :, 0])
-        return self._combine(tokens, ones, assigned, Decisions(kept, kept[:, :0], kept[:, :0]))
+        return self._combine(tokens, ones, assigned, decisions_of(kept, None))
 
     def _keeps(self, tokens: Tensor, attention: Tensor) -> Tensor:
         """Which tokens stay, `[batch, before]`, bool."""
