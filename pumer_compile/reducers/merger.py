@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .ranking import first_argmax, one_hot, top
+from .ranking import descending_rank, first_largest, indices, one_hot, ranked
 
 # Below every similarity: pairs that may not merge come after all that may, and before the class token (-inf).
 LAST_RESORT = -1e30
@@ -22,12 +22,16 @@ class Matching(NamedTuple):
         target: the odd token each merges into, `[batch, merge]`; t is token `2 * t + 1`.
         best: similarity of each even token to its target, `[batch, even]`.
         scores: all similarities, `[batch, even, odd]`.
+        merged: the even tokens that merge away, `[batch, even]` bool.
+        pairs: the same pairs as source and target, `[batch, even, odd]` bool.
     """
 
     source: Tensor
     target: Tensor
     best: Tensor
     scores: Tensor
+    merged: Tensor
+    pairs: Tensor
 
 
 class ModalityAwareMerger(nn.Module):
@@ -56,6 +60,14 @@ class ModalityAwareMerger(nn.Module):
         self.merge, self.similarity, self.protected = merge, similarity, protected
         self.keep_padding_apart = keep_padding_apart
 
+    def units(self, keys: Tensor) -> Tensor:
+        """What similarities are products of: the keys, or keys of length 1 for cosines; float32."""
+        keys = keys.float()
+        if self.similarity == "dot":
+            return keys
+        # A key of zeros is like nothing; without the clamp it would be NaN and undo the order of others.
+        return keys / keys.norm(dim=-1, keepdim=True).clamp(min=1e-30)
+
     def match(self, keys: Tensor, weights: Tensor | None = None) -> Matching:
         """Find the pairs.
 
@@ -63,50 +75,55 @@ class ModalityAwareMerger(nn.Module):
             keys: mean over heads, `[batch, tokens, head_size]`.
             weights: `[batch, tokens]`; 0 is padding.
         """
-        keys = keys.float()
-        if self.similarity == "cosine":
-            # A key of zeros is like nothing; without the clamp it would be NaN and undo the order of others.
-            keys = keys / keys.norm(dim=-1, keepdim=True).clamp(min=1e-30)
-        even, odd = keys[:, 0::2], keys[:, 1::2]
+        units = self.units(keys)
+        weighed = (None, None) if weights is None else (weights[:, 0::2], weights[:, 1::2])
+        return self.pair(units[:, 0::2], units[:, 1::2], *weighed)
+
+    def pair(
+        self, even: Tensor, odd: Tensor, even_weights: Tensor | None = None, odd_weights: Tensor | None = None
+    ) -> Matching:
+        """Find the pairs of tokens that are split already.
+
+        Args:
+            even, odd: from `units`, `[batch, even or odd tokens, head_size]`.
+            even_weights, odd_weights: `[batch, even or odd tokens]`; 0 is padding.
+        """
         scores = even @ odd.transpose(-1, -2)
-        if self.keep_padding_apart and weights is not None:
-            real = weights > 0
-            same = real[:, 0::2].unsqueeze(-1) == real[:, 1::2].unsqueeze(-2)
+        if self.keep_padding_apart and even_weights is not None and odd_weights is not None:
+            same = (even_weights > 0).unsqueeze(-1) == (odd_weights > 0).unsqueeze(-2)
             scores = torch.where(same, scores, LAST_RESORT)
-        even_position = 2 * torch.arange(even.shape[1], device=keys.device)
-        odd_position = 2 * torch.arange(odd.shape[1], device=keys.device) + 1
+        even_position = 2 * torch.arange(even.shape[1], device=even.device)
+        odd_position = 2 * torch.arange(odd.shape[1], device=even.device) + 1
         if self.protected > 1:
             scores = torch.where(odd_position < self.protected, float("-inf"), scores)
-        best, target = first_argmax(scores)
-        best = torch.where(even_position < self.protected, float("-inf"), best)
-        source = top(best, self.merge)
-        return Matching(source, self.targets_of(source, target), best, scores)
+        best, nearest = first_largest(scores)
+        best = torch.where(even_position < self.protected, float("-inf"), best.squeeze(-1))
+        rank = descending_rank(best)
+        merged = rank < self.merge
+        order = ranked(rank, torch.arange(self.merge, device=rank.device))
+        target = (order * indices(nearest).unsqueeze(1)).sum(-1)
+        return Matching(indices(order), target, best, scores, merged, nearest & merged.unsqueeze(-1))
 
     @staticmethod
-    def targets_of(source: Tensor, target: Tensor) -> Tensor:
-        """`target` at `source`, `[batch, merge]`, by comparison (a gather without an index operator)."""
-        return (one_hot(source, target.shape[1]) * target.unsqueeze(1)).sum(-1)
+    def forced(matching: Matching, source: Tensor, target: Tensor) -> Matching:
+        """The matching with other pairs: `source` and `target` as in `Matching`."""
+        chosen = one_hot(source, matching.scores.shape[1])
+        pairs = chosen.float().transpose(1, 2) @ one_hot(target, matching.scores.shape[2]).float() > 0
+        return matching._replace(source=source, target=target, merged=chosen.any(1), pairs=pairs)
 
-    @staticmethod
-    def assignment(source: Tensor, target: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    def assignment(self, merged: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor]:
         """Which even tokens stay, and which join an odd one.
 
         Args:
-            source, target: as in `Matching`, `[batch, merge]`.
-            tokens: tokens before merging.
+            merged, pairs: as in `Matching`.
 
         Returns:
             the even tokens that stay, `[batch, even - merge, even]`, and the even tokens that join each odd
             one, `[batch, odd, even]`; float32 of zeros and ones.
         """
-        n_even, n_odd = (tokens + 1) // 2, tokens // 2
-        chosen = one_hot(source, n_even)
-        merged = chosen.any(1)
-        index = torch.arange(n_even, device=source.device)
-        # Row of an unmerged even token: how many unmerged even tokens come before it.
-        before = (~merged).unsqueeze(1) & (index < index.unsqueeze(-1))
-        row = torch.where(merged, -1, before.sum(-1))
-        rows = torch.arange(n_even - source.shape[1], device=source.device).unsqueeze(-1)
-        stay = (row.unsqueeze(1) == rows).float()
-        join = one_hot(target, n_odd).float().transpose(1, 2) @ chosen.float()
-        return stay, join
+        index = torch.arange(merged.shape[1], device=merged.device)
+        # Row of an unmerged even token, counted from 1: how many unmerged even tokens come up to it.
+        row = (~merged).float() @ (index.unsqueeze(-1) <= index).float()
+        rows = torch.arange(1, merged.shape[1] - self.merge + 1, device=merged.device, dtype=row.dtype)
+        stay = (row.unsqueeze(1) == rows.unsqueeze(-1)) & ~merged.unsqueeze(1)
+        return stay.float(), pairs.float().transpose(1, 2)

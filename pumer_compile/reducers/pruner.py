@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .ranking import top
+from .ranking import descending_rank, indices, ranked
 
 
 class TextInformedPruner(nn.Module):
@@ -40,12 +40,17 @@ class TextInformedPruner(nn.Module):
             per_text = per_text * (text_weights > 0).unsqueeze(-1)
         return per_text.sum(1)
 
-    def forward(self, attention: Tensor, text_weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Indices of the kept tokens in descending saliency, `[batch, keep]` int64, and the saliency."""
+    def rank(self, attention: Tensor, text_weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Place of every image token in descending saliency, from 0, `[batch, image]` float32, and the saliency."""
         scores = self.saliency(attention, text_weights)
         if not self.protected:
-            return top(scores, self.keep), scores
+            return descending_rank(scores), scores
         # Attention lies in 0..1 and is summed over the text: this bonus puts protected tokens before others.
         index = torch.arange(scores.shape[-1], device=scores.device)
         bonus = (self.protected - index).clamp(min=0) * (attention.shape[2] + 1)
-        return top(scores + bonus, self.keep), scores
+        return descending_rank(scores + bonus), scores
+
+    def forward(self, attention: Tensor, text_weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Indices of the kept tokens in descending saliency, `[batch, keep]` int64, and the saliency."""
+        rank, scores = self.rank(attention, text_weights)
+        return indices(ranked(rank, torch.arange(self.keep, device=rank.device))), scores

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .merger import LAST_RESORT, Matching, ModalityAwareMerger
 from .pruner import TextInformedPruner
-from .ranking import identity, one_hot
+from .ranking import indices, one_hot, ranked
 from .vispruner import VisPruner
 
 Averaging = Literal["plain", "sizes"]
@@ -80,6 +80,12 @@ class Forcing:
     comparison: Comparison | None = field(default=None)
 
 
+class _Pruned(NamedTuple):
+    kept: Tensor
+    rows: tuple[Tensor, ...]
+    saliency: Tensor | None
+
+
 class StreamReducer(nn.Module):
     """Prunes (image only) and merges one stream at one site.
 
@@ -141,49 +147,55 @@ class StreamReducer(nn.Module):
             # Autocast would compute similarities in half precision, and ties with them.
             with torch.autocast(keys.device.type, enabled=False):
                 return self.forward(tokens, keys, weights, attention, text_weights)
-        keys = keys.float().mean(1)
         if weights is None:
-            weights = torch.ones_like(keys[:, :, 0])
-        kept, saliency = self._prune(weights, attention, text_weights)
-        matching = self._match(kept, keys, weights)
+            weights = torch.ones_like(keys[:, 0, :, 0], dtype=torch.float32)
+        # Decisions have no gradient, and autograd would hold on to what they are made from.
+        units = self.merger.units(keys.detach().float().mean(1)) if self.merger.merge else None
+        kept, rows, saliency = self._prune(weights, attention, text_weights)
+        matching = self._match(rows, units, weights)
         if self.forcing is not None:
-            kept, matching = self._force(kept, saliency, keys, weights, matching)
-        assigned = self._assignment(kept, matching)
+            kept, rows, matching = self._force(kept, saliency, units, weights, matching)
+        assigned = self._assignment(rows, matching)
         return self._combine(tokens, weights, assigned, decisions_of(kept, matching))
 
-    def _prune(
-        self, weights: Tensor, attention: Tensor | None, text_weights: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
+    def _prune(self, weights: Tensor, attention: Tensor | None, text_weights: Tensor | None) -> _Pruned:
         if self.pruner is None or attention is None:
-            return torch.arange(self.tokens, device=weights.device).expand(weights.shape[0], -1), None
+            place = torch.arange(self.tokens, device=weights.device)
+            kept = place.expand(weights.shape[0], -1)
+            # One row of places for all samples: a constant in the exported graph.
+            rank = place.unsqueeze(0) if self.merger.merge else kept
+            return _Pruned(kept, self._rows(rank.float()), None)
         assert isinstance(self.pruner, TextInformedPruner)
-        kept, saliency = self.pruner(attention, text_weights)
-        return kept, saliency
+        rank, saliency = self.pruner.rank(attention.detach(), text_weights)
+        kept = indices(ranked(rank, torch.arange(self.pruner.keep, device=rank.device)))
+        return _Pruned(kept, self._rows(rank), saliency)
 
-    def _match(self, kept: Tensor, keys: Tensor, weights: Tensor) -> Matching | None:
-        if self.merger.merge == 0:
+    def _rows(self, rank: Tensor) -> tuple[Tensor, ...]:
+        """What selects the kept tokens, in order; or the even and the odd ones of them, where some merge."""
+        keep = self.pruner.keep if self.pruner else self.tokens
+        return tuple(ranked(rank, places).float() for places in self._split(torch.arange(keep, device=rank.device)))
+
+    def _split(self, kept: Tensor) -> tuple[Tensor, ...]:
+        return (kept[..., 0::2], kept[..., 1::2]) if self.merger.merge else (kept,)
+
+    def _match(self, rows: tuple[Tensor, ...], units: Tensor | None, weights: Tensor) -> Matching | None:
+        if units is None:
             return None
-        if self.pruner is not None:
-            select = one_hot(kept, self.tokens).float()
-            keys, weights = select @ keys, (select @ weights.float().unsqueeze(-1)).squeeze(-1)
-        return self.merger.match(keys, weights)
+        if self.pruner is None:
+            return self.merger.pair(units[:, 0::2], units[:, 1::2], weights[:, 0::2], weights[:, 1::2])
+        even, odd = rows
+        weighed = []
+        if self.merger.keep_padding_apart:
+            weighed = [(half @ weights.float().unsqueeze(-1)).squeeze(-1) for half in rows]
+        return self.merger.pair(even @ units, odd @ units, *weighed)
 
-    def _assignment(self, kept: Tensor, matching: Matching | None) -> Tensor:
+    def _assignment(self, rows: tuple[Tensor, ...], matching: Matching | None) -> Tensor:
         """Zeros and ones, `[batch, after, before]`: the old tokens that make each new one."""
-        if self.pruner is None and matching is not None:
-            return self._interleaved(*self.merger.assignment(matching.source, matching.target, self.tokens))
-        select = one_hot(kept, self.tokens).float()
         if matching is None:
-            return select
-        stay, join = self.merger.assignment(matching.source, matching.target, kept.shape[1])
-        even, odd = select[:, 0::2], select[:, 1::2]
+            return rows[0]
+        even, odd = rows
+        stay, join = self.merger.assignment(matching.merged, matching.pairs)
         return torch.cat((stay @ even, join @ even + odd), 1)
-
-    def _interleaved(self, stay: Tensor, join: Tensor) -> Tensor:
-        """The assignment where nothing is pruned: columns of even and odd tokens in turn, without a product."""
-        odd = identity(join.shape[1], join.shape[2], join.device).expand_as(join)
-        rows = [torch.stack(pair, -1).flatten(2) for pair in ((stay, torch.zeros_like(stay)), (join, odd))]
-        return torch.cat(rows, 1)[:, :, : self.tokens]
 
     def _combine(self, tokens: Tensor | None, weights: Tensor, assigned: Tensor, decisions: Decisions) -> Reduction:
         carried = weights.float()
@@ -192,7 +204,7 @@ class StreamReducer(nn.Module):
             sized = assigned * carried.unsqueeze(1)
             # Padding has size 0: a token made of padding alone is the plain mean of it.
             share = torch.where(sized.sum(-1, keepdim=True) > 0, sized, assigned)
-        average = share / share.sum(-1, keepdim=True)
+        average = share / share.sum(-1, keepdim=True) if self.merger.merge else assigned
         reduced = None if tokens is None else average.to(tokens.dtype) @ tokens
         if self.carried == "ones":
             after = torch.ones_like(assigned[:, :, 0])
@@ -202,8 +214,13 @@ class StreamReducer(nn.Module):
         return Reduction(reduced, after.to(weights.dtype), average, *decisions, assigned)
 
     def _force(
-        self, kept: Tensor, saliency: Tensor | None, keys: Tensor, weights: Tensor, matching: Matching | None
-    ) -> tuple[Tensor, Matching | None]:
+        self,
+        kept: Tensor,
+        saliency: Tensor | None,
+        units: Tensor | None,
+        weights: Tensor,
+        matching: Matching | None,
+    ) -> tuple[Tensor, tuple[Tensor, ...], Matching | None]:
         """Compare with the forced decisions, one after the other, and return the forced ones."""
         assert self.forcing is not None
         forced = self.forcing.decisions
@@ -212,9 +229,10 @@ class StreamReducer(nn.Module):
         margin = torch.zeros(differs.shape, device=differs.device)
         if saliency is not None:
             margin = _gap(saliency, kept, forced.kept) / saliency.abs().amax(1)
+        rows = tuple(one_hot(part, self.tokens).float() for part in self._split(forced.kept))
         if matching is not None:
             # The merger's own choice among the tokens that the forced pruning kept.
-            matching = self._match(forced.kept, keys, weights)
+            matching = self._match(rows, units, weights)
             assert matching is not None
             own = Decisions(kept, *decisions_of(kept, matching)[1:])
             differs = differs | (own.source != forced.source).any(1) | (own.target != forced.target).any(1)
@@ -222,9 +240,9 @@ class StreamReducer(nn.Module):
             scale = matching.scores[matching.scores > LAST_RESORT].abs().max()
             margin = torch.maximum(margin, _gap(matching.best, matching.source, source) / scale)
             margin = torch.maximum(margin, _target_gap(matching, source, target) / scale)
-            matching = matching._replace(source=source, target=target)
+            matching = self.merger.forced(matching, source, target)
         self.forcing.comparison = Comparison(own, forced, differs, torch.where(differs, margin, 0.0))
-        return forced.kept, matching
+        return forced.kept, rows, matching
 
 
 def decisions_of(kept: Tensor, matching: Matching | None) -> Decisions:

@@ -102,7 +102,7 @@ class VisPruner(nn.Module):
         tokens = features.shape[1]
         budget = min(self.budget, tokens)
         important = int(budget * self.important)
-        rank = descending_rank(attention).float()
+        rank = descending_rank(attention)
         if important == budget or budget == tokens:
             return rank < budget
         steps = removals(tokens - important, budget - important)
@@ -131,7 +131,7 @@ def _distinct_published(similarity: Tensor, place: Tensor, steps: list[tuple[int
         half = (place * 0.5).floor()
         listed = place >= 0
         even, odd = listed & (place == 2 * half), listed & (place > 2 * half)
-        rank = _rank(torch.where(even, _best(similarity, odd), NONE), earlier)
+        rank = descending_rank(torch.where(even, _best(similarity, odd), NONE), earlier)
         # The even ones have the ranks from 0; those removed get places below 0.
         left = (length + 1) // 2 - remove
         place = torch.where(even, rank - remove, torch.where(odd, half + left, -1.0))
@@ -147,7 +147,7 @@ def _distinct_stable(similarity: Tensor, place: Tensor, steps: list[tuple[int, i
     listed = place >= 0
     for _, remove in steps:
         # The first of the order has none to look at: it is beaten by all others, and stays.
-        rank = _rank(torch.where(listed, _best(similarity, listed), NONE), follows)
+        rank = descending_rank(torch.where(listed, _best(similarity, listed), NONE), follows)
         listed = listed & (rank >= remove)
     return listed
 
@@ -171,12 +171,6 @@ def _best(similarity: Tensor, to: Tensor) -> Tensor:
 def _smaller(order: Tensor) -> Tensor:
     """Where the column's number is smaller than the row's: `[n]` to `[n, n]`, bool."""
     return order < order.unsqueeze(-1)
-
-
-def _rank(scores: Tensor, first: Tensor) -> Tensor:
-    """`descending_rank`, float32; of a tie the column's token comes first where `first`, `[tokens, tokens]`, says."""
-    mine, other = scores.unsqueeze(-1), scores.unsqueeze(-2)
-    return ((other > mine) | ((other == mine) & first)).float().sum(-1)
 
 
 def selection(keep: Tensor, budget: int) -> VisualSelection:

@@ -28,7 +28,7 @@ SCHEDULE = {"layers": [0], "prune": 0.1, "merge": {"image": 0.3, "text": 0.2}}
 @pytest.fixture(scope="module")
 def exported() -> ExportedModel:
     config = TensorRtConfig(schedule=SCHEDULE)
-    return AutoHfExporter.from_config(config).export(tiny_vilt(num_hidden_layers=1), tensors(), config)
+    return AutoHfExporter.from_config(config).export(tiny_vilt(num_hidden_layers=2), tensors(), config)
 
 
 def tensors(batch: int = 2) -> dict[str, torch.Tensor]:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pumer_compile.reducers import PublishedMaskedSoftmax
+from pumer_compile.reducers import PublishedAttention, PublishedMaskedSoftmax
 from tests.helpers import data_dependent, published_softmax
 
 
@@ -122,3 +122,35 @@ def test_nothing_data_dependent_is_traced(queries: int) -> None:
         (torch.zeros(2, 2, queries, 4), torch.ones(2, 1), torch.ones(2, 3)),
     )
     assert not data_dependent(program.run_decompositions().graph_module)
+
+
+@given(cases(), st.integers(0, 6), st.integers(1, 6), st.integers(0, 4), st.booleans())
+def test_together_with_its_product(case: dict, first: int, rows: int, more: int, masked: bool) -> None:
+    """Any rows of self-attention, or of cross-attention with fewer or more queries than keys."""
+    square = case["scores"].double()
+    scores = torch.cat([square, square.flip(2)[:, :, :more]], 2)
+    values = torch.randn(*square.shape[:2], square.shape[3], 5, generator=torch.Generator().manual_seed(0)).double()
+    weights = case["weights"].split(case["lengths"], 1) if masked else ()
+    wanted = torch.from_numpy(oracle(scores, case["weights"] if masked else None)) @ values
+    rows = range(scores.shape[2])[first : first + rows]
+    taken = scores[:, :, rows.start : rows.stop].float()
+    if not rows:
+        return
+    found = PublishedAttention()(taken, values.float(), *weights, first=rows.start)
+    torch.testing.assert_close(found.double(), wanted[:, :, rows.start : rows.stop], atol=2e-6, rtol=0)
+    alone = PublishedMaskedSoftmax()(taken, *weights, first=rows.start) @ values.float()
+    torch.testing.assert_close(found, alone, atol=2e-6, rtol=0)
+
+
+def test_gradients_together_with_its_product() -> None:
+    """Those of the formula as it stands, but for the maximum's, which is of the order of eps."""
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(2, 2, 5, 5, generator=generator, requires_grad=True)
+    values = torch.randn(2, 2, 5, 3, generator=generator, requires_grad=True)
+    weights = torch.tensor([[1.0, 0.5, 0.25, 0.0, 1.0]] * 2, requires_grad=True)
+    factors = torch.randn(2, 2, 5, 3, generator=generator)
+    plain = (PublishedMaskedSoftmax()(scores, weights) @ values * factors).sum()
+    together = (PublishedAttention()(scores, values, weights) * factors).sum()
+    given = (scores, values, weights)
+    for a, b in zip(torch.autograd.grad(plain, given), torch.autograd.grad(together, given), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)

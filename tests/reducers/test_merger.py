@@ -166,7 +166,10 @@ def test_assignment(n: int, seed: int, data: st.DataObject) -> None:
     source = torch.tensor([[a // 2 for a, _ in pairs] for pairs in samples], dtype=torch.int64)
     target = torch.tensor([[b // 2 for _, b in pairs] for pairs in samples], dtype=torch.int64)
     shape = (2, merge)
-    stay, join = ModalityAwareMerger.assignment(source.view(shape), target.view(shape), n)
+    merger = ModalityAwareMerger(merge)
+    unforced = merger.match(torch.zeros(2, n, 1))
+    matching = merger.forced(unforced, source.view(shape), target.view(shape))
+    stay, join = merger.assignment(matching.merged, matching.pairs)
     assert stay.dtype == join.dtype == torch.float32
     for b, pairs in enumerate(samples):
         expected = groups(n, pairs)
@@ -188,3 +191,15 @@ def test_decisions_repeat_and_do_not_depend_on_the_batch() -> None:
 
 def test_has_no_parameters_and_no_state() -> None:
     assert not ModalityAwareMerger(3).state_dict()
+
+
+@pytest.mark.parametrize("padding", [False, True])
+def test_the_pairs_are_said_twice_alike(padding: bool) -> None:
+    """As indices, which parity compares, and as what the assignment reads."""
+    generator = torch.Generator().manual_seed(3)
+    keys, weights = torch.randn(3, 15, 4, generator=generator), torch.rand(3, 15, generator=generator).round()
+    merger = ModalityAwareMerger(5, keep_padding_apart=padding)
+    found = merger.match(keys, weights)
+    again = merger.forced(found, found.source, found.target)
+    assert torch.equal(found.merged, again.merged) and torch.equal(found.pairs, again.pairs)
+    assert found.merged.sum(1).tolist() == found.pairs.sum((1, 2)).tolist() == [5, 5, 5]

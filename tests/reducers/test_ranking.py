@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pumer_compile.reducers.ranking import descending_rank, first_argmax, one_hot, top
+from pumer_compile.reducers.ranking import descending_rank, first_largest, indices, one_hot, ranked, top
 from tests.helpers import data_dependent
 
 
@@ -28,7 +28,7 @@ def scores(draw: st.DrawFn, least: int = 1) -> Tensor:
 def test_rank_is_the_place_in_a_stable_descending_sort(values: Tensor) -> None:
     order = torch.sort(values, dim=-1, descending=True, stable=True).indices
     rank = descending_rank(values)
-    assert rank.dtype == torch.int64
+    assert rank.dtype == torch.float32
     for b in range(values.shape[0]):
         for place in range(values.shape[1]):
             assert rank[b, order[b, place]] == place
@@ -64,37 +64,54 @@ def test_samples_are_ranked_apart() -> None:
 
 
 @given(scores())
-def test_first_argmax(values: Tensor) -> None:
-    best, index = first_argmax(values)
-    assert index.dtype == torch.int64
+def test_first_largest(values: Tensor) -> None:
+    best, there = first_largest(values)
+    assert there.dtype == torch.bool and best.dtype == values.dtype
     for b, row in enumerate(values.tolist()):
         assert best[b].item() == max(row)
-        assert index[b].item() == row.index(max(row))
+        assert [i for i, on in enumerate(there[b].tolist()) if on] == [row.index(max(row))]
 
 
-def test_first_argmax_takes_any_rank() -> None:
+def test_first_largest_takes_any_rank() -> None:
     values = torch.tensor([[[1.0, 5.0, 5.0], [7.0, 7.0, 0.0]]])
-    best, index = first_argmax(values)
-    assert best.tolist() == [[5.0, 7.0]]
-    assert index.tolist() == [[1, 0]]
+    best, there = first_largest(values)
+    assert best.tolist() == [[[5.0], [7.0]]]
+    assert there.tolist() == [[[False, True, False], [True, False, False]]]
 
 
-def test_first_argmax_of_nothing_but_minus_infinity() -> None:
-    best, index = first_argmax(torch.full((1, 3), float("-inf")))
+def test_first_largest_of_nothing_but_minus_infinity() -> None:
+    best, there = first_largest(torch.full((1, 3), float("-inf")))
     assert best.item() == float("-inf")
-    assert index.item() == 0
+    assert there.tolist() == [[True, False, False]]
+
+
+@given(scores(), st.data())
+def test_of_a_tie_the_one_named_comes_first(values: Tensor, data: st.DataObject) -> None:
+    order = data.draw(st.permutations(range(values.shape[1])))
+    place = torch.tensor([order.index(i) for i in range(values.shape[1])])
+    rank = descending_rank(values, place < place.unsqueeze(-1))
+    for b, row in enumerate(values.tolist()):
+        wanted = sorted(range(len(row)), key=lambda i: (-row[i], order.index(i)))
+        assert [wanted.index(i) for i in range(len(row))] == rank[b].tolist()
+
+
+def test_rows_select_what_stands_at_a_place() -> None:
+    rank = descending_rank(torch.tensor([[1.0, 5.0, 3.0]]))
+    rows = ranked(rank, torch.tensor([2, 0]))
+    assert rows.tolist() == [[[True, False, False], [False, True, False]]]
+    assert indices(rows).tolist() == [[0, 1]]
 
 
 @given(st.lists(st.integers(0, 6), max_size=6), st.integers(7, 9))
-def test_one_hot(indices: list[int], size: int) -> None:
-    rows = one_hot(torch.tensor(indices, dtype=torch.int64), size)
+def test_one_hot(numbers: list[int], size: int) -> None:
+    rows = one_hot(torch.tensor(numbers, dtype=torch.int64), size)
     assert rows.dtype == torch.bool
-    assert rows.shape == (len(indices), size)
-    for row, index in zip(rows.tolist(), indices, strict=True):
+    assert rows.shape == (len(numbers), size)
+    for row, index in zip(rows.tolist(), numbers, strict=True):
         assert [i for i, on in enumerate(row) if on] == [index]
 
 
-@pytest.mark.parametrize("function", [lambda s: top(s, 3), descending_rank, lambda s: first_argmax(s)[1]])
+@pytest.mark.parametrize("function", [lambda s: top(s, 3), descending_rank, lambda s: first_largest(s)[1]])
 def test_nothing_data_dependent_is_traced(function) -> None:
     class Module(torch.nn.Module):
         def forward(self, scores: Tensor) -> Tensor:
