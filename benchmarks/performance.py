@@ -3,8 +3,9 @@
 For each model and batch size all contenders take turns in one process, so that a busy machine slows them alike:
 transformers in eager PyTorch, inductor, transformers' own ONNX exporter (plain, and with its fusions for onnxruntime),
 and of this package the unreduced and the reduced model as ONNX, under `torch.compile` and in eager PyTorch. Beside the
-times stand multiply-adds, the share of the machine's matrix peak (measured in the same run), the reducers' share of
-onnxruntime's time, the size of artifacts, compile time by stage, and the memory of a training step. Weights are random.
+times stand multiply-adds, the share of the machine's matrix peak (measured in every round), the reducers' share of
+onnxruntime's time, memory beyond the weights, the size of artifacts, compile time by stage, and the memory of a
+training step. Weights are random.
 
     python -m benchmarks.performance                        # many minutes
     python -m benchmarks.performance --work vilt --batch 1  # a part
@@ -91,16 +92,28 @@ WORKS: dict[str, tuple[Callable[[], nn.Module], tuple[str, ...], tuple[int, ...]
 }
 
 
-def matrix_peak() -> float:
-    """Multiply-adds in a second of the fastest of some float32 matrix products."""
-    best = 0.0
-    for size in (1024, 2048, 3072):
-        a, b = torch.randn(size, size), torch.randn(size, size)
-        for _ in range(4):
+class MatrixPeak:
+    """The machine's float32 matrix arithmetic, measured where the contenders are: products of the sizes of a large
+    linear layer, for half a second of every round."""
+
+    def __init__(self) -> None:
+        self.rows, self.inner, self.columns = 1536, 768, 3072
+        self.a, self.b = torch.randn(self.rows, self.inner), torch.randn(self.inner, self.columns)
+        self.samples: list[float] = []
+
+    def run(self, seconds: float = 0.5) -> None:
+        """Take one sample: the median of products one after another."""
+        found, end = [], time.perf_counter() + seconds
+        while time.perf_counter() < end:
             start = time.perf_counter()
-            a @ b
-            best = max(best, size**3 / (time.perf_counter() - start))
-    return best
+            self.a @ self.b
+            found.append(self.rows * self.inner * self.columns / (time.perf_counter() - start))
+        self.samples.append(statistics.median(found))
+
+    @property
+    def multiply_adds(self) -> float:
+        """In a second, median over the rounds."""
+        return statistics.median(self.samples)
 
 
 # --- contenders -----------------------------------------------------------------------------------------------------
@@ -111,7 +124,27 @@ def onnx_contender(path: Path, inputs: dict[str, Tensor], multiply_adds: int, **
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     feed = {i.name: inputs[i.name].numpy() for i in session.get_inputs()}
     size = path.stat().st_size + sum(data.stat().st_size for data in path.parent.glob(f"{path.name}*.data"))
+    facts["activation_bytes"] = forward_memory(path, inputs)
     return Contender(lambda: session.run(None, feed), multiply_adds, {"bytes": size, **facts})
+
+
+def forward_memory(path: Path, inputs: dict[str, Tensor]) -> int:
+    """Peak memory of a run under onnxruntime beyond what the loaded model takes, in bytes; in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save(inputs, f"{folder}/inputs.pt")
+        command = [sys.executable, "-m", "benchmarks.performance", "--forward", str(path), f"{folder}/inputs.pt"]
+        done = subprocess.run(command, capture_output=True, check=True, text=True)
+    return int(done.stdout.splitlines()[-1])
+
+
+def forward(path: str, inputs: str) -> None:
+    """Print what `forward_memory` gives."""
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    tensors = torch.load(inputs, weights_only=True)
+    feed = {i.name: tensors[i.name].numpy() for i in session.get_inputs()}
+    base = reset_peak()
+    session.run(None, feed)
+    print(_memory("VmHWM") - base)
 
 
 def ours(
@@ -138,25 +171,28 @@ def ours(
         pumer.export(reduced or program, path, options=OnnxOptions(target=target))
     count = whole if reduced is None else reduced.plan.multiply_adds_after
     name = f"onnx {schedule}{' fused' if target else ''}"
-    yield name, onnx_contender(path, inputs, count, stages=stages, reducers=reducer_share(path, inputs))
+    shares = operator_shares(path, inputs)
+    yield name, onnx_contender(path, inputs, count, stages=stages, **shares)
     if reduced is not None and target is None:
         yield f"eager {schedule}", Contender(lambda: reduced.module(**inputs), count)
 
 
-def reducer_share(path: Path, inputs: dict[str, Tensor]) -> float:
-    """Share of the operators' time that nodes of reducers take under onnxruntime."""
+def operator_shares(path: Path, inputs: dict[str, Tensor]) -> dict[str, float]:
+    """Shares of the operators' time under onnxruntime: of the reducers (with the attention that they are given), and of
+    the published softmax that stands for the model's."""
     options = onnxruntime.SessionOptions()
     options.enable_profiling = True
     with tempfile.TemporaryDirectory() as folder:
         options.profile_file_prefix = str(Path(folder) / "profile")
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         feed = {i.name: inputs[i.name].numpy() for i in session.get_inputs()}
-        for _ in range(3):
+        for _ in range(5):
             session.run(None, feed)
         events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
     kernels = [e for e in events if e.get("cat") == "Node" and str(e["name"]).endswith("_kernel_time")]
     total = sum(e["dur"] for e in kernels)
-    return sum(e["dur"] for e in kernels if "reducer." in e["name"]) / total
+    parts = {"reducers": "reducer.", "published_softmax": "published_softmax."}
+    return {part: sum(e["dur"] for e in kernels if name in e["name"]) / total for part, name in parts.items()}
 
 
 def peers(model: nn.Module, inputs: dict[str, Tensor], folder: Path, whole: int) -> Iterator[tuple[str, Contender]]:
@@ -201,11 +237,13 @@ def contenders(
     return found
 
 
-def alternate(found: dict[str, Contender], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of every run, in turn, after two rounds of warm-up."""
+def alternate(found: dict[str, Contender], rounds: int, peak: MatrixPeak) -> dict[str, list[float]]:
+    """Milliseconds of every run, in turn, after two rounds of warm-up. What PyTorch runs comes first in each round, as
+    threads of onnxruntime spin on for a while."""
     samples: dict[str, list[float]] = {name: [] for name in found}
     for turn in range(rounds + 2):
-        for name, contender in found.items():
+        peak.run()
+        for name, contender in sorted(found.items(), key=lambda item: "onnx" in item[0]):
             time.sleep(REST)
             start = time.perf_counter()
             contender.run()
@@ -229,11 +267,17 @@ def train_step(work: str, schedule: str, batch: int) -> None:
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     gc.collect()
-    base = _memory("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the high-water mark starts anew
+    base = reset_peak()
     forward(**inputs).logits.float().pow(2).mean().backward()
     optimizer.step()
-    print(json.dumps({"base": base, "peak": _memory("VmHWM") - base}))
+    print(_memory("VmHWM") - base)
+
+
+def reset_peak() -> int:
+    """Let the high-water mark of this process's memory start anew; what it has now, in bytes."""
+    base = _memory("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+    return base
 
 
 def _memory(name: str) -> int:
@@ -243,19 +287,19 @@ def _memory(name: str) -> int:
 
 
 def training(work: str, schedules: tuple[str, ...], batch: int) -> dict[str, Any]:
-    """A step of each in a process of its own."""
-    found = {}
-    for schedule in ("none", *schedules):
+    """Bytes that a step of each takes, three times, each in a process of its own."""
+    found: dict[str, Any] = {schedule: [] for schedule in ("none", *schedules)}
+    for schedule in 3 * tuple(found):
         command = [sys.executable, "-m", "benchmarks.performance", "--train-step", work, schedule, str(batch)]
         done = subprocess.run(command, capture_output=True, check=True, text=True)
-        found[schedule] = json.loads(done.stdout.splitlines()[-1])
+        found[schedule].append(int(done.stdout.splitlines()[-1]))
     return found
 
 
 # --- everything -----------------------------------------------------------------------------------------------------
 
 
-def measure(work: str, batch: int, rounds: int, peak: float) -> dict[str, Any]:
+def measure(work: str, batch: int, rounds: int) -> dict[str, Any]:
     """One model at one batch size."""
     build, schedules, _ = WORKS[work]
     model = build()
@@ -263,25 +307,29 @@ def measure(work: str, batch: int, rounds: int, peak: float) -> dict[str, Any]:
     torch._dynamo.reset()
     with tempfile.TemporaryDirectory() as name, torch.no_grad(), traceable():
         found = contenders(model, schedules, inputs, Path(name))
-        samples = alternate(found, rounds)
+        peak = MatrixPeak()
+        samples = alternate(found, rounds, peak)
     rows = {}
     for name, contender in found.items():
         median = statistics.median(samples[name])
-        share = contender.multiply_adds * batch / (median / 1e3) / peak
+        share = contender.multiply_adds * batch / (median / 1e3) / peak.multiply_adds
         rows[name] = {
             "milliseconds": samples[name],
             "multiply_adds": contender.multiply_adds,
             "share_of_peak": share,
             **contender.facts,
         }
-    return rows
+    return {"matrix_peak_multiply_adds_per_second": peak.samples, "contenders": rows}
 
 
 def print_rows(work: str, batch: int, rows: dict[str, Any]) -> None:
     """A table; ratios are to our own unreduced ONNX model."""
+    peak, rows = statistics.median(rows["matrix_peak_multiply_adds_per_second"]), rows["contenders"]
     base = rows["onnx none"]
-    print(f"\n{work}, batch {batch}")
-    print(f"{'':<28}{'median ms':>10}{'quartiles':>16}{'time':>8}{'work':>8}{'of peak':>9}{'reducers':>10}{'MB':>7}")
+    print(f"\n{work}, batch {batch}; matrix peak {2 * peak / 1e9:.0f} GFLOP/s")
+    print(
+        f"{'':<28}{'median ms':>10}{'quartiles':>16}{'time':>8}{'work':>8}{'of peak':>9}{'reducers':>10}{'MB':>7}{'+MB':>6}"
+    )
     for name, row in rows.items():
         low, median, high = statistics.quantiles(row["milliseconds"], n=4)
         saved = statistics.median(base["milliseconds"]) / median
@@ -290,7 +338,7 @@ def print_rows(work: str, batch: int, rows: dict[str, Any]) -> None:
         line += f"{row['share_of_peak']:>9.0%}"
         if "bytes" in row:
             line += f"{row['reducers']:>10.1%}" if "reducers" in row else f"{'':>10}"
-            line += f"{row['bytes'] / 1e6:>7.0f}"
+            line += f"{row['bytes'] / 1e6:>7.0f}{row['activation_bytes'] / 1e6:>6.0f}"
         print(line, flush=True)
 
 
@@ -301,7 +349,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    panels = [(w, b, rows) for w, batches in result["works"].items() for b, rows in batches.items()]
+    panels = [(w, b, rows["contenders"]) for w, batches in result["works"].items() for b, rows in batches.items()]
     figure, axes = pyplot.subplots(1, len(panels), figsize=(6 * len(panels), 6), squeeze=False)
     for axis, (work, batch, rows) in zip(axes[0], panels, strict=True):
         names = list(rows)[::-1]
@@ -323,27 +371,30 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="a small model, and no file unless --output is given")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--train-step", nargs=3, metavar=("WORK", "SCHEDULE", "BATCH"), help=argparse.SUPPRESS)
+    parser.add_argument("--forward", nargs=2, metavar=("MODEL", "INPUTS"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.forward:
+        forward(*arguments.forward)
+        return
     if arguments.train_step:
         work, schedule, batch = arguments.train_step
         train_step(work, schedule, int(batch))
         return
     works = ["tiny"] if arguments.tiny else arguments.work
-    peak = matrix_peak()
     result: dict[str, Any] = {"machine": machine(), "threads": torch.get_num_threads(), "text_length": TEXT}
-    result |= {"matrix_peak_multiply_adds_per_second": peak, "works": {}, "training": {}}
-    print(f"matrix peak: {2 * peak / 1e9:.0f} GFLOP/s with {torch.get_num_threads()} threads")
+    result |= {"works": {}, "training": {}}
     for work in works:
         _, schedules, batches = WORKS[work]
         for batch in arguments.batch or batches:
-            rows = measure(work, batch, arguments.rounds, peak)
+            rows = measure(work, batch, arguments.rounds)
             result["works"].setdefault(work, {})[batch] = rows
             print_rows(work, batch, rows)
         if work != "meter":
             largest = max(arguments.batch or batches)
-            steps = result["training"][work] = {"batch": largest, **training(work, schedules, largest)}
+            steps = training(work, schedules, largest)
+            result["training"][work] = {"batch": largest, "bytes": steps}
             for schedule in schedules:
-                less = 1 - steps[schedule]["peak"] / steps["none"]["peak"]
+                less = 1 - statistics.median(steps[schedule]) / statistics.median(steps["none"])
                 print(f"training step of {work} at batch {largest}, {schedule}: {less:.0%} less memory")
     output = arguments.output or (None if arguments.tiny else RESULTS)
     if output is not None:

@@ -154,8 +154,9 @@ def test_reducers_can_be_read_in_a_viewer(compiled: Compiled, case: str) -> None
     for scope in wanted:
         assert any(found == scope or found.startswith(f"{scope}.") for found in scopes), scope
     for scope in scopes:
-        known = {*wanted, "reducer.weights", "reducer.softmax"}  # masks, once; the published softmax, in every layer
+        known = {*wanted, "reducer.weights"}  # masks, once
         assert any(scope == found or scope.startswith(f"{found}.") for found in known), scope
+    assert any(name.startswith("published_softmax.cross_modal_0/") for name in names)
     reducing = [node for node in model.graph.node if node.name.startswith("reducer.")]
     assert "MatMul" in {node.op_type for node in reducing}
     picking = [node for node in reducing if node.op_type.startswith(("Gather", "ArgM"))]

@@ -131,7 +131,7 @@ class _PublishedSoftmax(_Emitter):
                 known = weights.get(segment.stream or "")
                 present.append(known or self.ones(walk, walk.length(segment, epochs), like))
         module = PublishedMaskedSoftmax()
-        name = f"reducer.softmax.{attention.name}"
+        name = f"published_softmax.{attention.name}"
         if not attention.fused:
             assert attention.scores is not None and attention.probabilities is not None
             walk.adopt_epochs(attention.probabilities, attention.scores)

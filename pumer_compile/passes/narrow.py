@@ -14,6 +14,7 @@ from torch import fx
 from torch.fx.node import map_aggregate
 
 from ..errors import AxisError
+from ..reducers import PublishedMaskedSoftmax
 from .axes import Concat, Constraint, Dim, Literal, Opaque, Reshape, Same, same_size
 from .graph import values
 from .rules import argument, aten, int_arg, ints_arg, node_arg, overloads, rule_for, shape, wrap
@@ -123,6 +124,8 @@ def leaves(arguments: Any) -> list[fx.Node | Cut]:
 
 def narrow(node: fx.Node, wanted: Range) -> Narrow | None:
     """How an operator gives a range of its result; None where it must give all."""
+    if node.op == "call_module":
+        return _narrow_published(node, wanted)
     rule = rule_for(node)
     try:
         if rule is None or not _by_position(node, wanted):
@@ -136,6 +139,24 @@ def narrow(node: fx.Node, wanted: Range) -> Narrow | None:
     if joined is not None and joined.result.index == wanted.dim:
         return _narrow_join(node, wanted, joined)
     return _narrow_along(node, wanted, constraints)
+
+
+def _narrow_published(node: fx.Node, wanted: Range) -> Narrow | None:
+    """Rows of the published softmax, which has to know the number of the first one; None of any other module."""
+    if published_softmax(node) is None or wanted.dim != len(shape(node)) - 2:
+        return None
+    scores, *weights = node.args
+    assert isinstance(scores, fx.Node)
+    first = int(node.kwargs.get("first", 0)) + wanted.start
+    return Narrow(wanted, (Cut(scores, wanted), *weights), {"first": first})
+
+
+def published_softmax(node: fx.Node) -> PublishedMaskedSoftmax | None:
+    """The module that a node calls, where it is the published softmax."""
+    if node.op != "call_module" or node.graph.owning_module is None:
+        return None
+    module = node.graph.owning_module.get_submodule(str(node.target))
+    return module if isinstance(module, PublishedMaskedSoftmax) else None
 
 
 def _by_position(node: fx.Node, wanted: Range) -> bool:

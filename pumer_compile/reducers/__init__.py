@@ -2,7 +2,7 @@
 
 from .align import AlignAxis, TokenWeights, UnitWeights
 from .attention import SizeBias, TextRowsAttention
-from .masked_softmax import PublishedAttention, PublishedMaskedSoftmax
+from .masked_softmax import PublishedMaskedSoftmax
 from .merger import ModalityAwareMerger
 from .pruner import TextInformedPruner
 from .reducer import StreamReducer, forced_decisions
@@ -10,7 +10,6 @@ from .reducer import StreamReducer, forced_decisions
 __all__ = [
     "AlignAxis",
     "ModalityAwareMerger",
-    "PublishedAttention",
     "PublishedMaskedSoftmax",
     "SizeBias",
     "StreamReducer",

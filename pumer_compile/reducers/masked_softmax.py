@@ -1,10 +1,12 @@
-"""The softmax of the published PuMer code, which multiplies by the mask (semantics `reference`), alone and together
-with the product that reads it."""
+"""The softmax of the published PuMer code, which multiplies by the mask (semantics `reference`)."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from .ranking import identity
 
@@ -28,54 +30,49 @@ class PublishedMaskedSoftmax(nn.Module):
             weights: of the keys, `[batch, n]` each, side by side along the keys; 0 is padding.
             first: number of the first query, where the others before it are left out.
         """
-        x = scores.float()
-        x = (x - x.amax(-1, keepdim=True)).exp()
+        mask = None
         if weights:
             mask = torch.cat(weights, 1).float().unsqueeze(1).unsqueeze(1)
             queries, keys = scores.shape[-2:]
             eye = identity(first + queries, keys, scores.device)[first:]
-            x = x * (mask + (1 - mask) * eye)
-        spread = EPS / scores.shape[-1]
-        return (x + spread) / (x.sum(-1, keepdim=True) + EPS)
+            mask = mask + (1 - mask) * eye
+        if torch.compiler.is_compiling() or (mask is not None and mask.requires_grad):
+            return _published(scores, mask)
+        found: Tensor = _InPlace.apply(scores, mask)  # type: ignore[no-untyped-call]
+        return found
 
 
-class PublishedAttention(nn.Module):
-    """`PublishedMaskedSoftmax(scores) @ values`, with the sums in another order.
+def _published(scores: Tensor, mask: Tensor | None) -> Tensor:
+    """The formula as it stands, for what traces it."""
+    x = scores.float()
+    x = (x - x.amax(-1, keepdim=True)).exp()
+    if mask is not None:
+        x = x * mask
+    return (x + EPS / x.shape[-1]) / (x.sum(-1, keepdim=True) + EPS)
 
-    The mask is on the side of the keys, so it can multiply the values instead of the scores; what a masked query sees
-    of itself is one number for each query; and the division comes after the product. That leaves one value of the
-    size of the scores to be written, and kept for the backward pass, after their difference from the maximum; the
-    formula as it stands has five. The maximum has no gradient here: it is of the order of eps.
 
-    Sums of what is not divided yet would overflow in float16: for float32 alone.
-    """
+class _InPlace(torch.autograd.Function):
+    """The same in one new value, of which the backward pass keeps the result alone; as a softmax does. Autograd would
+    keep four of its size. The maximum gets no gradient: it is of the order of eps."""
 
-    def forward(self, scores: Tensor, values: Tensor, *weights: Tensor, first: int = 0) -> Tensor:
-        """The attention's result, `[batch, heads, queries, head_size]`, float32.
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, mask: Tensor | None) -> Tensor:
+        x = scores.float()
+        x = (x - x.amax(-1, keepdim=True)).exp_()
+        if mask is not None:
+            x *= mask
+        total = x.sum(-1, keepdim=True) + EPS
+        x += EPS / x.shape[-1]
+        x /= total
+        ctx.save_for_backward(x, total)
+        ctx.dtype = scores.dtype
+        return x
 
-        Args:
-            scores: scaled, not masked, `[batch, heads, queries, keys]`, float32.
-            values: `[batch, heads, keys, head_size]`, float32.
-            weights, first: as for `PublishedMaskedSoftmax`.
-        """
-        x = (scores - scores.detach().amax(-1, keepdim=True)).exp()
-        spread = EPS * values.mean(-2, keepdim=True)
-        if not weights:
-            return (x @ values + spread) / (x.sum(-1, keepdim=True) + EPS)
-        mask = torch.cat(weights, 1).float().unsqueeze(1).unsqueeze(-1)
-        own, last = self._own(x, first)
-        seen = own * (1 - mask[:, :, first:last])
-        result, total = x @ (values * mask), x @ mask
-        rest = x.shape[-2] - (last - first)
-        alone = seen * values[:, :, first:last]
-        if rest:  # queries beyond the last key have no key of their own
-            alone, seen = (torch.nn.functional.pad(part, (0, 0, 0, rest)) for part in (alone, seen))
-        return (result + alone + spread) / (total + seen + EPS)
-
-    def _own(self, x: Tensor, first: int) -> tuple[Tensor, int]:
-        """What query i gives key i, `[batch, heads, n, 1]`, and the number of the last-but-one such query."""
-        queries, keys = x.shape[-2:]
-        last = max(first, min(first + queries, keys))
-        # Entries of the diagonal are one row and one column apart.
-        stop = first + (last - first) * (keys + 1)
-        return x.flatten(-2)[..., first : min(stop, queries * keys) : keys + 1].unsqueeze(-1), last
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        found, total = ctx.saved_tensors
+        rest = gradient - (gradient * found).sum(-1, keepdim=True)
+        # Before eps was added and the sum divided by.
+        rest *= found - EPS / found.shape[-1] / total
+        return rest.to(ctx.dtype), None

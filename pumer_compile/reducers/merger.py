@@ -101,7 +101,7 @@ class ModalityAwareMerger(nn.Module):
         rank = descending_rank(best)
         merged = rank < self.merge
         order = ranked(rank, torch.arange(self.merge, device=rank.device))
-        target = (order * indices(nearest).unsqueeze(1)).sum(-1)
+        target = (order.float() @ indices(nearest).float().unsqueeze(-1)).squeeze(-1).long()
         return Matching(indices(order), target, best, scores, merged, nearest & merged.unsqueeze(-1))
 
     @staticmethod

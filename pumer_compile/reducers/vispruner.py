@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .ranking import descending_rank, one_hot
+from .ranking import descending_rank, indices, one_hot
 
 Order = Literal["reference", "stable"]
 
@@ -177,5 +177,4 @@ def selection(keep: Tensor, budget: int) -> VisualSelection:
     """The `budget` tokens where `keep` (`[batch, tokens]`, bool) is true."""
     row = torch.where(keep, keep.long().cumsum(-1) - 1, -1)
     rows = one_hot(row, budget).transpose(1, 2)
-    index = torch.arange(keep.shape[1], device=keep.device)
-    return VisualSelection((rows * index).sum(-1), rows.float())
+    return VisualSelection(indices(rows), rows.float())

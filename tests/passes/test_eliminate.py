@@ -432,10 +432,11 @@ def copy_of(captured: Program) -> fx.GraphModule:
 # --- with reducers --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("form", ["sdpa", "unfused"])
 @pytest.mark.parametrize("semantics", ["reference", "paper", "safe"])
-def test_reducers_read_whole_streams(semantics: str) -> None:
+def test_reducers_read_whole_streams(semantics: str, form: str) -> None:
     """A site before the last layer: the same decisions and outputs with the pass as without it, at less cost."""
-    config = Config(layers=2, mask="additive", form="sdpa")
+    config = Config(layers=2, mask="additive", form=form)
     states = []
     for left_out in ((), ("eliminate",)):
         captured = program(config)
@@ -450,12 +451,31 @@ def test_reducers_read_whole_streams(semantics: str) -> None:
     torch.testing.assert_close(with_pass, expected.detach(), atol=1e-5, rtol=0)
     plans = [s.plan for s in states]
     n, width = sum(plans[0].layers["cross_modal.1"].values()), config.width
-    # The published softmax reads every row of the scores.
-    queries = (n - 1) * width**2 + (n - 1) * n * width if semantics == "reference" else 0
-    saved = last_layer(n, n, width) - last_layer(n, 1, width) - queries
+    saved = last_layer(n, n, width) - last_layer(n, 1, width)
     assert plans[1].multiply_adds_after - plans[0].multiply_adds_after == saved
     assert plans[0].multiply_adds_before == plans[1].multiply_adds_before
     assert plans[0].sites[0].multiply_adds[0] == plans[1].sites[0].multiply_adds[0]
+
+
+def last_word(x: Tensor, text: int) -> Tensor:
+    """A token that is not the first."""
+    return x[:, text - 1]
+
+
+def test_a_row_of_the_published_softmax_knows_its_number() -> None:
+    """The only query left is of a masked word, which sees the key of its own number."""
+    config = Config(layers=2, mask="additive", head=last_word)
+    captured = program(config)
+    narrowed = reduce(captured, schedule("reference", (0,), prune=0.2, merge={"image": 0.3, "text": 0}))
+    state = State(captured.module, narrowed.schedule, dict(captured.inputs), {})
+    run_passes(state, tuple(step for step in PASSES if step.name != "eliminate"))
+    inputs = inputs_for(config, seed=5)
+    assert inputs["attention_mask"][:, -1].tolist() == [1, 0]
+    with torch.no_grad():
+        found, expected = narrowed.module(**inputs), state.reduced(**inputs)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+    *_, softmax = (n for n in narrowed.module.graph.nodes if "published_softmax" in str(n.target))
+    assert softmax.kwargs["first"] == config.text - 1 and softmax.meta["val"].shape[2] == 1
 
 
 def test_a_site_that_nothing_reads_any_more_is_said(caplog: pytest.LogCaptureFixture) -> None:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pumer_compile.reducers import PublishedAttention, PublishedMaskedSoftmax
+from pumer_compile.reducers import PublishedMaskedSoftmax
 from tests.helpers import data_dependent, published_softmax
 
 
@@ -124,33 +124,38 @@ def test_nothing_data_dependent_is_traced(queries: int) -> None:
     assert not data_dependent(program.run_decompositions().graph_module)
 
 
-@given(cases(), st.integers(0, 6), st.integers(1, 6), st.integers(0, 4), st.booleans())
-def test_together_with_its_product(case: dict, first: int, rows: int, more: int, masked: bool) -> None:
-    """Any rows of self-attention, or of cross-attention with fewer or more queries than keys."""
-    square = case["scores"].double()
-    scores = torch.cat([square, square.flip(2)[:, :, :more]], 2)
-    values = torch.randn(*square.shape[:2], square.shape[3], 5, generator=torch.Generator().manual_seed(0)).double()
-    weights = case["weights"].split(case["lengths"], 1) if masked else ()
-    wanted = torch.from_numpy(oracle(scores, case["weights"] if masked else None)) @ values
-    rows = range(scores.shape[2])[first : first + rows]
-    taken = scores[:, :, rows.start : rows.stop].float()
-    if not rows:
-        return
-    found = PublishedAttention()(taken, values.float(), *weights, first=rows.start)
-    torch.testing.assert_close(found.double(), wanted[:, :, rows.start : rows.stop], atol=2e-6, rtol=0)
-    alone = PublishedMaskedSoftmax()(taken, *weights, first=rows.start) @ values.float()
-    torch.testing.assert_close(found, alone, atol=2e-6, rtol=0)
+@given(cases(), st.integers(0, 6), st.integers(1, 6), st.integers(0, 4))
+def test_rows_of_it(case: dict, first: int, count: int, more: int) -> None:
+    """Any rows of self-attention, or of cross-attention with fewer or more queries than keys: as they are in all."""
+    scores = torch.cat([case["scores"], case["scores"].flip(2)[:, :, :more]], 2)
+    parts = case["weights"].split(case["lengths"], 1)
+    rows = range(scores.shape[2])[first : first + count]
+    taken = scores[:, :, rows.start : rows.stop]
+    found = PublishedMaskedSoftmax()(taken, *parts, first=rows.start)
+    assert torch.equal(found, PublishedMaskedSoftmax()(scores, *parts)[:, :, rows.start : rows.stop])
 
 
-def test_gradients_together_with_its_product() -> None:
-    """Those of the formula as it stands, but for the maximum's, which is of the order of eps."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("masked", [False, True])
+def test_gradients_are_those_of_the_formula(masked: bool, dtype: torch.dtype) -> None:
+    """As autograd has them of what is traced, but for the maximum's, which is of the order of eps."""
     generator = torch.Generator().manual_seed(0)
-    scores = torch.randn(2, 2, 5, 5, generator=generator, requires_grad=True)
-    values = torch.randn(2, 2, 5, 3, generator=generator, requires_grad=True)
-    weights = torch.tensor([[1.0, 0.5, 0.25, 0.0, 1.0]] * 2, requires_grad=True)
-    factors = torch.randn(2, 2, 5, 3, generator=generator)
-    plain = (PublishedMaskedSoftmax()(scores, weights) @ values * factors).sum()
-    together = (PublishedAttention()(scores, values, weights) * factors).sum()
-    given = (scores, values, weights)
-    for a, b in zip(torch.autograd.grad(plain, given), torch.autograd.grad(together, given), strict=True):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    scores = torch.randn(2, 2, 5, 5, generator=generator).to(dtype).requires_grad_()
+    weights = (torch.tensor([[1.0, 0.5, 0.25, 0.0, 1.0]] * 2),) if masked else ()
+    factors = torch.randn(2, 2, 5, 5, generator=generator)
+    traced = torch.export.export(PublishedMaskedSoftmax(), (scores, *weights)).module()
+    found, wanted = (f(scores, *weights) for f in (PublishedMaskedSoftmax(), traced))
+    assert torch.equal(found, wanted)
+    ours, theirs = (torch.autograd.grad((out * factors).sum(), scores)[0] for out in (found, wanted))
+    assert ours.dtype == dtype
+    torch.testing.assert_close(ours, theirs, atol=2e-6 if dtype == torch.float32 else 1e-3, rtol=0)
+
+
+def test_autograd_keeps_the_result_alone() -> None:
+    """And the row sums: what a softmax keeps, and not every step of the formula."""
+    kept: list[Tensor] = []
+    scores = torch.randn(2, 3, 7, 7, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        out = PublishedMaskedSoftmax()(scores, torch.ones(2, 7))
+    assert [tuple(t.shape) for t in kept] == [(2, 3, 7, 7), (2, 3, 7, 1)]
+    assert kept[0].data_ptr() == out.data_ptr()
