@@ -33,6 +33,7 @@ from typing import Any
 import onnxruntime
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 import pumer_compile as pumer
 from benchmarks.torch_compile import traceable
@@ -155,7 +156,9 @@ def ours(
     whole: int,
     target: Target | None = None,
 ) -> Iterator[tuple[str, Contender]]:
-    """The ONNX model of a schedule, and (without a target) the reduced module in eager PyTorch."""
+    """The ONNX model of a schedule, and the reduced module in eager PyTorch; of a variant (with a target's operators, or
+    without padding) the ONNX model alone."""
+    variant = " fused" if target else " no padding" if program.unpadded else ""
     stages: dict[str, float] = {}
 
     @contextmanager
@@ -166,14 +169,14 @@ def ours(
 
     with stage("reduce"):
         reduced = None if schedule == "none" else pumer.reduce(program, schedule)
-    path = folder / f"{schedule}{'-fused' if target else ''}.onnx"
+    path = folder / f"{schedule}{variant.replace(' ', '-')}.onnx"
     with stage("export and prove"):
         pumer.export(reduced or program, path, options=OnnxOptions(target=target))
     count = whole if reduced is None else reduced.plan.multiply_adds_after
-    name = f"onnx {schedule}{' fused' if target else ''}"
+    name = f"onnx {schedule}{variant}"
     shares = operator_shares(path, inputs)
     yield name, onnx_contender(path, inputs, count, stages=stages, **shares)
-    if reduced is not None and target is None:
+    if reduced is not None and not variant:
         yield f"eager {schedule}", Contender(lambda: reduced.module(**inputs), count)
 
 
@@ -195,15 +198,17 @@ def operator_shares(path: Path, inputs: dict[str, Tensor]) -> dict[str, float]:
     return {part: sum(e["dur"] for e in kernels if name in e["name"]) / total for part, name in parts.items()}
 
 
-def peers(model: nn.Module, inputs: dict[str, Tensor], folder: Path, whole: int) -> Iterator[tuple[str, Contender]]:
+def peers(
+    model: nn.Module, inputs: dict[str, Tensor], folder: Path, whole: int, compiled: bool
+) -> Iterator[tuple[str, Contender]]:
     """The unreduced model as others run it."""
-    from transformers import PreTrainedModel
     from transformers.exporters.configs import OnnxConfig
     from transformers.exporters.exporter_onnx import OnnxExporter
 
     yield "eager", Contender(lambda: model(**inputs), whole)
-    compiled = torch.compile(model, backend="inductor", fullgraph=True, dynamic=False)
-    yield "inductor", Contender(lambda: compiled(**inputs), whole)
+    if compiled:
+        inductor = torch.compile(model, backend="inductor", fullgraph=True, dynamic=False)
+        yield "inductor", Contender(lambda: inductor(**inputs), whole)
     if not isinstance(model, PreTrainedModel):
         return
     for name, fusions in (("transformers onnx", None), ("transformers onnx fused", "cpu")):
@@ -215,20 +220,24 @@ def peers(model: nn.Module, inputs: dict[str, Tensor], folder: Path, whole: int)
 
 
 def contenders(
-    model: nn.Module, schedules: tuple[str, ...], inputs: dict[str, Tensor], folder: Path
+    model: nn.Module, schedules: tuple[str, ...], inputs: dict[str, Tensor], folder: Path, compiled: bool
 ) -> dict[str, Contender]:
-    """Everybody, ready to run; who cannot run the model is left out and named."""
+    """Everybody, ready to run; under `torch.compile` where that is asked for (minutes for each)."""
     start = time.perf_counter()
     program = pumer.capture(model, inputs)
     captured = time.perf_counter() - start
     whole = pumer.reduce(program, schedules[0]).plan.multiply_adds_before
-    found: dict[str, Contender] = dict(peers(model, inputs, folder, whole))
+    found: dict[str, Contender] = dict(peers(model, inputs, folder, whole, compiled))
     for schedule in ("none", "lossless", *schedules):
         found.update(ours(program, schedule, folder, inputs, whole))
         found[f"onnx {schedule}"].facts["stages"]["capture"] = captured
         gc.collect()
-    for schedule in schedules:
-        if not schedule.startswith("meter"):
+    if compiled:
+        unpadded = pumer.capture(model, inputs, padding=False)
+        for schedule in ("none", *schedules):
+            found.update(ours(unpadded, schedule, folder, inputs, whole))
+    for schedule in schedules if compiled else ():
+        if isinstance(model, PreTrainedModel):
             found.update(ours(program, schedule, folder, inputs, whole, "onnxruntime-cpu"))
         options = {"schedule": schedule}
         reduced = torch.compile(model, backend="pumer", options=options, fullgraph=True, dynamic=False)
@@ -306,7 +315,7 @@ def measure(work: str, batch: int, rounds: int) -> dict[str, Any]:
     inputs = make_inputs(model, batch=batch, text_length=TEXT if work != "tiny" else 16, padding=False)
     torch._dynamo.reset()
     with tempfile.TemporaryDirectory() as name, torch.no_grad(), traceable():
-        found = contenders(model, schedules, inputs, Path(name))
+        found = contenders(model, schedules, inputs, Path(name), work != "meter")
         peak = MatrixPeak()
         samples = alternate(found, rounds, peak)
     rows = {}
@@ -327,9 +336,8 @@ def print_rows(work: str, batch: int, rows: dict[str, Any]) -> None:
     peak, rows = statistics.median(rows["matrix_peak_multiply_adds_per_second"]), rows["contenders"]
     base = rows["onnx none"]
     print(f"\n{work}, batch {batch}; matrix peak {2 * peak / 1e9:.0f} GFLOP/s")
-    print(
-        f"{'':<28}{'median ms':>10}{'quartiles':>16}{'time':>8}{'work':>8}{'of peak':>9}{'reducers':>10}{'MB':>7}{'+MB':>6}"
-    )
+    heads = f"{'median ms':>10}{'quartiles':>16}{'time':>8}{'work':>8}{'of peak':>9}{'reducers':>10}{'MB':>7}{'+MB':>6}"
+    print(f"{'':<28}{heads}")
     for name, row in rows.items():
         low, median, high = statistics.quantiles(row["milliseconds"], n=4)
         saved = statistics.median(base["milliseconds"]) / median

@@ -35,6 +35,7 @@ from .inputs import (
 )
 from .loading import LoadedModel, first_line, quiet
 from .outputs import select_outputs
+from .passes.no_padding import fold_masks, masks_of
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Program:
     and device; their batch is 2 where the batch is dynamic and the sample had a batch of 1. `outputs` are the
     names that were asked for; with any, the module returns a dictionary of them. `fixed` are inputs whose numbers the
     model looked at while it was traced (the sizes of images that are cut into crops): the graph is for these alone and
-    does not read them.
+    does not read them. `unpadded` are those of them that are masks, of ones.
     """
 
     module: fx.GraphModule
@@ -59,6 +60,7 @@ class Program:
     checkpoint_sha256: str | None = None
     outputs: tuple[str, ...] = ()
     fixed: tuple[str, ...] = ()
+    unpadded: tuple[str, ...] = ()
 
 
 def capture(
@@ -68,12 +70,14 @@ def capture(
     dynamic_batch: bool = False,
     streams: Mapping[str, str] | None = None,
     outputs: Sequence[str] | None = None,
+    padding: bool = True,
 ) -> Program:
     """Capture `model` as a graph, in eval mode, with the shapes of `inputs` (tensors by forward argument).
 
     `dynamic_batch` keeps dimension 0 symbolic for every input that has the batch there; all other sizes are
     fixed. `streams` names the token stream that an input starts (`{"input_ids": "text"}`) where the graph
-    alone does not say. `outputs` keeps only some outputs, by name (`["itm_score"]`).
+    alone does not say. `outputs` keeps only some outputs, by name (`["itm_score"]`). Without `padding` masks of ones
+    are written into the graph, which then reads none: it is for inputs that are never padded.
     `inputs` may be left out for an `ExportedProgram` that holds its example inputs.
 
     Raises UsageError for inputs that do not fit the model and CaptureError for a model that cannot be traced.
@@ -98,7 +102,14 @@ def capture(
         )
     if outputs:
         select_outputs(program.module, outputs)
-    return replace(program, streams=dict(streams or {}), checkpoint_sha256=sha256, outputs=tuple(outputs or ()))
+    program = replace(program, streams=dict(streams or {}), checkpoint_sha256=sha256, outputs=tuple(outputs or ()))
+    return program if padding else _without_padding(program)
+
+
+def _without_padding(program: Program) -> Program:
+    masks = masks_of(program.inputs)
+    fold_masks(program.module, masks, program.inputs)
+    return replace(program, fixed=(*program.fixed, *masks), unpadded=tuple(masks))
 
 
 # transformers' exporter looks at these before it traces; on the meta device there is nothing to see.

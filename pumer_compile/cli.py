@@ -169,6 +169,7 @@ def compile_(
     text_length: opt.TextLength = None,
     image_size: opt.ImageSize = None,
     dynamic_batch: Annotated[bool, typer.Option("--dynamic-batch", help="Leave the batch size open.")] = False,
+    no_padding: opt.NoPadding = False,
     stream: opt.Streams = None,
     outputs: opt.Outputs = None,
     component: opt.Component = None,
@@ -249,6 +250,7 @@ def compile_(
         stream,
         outputs,
         component,
+        padding=not no_padding,
     )
     reduced = _reduced(program, chosen, dump_graph)
     with _stage("exporting" if no_verify else "exporting and proving") as progress:
@@ -354,6 +356,7 @@ def plan_(
     text_length: opt.TextLength = None,
     image_size: opt.ImageSize = None,
     stream: opt.Streams = None,
+    no_padding: opt.NoPadding = False,
     outputs: opt.Outputs = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     dump_graph: opt.DumpGraph = None,
@@ -362,8 +365,9 @@ def plan_(
     """Show token counts and multiply-adds of one sample, before and after; write nothing."""
     if schedule == "none":
         raise UsageError("`--schedule none` reduces nothing, so there is no plan. Name a schedule file or a preset.")
+    sizes = (batch, text_length, image_size)
     program, chosen = _captured(
-        model, schedule, config, allow_pickle, inputs, (batch, text_length, image_size), False, stream, outputs
+        model, schedule, config, allow_pickle, inputs, sizes, False, stream, outputs, padding=not no_padding
     )
     reduced = _reduced(program, chosen, dump_graph)
     if as_json:
@@ -468,6 +472,8 @@ def _captured(
     stream: list[str] | None,
     outputs: str | None,
     component: str | None = None,
+    *,
+    padding: bool = True,
 ) -> tuple[Any, Any]:
     """Load and capture, the schedule first: a typo should not wait for a model to load."""
     from .schedule import Schedule
@@ -490,11 +496,14 @@ def _captured(
         elif component is not None:
             sample = _image_prompt(loaded.source, batch, text_length, pixels)
         else:
-            sample = make_inputs(loaded.source, batch=batch, text_length=text_length, image_size=pixels)
+            sample = make_inputs(
+                loaded.source, batch=batch, text_length=text_length, image_size=pixels, padding=padding
+            )
     with _stage("capturing"):
         wanted = outputs or ("image_hidden_states" if component else "")
         kept = [name.strip() for name in wanted.split(",") if name.strip()]
-        return capture(loaded, sample, dynamic_batch=dynamic_batch, streams=streams, outputs=kept), chosen
+        program = capture(loaded, sample, dynamic_batch=dynamic_batch, streams=streams, outputs=kept, padding=padding)
+        return program, chosen
 
 
 def _image_prompt(

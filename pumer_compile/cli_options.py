@@ -46,6 +46,13 @@ Outputs = Annotated[
     str | None,
     typer.Option("--outputs", metavar="NAME,...", help="Keep only these outputs of the model.", show_default=False),
 ]
+NoPadding = Annotated[
+    bool,
+    typer.Option(
+        "--no-padding",
+        help="No text or image is ever padded: masks are written into the artifact as ones, which then takes none.",
+    ),
+]
 Component = Annotated[
     str | None,
     typer.Option(

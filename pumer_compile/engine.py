@@ -109,7 +109,7 @@ class Engine:
             UsageError: an input is missing, is not one of the artifact's, or has another shape.
         """
         check_prompts(self.manifest, inputs)
-        fixed = self.manifest.get("fixed_inputs") or {}
+        fixed = {*(self.manifest.get("fixed_inputs") or {}), *(self.manifest.get("unpadded_inputs") or ())}
         inputs = {name: tensor for name, tensor in inputs.items() if name not in fixed}
         unknown = [name for name in inputs if name not in self.inputs]
         if unknown:

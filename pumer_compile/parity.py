@@ -83,6 +83,7 @@ def parity(
         dynamic_batch=bool(manifest["dynamic_batch"]),
         streams=manifest["streams"],
         outputs=manifest.get("kept_outputs"),
+        padding=not manifest.get("unpadded_inputs"),
     )
     exact = in_precision(program, "float32") if program.model is not None else program
     schedule = Schedule.from_manifest(manifest["schedule"]) if manifest["schedule"] else None
@@ -127,7 +128,9 @@ def _batches(
     dtypes = {name: spec["dtype"] for name, spec in _specs(manifest).items()}
     prompts = [PromptPlace(**place) for place in (manifest.get("plan") or {}).get("prompts", ())]
     fixed = {name: torch.tensor(values) for name, values in (manifest.get("fixed_inputs") or {}).items()}
-    return random_batches(model, _sample_shapes(manifest), dtypes, prompts=prompts, fixed=fixed)
+    shapes = _sample_shapes(manifest)
+    fixed |= {name: torch.ones(shapes[name], dtype=torch.int64) for name in manifest.get("unpadded_inputs") or ()}
+    return random_batches(model, shapes, dtypes, prompts=prompts, fixed=fixed)
 
 
 def _specs(manifest: Mapping[str, Any]) -> dict[str, Any]:

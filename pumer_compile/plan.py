@@ -108,6 +108,12 @@ def check_prompts(manifest: Mapping[str, Any], inputs: Mapping[str, Tensor]) -> 
                 f"The artifact was compiled for {name} {values}, which is written into it (images of another shape are "
                 f"cut otherwise), and was given {inputs[name].tolist()}. Compile it for this shape."
             )
+    for name in manifest.get("unpadded_inputs") or ():
+        if name in inputs and not bool((inputs[name] == 1).all()):
+            raise UsageError(
+                f"The artifact was compiled with --no-padding, and {name} has padding (zeros). Compile it without, or "
+                "give it samples of full length."
+            )
     blocks: dict[tuple[str, int], list[tuple[int, int]]] = {}
     for place in (manifest.get("plan") or {}).get("prompts", ()):
         blocks.setdefault((place["input"], place["placeholder"]), []).append((place["start"], place["stop"]))

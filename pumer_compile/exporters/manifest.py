@@ -81,7 +81,8 @@ def make_manifest(
             for name, tensor in program.inputs.items()
             if name not in inputs
         },
-        "fixed_inputs": {name: program.inputs[name].tolist() for name in program.fixed},
+        "fixed_inputs": {n: program.inputs[n].tolist() for n in program.fixed if n not in program.unpadded},
+        "unpadded_inputs": list(program.unpadded),
         "outputs": outputs,
         "decisions": decisions,
         "dynamic_batch": program.dynamic_batch,

@@ -95,6 +95,7 @@ class ReduceStep(DynamoExporter):
     schedule: Schedule | None = None
     streams: Mapping[str, str] = {}
     outputs: Sequence[str] = ()
+    padding: bool = True
     output_names: list[str]
     decision_names: list[str]
 
@@ -120,8 +121,8 @@ class ReduceStep(DynamoExporter):
         self, exported: ExportedProgram, sample_inputs: MutableMapping[str, Any], given: dict[str, Any], config: Any
     ) -> ExportedProgram:
         self.output_names, self.decision_names = [], []
-        if self.schedule is not None or self.outputs:
-            program = capture(exported, given, streams=self.streams, outputs=self.outputs)
+        if self.schedule is not None or self.outputs or not self.padding:
+            program = capture(exported, given, streams=self.streams, outputs=self.outputs, padding=self.padding)
             for name in program.fixed:
                 sample_inputs.pop(name)
             exported, self.output_names, self.decision_names = reduced_export(
@@ -145,10 +146,15 @@ class ReducedOnnxExporter(OnnxExporter, ReduceStep):  # type: ignore[misc]  # on
     """
 
     def __init__(
-        self, schedule: Schedule | None, streams: Mapping[str, str] | None = None, outputs: Sequence[str] = ()
+        self,
+        schedule: Schedule | None,
+        streams: Mapping[str, str] | None = None,
+        outputs: Sequence[str] = (),
+        padding: bool = True,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.schedule, self.streams, self.outputs = schedule, dict(streams or {}), tuple(outputs)
+        self.padding = padding
 
 
 def reduced_export(
@@ -272,7 +278,14 @@ def in_precision(program: Program, dtype: Precision) -> Program:
         )
     model = copy.deepcopy(program.model).to(wanted)
     inputs = {k: v.to(wanted) if v.is_floating_point() else v for k, v in program.inputs.items()}
-    return capture(model, inputs, dynamic_batch=program.dynamic_batch, streams=program.streams, outputs=program.outputs)
+    return capture(
+        model,
+        inputs,
+        dynamic_batch=program.dynamic_batch,
+        streams=program.streams,
+        outputs=program.outputs,
+        padding=not program.unpadded,
+    )
 
 
 def dynamic_shapes(program: Program) -> dict[str, Any] | None:
@@ -291,7 +304,7 @@ def _through_transformers(
     shapes: dict[str, Any] | None,
     options: OnnxOptions,
 ) -> OnnxBuild:
-    exporter = ReducedOnnxExporter(schedule, program.streams, program.outputs)
+    exporter = ReducedOnnxExporter(schedule, program.streams, program.outputs, not program.unpadded)
     wanted: dict[str, Any] = {"dynamic_shapes": shapes, "opset_version": options.opset}
     if options.target is not None:
         wanted["ort_fusions"] = _FUSIONS[options.target]
@@ -308,6 +321,12 @@ def _through_transformers(
             converted, _ = exporter.export_program(model, dict(program.inputs), config)
         else:  # transformers 5.17
             converted = exporter.export(model, dict(program.inputs), config).model
+    if program.unpadded:
+        # transformers names inputs, in order, after what the model was traced with: the masks as well.
+        for value, name in zip(
+            converted.graph.inputs, (n for n in program.inputs if n not in program.fixed), strict=True
+        ):
+            value.name = name
     names = exporter.output_names or [str(value.name) for value in converted.graph.outputs]
     return named(converted, names, exporter.decision_names)
 

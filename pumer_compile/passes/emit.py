@@ -248,7 +248,7 @@ class _Reduce(_Emitter):
         if dim == 0:
             new = [walk.call(aten.contiguous.default, walk.call(aten.transpose.int, piece, 0, 1)) for piece in new]
         walk.env[carrier] = walk.call(aten.cat.default, new, dim) if len(new) > 1 else new[0]
-        made = {s: self._step(walk, s, result) for s, result in results.items()}
+        made = {s: self._step(walk, s, result, weights[s]) for s, result in results.items()}
         walk.bump(Dim(carrier, dim), {s: epoch for s, epoch in made.items() if s in axis.streams})
         if attention.cross_modal:
             for stream, epoch in made.items():
@@ -349,8 +349,8 @@ class _Reduce(_Emitter):
         result = walk.call_module(f"reducer.{self.attention.name}.{stream}", reducer, *arguments)
         return [walk.item(result, i) for i in range(ASSIGNED + 1)]
 
-    def _step(self, walk: Rewriter, stream: str, outputs: list[fx.Node]) -> int:
-        """Enter a reducer into the walk; gives the epoch it makes."""
+    def _step(self, walk: Rewriter, stream: str, outputs: list[fx.Node], weights: fx.Node | None) -> int:
+        """Enter a reducer of a stream with these weights (None: ones) into the walk; gives the epoch it makes."""
         reducer = self.site.reducers[stream]
         step = Step(
             self._epoch(stream),
@@ -361,7 +361,9 @@ class _Reduce(_Emitter):
             self._first_stays(reducer),
         )
         epoch = walk.add_step(stream, step)
-        self.insertions.weights[stream, epoch] = outputs[WEIGHTS]
+        # Means of ones are ones, and need not be carried.
+        if weights is not None or reducer.carried == "sum":
+            self.insertions.weights[stream, epoch] = outputs[WEIGHTS]
         return epoch
 
     def _first_stays(self, reducer: StreamReducer) -> bool:

@@ -1,0 +1,178 @@
+"""Masks of ones leave the graph, whatever they did; what reads them otherwise reads ones; nothing else changes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from torch import Tensor, nn
+
+import pumer_compile as pumer
+from pumer_compile import capture, reduce
+from pumer_compile.errors import UsageError
+from pumer_compile.exporters.manifest import read_manifest
+from tests import commands
+from tests.models import Config, Fusion, highest, inputs_for, make, schedule
+from tests.tiny import tiny_vilt
+
+aten = torch.ops.aten
+
+
+def ones(config: Config, **options: Any) -> dict[str, Tensor]:
+    inputs = inputs_for(config, **options)
+    return {n: torch.ones_like(t) if n.endswith("mask") else t for n, t in inputs.items()}
+
+
+def read(module: torch.fx.GraphModule, name: str) -> bool:
+    (node,) = (n for n in module.graph.find_nodes(op="placeholder") if n.target == name)
+    return bool(node.users)
+
+
+CONFIGS = [
+    Config(mask=mask, form=form, patch_mask=patches, dynamic=dynamic)
+    for mask, form, patches, dynamic in [
+        ("additive", "unfused", False, False),
+        ("additive", "sdpa", True, True),
+        ("bool", "unfused", True, False),
+        ("bool", "sdpa", False, True),
+        ("expanded", "unfused", False, True),
+    ]
+]
+# Text length = head size = heads x batch.
+CONFIGS.append(Config(mask="additive", text=8, heads=4, width=32, batch=2))
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_masks_leave_the_graph(config: Config) -> None:
+    model, inputs = make(config), ones(config)
+    plain = capture(model, inputs, dynamic_batch=config.dynamic)
+    folded = capture(model, inputs, dynamic_batch=config.dynamic, padding=False)
+    masks = [name for name in inputs if name.endswith("mask")]
+    assert folded.unpadded == folded.fixed == tuple(masks)
+    assert not any(read(folded.module, name) for name in masks) and all(read(plain.module, name) for name in masks)
+    kinds = {aten.add.Tensor, aten.masked_fill.Scalar, aten.mul.Tensor, aten.scaled_dot_product_attention.default}
+    before, after = ([n for n in p.module.graph.nodes if n.target in kinds] for p in (plain, folded))
+    # A residual and an MLP's are left in each layer, and no mask in any attention.
+    fused = [n for n in after if n.target is aten.scaled_dot_product_attention.default]
+    assert all(n.args[3:4] in ((), (None,)) and n.kwargs.get("attn_mask") is None for n in fused)
+    assert len(fused) == (config.layers if config.form == "sdpa" else 0)
+    assert len(before) - len(after) >= (0 if config.form == "sdpa" else config.layers)
+    for batch in (config.batch, 3) if config.dynamic else (config.batch,):
+        other = ones(config, seed=4, batch=batch)
+        with torch.no_grad():
+            torch.testing.assert_close(folded.module(**other), plain.module(**other), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("semantics", ["reference", "paper", "safe"])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_reducers_need_no_weights(semantics: str, dynamic: bool) -> None:
+    config = Config(mask="additive", dynamic=dynamic, head=highest)
+    model, inputs, budgets = make(config), ones(config), schedule(semantics, (0, 1))
+    plain = reduce(capture(model, inputs, dynamic_batch=dynamic), budgets)
+    folded = reduce(capture(model, inputs, dynamic_batch=dynamic, padding=False), budgets)
+    called = {str(n.target) for n in folded.module.graph.nodes if n.op == "call_module"}
+    assert not any(name.startswith(("reducer.weights", "reducer.ones")) for name in called)
+    softmaxes = [n for n in folded.module.graph.nodes if "published_softmax" in str(n.target)]
+    assert len(softmaxes) == (config.layers if semantics == "reference" else 0)
+    assert all(len(node.args) == 1 for node in softmaxes)
+    assert folded.plan.multiply_adds_after <= plain.plan.multiply_adds_after
+    other = ones(config, seed=4)
+    with torch.no_grad():
+        torch.testing.assert_close(folded.module(**other), plain.module(**other), atol=1e-5, rtol=1e-5)
+
+
+class Pooled(Fusion):
+    """Reads the last word, which its mask tells, as well."""
+
+    def forward(self, input_ids: Tensor, pixel_values: Tensor, attention_mask: Tensor) -> Any:
+        last = attention_mask.sum(1) - 1
+        return super().forward(input_ids, pixel_values, attention_mask) + 0.1 * last.unsqueeze(-1)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_what_reads_a_mask_otherwise_reads_ones(dynamic: bool) -> None:
+    config = Config(dynamic=dynamic)
+    torch.manual_seed(0)
+    model, inputs = Pooled(config).eval(), ones(config)
+    folded = capture(model, inputs, dynamic_batch=dynamic, padding=False)
+    assert not read(folded.module, "attention_mask")
+    other = ones(config, seed=4, batch=3 if dynamic else None)
+    with torch.no_grad():
+        torch.testing.assert_close(folded.module(**other), model(**other), atol=1e-6, rtol=1e-6)
+
+
+class Counts(nn.Module):
+    """Its mask is no mask of an attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.up(x) * (attention_mask.sum() + 1)
+
+
+def test_what_does_not_fire_is_an_error() -> None:
+    x, mask = torch.randn(2, 3, 4), torch.ones(2, 3, dtype=torch.int64)
+    with pytest.raises(UsageError, match=r"found nothing to leave out.*attention_mask of ones"):
+        capture(Counts(), {"x": x, "attention_mask": mask}, padding=False)
+    with pytest.raises(UsageError, match=r"no input is a mask: input_ids, pixel_values"):
+        config = Config(mask="none")
+        capture(make(config), inputs_for(config), padding=False)
+    with pytest.raises(UsageError, match=r"attention_mask of the sample inputs has padding"):
+        capture(make(Config()), inputs_for(Config()), padding=False)
+
+
+def test_a_mask_that_falls_the_other_way_stays() -> None:
+    """`where` takes its second value everywhere, and a mask that is ones adds them."""
+
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+            real = attention_mask.unsqueeze(-1)
+            y = torch.where(real == 0, x, self.up(x))
+            return y + real
+
+    x, mask = torch.randn(2, 3, 4), torch.ones(2, 3, dtype=torch.int64)
+    model = Odd()
+    folded = capture(model, {"x": x, "attention_mask": mask}, padding=False)
+    targets = [n.target for n in folded.module.graph.nodes]
+    assert aten.where.self not in targets and aten.add.Tensor in targets
+    torch.testing.assert_close(folded.module(x=x, attention_mask=mask), model(x, mask))
+
+
+def test_the_command_line(tmp_path: Path) -> None:
+    tiny_vilt(num_hidden_layers=2).save_pretrained(tmp_path / "model")
+    artifact = tmp_path / "model.onnx"
+    budgets = commands.schedule()
+    given = ("--schedule", budgets, "--no-padding", "--batch", 2)
+    commands.done("compile", tmp_path / "model", "-o", artifact, *given)
+    names = {value.name for value in onnx.load(str(artifact), load_external_data=False).graph.input}
+    manifest = read_manifest(artifact)
+    assert "attention_mask" not in names and "attention_mask" in manifest["unpadded_inputs"]
+    assert manifest["parity"]["passed"] and not manifest["fixed_inputs"]
+    commands.done("parity", artifact, "--model", tmp_path / "model")
+    feed = {name: torch.from_numpy(array) for name, array in commands.feed(2).items()}
+    feed |= {name: torch.ones_like(t) for name, t in feed.items() if name.endswith("mask")}
+    engine = pumer.Engine(artifact)
+    assert set(engine(**feed)) == {"logits"}
+    feed["attention_mask"][1, -1] = 0
+    with pytest.raises(UsageError, match=r"--no-padding, and attention_mask has padding"):
+        engine(**feed)
+
+
+def test_nothing_reduced_and_no_padding(tmp_path: Path) -> None:
+    """`--schedule none` through transformers' chain, too, and `plan`."""
+    tiny_vilt(num_hidden_layers=2).save_pretrained(tmp_path / "model")
+    commands.done("compile", tmp_path / "model", "-o", tmp_path / "m.onnx", "--schedule", "none", "--no-padding")
+    graph = onnx.load(str(tmp_path / "m.onnx"), load_external_data=False).graph
+    assert "attention_mask" not in {value.name for value in graph.input}
+    softmaxes = {node.input[0] for node in graph.node if node.op_type == "Softmax"}
+    assert not [n for n in graph.node if n.op_type == "Add" and n.output[0] in softmaxes]
+    commands.done("plan", tmp_path / "model", "--schedule", commands.schedule(), "--no-padding")
