@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import functools
 import io
 import json
 import logging
 import os
 import signal
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,23 +123,34 @@ def inner_manifest(path: Path) -> dict[str, Any]:
     return json.loads(found[0])
 
 
-# --- One small model and its artifacts, made when first asked for -----------------------------------------------------
+# --- One small model and its artifacts, made when first asked for, once for all processes -----------------------------
 
-_FOLDER = tempfile.TemporaryDirectory(prefix="pumer-compile-tests-")
 SCHEDULE = "layers: [0]\nprune: 0.1\nmerge: {image: 0.3, text: 0.2}\n"
 TOKENS = {"cross_modal.0": {"text": 10, "image": 22}, "cross_modal.1": {"text": 10, "image": 22}}
 """After each layer of the small model with `SCHEDULE`; 12 and 37 before."""
 
 
 def _shared(name: str) -> Path:
-    return Path(_FOLDER.name) / name
+    return Path(os.environ["PUMER_COMPILE_TESTS"]) / name
+
+
+@contextlib.contextmanager
+def _once(path: Path) -> Iterator[bool]:
+    """Whether a file or a folder is still to be made; who wants it meanwhile waits."""
+    made = path.with_name(f"{path.name}.made")
+    with path.with_name(f"{path.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield not made.exists()
+        made.touch()
 
 
 @functools.cache
 def folder(seed: int = 0, layers: int = 2) -> Path:
     """A tiny ViLT as a save_pretrained folder: 12 text and 37 image tokens."""
     path = _shared(f"model-{seed}-{layers}")
-    tiny_vilt(seed=seed, num_hidden_layers=layers).save_pretrained(path)
+    with _once(path) as missing:
+        if missing:
+            tiny_vilt(seed=seed, num_hidden_layers=layers).save_pretrained(path)
     return path
 
 
@@ -147,7 +158,9 @@ def folder(seed: int = 0, layers: int = 2) -> Path:
 def schedule() -> Path:
     """`SCHEDULE` as a file."""
     path = _shared("schedule.yaml")
-    path.write_text(SCHEDULE, encoding="utf-8")
+    with _once(path) as missing:
+        if missing:
+            path.write_text(SCHEDULE, encoding="utf-8")
     return path
 
 
@@ -155,9 +168,11 @@ def schedule() -> Path:
 def artifact(*options: str) -> Path:
     """The tiny ViLT, reduced by `SCHEDULE`, batch 2, proved; with a report. Tests must not change it."""
     path = _shared("-".join(["artifact", *(option.strip("-") for option in options)])) / "model.onnx"
-    path.parent.mkdir()
-    report = ("--report", path.with_name("report.json"))
-    done(folder(), "--schedule", schedule(), "-o", path, "--batch", 2, *report, *options)
+    with _once(path.parent) as missing:
+        if missing:
+            path.parent.mkdir(exist_ok=True)
+            report = ("--report", path.with_name("report.json"))
+            done(folder(), "--schedule", schedule(), "-o", path, "--batch", 2, *report, *options)
     return path
 
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import tempfile
+
+import pytest
 import torch
 from hypothesis import settings
 
@@ -12,3 +17,11 @@ settings.load_profile("fixed")
 torch.manual_seed(0)
 # Small models: a second thread costs more than it gives.
 torch.set_num_threads(1)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """A folder for what `tests.commands` makes once; processes that pytest-xdist starts inherit its name."""
+    if not hasattr(config, "workerinput"):
+        folder = tempfile.mkdtemp(prefix="pumer-compile-tests-")
+        os.environ["PUMER_COMPILE_TESTS"] = folder
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))

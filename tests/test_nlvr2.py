@@ -39,9 +39,9 @@ from tests.tiny import text_inputs, tiny_vilt
 
 Inputs = dict[str, Tensor]
 NO_SITES: dict[str, Any] = {"layers": []}
-TWO: dict[str, Any] = {"layers": [0, 2], "prune": 0.1, "merge_image": 0.3, "merge_text": 0.2}
-SCHEDULE = {"layers": [0, 2], "prune": 0.1, "merge": {"image": 0.3, "text": 0.2}}
-LABELS = {"num_hidden_layers": 4}
+TWO: dict[str, Any] = {"layers": [0, 1], "prune": 0.1, "merge_image": 0.3, "merge_text": 0.2}
+SCHEDULE = {"layers": [0, 1], "prune": 0.1, "merge": {"image": 0.3, "text": 0.2}}
+LABELS = {"num_hidden_layers": 3}
 
 
 def pixels(*shape: int) -> Tensor:
@@ -95,9 +95,9 @@ def test_two_images(semantics: str) -> None:
         torch.testing.assert_close(result.module(**sample).logits, expected, atol=1e-4, rtol=1e-4)
         assert (model(**sample).logits - expected).abs().max() > 1e-2
     assert [list(c.values()) for c in result.plan.tokens().values()] == counts
-    assert list(result.plan.tokens()) == [f"cross_modal.{i}{call}" for call in ("", "@1") for i in range(4)]
+    assert list(result.plan.tokens()) == [f"cross_modal.{i}{call}" for call in ("", "@1") for i in range(3)]
     assert [site.name for site in result.plan.sites] == [
-        f"cross_modal.{i}{call}" for call in ("", "@1") for i in (0, 2)
+        f"cross_modal.{i}{call}" for call in ("", "@1") for i in (0, 1)
     ]
 
 
@@ -122,7 +122,7 @@ def test_each_image_is_a_stream() -> None:
 def test_two_images_as_an_artifact(tmp_path: Path) -> None:
     model, sample, _ = nlvr2()
     result = reduced_nlvr2("reference")
-    pumer.export(result, tmp_path / "model.onnx")
+    pumer.export(result, tmp_path / "model.onnx", verify=False)
     report = pumer.parity(tmp_path / "model.onnx", model, sample)
     assert report.passed, report.failures()
     assert tensorrt_refuses(tmp_path / "model.onnx") == []
@@ -136,13 +136,13 @@ def test_two_images_as_an_artifact(tmp_path: Path) -> None:
 
 def test_the_command_tells_the_passes_apart(tmp_path: Path) -> None:
     nlvr2()[0].save_pretrained(tmp_path / "model")
-    lines = ["layers: [0, 2]", "prune: 0.1", "merge: {image: 0.3, text: 0.2}"]
+    lines = ["layers: [0, 1]", "prune: 0.1", "merge: {image: 0.3, text: 0.2}"]
     (tmp_path / "schedule.yaml").write_text("\n".join(lines) + "\n", encoding="utf-8")
     arguments = ("plan", tmp_path / "model", "--schedule", tmp_path / "schedule.yaml", "--batch", 2)
-    names = [f"cross_modal.{i}{call}" for call in ("", "@1") for i in (0, 2)]
+    names = [f"cross_modal.{i}{call}" for call in ("", "@1") for i in (0, 1)]
     assert [site["site"] for site in json.loads(done(*arguments, "--json").out)["sites"]] == names
     table = done(*arguments).out  # narrow: a name may go on in the next line
-    assert (table.count("cross_modal.0"), table.count("cross_modal.2"), table.count("@1")) == (2, 2, 2)
+    assert (table.count("cross_modal.0"), table.count("cross_modal.1"), table.count("@1")) == (2, 2, 2)
 
 
 HEADS: dict[str, tuple[type[PreTrainedModel], dict[str, Any], str]] = {
@@ -173,13 +173,14 @@ def test_other_vilt_heads(name: str, semantics: str) -> None:
         expected = getattr(model, HEADS[name][2])(pooled)
         torch.testing.assert_close(state.reduced(**sample).logits, expected, atol=1e-5, rtol=0)
         assert (model(**sample).logits - expected).abs().max() > 1e-3
-    assert [list(plan.after.values()) for _, plan in state.insertions.done] == [counts[0], counts[2]]
+    assert [list(plan.after.values()) for _, plan in state.insertions.done] == [counts[0], counts[1]]
 
 
-@pytest.mark.parametrize("name", HEADS)
-def test_other_vilt_heads_as_artifacts(name: str, tmp_path: Path) -> None:
+def test_another_vilt_head_as_an_artifact(tmp_path: Path) -> None:
+    """Entailment has the class of question answering, of which there are artifacts elsewhere."""
+    name = "retrieval"
     model, sample, captured = vilt_head(name)
-    pumer.export(reduce(captured, Schedule(**SCHEDULE)), tmp_path / "model.onnx")
+    pumer.export(reduce(captured, Schedule(**SCHEDULE)), tmp_path / "model.onnx", verify=False)
     report = pumer.parity(tmp_path / "model.onnx", model, sample)
     assert report.passed, report.failures()
     assert tensorrt_refuses(tmp_path / "model.onnx") == []
@@ -257,7 +258,7 @@ def test_paper_semantics_would_move_the_token_that_meters_image_pooler_reads() -
 
 def test_meter_with_two_images_as_an_artifact(tmp_path: Path) -> None:
     model, sample, captured = meter_head("visual reasoning")
-    pumer.export(reduce(captured, Schedule(sites=SITES)), tmp_path / "model.onnx")
+    pumer.export(reduce(captured, Schedule(sites=SITES)), tmp_path / "model.onnx", verify=False)
     report = pumer.parity(tmp_path / "model.onnx", model, sample)
     assert report.passed, report.failures()
     assert tensorrt_refuses(tmp_path / "model.onnx") == []

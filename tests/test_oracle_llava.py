@@ -150,9 +150,14 @@ def test_padding_in_front() -> None:
 # --- Through the command line -----------------------------------------------------------------------------------------
 
 
+# What is left of one case through the command line and proved by it, and a case that drops nothing; all go through
+# eager PyTorch.
+COMPILED = {"T48-r0.5": (), "T144-r1.0": ("--no-verify",)}
+
+
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The whole prefill of a case, with the cache, compiled and proved once by the command line."""
+    """The whole prefill of a case, with the cache, compiled once by the command line."""
     folder = tmp_path_factory.mktemp("llava")
 
     def artifact(case: str) -> Path:
@@ -164,7 +169,8 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Any:
             given.write_text(
                 f"method: vispruner\nbudget: {spec['budget']}\nimportant: {spec['important_ratio']}\n", encoding="utf-8"
             )
-            done(FOLDER, "--schedule", given, "--inputs", FOLDER / "inputs.npz", "-o", path)
+            options = COMPILED[case]
+            done(FOLDER, "--schedule", given, "--inputs", FOLDER / "inputs.npz", "-o", path, *options)
         return path
 
     return artifact
@@ -174,7 +180,7 @@ def given() -> dict[str, np.ndarray]:
     return {name: t.numpy() for name, t in tensors().items()}
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", COMPILED)
 def test_onnx(compiled: Any, case: str) -> None:
     outputs = onnx_outputs(compiled(case), given())
     logits = outputs["logits"]
@@ -209,7 +215,7 @@ def test_the_tower_alone(tmp_path: Path) -> None:
     path = tmp_path / "vision.onnx"
     (tmp_path / "schedule.yaml").write_text("method: vispruner\nbudget: 48\n", encoding="utf-8")
     inputs = ("--inputs", FOLDER / "inputs.npz")
-    done(FOLDER, "--schedule", tmp_path / "schedule.yaml", *inputs, "-o", path, "--component", "vision")
+    done(FOLDER, "--schedule", tmp_path / "schedule.yaml", *inputs, "-o", path, "--component", "vision", "--no-verify")
     outputs = onnx_outputs(path, {"pixel_values": given()["pixel_values"]})
     assert set(outputs) == {"image_hidden_states", "reducer.vision_2.prompt_image.kept"}
     np.testing.assert_array_equal(outputs["reducer.vision_2.prompt_image.kept"], EXPECTED["T48-r0.5.kept"])

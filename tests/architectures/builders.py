@@ -39,19 +39,20 @@ TEXT: dict[str, Any] = {
     "vocab_size": WORDS,
     "hidden_size": 24,
     "intermediate_size": 40,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 2,
     "num_attention_heads": 3,
     "max_position_embeddings": 32,
 }
 VISION: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 44,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "image_size": PATCHED_IMAGE,
     "patch_size": 8,
 }
-FUSION_LAYERS = 4
+# Two that reduce, and one that reads what is left.
+FUSION_LAYERS = 3
 
 
 def randomised(model: Model, seed: int = 0) -> Model:
@@ -70,21 +71,21 @@ def randomised(model: Model, seed: int = 0) -> Model:
 
 
 def bridgetower() -> PreTrainedModel:
-    """Two towers of four layers and four co-attention pairs, linked from the second pair on."""
+    """Two towers of three layers and three co-attention pairs, linked from the second pair on."""
     # The attention of its vision tower has heads of 64, whatever the configuration says.
-    vision = {"hidden_size": 128, "num_hidden_layers": 4, "patch_size": 8, "image_size": PATCHED_IMAGE}
+    vision = {"hidden_size": 128, "num_hidden_layers": FUSION_LAYERS, "patch_size": 8, "image_size": PATCHED_IMAGE}
     config = BridgeTowerConfig(
         hidden_size=TEXT["hidden_size"],
         num_attention_heads=TEXT["num_attention_heads"],
         num_hidden_layers=FUSION_LAYERS,
-        text_config={**TEXT, "num_hidden_layers": 4, "pad_token_id": 1},
+        text_config={**TEXT, "num_hidden_layers": FUSION_LAYERS, "pad_token_id": 1},
         vision_config={**vision, "num_channels": 3},
     )
     return randomised(BridgeTowerForImageAndTextRetrieval(config))
 
 
 def lxmert() -> PreTrainedModel:
-    """Region features; two layers for each modality and four that cross."""
+    """Region features; one layer for each modality and three that cross."""
     config = LxmertConfig(
         vocab_size=WORDS,
         hidden_size=TEXT["hidden_size"],
@@ -92,8 +93,8 @@ def lxmert() -> PreTrainedModel:
         num_attention_heads=TEXT["num_attention_heads"],
         max_position_embeddings=TEXT["max_position_embeddings"],
         num_qa_labels=7,
-        l_layers=2,
-        r_layers=2,
+        l_layers=1,
+        r_layers=1,
         x_layers=FUSION_LAYERS,
         visual_feat_dim=20,
     )
@@ -170,13 +171,15 @@ def flava() -> PreTrainedModel:
 def clip() -> PreTrainedModel:
     """Two towers that meet in one product."""
     text = {**TEXT, "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1}
-    return randomised(CLIPModel(CLIPConfig(text_config=text, vision_config=VISION, projection_dim=16)))
+    vision = {**VISION, "num_hidden_layers": 3}
+    return randomised(CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)))
 
 
 def siglip() -> PreTrainedModel:
     """The same without a class token: a learned query pools the image."""
     text = {**TEXT, "projection_size": VISION["hidden_size"]}
-    return randomised(SiglipModel(SiglipConfig(text_config=text, vision_config=VISION)))
+    vision = {**VISION, "num_hidden_layers": 3}
+    return randomised(SiglipModel(SiglipConfig(text_config=text, vision_config=vision)))
 
 
 # --- inputs ---------------------------------------------------------------------------------------------------------

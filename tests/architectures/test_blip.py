@@ -17,8 +17,8 @@ class TestBlip(PaperSuite):
     outputs = ("itm_score",)
     image = 37
     learned = 1
-    sites: ClassVar = {0: 0, 1: 1, 2: 2}
-    modules: ClassVar = [f"text_encoder.encoder.layer.{i}.crossattention.self" for i in range(3)]
+    sites: ClassVar = {0: 0, 1: 1}
+    modules: ClassVar = [f"text_encoder.encoder.layer.{i}.crossattention.self" for i in range(2)]
 
     @classmethod
     def replaced(cls, model: Any, oracle: Oracle, sites: set[int]) -> dict[nn.Module, Forward]:

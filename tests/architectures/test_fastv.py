@@ -82,8 +82,14 @@ def check_close(found: Tensor, wanted: Tensor) -> None:
 CASES = [("LLaVA", 1), ("LLaVA", 2), ("PaliGemma", 1), ("PaliGemma", 2), ("PaliGemma", 3)]
 
 
-@pytest.mark.parametrize(("name", "layer"), CASES)
-@pytest.mark.parametrize(("attention", "budget"), [("sdpa", 12), ("eager", 12), ("sdpa", 35), ("eager", 1)])
+VARIANTS = [("sdpa", 12), ("eager", 1), ("eager", 12), ("sdpa", 35)]
+
+
+# Every layer with both kinds of attention and two budgets.
+@pytest.mark.parametrize(
+    ("name", "layer", "attention", "budget"),
+    [(*case, *VARIANTS[(2 * i + j) % 4]) for i, case in enumerate(CASES) for j in range(2)],
+)
 def test_the_layers_run_one_by_one(name: str, layer: int, attention: str, budget: int) -> None:
     model, inputs = built(name)
     wanted = by_hand(model, inputs, layer, budget)

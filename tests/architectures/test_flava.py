@@ -17,8 +17,8 @@ class TestFlava(PaperSuite):
     outputs = ("multimodal_output.pooler_output",)
     image = 37
     learned = 1
-    sites: ClassVar = {0: 0, 1: 1, 2: 2}
-    modules: ClassVar = [f"multimodal_model.encoder.layer.{i}.attention.attention" for i in range(3)]
+    sites: ClassVar = {0: 0, 1: 1}
+    modules: ClassVar = [f"multimodal_model.encoder.layer.{i}.attention.attention" for i in range(2)]
 
     @classmethod
     def replaced(cls, model: Any, oracle: Oracle, sites: set[int]) -> dict[nn.Module, Forward]:

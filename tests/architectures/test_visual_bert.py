@@ -16,8 +16,8 @@ class TestVisualBert(PaperSuite):
     make_inputs = staticmethod(words_and_visual_embeds)
     outputs = ("logits",)
     image = 18
-    sites: ClassVar = {0: 0, 1: 1, 2: 2}
-    modules: ClassVar = [f"visual_bert.encoder.layer.{i}.attention.self" for i in range(3)]
+    sites: ClassVar = {0: 0, 1: 1}
+    modules: ClassVar = [f"visual_bert.encoder.layer.{i}.attention.self" for i in range(2)]
 
     @classmethod
     def replaced(cls, model: Any, oracle: Oracle, sites: set[int]) -> dict[nn.Module, Forward]:

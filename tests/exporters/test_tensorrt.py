@@ -116,7 +116,7 @@ def test_decisions_are_outputs_where_asked_for(reduced: Reduced, tmp_path: Path)
 
 @pytest.mark.parametrize(("dtype", "name"), [("float16", "HALF"), ("bfloat16", "BF16")])
 def test_reducers_decide_in_single_precision(dtype: str, name: str, tmp_path: Path) -> None:
-    path = artifact("--dtype", dtype, *(("--no-verify",) if dtype == "bfloat16" else ()))
+    path = artifact("--dtype", dtype, "--no-verify")
     products = [(layer, kinds) for layer, kind, kinds in layers(path) if kind == "MATRIX_MULTIPLY"]
     inside = [kinds for layer, kinds in products if layer.startswith("reducer.")]
     merging = [kinds for kinds in inside if kinds == [name]]  # the features themselves: once for each stream

@@ -91,7 +91,7 @@ def check(model: Deep, inputs: Tensors, layer: int, budget: int) -> None:
 # --- What it computes -------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     before=st.integers(0, 5),
     after=st.integers(1, 5),

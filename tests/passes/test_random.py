@@ -16,7 +16,7 @@ from tests.pairs import CoAttention, Oracle, PairConfig
 
 SEMANTICS = ("reference", "paper", "safe", "tome")
 # A capture takes a second: a failing example is shown as it is, and not made smaller.
-few = settings(max_examples=16, phases=(Phase.explicit, Phase.generate))
+few = settings(max_examples=10, phases=(Phase.explicit, Phase.generate))
 
 
 def highest(x: Tensor, text: int) -> Tensor:

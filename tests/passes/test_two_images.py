@@ -147,9 +147,15 @@ CONFIGS = [
 ]
 
 
-@pytest.mark.parametrize("semantics", SEMANTICS)
-@pytest.mark.parametrize("config", CONFIGS, ids=["default", "fused", "colliding"])
-@pytest.mark.parametrize("kind", [TwoPasses, OwnPlaces, TextOnce])
+# Every two of a kind, a configuration and a semantics meet.
+@pytest.mark.parametrize(
+    ("kind", "config", "semantics"),
+    [
+        pytest.param(kind, CONFIGS[i], SEMANTICS[(i + j) % 3], id=f"{kind.__name__}-{name}-{SEMANTICS[(i + j) % 3]}")
+        for j, kind in enumerate((TwoPasses, OwnPlaces, TextOnce))
+        for i, name in enumerate(("default", "fused", "colliding"))
+    ],
+)
 def test_each_pass_is_the_model_of_one_image(kind: type[Fusion], config: Config, semantics: str) -> None:
     verified = semantics == "safe" and not config.dynamic
     state = passed(program(config, kind), schedule(semantics, (0, 1)), verified)
