@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.vilt_b32 import machine, save_model
+from benchmarks.common import machine, save_model
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "examples/easy_vqa/model"

@@ -24,7 +24,7 @@ import torch
 from torch import fx
 
 import pumer_compile as pumer
-from benchmarks.vilt_b32 import machine
+from benchmarks.common import machine
 from pumer_compile import Program, Schedule
 from pumer_compile.passes.graph import module_path
 from pumer_compile.passes.insert import reducers_of

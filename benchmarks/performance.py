@@ -36,8 +36,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import pumer_compile as pumer
+from benchmarks.common import machine
 from benchmarks.torch_compile import traceable
-from benchmarks.vilt_b32 import machine
 from pumer_compile.exporters.onnx import OnnxOptions, Target, quiet_torch_onnx
 from pumer_compile.frontends.meter import MeterConfig, MeterForQuestionAnswering
 from pumer_compile.inputs import make_inputs
@@ -156,8 +156,10 @@ def ours(
     whole: int,
     target: Target | None = None,
 ) -> Iterator[tuple[str, Contender]]:
-    """The ONNX model of a schedule, and the reduced module in eager PyTorch; of a variant (with a target's operators, or
-    without padding) the ONNX model alone."""
+    """The ONNX model of a schedule, and the reduced module in eager PyTorch.
+
+    Of a variant (with a target's operators, or without padding) the ONNX model alone.
+    """
     variant = " fused" if target else " no padding" if program.unpadded else ""
     stages: dict[str, float] = {}
 
@@ -220,21 +222,31 @@ def peers(
 
 
 def contenders(
-    model: nn.Module, schedules: tuple[str, ...], inputs: dict[str, Tensor], folder: Path, compiled: bool
+    model: nn.Module,
+    schedules: tuple[str, ...],
+    inputs: dict[str, Tensor],
+    folder: Path,
+    compiled: bool,
+    few: bool = False,
 ) -> dict[str, Contender]:
-    """Everybody, ready to run; under `torch.compile` where that is asked for (minutes for each)."""
+    """Everybody, ready to run; under `torch.compile` where that is asked for (minutes for each).
+
+    With `few` our ONNX models and reduced modules alone.
+    """
     start = time.perf_counter()
     program = pumer.capture(model, inputs)
     captured = time.perf_counter() - start
     whole = pumer.reduce(program, schedules[0]).plan.multiply_adds_before
-    found: dict[str, Contender] = dict(peers(model, inputs, folder, whole, compiled))
-    for schedule in ("none", "lossless", *schedules):
+    found: dict[str, Contender] = {} if few else dict(peers(model, inputs, folder, whole, compiled))
+    for schedule in ("none", *(() if few else ("lossless",)), *schedules):
         found.update(ours(program, schedule, folder, inputs, whole))
         found[f"onnx {schedule}"].facts["stages"]["capture"] = captured
         gc.collect()
+    if few:
+        return found
     if compiled:
         unpadded = pumer.capture(model, inputs, padding=False)
-        for schedule in ("none", *schedules):
+        for schedule in ("none", schedules[-1]):
             found.update(ours(unpadded, schedule, folder, inputs, whole))
     for schedule in schedules if compiled else ():
         if isinstance(model, PreTrainedModel):
@@ -308,14 +320,15 @@ def training(work: str, schedules: tuple[str, ...], batch: int) -> dict[str, Any
 # --- everything -----------------------------------------------------------------------------------------------------
 
 
-def measure(work: str, batch: int, rounds: int) -> dict[str, Any]:
+def measure(work: str, batch: int, rounds: int, wanted: list[str] | None = None, few: bool = False) -> dict[str, Any]:
     """One model at one batch size."""
     build, schedules, _ = WORKS[work]
+    schedules = tuple(schedule for schedule in schedules if wanted is None or schedule in wanted)
     model = build()
     inputs = make_inputs(model, batch=batch, text_length=TEXT if work != "tiny" else 16, padding=False)
     torch._dynamo.reset()
     with tempfile.TemporaryDirectory() as name, torch.no_grad(), traceable():
-        found = contenders(model, schedules, inputs, Path(name), work != "meter")
+        found = contenders(model, schedules, inputs, Path(name), work != "meter", few)
         peak = MatrixPeak()
         samples = alternate(found, rounds, peak)
     rows = {}
@@ -376,6 +389,8 @@ def main() -> None:
     parser.add_argument("--work", choices=WORKS, nargs="+", default=["vilt", "meter"])
     parser.add_argument("--batch", type=int, nargs="+")
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--few", action="store_true", help="no peers: our ONNX models and reduced modules alone")
+    parser.add_argument("--schedule", nargs="+", help="of the work's schedules, these alone")
     parser.add_argument("--tiny", action="store_true", help="a small model, and no file unless --output is given")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--train-step", nargs=3, metavar=("WORK", "SCHEDULE", "BATCH"), help=argparse.SUPPRESS)
@@ -394,11 +409,11 @@ def main() -> None:
     for work in works:
         _, schedules, batches = WORKS[work]
         for batch in arguments.batch or batches:
-            rows = measure(work, batch, arguments.rounds)
+            rows = measure(work, batch, arguments.rounds, arguments.schedule, arguments.few)
             result["works"].setdefault(work, {})[batch] = rows
             print_rows(work, batch, rows)
-        if work != "meter":
-            largest = max(arguments.batch or batches)
+        largest = max(batches)
+        if work != "meter" and not arguments.few and largest in (arguments.batch or batches):
             steps = training(work, schedules, largest)
             result["training"][work] = {"batch": largest, "bytes": steps}
             for schedule in schedules:

@@ -53,26 +53,47 @@ def quantization() -> str:
     return "\n".join(lines) + "\n"
 
 
-def vilt_b32() -> str:
-    """The timing table."""
-    result: dict[str, Any] = json.loads((ROOT / "benchmarks/results/vilt_b32_cpu.json").read_text(encoding="utf-8"))
+def performance() -> str:
+    """Everybody's times side by side, and what goes with them."""
+    result: dict[str, Any] = json.loads((ROOT / "benchmarks/results/performance_cpu.json").read_text(encoding="utf-8"))
+    lines = []
+    for work, batches in result["works"].items():
+        for batch, measured in batches.items():
+            lines += [*_beside(work, batch, measured), ""]
+    for work, step in result["training"].items():
+        least = statistics.median(step["bytes"]["none"])
+        less = [
+            f"{1 - statistics.median(v) / least:.0%} less with `{k}`" for k, v in step["bytes"].items() if k != "none"
+        ]
+        lines += [f"Memory of a training step of {work}, batch {step['batch']}, beyond weights, gradients and the "]
+        lines[-1] += f"optimizer's state: {least / 1e6:.0f} MB; {', '.join(less)} (medians of 3)."
     machine = result["machine"]
-    lines = [
-        "| Batch | Schedule | Median ms | Quartiles | Speed-up | Compile and prove | Peak memory |",
-        "| ---: | --- | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for batch, measured in result["batches"].items():
-        base = statistics.median(measured["milliseconds"]["none"])
-        for name, samples in measured["milliseconds"].items():
-            low, median, high = statistics.quantiles(samples, n=4)
-            compiled = measured["compile"][name]
-            lines.append(
-                f"| {batch} | `{name}` | {median:.0f} | {low:.0f}–{high:.0f} | {base / median:.2f}x | "
-                f"{compiled['seconds']:.0f} s | {compiled['peak_gib']:.1f} GiB |"
-            )
     versions = machine["versions"]
-    lines += ["", f"{machine['cores']} cores ({machine['cpu']}), onnxruntime {versions['onnxruntime']}."]
+    lines += ["", f"{machine['cores']} cores ({machine['cpu']}), torch {versions['torch']}, "]
+    lines[-1] += f"onnxruntime {versions['onnxruntime']}, {result['text_length']} text tokens."
     return "\n".join(lines) + "\n"
+
+
+def _beside(work: str, batch: str, measured: dict[str, Any]) -> list[str]:
+    peak = statistics.median(measured["matrix_peak_multiply_adds_per_second"])
+    rows = measured["contenders"]
+    base = rows["onnx none"]
+    lines = [
+        f"{work}, batch {batch} (matrix peak {2 * peak / 1e9:.0f} GFLOP/s)",
+        "",
+        "| | Median ms (quartiles) | Speed-up | Fewer multiply-adds | Of the peak | Reducers | Compile and prove |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for name, row in rows.items():
+        low, median, high = statistics.quantiles(row["milliseconds"], n=4)
+        ratio = statistics.median(base["milliseconds"]) / median
+        seconds = f"{sum(row['stages'].values()):.0f} s" if "stages" in row else ""
+        lines.append(
+            f"| {name} | {median:.0f} ({low:.0f}–{high:.0f}) | {ratio:.2f}x | "
+            f"{base['multiply_adds'] / row['multiply_adds']:.2f}x | {row['share_of_peak']:.0%} | "
+            f"{format(row['reducers'], '.1%') if row.get('reducers') else ''} | {seconds} |"
+        )
+    return lines
 
 
 def torch_compile() -> str:
@@ -131,7 +152,7 @@ def filled_readme() -> str:
         "distillation": distillation(),
         "quantization": quantization(),
         "engines": engines(),
-        "vilt-b32": vilt_b32(),
+        "performance": performance(),
         "torch-compile": torch_compile(),
     }
     for name, content in sections.items():

@@ -32,9 +32,9 @@ from pumer_compile.inputs import make_inputs
 from pumer_compile.loading import load_model
 
 try:
-    from benchmarks.vilt_b32 import machine
+    from benchmarks.common import machine
 except ModuleNotFoundError:  # run as a file
-    from vilt_b32 import machine
+    from common import machine
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "examples" / "easy_vqa"

@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.vilt_b32 import machine
+from benchmarks.common import machine
 from pumer_compile.reducers.vispruner import VisPruner
 
 ORDERS = ("reference", "stable")

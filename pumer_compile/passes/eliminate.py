@@ -99,7 +99,7 @@ def drop_dead(graph: fx.Graph) -> None:
 
 def find(graph: fx.Graph) -> Plans:
     """The operators of which only a range is read, and how each gives it."""
-    shared = _may_be_changed(graph)
+    shared = may_be_changed(graph)
     wants: dict[fx.Node, Range | None] = {}
     plans: Plans = {}
     for node in reversed(graph.nodes):
@@ -168,7 +168,7 @@ _SAME_STORAGE = {"to", "contiguous", "reshape", "flatten", "dropout", "feature_d
 """Operators that may give their input, or a view of it, though their schema does not say so."""
 
 
-def _may_be_changed(graph: fx.Graph) -> set[fx.Node]:
+def may_be_changed(graph: fx.Graph) -> set[fx.Node]:
     """Values that share memory with one that is changed in place; they are left as they are."""
     found: set[fx.Node] = set()
     stack = [x for node in graph.nodes if is_mutable(node.target) for x in (node, *node.all_input_nodes)]

@@ -33,6 +33,7 @@ PRODUCTS = {
     aten.baddbmm.default: 1,
 }
 """Matrix products, and which argument's last dimension is summed over."""
+_DETACH = aten.detach_.default
 ATTENTION = aten.scaled_dot_product_attention.default
 
 EXACT = (
@@ -278,8 +279,8 @@ def _with_size(given: Any, item: int | None, size: int) -> Any:
 
 
 def is_mutable(target: Any) -> bool:
-    """Whether an operator changes an input in place."""
-    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
+    """Whether an operator changes numbers of an input in place, which `detach_` does not."""
+    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable and target is not _DETACH
 
 
 def draws_nothing(node: fx.Node) -> bool:

@@ -15,7 +15,7 @@ from torch.fx.node import map_arg
 
 from ..errors import UsageError
 from .axes import same_size
-from .eliminate import drop_dead
+from .eliminate import drop_dead, may_be_changed
 from .graph import values
 from .narrow import ATTENTION, is_mutable
 from .rules import argument, aten, overloads
@@ -81,7 +81,10 @@ def _constants(module: fx.GraphModule, masks: Sequence[str], inputs: Mapping[str
     """What depends on the masks and on no other input or parameter, evaluated."""
     known: dict[fx.Node, Any] = {}
     from_masks: set[fx.Node] = set()
+    changed = may_be_changed(module.graph)
     for node in module.graph.nodes:
+        if node in changed:
+            continue
         if node.op == "placeholder" and node.target in masks:
             known[node] = inputs[node.target]
             from_masks.add(node)
@@ -104,9 +107,7 @@ def attribute(module: fx.GraphModule, node: fx.Node) -> Any:
 
 
 def _is_pure(node: fx.Node) -> bool:
-    if node.op != "call_function":
-        return False
-    if is_mutable(node.target) and node.target is not aten.detach_.default:  # which changes no number
+    if node.op != "call_function" or is_mutable(node.target):
         return False
     tags = getattr(node.target, "tags", ())
     return torch.Tag.nondeterministic_seeded not in tags

@@ -126,6 +126,29 @@ def test_what_does_not_fire_is_an_error() -> None:
         capture(make(Config()), inputs_for(Config()), padding=False)
 
 
+class Written(nn.Module):
+    """Its mask is made in place: ones when it begins, and then not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+        weights = attention_mask.float().unsqueeze(-1).repeat(1, 1, 4)
+        first = weights[:, 0]
+        first.mul_(3.0)
+        return self.up(x) * weights + (1 - attention_mask.unsqueeze(-1))
+
+
+def test_what_is_changed_in_place_stays() -> None:
+    inputs = {"x": torch.randn(2, 3, 4), "attention_mask": torch.ones(2, 3, dtype=torch.int64)}
+    model = Written()
+    folded = capture(model, inputs, padding=False)
+    targets = [node.target for node in folded.module.graph.nodes]
+    assert aten.mul.Tensor in targets and aten.add.Tensor not in targets
+    torch.testing.assert_close(folded.module(**inputs), model(**inputs))
+
+
 def test_a_mask_that_falls_the_other_way_stays() -> None:
     """`where` takes its second value everywhere, and a mask that is ones adds them."""
 
