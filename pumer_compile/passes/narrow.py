@@ -147,9 +147,9 @@ def _narrow_published(node: fx.Node, wanted: Range) -> Narrow | None:
     if published_softmax(node) is None or wanted.dim != len(shape(node)) - 2:
         return None
     scores, *weights = node.args
-    assert isinstance(scores, fx.Node)
-    first = int(node.kwargs.get("first", 0)) + wanted.start
-    return Narrow(wanted, (Cut(scores, wanted), *weights), {"first": first})
+    before = node.kwargs.get("first", 0)
+    assert isinstance(scores, fx.Node) and isinstance(before, int)
+    return Narrow(wanted, (Cut(scores, wanted), *weights), {"first": before + wanted.start})
 
 
 def published_softmax(node: fx.Node) -> PublishedMaskedSoftmax | None:

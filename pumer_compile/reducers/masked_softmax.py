@@ -69,7 +69,7 @@ class _InPlace(torch.autograd.Function):
         return x
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         found, total = ctx.saved_tensors
         rest = gradient - (gradient * found).sum(-1, keepdim=True)

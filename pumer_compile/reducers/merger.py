@@ -66,7 +66,8 @@ class ModalityAwareMerger(nn.Module):
         if self.similarity == "dot":
             return keys
         # A key of zeros is like nothing; without the clamp it would be NaN and undo the order of others.
-        return keys / keys.norm(dim=-1, keepdim=True).clamp(min=1e-30)
+        units: Tensor = keys / keys.norm(dim=-1, keepdim=True).clamp(min=1e-30)
+        return units
 
     def match(self, keys: Tensor, weights: Tensor | None = None) -> Matching:
         """Find the pairs.
