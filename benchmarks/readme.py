@@ -69,7 +69,7 @@ def performance() -> str:
         lines[-1] += f"optimizer's state: {least / 1e6:.0f} MB; {', '.join(less)} (medians of 3)."
     machine = result["machine"]
     versions = machine["versions"]
-    lines += ["", f"{machine['cores']} cores ({machine['cpu']}), torch {versions['torch']}, "]
+    lines += [f"{machine['cores']} cores ({machine['cpu']}), torch {versions['torch']}, "]
     lines[-1] += f"onnxruntime {versions['onnxruntime']}, {result['text_length']} text tokens."
     return "\n".join(lines) + "\n"
 
