@@ -45,9 +45,11 @@ def ranked(rank: Tensor, places: Tensor) -> Tensor:
 def indices(rows: Tensor) -> Tensor:
     """The index that each row selects: `[..., k, n]` bool -> `[..., k]` int64.
 
-    As a product in float32, exact below 2 ** 24: sums of int64 are slow in every runtime.
+    As a product in float32, exact below 2 ** 24: sums of int64 are slow in every runtime. With a matrix of one column:
+    onnxruntime 1.31 multiplies a transposed value by a vector wrongly.
     """
-    return (rows.float() @ torch.arange(rows.shape[-1], device=rows.device, dtype=torch.float32)).long()
+    index = torch.arange(rows.shape[-1], device=rows.device, dtype=torch.float32)
+    return (rows.float() @ index.unsqueeze(-1)).squeeze(-1).long()
 
 
 def top(scores: Tensor, count: int) -> Tensor:
