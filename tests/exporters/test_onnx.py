@@ -93,7 +93,7 @@ def test_half_precision_from_end_to_end(eager: dict[str, np.ndarray]) -> None:
     assert kinds.pop("pixel_values") == kinds.pop("logits") == TensorProto.FLOAT16
     assert set(kinds.values()) == {TensorProto.INT64}
     # Reducers decide, and positions are interpolated, in single precision; nothing else is.
-    exact = ("reducer.", "vilt.embeddings/")
+    exact = ("reducer.", "published_softmax.", "vilt.embeddings/")
     used = {name for node in model.graph.node if not node.name.startswith(exact) for name in node.input}
     floating = (TensorProto.FLOAT, TensorProto.FLOAT16)
     weights = [w for w in model.graph.initializer if w.data_type in floating and w.name in used]
