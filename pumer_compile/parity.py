@@ -107,7 +107,10 @@ def parity(
     if recorder is not None:
         recorder.save(save_inputs, save_outputs)
     if manifest["decisions"] and not decisions:
-        report.notes.append(f"decisions of {path.suffix} can be compared where it was compiled --with-decisions")
+        report.notes.append(
+            f"decisions of {path.suffix} can be compared where it was compiled --with-decisions; here a near-tie that "
+            "went the other way counts as an error of the outputs"
+        )
     if manifest["checkpoint_sha256"] and program.checkpoint_sha256 not in (
         None,
         manifest["checkpoint_sha256"],

@@ -18,11 +18,10 @@ from ..capture import Program, batch_inputs, left_as_found, set_for_inference
 from ..errors import ExportError, UsageError
 from ..files import check_writable
 from ..loading import quiet
-from ..runtimes.openvino import SHORT, OpenVinoSession, load_openvino
+from ..runtimes.openvino import OpenVinoSession, load_openvino
 from ..schedule import Schedule
 from .base import Evidence, Options, Profile, Writer
 from .onnx import ReduceStep, dynamic_shapes, in_precision, reduced_export
-from .session import deciding
 
 
 @dataclass(frozen=True)
@@ -63,48 +62,11 @@ class OpenVinoBuild:
         return [str(port.get_any_name()) for port in self.model.inputs]
 
     def without_decisions(self) -> Any:
-        """A copy that gives the model's own outputs only; weights are shared.
-
-        The tensors that the decisions come from stay inside under names that `OpenVinoSession(expose=...)` knows.
-        """
+        """A copy that gives the model's own outputs only, which OpenVINO saves without what none of them needs."""
         model = self.model.clone()
-        results = list(model.get_results())
-        own, extra = results[: len(self.outputs)], results[len(self.outputs) :]
-        read = _ancestors(own)
-        for name, result in zip(self.decisions, extra, strict=True):
-            port = result.input_value(0)
-            short = port.get_node().get_friendly_name() not in read
-            while port.get_node().get_friendly_name() not in read:
-                port = _only_input(port.get_node(), name)
-            # OpenVINO drops what no output needs. `source` and `target` are 2 * s and 2 * t + 1; s and t are needed.
-            names = {str(known) for known in port.get_names() if known not in self.decisions}
-            port.get_tensor().set_names({*names, name + SHORT if short else name})
-        for result in extra:
+        for result in model.get_results()[len(self.outputs) :]:
             model.remove_result(result)
-        model.validate_nodes_and_infer_types()
         return model
-
-
-def _ancestors(results: Sequence[Any]) -> set[str]:
-    """Names of the nodes that these need."""
-    names, pending = set(), list(results)
-    while pending:
-        node = pending.pop()
-        if node.get_friendly_name() not in names:
-            names.add(node.get_friendly_name())
-            pending += [value.get_node() for value in node.input_values()]
-    return names
-
-
-def _only_input(node: Any, decision: str) -> Any:
-    """The one value that a node computes from, its constants aside."""
-    values = [value for value in node.input_values() if value.get_node().get_type_name() != "Constant"]
-    if len(values) != 1:
-        raise ExportError(
-            f"The OpenVINO graph computes {decision} in a way that this version of pumer-compile does not know, so the "
-            "artifact could not be proved. Keep the decisions as outputs (--with-decisions)."
-        )
-    return values[0]
 
 
 def build_openvino(program: Program, schedule: Schedule | None, options: OpenVinoOptions) -> OpenVinoBuild:
@@ -214,9 +176,11 @@ class OpenVinoWriter(Writer[OpenVinoOptions, OpenVinoBuild]):
 
     def save(self, build: OpenVinoBuild, path: Path, *, with_decisions: bool) -> list[Path]:
         """The weights, then the graph."""
-        model = build.model if with_decisions else build.without_decisions()
-        load_openvino().save_model(model, str(path), compress_to_fp16=self.options.dtype == "float16")
+        self._write(build.model if with_decisions else build.without_decisions(), path)
         return [path.with_suffix(".bin"), path]
+
+    def _write(self, model: Any, path: Path) -> None:
+        load_openvino().save_model(model, str(path), compress_to_fp16=self.options.dtype == "float16")
 
     def companion(self, file: Path, path: Path) -> Path:
         """`model.bin` of `model.xml`, `model.bin.failed` of `model.xml.failed`."""
@@ -224,9 +188,13 @@ class OpenVinoWriter(Writer[OpenVinoOptions, OpenVinoBuild]):
         return path.with_name(f"{stem}.bin{rest}")
 
     def evidence(self, build: OpenVinoBuild, files: Sequence[Path]) -> Evidence:
-        """The artifact on the CPU plugin, twice where it does not give its decisions."""
+        """The artifact on the CPU plugin, with a twin where it does not give its decisions."""
         session = OpenVinoSession(files[-1])
-        return Evidence(session, deciding(session, build.decisions))
+        if all(name in session.outputs for name in build.decisions):
+            return Evidence(session, session)
+        twin = files[-1].with_name("deciding.xml")
+        self._write(build.model, twin)
+        return Evidence(session, OpenVinoSession(twin))
 
     def describe(self, build: OpenVinoBuild) -> dict[str, Any]:
         """Inputs are float32, whatever the weights are."""

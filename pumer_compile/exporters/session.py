@@ -69,7 +69,7 @@ def open_session(
         provider: onnxruntime's execution provider (`cpu`, `cuda`, `tensorrt`); for ONNX alone.
         device: where to run; None is the CPU for ONNX and the current GPU for engines.
         cuda_graph: replay a captured CUDA graph; for engines alone.
-        expose: inner values to give as extra outputs, by name; for ONNX and OpenVINO.
+        expose: inner values to give as extra outputs, by name; for ONNX alone.
 
     Raises:
         UsageError: not made by pumer-compile, an option that the format does not have, or something that this machine
@@ -91,8 +91,8 @@ def open_session(
     elif path.suffix == ".xml":
         from ..runtimes.openvino import OpenVinoSession
 
-        _only_onnx(path, provider=provider, device=device)
-        session = OpenVinoSession(path, expose=expose)
+        _only_onnx(path, provider=provider, device=device, expose=expose)
+        session = OpenVinoSession(path)
     else:
         raise UsageError(
             f"Nothing here runs {path.suffix or 'a file without suffix'!r} ({path}); .onnx, .engine, .plan, .xml."
@@ -136,7 +136,7 @@ def _mismatch(session: Session, said: str, found: str) -> ExportError:
 
 
 def comparable_decisions(session: Session, manifest: Mapping[str, Any]) -> list[str]:
-    """The decisions that an artifact can be asked for; an engine shows none but its outputs."""
+    """The decisions that an artifact can be asked for; only ONNX models show inner values."""
     named = [str(name) for name in manifest["decisions"]]
     shown = isinstance(session, Exposing) or all(name in session.outputs for name in named)
     return named if shown else []

@@ -1,8 +1,8 @@
-"""OpenVINO models on its CPU plugin, in float32, with the reducers' decisions at hand."""
+"""OpenVINO models on its CPU plugin, in float32."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,6 @@ from torch import Tensor
 
 from ..errors import ExportError, UsageError
 from .base import Runtime, Size, TensorSpec, open_sizes
-
-SHORT = ":place"
-"""After the name of a decision: the tensor holds places among the even tokens (`source`) or the odd ones (`target`)."""
 
 # Left alone, the plugin computes in bfloat16 where the processor can, and decisions flip.
 _EXACT = {"INFERENCE_PRECISION_HINT": "f32", "EXECUTION_MODE_HINT": "ACCURACY"}
@@ -40,30 +37,21 @@ class OpenVinoSession(Runtime):
 
     Args:
         path: the `.xml` file; its weights are in the `.bin` file of the same stem.
-        expose: decisions to give as extra outputs, by name.
 
     Raises:
         UsageError: OpenVINO is not installed.
-        ExportError: OpenVINO refuses the model, or it has no such decisions.
+        ExportError: OpenVINO refuses the model.
     """
 
-    def __init__(self, path: Path, *, expose: Sequence[str] = ()) -> None:
+    def __init__(self, path: Path) -> None:
         self.path, self.provider, self.device = Path(path), "OpenVINO CPU", torch.device("cpu")
         core = load_openvino().Core()
         try:
-            model = core.read_model(str(path))
-            own = [str(port.get_any_name()) for port in model.outputs]
-            self._short = _add_outputs(model, expose, path)
-            self._compiled = core.compile_model(model, "CPU", _EXACT)
+            self._compiled = core.compile_model(str(path), "CPU", _EXACT)
         except RuntimeError as error:
             raise ExportError(f"OpenVINO cannot open {path}: {' '.join(str(error).split())[:400]}") from error
         self.input_specs = {str(port.get_any_name()): _spec(port) for port in self._compiled.inputs}
-        names = [*own, *expose]
-        self.output_specs = {n: _spec(port) for n, port in zip(names, self._compiled.outputs, strict=True)}
-
-    def exposing(self, names: Sequence[str]) -> OpenVinoSession:
-        """A second session on the same artifact that gives these decisions as outputs too."""
-        return OpenVinoSession(self.path, expose=names)
+        self.output_specs = {str(port.get_any_name()): _spec(port) for port in self._compiled.outputs}
 
     def _execute(self, feed: Mapping[str, Tensor]) -> dict[str, Tensor]:
         self._check_batch(open_sizes(feed, self.input_specs))
@@ -73,8 +61,7 @@ class OpenVinoSession(Runtime):
             raise ExportError(f"OpenVINO failed on {self.path}: {' '.join(str(error).split())[:400]}") from error
         # Copies: the next request writes into the same memory.
         values = [torch.from_numpy(given[port].copy()) for port in self._compiled.outputs]
-        outputs = dict(zip(self.outputs, values, strict=True))
-        return {n: 2 * v + n.endswith(".target") if n in self._short else v for n, v in outputs.items()}
+        return dict(zip(self.outputs, values, strict=True))
 
     def _check_batch(self, sizes: Mapping[str, int]) -> None:
         opened = [size for port in self._compiled.inputs for size in port.get_partial_shape() if size.is_dynamic]
@@ -84,19 +71,6 @@ class OpenVinoSession(Runtime):
                     f"A batch of {sizes['batch']} is not within {low} to {high}, which {self.path} was compiled for "
                     "(--profile). Split the batch, or compile again."
                 )
-
-
-def _add_outputs(model: Any, names: Sequence[str], path: Path) -> set[str]:
-    """Give these decisions too; those whose tensor holds places are returned."""
-    known = {str(name) for node in model.get_ops() for port in node.outputs() for name in port.get_names()}
-    short = set()
-    for name in names:
-        if name not in known and name + SHORT not in known:
-            raise ExportError(f"{path} has no tensor {name}.")
-        if name not in known:
-            short.add(name)
-        model.add_outputs(name + SHORT if name in short else name)
-    return short
 
 
 def _spec(port: Any) -> TensorSpec:

@@ -20,6 +20,7 @@ from pumer_compile.exporters.manifest import read_manifest
 from pumer_compile.exporters.session import deciding, open_session
 from pumer_compile.files import sha256_file
 from pumer_compile.loading import load_model
+from pumer_compile.reduce import with_decisions
 from tests.commands import TOKENS, done, feed, folder, refused, run, schedule
 from tests.models import Config, Fusion, highest, inputs_for, make, program
 from tests.models import schedule as budgets
@@ -30,7 +31,7 @@ pytest.importorskip("transformers.exporters.exporter_openvino")
 
 from pumer_compile.runtimes.openvino import OpenVinoSession  # noqa: E402
 
-HALF = ("--dtype", "float16", "--no-verify")
+HALF = ("--dtype", "float16", "--with-decisions", "--no-verify")
 
 
 @pytest.fixture(scope="module")
@@ -101,26 +102,32 @@ def test_proved_again(artifacts: Any, tmp_path: Path) -> None:
     report = tmp_path / "report.json"
     done("parity", artifacts(), "--model", folder(), "--atol", "1e-5", "--rtol", "1e-5", "--report", report)
     said = json.loads(report.read_text(encoding="utf-8"))
+    assert not said["decisions_compared"]  # OpenVINO keeps no inner value that no output needs
+    done("parity", artifacts("--with-decisions"), "--model", folder(), "--report", report)
+    said = json.loads(report.read_text(encoding="utf-8"))
     assert said["decisions_compared"] and [row["samples"] for row in said["reducers"]] == [6, 6]
     message = refused(3, "parity", artifacts(), "--model", folder(seed=1))
-    assert "output logits (forced)" in message
+    assert "output logits (end to end)" in message
 
 
-def test_decisions_are_outputs_or_inner_values(artifacts: Any) -> None:
-    names = read_manifest(artifacts())["decisions"]
-    shown = outputs_of(artifacts("--with-decisions", "--no-verify"), feed())
+def test_decisions_are_outputs_where_they_are_asked_for(artifacts: Any) -> None:
+    path = artifacts("--with-decisions")
+    names = read_manifest(path)["decisions"]
+    shown = outputs_of(path, feed())
     assert list(shown) == ["logits", *names] and len(names) == 5
-    session = OpenVinoSession(artifacts())
-    assert session.outputs == ["logits"]
-    twin = deciding(session, names)
-    assert twin.outputs == ["logits", *names]
-    inner = twin.run({name: torch.from_numpy(array) for name, array in feed().items()})
+    inputs = {name: torch.from_numpy(array) for name, array in feed().items()}
+    twin, named = with_decisions(pumer.reduce(pumer.capture(load_model(folder()), inputs), schedule()).module)
+    assert named == names
+    with torch.no_grad():
+        expected = twin(**inputs)
     for name in names:
-        assert inner[name].dtype == np.int64 and np.array_equal(inner[name], shown[name]), name
-    assert (inner["reducer.cross_modal_0.image.source"] % 2 == 0).all()
-    assert (inner["reducer.cross_modal_0.image.target"] % 2 == 1).all()
-    with pytest.raises(ParityError, match="no tensor nothing"):
-        deciding(session, ["nothing"])
+        assert np.array_equal(shown[name], expected[name].numpy()), name
+    session = OpenVinoSession(path)
+    assert session.outputs == ["logits", *names] and deciding(session, names) is session
+    hidden = OpenVinoSession(artifacts())
+    assert hidden.outputs == ["logits"]
+    with pytest.raises(ParityError, match="--with-decisions"):
+        deciding(hidden, names)
 
 
 def test_half_precision_is_in_the_weights_alone(artifacts: Any, tmp_path: Path) -> None:

@@ -300,8 +300,8 @@ def test_plan_and_history() -> None:
         attention = 4 * before * width**2 + 2 * before**2 * width
         return attention + 2 * after * width * 2 * width
 
-    # The classifier reads token 0. The published softmax re-opens the diagonal, so it gets every row of the scores.
-    last = 3 * 17 * width**2 + 17**2 * width + 17 * width + width**2 + 2 * width * 2 * width
+    # The classifier reads token 0: one query, its scores and its row of the published softmax.
+    last = 2 * 17 * width**2 + 2 * 17 * width + 2 * width**2 + 2 * width * 2 * width
     assert result.plan.multiply_adds_before == embed + 2 * layer(32, 32) + width * 5
     model_alone = embed + layer(32, 17) + last + width * 5
     reducers = result.plan.multiply_adds_after - model_alone
