@@ -27,14 +27,10 @@ from transformers import ViltConfig, ViltForQuestionAnswering
 from transformers.models.vilt.modeling_vilt import ViltEmbeddings
 
 import pumer_compile as pumer
+from benchmarks.common import machine
 from pumer_compile.frontends import vilt
 from pumer_compile.inputs import make_inputs
 from pumer_compile.loading import load_model
-
-try:
-    from benchmarks.common import machine
-except ModuleNotFoundError:  # run as a file
-    from common import machine
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "examples" / "easy_vqa"

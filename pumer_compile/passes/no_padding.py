@@ -16,7 +16,7 @@ from torch.fx.node import map_arg
 from ..errors import UsageError
 from .axes import same_size
 from .eliminate import drop_dead, may_be_changed
-from .graph import values
+from .graph import attribute, values
 from .narrow import ATTENTION, is_mutable
 from .rules import argument, aten, overloads
 
@@ -90,7 +90,7 @@ def _constants(module: fx.GraphModule, masks: Sequence[str], inputs: Mapping[str
             from_masks.add(node)
         elif node.target is aten.sym_size.int and node.args[0].op == "placeholder":
             known[node] = inputs[node.args[0].target].shape[node.args[1]]
-        elif node.op == "get_attr" and not isinstance(constant := attribute(module, node), nn.Parameter):
+        elif node.op == "get_attr" and not isinstance(constant := attribute(node), nn.Parameter):
             known[node] = constant
         elif _is_pure(node) and all(x in known for x in node.all_input_nodes):
             args, kwargs = map_arg((node.args, node.kwargs), known.__getitem__)
@@ -98,12 +98,6 @@ def _constants(module: fx.GraphModule, masks: Sequence[str], inputs: Mapping[str
             if from_masks.intersection(node.all_input_nodes):
                 from_masks.add(node)
     return {node: known[node] for node in from_masks}
-
-
-def attribute(module: fx.GraphModule, node: fx.Node) -> Any:
-    """The parameter, buffer or constant that a `get_attr` node reads."""
-    owner, _, name = str(node.target).rpartition(".")
-    return getattr(module.get_submodule(owner), name)
 
 
 def _is_pure(node: fx.Node) -> bool:

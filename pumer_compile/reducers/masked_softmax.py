@@ -38,7 +38,7 @@ class PublishedMaskedSoftmax(nn.Module):
             mask = mask + (1 - mask) * eye
         if torch.compiler.is_compiling() or (mask is not None and mask.requires_grad):
             return _published(scores, mask)
-        found: Tensor = _InPlace.apply(scores, mask)  # type: ignore[no-untyped-call]
+        found: Tensor = _InPlace.apply(scores, mask)  # type: ignore[no-untyped-call]  # torch declares no types for it
         return found
 
 

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .ranking import descending_rank, first_largest, indices, one_hot, ranked
+from .ranking import descending_rank, first_largest, indices, leading, one_hot
 
 # Below every similarity: pairs that may not merge come after all that may, and before the class token (-inf).
 LAST_RESORT = -1e30
@@ -61,7 +61,11 @@ class ModalityAwareMerger(nn.Module):
         self.keep_padding_apart = keep_padding_apart
 
     def units(self, keys: Tensor) -> Tensor:
-        """What similarities are products of: the keys, or keys of length 1 for cosines; float32."""
+        """What similarities are products of: the keys, or keys of length 1 for cosines; float32.
+
+        Args:
+            keys: mean over heads, `[batch, tokens, head_size]`.
+        """
         keys = keys.float()
         if self.similarity == "dot":
             return keys
@@ -69,14 +73,13 @@ class ModalityAwareMerger(nn.Module):
         units: Tensor = keys / keys.norm(dim=-1, keepdim=True).clamp(min=1e-30)
         return units
 
-    def match(self, keys: Tensor, weights: Tensor | None = None) -> Matching:
+    def match(self, units: Tensor, weights: Tensor | None = None) -> Matching:
         """Find the pairs.
 
         Args:
-            keys: mean over heads, `[batch, tokens, head_size]`.
+            units: from `units`, `[batch, tokens, head_size]`.
             weights: `[batch, tokens]`; 0 is padding.
         """
-        units = self.units(keys)
         weighed = (None, None) if weights is None else (weights[:, 0::2], weights[:, 1::2])
         return self.pair(units[:, 0::2], units[:, 1::2], *weighed)
 
@@ -101,7 +104,7 @@ class ModalityAwareMerger(nn.Module):
         best = torch.where(even_position < self.protected, float("-inf"), best.squeeze(-1))
         rank = descending_rank(best)
         merged = rank < self.merge
-        order = ranked(rank, torch.arange(self.merge, device=rank.device))
+        order = leading(rank, self.merge)
         target = (order.float() @ indices(nearest).float().unsqueeze(-1)).squeeze(-1).long()
         return Matching(indices(order), target, best, scores, merged, nearest & merged.unsqueeze(-1))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .ranking import descending_rank, indices, ranked
+from .ranking import descending_rank, indices, leading
 
 
 class TextInformedPruner(nn.Module):
@@ -53,4 +53,4 @@ class TextInformedPruner(nn.Module):
     def forward(self, attention: Tensor, text_weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Indices of the kept tokens in descending saliency, `[batch, keep]` int64, and the saliency."""
         rank, scores = self.rank(attention, text_weights)
-        return indices(ranked(rank, torch.arange(self.keep, device=rank.device))), scores
+        return indices(leading(rank, self.keep)), scores

@@ -42,6 +42,19 @@ def ranked(rank: Tensor, places: Tensor) -> Tensor:
     return rank.unsqueeze(-2) == places.to(rank.dtype).unsqueeze(-1)
 
 
+def leading(rank: Tensor, count: int) -> Tensor:
+    """Rows that select the first `count` places, in order.
+
+    Args:
+        rank: from `descending_rank`, `[batch, n]`.
+        count: how many, 0..n.
+
+    Returns:
+        `[batch, count, n]`, bool.
+    """
+    return ranked(rank, torch.arange(count, device=rank.device))
+
+
 def indices(rows: Tensor) -> Tensor:
     """The index that each row selects: `[..., k, n]` bool -> `[..., k]` int64.
 
@@ -62,7 +75,7 @@ def top(scores: Tensor, count: int) -> Tensor:
     Returns:
         `[batch, count]`, int64.
     """
-    return indices(ranked(descending_rank(scores), torch.arange(count, device=scores.device)))
+    return indices(leading(descending_rank(scores), count))
 
 
 def first_largest(scores: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .merger import LAST_RESORT, Matching, ModalityAwareMerger
 from .pruner import TextInformedPruner
-from .ranking import indices, one_hot, ranked
+from .ranking import indices, leading, one_hot, ranked
 from .vispruner import VisPruner
 
 Averaging = Literal["plain", "sizes"]
@@ -167,7 +167,7 @@ class StreamReducer(nn.Module):
             return _Pruned(kept, self._rows(rank.float()), None)
         assert isinstance(self.pruner, TextInformedPruner)
         rank, saliency = self.pruner.rank(attention.detach(), text_weights)
-        kept = indices(ranked(rank, torch.arange(self.pruner.keep, device=rank.device)))
+        kept = indices(leading(rank, self.pruner.keep))
         return _Pruned(kept, self._rows(rank), saliency)
 
     def _rows(self, rank: Tensor) -> tuple[Tensor, ...]:
@@ -182,7 +182,7 @@ class StreamReducer(nn.Module):
         if units is None:
             return None
         if self.pruner is None:
-            return self.merger.pair(units[:, 0::2], units[:, 1::2], weights[:, 0::2], weights[:, 1::2])
+            return self.merger.match(units, weights)
         even, odd = rows
         weighed = []
         if self.merger.keep_padding_apart:

@@ -15,7 +15,7 @@ from tests.helpers import groups, margin, match
 
 def pairs_of(merger: ModalityAwareMerger, keys: Tensor, weights: Tensor | None = None) -> list[list[tuple]]:
     """The merger's pairs of token positions, by sample."""
-    matching = merger.match(keys, weights)
+    matching = merger.match(merger.units(keys), weights)
     return [
         [(2 * s, 2 * t + 1) for s, t in zip(source, target, strict=True)]
         for source, target in zip(matching.source.tolist(), matching.target.tolist(), strict=True)
@@ -143,7 +143,8 @@ def test_a_zero_key_gives_valid_pairs() -> None:
 
 def test_best_and_scores_are_the_similarities() -> None:
     keys = torch.tensor([[[1.0, 0.0], [0.0, 2.0], [3.0, 0.0], [4.0, 0.0]]])
-    matching = ModalityAwareMerger(1).match(keys)
+    merger = ModalityAwareMerger(1)
+    matching = merger.match(merger.units(keys))
     assert matching.scores.tolist() == [[[0.0, 1.0], [0.0, 1.0]]]
     assert matching.best[0, 1].item() == 1.0
     assert matching.best[0, 0].item() == float("-inf")
@@ -167,7 +168,7 @@ def test_assignment(n: int, seed: int, data: st.DataObject) -> None:
     target = torch.tensor([[b // 2 for _, b in pairs] for pairs in samples], dtype=torch.int64)
     shape = (2, merge)
     merger = ModalityAwareMerger(merge)
-    unforced = merger.match(torch.zeros(2, n, 1))
+    unforced = merger.match(merger.units(torch.zeros(2, n, 1)))
     matching = merger.forced(unforced, source.view(shape), target.view(shape))
     stay, join = merger.assignment(matching.merged, matching.pairs)
     assert stay.dtype == join.dtype == torch.float32
@@ -199,7 +200,7 @@ def test_the_pairs_are_said_twice_alike(padding: bool) -> None:
     generator = torch.Generator().manual_seed(3)
     keys, weights = torch.randn(3, 15, 4, generator=generator), torch.rand(3, 15, generator=generator).round()
     merger = ModalityAwareMerger(5, keep_padding_apart=padding)
-    found = merger.match(keys, weights)
+    found = merger.match(merger.units(keys), weights)
     again = merger.forced(found, found.source, found.target)
     assert torch.equal(found.merged, again.merged) and torch.equal(found.pairs, again.pairs)
     assert found.merged.sum(1).tolist() == found.pairs.sum((1, 2)).tolist() == [5, 5, 5]
