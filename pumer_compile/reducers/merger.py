@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .ranking import descending_rank, first_largest, indices, leading, one_hot
+from .ranking import descending_rank, first_largest, leading, one_hot, picked
 
 # Below every similarity: pairs that may not merge come after all that may, and before the class token (-inf).
 LAST_RESORT = -1e30
@@ -18,8 +18,8 @@ class Matching(NamedTuple):
     """Which tokens merge into which, and the scores that decided it.
 
     Attributes:
-        source: even tokens that merge away, most similar first, `[batch, merge]`; s is token `2 * s`.
-        target: the odd token each merges into, `[batch, merge]`; t is token `2 * t + 1`.
+        source: even tokens that merge away, most similar first, `[batch, merge]`.
+        target: the odd token each merges into, `[batch, merge]`.
         best: similarity of each even token to its target, `[batch, even]`.
         scores: all similarities, `[batch, even, odd]`.
         merged: the even tokens that merge away, `[batch, even]` bool.
@@ -105,14 +105,15 @@ class ModalityAwareMerger(nn.Module):
         rank = descending_rank(best)
         merged = rank < self.merge
         order = leading(rank, self.merge)
-        target = (order.float() @ indices(nearest).float().unsqueeze(-1)).squeeze(-1).long()
-        return Matching(indices(order), target, best, scores, merged, nearest & merged.unsqueeze(-1))
+        source, target = picked(order, even_position), picked(order, picked(nearest, odd_position))
+        pairs = nearest & merged.unsqueeze(-1)
+        return Matching(source.long(), target.long(), best, scores, merged, pairs)
 
     @staticmethod
     def forced(matching: Matching, source: Tensor, target: Tensor) -> Matching:
         """The matching with other pairs: `source` and `target` as in `Matching`."""
-        chosen = one_hot(source, matching.scores.shape[1])
-        pairs = chosen.float().transpose(1, 2) @ one_hot(target, matching.scores.shape[2]).float() > 0
+        chosen = one_hot(source // 2, matching.scores.shape[1])
+        pairs = chosen.float().transpose(1, 2) @ one_hot(target // 2, matching.scores.shape[2]).float() > 0
         return matching._replace(source=source, target=target, merged=chosen.any(1), pairs=pairs)
 
     def assignment(self, merged: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor]:

@@ -55,14 +55,25 @@ def leading(rank: Tensor, count: int) -> Tensor:
     return ranked(rank, torch.arange(count, device=rank.device))
 
 
-def indices(rows: Tensor) -> Tensor:
-    """The index that each row selects: `[..., k, n]` bool -> `[..., k]` int64.
+def picked(rows: Tensor, values: Tensor) -> Tensor:
+    """What each row selects.
 
-    As a product in float32, exact below 2 ** 24: sums of int64 are slow in every runtime. With a matrix of one column:
-    onnxruntime 1.31 multiplies a transposed value by a vector wrongly.
+    As a product in float32: sums of int64 are slow in every runtime. With a matrix of one column: onnxruntime 1.31
+    multiplies a transposed value by a vector wrongly.
+
+    Args:
+        rows: `[..., k, n]` bool, with one true value each.
+        values: `[n]` or `[..., n]`, whole numbers below 2 ** 24, where float32 is exact.
+
+    Returns:
+        `[..., k]`, float32.
     """
-    index = torch.arange(rows.shape[-1], device=rows.device, dtype=torch.float32)
-    return (rows.float() @ index.unsqueeze(-1)).squeeze(-1).long()
+    return (rows.float() @ values.float().unsqueeze(-1)).squeeze(-1)
+
+
+def indices(rows: Tensor) -> Tensor:
+    """The index that each row selects: `[..., k, n]` bool -> `[..., k]` int64."""
+    return picked(rows, torch.arange(rows.shape[-1], device=rows.device)).long()
 
 
 def top(scores: Tensor, count: int) -> Tensor:

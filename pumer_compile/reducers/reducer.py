@@ -236,20 +236,20 @@ class StreamReducer(nn.Module):
             assert matching is not None
             own = Decisions(kept, *decisions_of(kept, matching)[1:])
             differs = differs | (own.source != forced.source).any(1) | (own.target != forced.target).any(1)
-            source, target = forced.source // 2, forced.target // 2
             scale = matching.scores[matching.scores > LAST_RESORT].abs().max()
-            margin = torch.maximum(margin, _gap(matching.best, matching.source, source) / scale)
+            source, target = forced.source // 2, forced.target // 2  # among the even tokens, among the odd ones
+            margin = torch.maximum(margin, _gap(matching.best, matching.source // 2, source) / scale)
             margin = torch.maximum(margin, _target_gap(matching, source, target) / scale)
-            matching = self.merger.forced(matching, source, target)
+            matching = self.merger.forced(matching, forced.source, forced.target)
         self.forcing.comparison = Comparison(own, forced, differs, torch.where(differs, margin, 0.0))
         return forced.kept, rows, matching
 
 
 def decisions_of(kept: Tensor, matching: Matching | None) -> Decisions:
-    """Decisions in token numbers."""
+    """Decisions of pruning and of merging."""
     if matching is None:
         return Decisions(kept, kept[:, :0], kept[:, :0])
-    return Decisions(kept, 2 * matching.source, 2 * matching.target + 1)
+    return Decisions(kept, matching.source, matching.target)
 
 
 def _gap(scores: Tensor, own: Tensor, forced: Tensor) -> Tensor:
@@ -259,7 +259,7 @@ def _gap(scores: Tensor, own: Tensor, forced: Tensor) -> Tensor:
 
 
 def _target_gap(matching: Matching, source: Tensor, target: Tensor) -> Tensor:
-    """Largest similarity lost by given targets of given sources, `[batch]`."""
+    """Largest similarity lost by given targets (among the odd tokens) of given sources (even), `[batch]`."""
     rows = matching.scores.gather(1, source.unsqueeze(-1).expand(-1, -1, matching.scores.shape[-1]))
     lost = rows.amax(-1) - rows.gather(2, target.unsqueeze(-1)).squeeze(-1)
     return lost.abs().amax(1)

@@ -17,7 +17,7 @@ def pairs_of(merger: ModalityAwareMerger, keys: Tensor, weights: Tensor | None =
     """The merger's pairs of token positions, by sample."""
     matching = merger.match(merger.units(keys), weights)
     return [
-        [(2 * s, 2 * t + 1) for s, t in zip(source, target, strict=True)]
+        list(zip(source, target, strict=True))
         for source, target in zip(matching.source.tolist(), matching.target.tolist(), strict=True)
     ]
 
@@ -164,8 +164,8 @@ def test_assignment(n: int, seed: int, data: st.DataObject) -> None:
     for _ in range(2):
         sources = rng.permutation(np.arange(2, n, 2))[:merge]
         samples.append([(int(a), int(rng.choice(np.arange(1, n, 2)))) for a in sources])
-    source = torch.tensor([[a // 2 for a, _ in pairs] for pairs in samples], dtype=torch.int64)
-    target = torch.tensor([[b // 2 for _, b in pairs] for pairs in samples], dtype=torch.int64)
+    source = torch.tensor([[a for a, _ in pairs] for pairs in samples], dtype=torch.int64)
+    target = torch.tensor([[b for _, b in pairs] for pairs in samples], dtype=torch.int64)
     shape = (2, merge)
     merger = ModalityAwareMerger(merge)
     unforced = merger.match(merger.units(torch.zeros(2, n, 1)))
