@@ -11,7 +11,8 @@ training step. Weights are random.
     python -m benchmarks.performance --work vilt --batch 1  # a part
     python -m benchmarks.performance --tiny                 # the machinery alone
 
-Writes one JSON with every sample and the machine, and a plot.
+Writes one JSON with every sample and the machine, and a plot, after each model and batch size; what an earlier run on
+the same machine measured of others stays.
 """
 
 from __future__ import annotations
@@ -383,6 +384,26 @@ def plot(result: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def measured_before(output: Path | None) -> dict[str, Any]:
+    """What is in the file of results, where it is of this very machine and its packages; else nothing but these."""
+    conditions: dict[str, Any] = {"machine": machine(), "threads": torch.get_num_threads(), "text_length": TEXT}
+    if output is not None and output.exists():
+        earlier: dict[str, Any] = json.loads(output.read_text(encoding="utf-8"))
+        earlier["machine"]["load_average_before"] = conditions["machine"]["load_average_before"]
+        if all(earlier.get(name) == condition for name, condition in json.loads(json.dumps(conditions)).items()):
+            return earlier
+    return {**conditions, "works": {}, "training": {}}
+
+
+def write(result: dict[str, Any], output: Path | None) -> None:
+    """The results so far, and their plot."""
+    if output is None:
+        return
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    plot(result, output.with_suffix(".png"))
+
+
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -404,14 +425,15 @@ def main() -> None:
         train_step(work, schedule, int(batch))
         return
     works = ["tiny"] if arguments.tiny else arguments.work
-    result: dict[str, Any] = {"machine": machine(), "threads": torch.get_num_threads(), "text_length": TEXT}
-    result |= {"works": {}, "training": {}}
+    output = arguments.output or (None if arguments.tiny else RESULTS)
+    result = measured_before(output)
     for work in works:
         _, schedules, batches = WORKS[work]
         for batch in arguments.batch or batches:
             rows = measure(work, batch, arguments.rounds, arguments.schedule, arguments.few)
-            result["works"].setdefault(work, {})[batch] = rows
+            result["works"].setdefault(work, {})[str(batch)] = rows
             print_rows(work, batch, rows)
+            write(result, output)
         largest = max(batches)
         if work != "meter" and not arguments.few and largest in (arguments.batch or batches):
             steps = training(work, schedules, largest)
@@ -419,11 +441,8 @@ def main() -> None:
             for schedule in schedules:
                 less = 1 - statistics.median(steps[schedule]) / statistics.median(steps["none"])
                 print(f"training step of {work} at batch {largest}, {schedule}: {less:.0%} less memory")
-    output = arguments.output or (None if arguments.tiny else RESULTS)
+            write(result, output)
     if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        plot(result, output.with_suffix(".png"))
         print(f"Wrote {output} and {output.with_suffix('.png')}.")
 
 
