@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from .errors import UsageError
 from .exporters.base import Profile, Session
 from .exporters.manifest import read_manifest
 from .exporters.onnx import in_precision
-from .exporters.session import comparable_decisions, deciding, open_session
+from .exporters.session import comparable_decisions, open_session, twin_of
 from .loading import LoadedModel, load_model
 from .outputs import output_nodes
 from .parity_report import TOLERANCES, OutputReport, ParityReport, ReducerReport, Tolerance
@@ -92,7 +92,6 @@ def parity(
     eager = reduce(exact, schedule).module if schedule is not None and reducing else exact.module
     recorder = Recorder(session, manifest) if save_inputs or save_outputs else None
     judged, decisions = recorder or session, comparable_decisions(session, manifest)
-    decide = deciding(session, decisions)
     report = check(
         judged,
         eager,
@@ -100,7 +99,7 @@ def parity(
         batches,
         manifest.get("quantize") or manifest["dtype"],
         decisions,
-        decide=judged if decide is session else decide,
+        decide=twin_of(session, decisions),
         atol=atol,
         rtol=rtol,
     )
@@ -162,20 +161,20 @@ def check(
     dtype: str,
     decisions: Sequence[str],
     *,
-    decide: Session | None = None,
+    decide: Callable[[], Session] | None = None,
     atol: float | Mapping[str, float] | None = None,
     rtol: float | Mapping[str, float] | None = None,
 ) -> ParityReport:
     """Compare an open session with a module in eager PyTorch.
 
     Args:
-        session: whose outputs are judged.
+        session: whose outputs are judged; closed where there is a twin, so that one of them is in memory at a time.
         eager: the reduced module, in float32.
         unreduced: the captured module; the same object as `eager` where nothing is reduced.
         batches: inputs by name, `[batch, ...]`.
         dtype: of the artifact, or what it is quantized to; picks the tolerances.
         decisions: names of decision outputs.
-        decide: the twin of `session` that gives the decisions; None where `session` gives them itself.
+        decide: opens the twin of `session` that gives the decisions; None where `session` gives them itself.
         atol, rtol: as in `parity`.
     """
     default = TOLERANCES[dtype]
@@ -189,8 +188,15 @@ def check(
             raise UsageError(f"--{option} names the output {unknown[0]!r}; there are {', '.join(own)}.")
     comparison = _Comparison(report, eager, unreduced, default, atol, rtol)
     with torch.no_grad():
-        for batch in batches:
-            comparison.add(batch, session, decide or session, decisions)
+        given = [session.run(batch) for batch in batches]
+        chosen = given
+        if decide is not None and decisions:
+            session.close()
+            twin = decide()
+            chosen = [twin.run(batch) for batch in batches]
+            twin.close()
+        for batch, outputs, choices in zip(batches, given, chosen, strict=True):
+            comparison.add(batch, {n: value for n, value in outputs.items() if n in own}, choices, decisions)
     return report
 
 
@@ -203,16 +209,13 @@ class _Comparison:
     atol: float | Mapping[str, float] | None
     rtol: float | Mapping[str, float] | None
 
-    def add(self, batch: Mapping[str, Tensor], session: Session, decide: Session, decisions: Sequence[str]) -> None:
-        """Take in one batch."""
-        given = session.run(batch)
-        artifact = {name: value for name, value in given.items() if name not in decisions}
+    def add(self, batch: Mapping[str, Tensor], artifact: Arrays, chosen: Arrays, decisions: Sequence[str]) -> None:
+        """Take in one batch, what the artifact gives for it, and its decisions."""
         size = next(v.shape[0] for name, v in batch.items() if name in batch_inputs(batch))
         agree = np.ones(size, dtype=bool)
         free = _eager_outputs(self.eager, batch, list(artifact))
         # Choices among NaN scores mean nothing; the outputs fail in any case.
         if decisions and all(np.isfinite(value).all() for value in [*artifact.values(), *free.values()]):
-            chosen = given if decide is session else decide.run(batch)
             wanted = self._wanted({name: chosen[name] for name in decisions}, size)
             if not any(row.fault for row in self.report.reducers):
                 with forced_decisions(self.eager, wanted) as forcings:

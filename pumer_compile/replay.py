@@ -51,6 +51,10 @@ class Recorder:
         """Names of the outputs."""
         return self._session.outputs
 
+    def close(self) -> None:
+        """As the session."""
+        self._session.close()
+
     def run(self, batch: Mapping[str, Tensor]) -> Arrays:
         """As the session, which it asks."""
         outputs = self._session.run(batch)

@@ -74,6 +74,9 @@ class Artifact:
         self._change("claim", chosen)
         return outputs | chosen
 
+    def close(self) -> None:
+        """Nothing is held."""
+
     def _change(self, what: str, arrays: Arrays) -> None:
         if what in self.changes:
             self.changes[what](arrays)

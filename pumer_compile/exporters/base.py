@@ -41,6 +41,9 @@ class Session(Protocol):
     def run(self, batch: Mapping[str, Tensor]) -> dict[str, np.ndarray[Any, Any]]:
         """Outputs by name, from tensors by input name (cast to the artifact's dtypes)."""
 
+    def close(self) -> None:
+        """Give the memory of weights back; nothing runs afterwards."""
+
 
 class Build(Protocol):
     """An artifact before it is written.
@@ -70,13 +73,13 @@ class Evidence:
 
     Attributes:
         session: gives the outputs.
-        decide: gives the decisions; the same object where the artifact gives them itself.
+        decide: opens what gives the decisions, where the artifact does not give them itself.
         reason: why the artifact cannot run here, where it cannot.
         stand_in: what is run in place of the artifact, which cannot run here; empty where it is the artifact itself.
     """
 
     session: Session
-    decide: Session
+    decide: Callable[[], Session] | None = None
     stand_in: str = ""
     reason: str = ""
 

@@ -42,7 +42,7 @@ from ..schedule import Schedule
 from .base import Evidence, Options, Precision, Writer
 from .manifest import KEY
 from .quantize import QuantizeMode, calibration_batches, check_environment, check_options, quantize_onnx
-from .session import OnnxSession, deciding
+from .session import OnnxSession, twin_of
 
 log = logging.getLogger("pumer_compile")
 
@@ -405,21 +405,77 @@ def save_onnx(model: onnx_ir.Model, path: Path) -> list[Path]:
         The files written, the graph last.
 
     Raises:
-        ExportError: the written file is not valid ONNX (full check).
+        ExportError: the model is not valid ONNX (full check).
     """
     weights = [v.const_value for v in model.graph.initializers.values() if v.const_value is not None]
-    files = [path]
-    if sum(w.nbytes for w in weights) > INLINE_WEIGHTS_LIMIT:
-        digest = hashlib.sha256()
-        for weight in weights:
-            digest.update(weight.numpy().tobytes())
-        files.insert(0, path.with_name(content_name(path, digest.hexdigest())))
-    onnx_ir.save(model, str(path), external_data=files[0].name if len(files) > 1 else None)
+    bare, large = _without_weights(model)
+    _check_valid(bare, large)
+    if sum(weight.nbytes for weight in weights) <= INLINE_WEIGHTS_LIMIT:
+        _write_inline(bare, large, path)
+        return [path]
+    digest = hashlib.sha256()
+    for weight in weights:
+        digest.update(weight.numpy().tobytes())
+    beside = path.with_name(content_name(path, digest.hexdigest()))
+    onnx_ir.save(model, str(path), external_data=beside.name)
+    return [beside, path]
+
+
+# Fields of ONNX's messages that hold others or bytes: number and wire type 2, as one byte.
+_MODEL_GRAPH, _GRAPH_INITIALIZER, _TENSOR_RAW_DATA = (number << 3 | 2 for number in (7, 5, 9))
+_LARGE = 2**16
+"""Bytes of a weight that is written by itself."""
+
+
+def _without_weights(model: onnx_ir.Model) -> tuple[onnx.ModelProto, dict[str, onnx_ir.TensorProtocol]]:
+    """The model as a message without its large weights, and these by name."""
+    bare, large = model.clone(), {}
+    for name, value in list(bare.graph.initializers.items()):
+        if value.const_value is not None and value.const_value.nbytes > _LARGE:
+            large[name] = value.const_value
+            del bare.graph.initializers[name]
+    return onnx_ir.to_proto(bare), large
+
+
+def _check_valid(bare: onnx.ModelProto, large: Mapping[str, onnx_ir.TensorProtocol]) -> None:
+    """ONNX's full check, to which the values of large weights are nothing: they stand as inputs."""
+    checked = onnx.ModelProto()
+    checked.CopyFrom(bare)
+    for name, weight in large.items():
+        kind = onnx.helper.make_tensor_value_info(name, int(weight.dtype), weight.shape.numpy())
+        checked.graph.input.append(kind)
     try:
-        onnx.checker.check_model(str(path), full_check=True)
+        onnx.checker.check_model(checked, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise ExportError(f"The exported model is not valid ONNX: {' '.join(str(error).split())}") from error
-    return files
+
+
+def _write_inline(bare: onnx.ModelProto, large: Mapping[str, onnx_ir.TensorProtocol], path: Path) -> None:
+    """One file with all weights, written one after the other: to serialize the whole takes three copies of them."""
+    graph = bare.graph.SerializeToString()
+    entries = []
+    for name, weight in large.items():
+        head = onnx.TensorProto(dims=weight.shape.numpy(), data_type=int(weight.dtype), name=name).SerializeToString()
+        head += bytes([_TENSOR_RAW_DATA]) + _varint(weight.nbytes)
+        entries.append(bytes([_GRAPH_INITIALIZER]) + _varint(len(head) + weight.nbytes) + head)
+    size = len(graph) + sum(map(len, entries)) + sum(weight.nbytes for weight in large.values())
+    rest = onnx.ModelProto()
+    rest.CopyFrom(bare)
+    rest.ClearField("graph")
+    with path.open("wb") as file:
+        file.write(rest.SerializeToString() + bytes([_MODEL_GRAPH]) + _varint(size) + graph)
+        for entry, weight in zip(entries, large.values(), strict=True):
+            file.write(entry)
+            file.write(weight.tobytes())
+
+
+def _varint(number: int) -> bytes:
+    """A number as protobuf writes lengths: seven bits a byte, the lowest first."""
+    found = bytearray()
+    while number > 127:
+        found.append(number & 127 | 128)
+        number >>= 7
+    return bytes([*found, number])
 
 
 def append_metadata(path: Path, metadata: Mapping[str, str]) -> None:
@@ -478,7 +534,7 @@ class OnnxWriter(Writer[OnnxOptions, OnnxBuild]):
     def evidence(self, build: OnnxBuild, files: Sequence[Path]) -> Evidence:
         """The artifact under onnxruntime, twice where it does not give its decisions."""
         session = OnnxSession(files[-1])
-        return Evidence(session, deciding(session, build.decisions))
+        return Evidence(session, twin_of(session, build.decisions))
 
     def record(self, manifest: Mapping[str, Any], path: Path) -> None:
         """Into the model's metadata."""

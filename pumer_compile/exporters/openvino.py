@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -191,10 +192,10 @@ class OpenVinoWriter(Writer[OpenVinoOptions, OpenVinoBuild]):
         """The artifact on the CPU plugin, with a twin where it does not give its decisions."""
         session = OpenVinoSession(files[-1])
         if all(name in session.outputs for name in build.decisions):
-            return Evidence(session, session)
+            return Evidence(session)
         twin = files[-1].with_name("deciding.xml")
         self._write(build.model, twin)
-        return Evidence(session, OpenVinoSession(twin))
+        return Evidence(session, partial(OpenVinoSession, twin))
 
     def describe(self, build: OpenVinoBuild) -> dict[str, Any]:
         """Inputs are float32, whatever the weights are."""

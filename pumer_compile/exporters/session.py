@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -14,7 +15,7 @@ from ..runtimes.ort import OnnxSession, check_provider
 from .base import Session
 from .manifest import read_manifest
 
-__all__ = ["OnnxSession", "check_runtime", "comparable_decisions", "deciding", "open_session"]
+__all__ = ["OnnxSession", "check_runtime", "comparable_decisions", "deciding", "open_session", "twin_of"]
 
 ENGINE_SUFFIXES = (".engine", ".plan")
 
@@ -140,6 +141,12 @@ def comparable_decisions(session: Session, manifest: Mapping[str, Any]) -> list[
     named = [str(name) for name in manifest["decisions"]]
     shown = isinstance(session, Exposing) or all(name in session.outputs for name in named)
     return named if shown else []
+
+
+def twin_of(session: Session, decisions: Sequence[str]) -> Callable[[], Session] | None:
+    """What opens the twin of a session that gives these decisions; None where the session gives them itself."""
+    hidden = any(name not in session.outputs for name in decisions)
+    return partial(deciding, session, decisions) if hidden else None
 
 
 def deciding(session: Session, decisions: Sequence[str]) -> Session:

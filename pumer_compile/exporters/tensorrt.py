@@ -15,6 +15,7 @@ import resource
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -28,7 +29,7 @@ from ..schedule import Schedule
 from ..tensorrt_library import Library, cuda_device, load_library, make_logger
 from .base import Evidence, Options, Profile, Session, Writer
 from .onnx import OnnxBuild, OnnxOptions, build_onnx, save_onnx
-from .session import OnnxSession, deciding
+from .session import OnnxSession, twin_of
 
 log = logging.getLogger("pumer_compile")
 
@@ -180,10 +181,10 @@ class EngineWriter(Writer[EngineOptions, EngineBuild]):
             reason = str(error)
         else:
             hidden = [name for name in build.decisions if name not in engine.outputs]
-            return Evidence(engine, self._deciding(build, files[-1]) if hidden else engine)
+            return Evidence(engine, partial(self._deciding, build, files[-1]) if hidden else None)
         assert build.parsed is not None
         session = OnnxSession(build.parsed)
-        decide = deciding(session, build.decisions)
+        decide = twin_of(session, build.decisions)
         return Evidence(session, decide, stand_in="the ONNX model that the engine was built from", reason=reason)
 
     def _deciding(self, build: EngineBuild, engine: Path) -> Session:

@@ -75,6 +75,10 @@ class Runtime(ABC):
         return {name: to_numpy(tensor) for name, tensor in self.call(batch).items()}
 
     @abstractmethod
+    def close(self) -> None:
+        """Give the memory of weights back; nothing runs afterwards."""
+
+    @abstractmethod
     def _execute(self, feed: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run inputs that were checked, lie on `device`, are contiguous and in the artifact's dtypes."""
 

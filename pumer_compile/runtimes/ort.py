@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +105,10 @@ class OnnxSession(Runtime):
         """A second session on the same artifact that gives inner values as outputs too."""
         return OnnxSession(self.path, self.provider, device=self.device, expose=names)
 
+    def close(self) -> None:
+        """See above."""
+        del self._session
+
     def _execute(self, feed: Mapping[str, Tensor]) -> dict[str, Tensor]:
         try:
             return self._bound(feed) if self._binds else self._on_cpu(feed)
@@ -177,19 +184,15 @@ def _opened(path: Path, provider: str, device: torch.device, expose: Sequence[st
         onnxruntime.preload_dlls()  # finds the CUDA libraries that torch came with
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors only; warnings are about optimisations that do not concern the user
-    model: str | bytes = str(path)
-    if expose:
-        model = _exposing(path, expose)
-        options.add_session_config_entry(
-            "session.model_external_initializers_file_folder_path", str(path.resolve().parent)
-        )
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.resolve().parent))
     chosen: dict[str, dict[str, Any]] = {provider: {}}
     if device.type == "cuda":
         chosen[provider] = {"device_id": device.index or 0}
         # What TensorRT does not take runs on the same device. Products in TF32 would flip the reducers' decisions.
         chosen[CUDA] = {"device_id": device.index or 0, "use_tf32": 0}
     try:
-        session = onnxruntime.InferenceSession(model, options, providers=list(chosen.items()))
+        with _exposing(path, expose) if expose else nullcontext(path) as model:
+            session = onnxruntime.InferenceSession(str(model), options, providers=list(chosen.items()))
     except Exception as error:
         # onnxruntime raises its own exception types, which share no base class of their own.
         raise ExportError(f"onnxruntime cannot open {path}: {' '.join(str(error).split())}") from error
@@ -212,8 +215,13 @@ def _check_cuda(provider: str) -> None:
         )
 
 
-def _exposing(path: Path, names: Sequence[str]) -> bytes:
-    """The model with inner values as extra outputs; weights beside it stay there."""
-    model = onnx.load(str(path), load_external_data=False)
-    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
-    return bytes(model.SerializeToString())
+@contextmanager
+def _exposing(path: Path, names: Sequence[str]) -> Iterator[Path]:
+    """A copy of the file with inner values as extra outputs, for as long as it is read; on disk, since it may hold all
+    weights. Protobuf messages merge when concatenated."""
+    outputs = onnx.GraphProto(output=[onnx.ValueInfoProto(name=name) for name in names])
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(shutil.copy(path, folder))
+        with copy.open("ab") as file:
+            file.write(onnx.ModelProto(graph=outputs).SerializeToString())
+        yield copy

@@ -128,6 +128,11 @@ class TensorRtSession(Runtime):
 
     # --- Running ---
 
+    def close(self) -> None:
+        """See above."""
+        self._graphs.clear()
+        del self._context, self._engine  # in this order
+
     def _execute(self, feed: Mapping[str, Tensor]) -> dict[str, Tensor]:
         size = open_sizes(feed, self.input_specs).get(BATCH, 0)
         profile = choose_profile(self.profiles, size) if self.profiles else 0

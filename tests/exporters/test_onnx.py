@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir
 import pytest
 import torch
 from onnx import TensorProto, numpy_helper
@@ -239,6 +240,41 @@ def test_weights_are_inside_below_the_limit_and_beside_above_it(
         {w.name: numpy_helper.to_array(w) for w in onnx.load(str(file)).graph.initializer} for file in (path, graph)
     )
     assert inline.keys() == external.keys() and all(np.array_equal(inline[name], external[name]) for name in inline)
+
+
+def test_the_file_is_what_onnx_itself_would_write(build: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large weights are written one by one, around protobuf."""
+    model = build.without_decisions()
+    expected = onnx_ir.to_proto(model)
+    largest = max(weight.ByteSize() for weight in expected.graph.initializer)
+    for limit in (0, 200, largest - 100, 10 * largest):  # all by themselves, some, (nearly) none
+        monkeypatch.setattr("pumer_compile.exporters.onnx._LARGE", limit)
+        save_onnx(model, tmp_path / "model.onnx")
+        written = onnx.load(str(tmp_path / "model.onnx"))
+        assert {w.name: w for w in written.graph.initializer} == {w.name: w for w in expected.graph.initializer}
+        onnx.checker.check_model(written, full_check=True)
+        rest = onnx.ModelProto()
+        rest.CopyFrom(expected)
+        weights = {weight.name for weight in expected.graph.initializer}
+        for graph in (written.graph, rest.graph):
+            typed = [info for info in graph.value_info if info.name not in weights]  # a weight says its own type
+            del graph.initializer[:], graph.value_info[:]
+            graph.value_info.extend(typed)
+        assert written == rest
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.bool])
+def test_a_weight_of_any_type(dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pumer_compile.exporters.onnx._LARGE", 0)
+    value = (torch.arange(300) % 2).reshape(3, 100).to(dtype)
+    weight = onnx_ir.Value(name="w", const_value=onnx_ir.tensor(value, name="w"))
+    node = onnx_ir.node("Shape", [weight])
+    node.outputs[0].name = "y"
+    node.outputs[0].shape, node.outputs[0].dtype = onnx_ir.Shape([2]), onnx_ir.DataType.INT64
+    graph = onnx_ir.Graph([], node.outputs, nodes=[node], initializers=[weight], opset_imports={"": 20}, name="g")
+    save_onnx(onnx_ir.Model(graph, ir_version=10), tmp_path / "model.onnx")
+    (written,) = onnx.load(str(tmp_path / "model.onnx")).graph.initializer
+    assert written == onnx_ir.to_proto(weight.const_value)
 
 
 def test_without_decisions_the_model_is_as_it_was(build: Any) -> None:
