@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -40,6 +41,7 @@ import pumer_compile as pumer
 from benchmarks.common import machine
 from benchmarks.torch_compile import traceable
 from pumer_compile.exporters.onnx import OnnxOptions, Target, quiet_torch_onnx
+from pumer_compile.files import atomic_path
 from pumer_compile.frontends.meter import MeterConfig, MeterForQuestionAnswering
 from pumer_compile.inputs import make_inputs
 
@@ -328,6 +330,9 @@ def measure(work: str, batch: int, rounds: int, wanted: list[str] | None = None,
     model = build()
     inputs = make_inputs(model, batch=batch, text_length=TEXT if work != "tiny" else 16, padding=False)
     torch._dynamo.reset()
+    command = ["git", "describe", "--always", "--dirty"]
+    commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    conditions = {"commit": commit, "load_average_before": os.getloadavg()}
     with tempfile.TemporaryDirectory() as name, torch.no_grad(), traceable():
         found = contenders(model, schedules, inputs, Path(name), work != "meter", few)
         peak = MatrixPeak()
@@ -342,7 +347,7 @@ def measure(work: str, batch: int, rounds: int, wanted: list[str] | None = None,
             "share_of_peak": share,
             **contender.facts,
         }
-    return {"matrix_peak_multiply_adds_per_second": peak.samples, "contenders": rows}
+    return {**conditions, "matrix_peak_multiply_adds_per_second": peak.samples, "contenders": rows}
 
 
 def print_rows(work: str, batch: int, rows: dict[str, Any]) -> None:
@@ -387,10 +392,10 @@ def plot(result: dict[str, Any], path: Path) -> None:
 def measured_before(output: Path | None) -> dict[str, Any]:
     """What is in the file of results, where it is of this very machine and its packages; else nothing but these."""
     conditions: dict[str, Any] = {"machine": machine(), "threads": torch.get_num_threads(), "text_length": TEXT}
+    del conditions["machine"]["load_average_before"]  # beside each measurement
     if output is not None and output.exists():
         earlier: dict[str, Any] = json.loads(output.read_text(encoding="utf-8"))
-        earlier["machine"]["load_average_before"] = conditions["machine"]["load_average_before"]
-        if all(earlier.get(name) == condition for name, condition in json.loads(json.dumps(conditions)).items()):
+        if all(earlier.get(name) == condition for name, condition in conditions.items()):
             return earlier
     return {**conditions, "works": {}, "training": {}}
 
@@ -400,7 +405,8 @@ def write(result: dict[str, Any], output: Path | None) -> None:
     if output is None:
         return
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    with atomic_path(output) as path:
+        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     plot(result, output.with_suffix(".png"))
 
 

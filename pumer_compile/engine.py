@@ -99,6 +99,10 @@ class Engine:
         """Shapes and dtypes of the outputs; empty where the runtime does not tell them."""
         return self._session.output_specs if isinstance(self._session, Runtime) else {}
 
+    def close(self) -> None:
+        """Give the memory of weights back; nothing runs afterwards."""
+        self._session.close()
+
     def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
         """Outputs by name, on `device`.
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -180,7 +180,7 @@ def check(
     default = TOLERANCES[dtype]
     report = ParityReport(str(session.path), dtype, session.provider, decisions_compared=bool(decisions))
     if reducers_of(eager) and not decisions:
-        report.notes.append("the artifact does not name its decisions: judged end to end alone")
+        report.notes.append("the artifact does not give its decisions: judged end to end alone")
     own = [name for name in session.outputs if name not in decisions]
     for option, tolerance in (("atol", atol), ("rtol", rtol)):
         unknown = [name for name in tolerance if name not in own] if isinstance(tolerance, Mapping) else []
@@ -188,16 +188,35 @@ def check(
             raise UsageError(f"--{option} names the output {unknown[0]!r}; there are {', '.join(own)}.")
     comparison = _Comparison(report, eager, unreduced, default, atol, rtol)
     with torch.no_grad():
-        given = [session.run(batch) for batch in batches]
-        chosen = given
-        if decide is not None and decisions:
-            session.close()
-            twin = decide()
-            chosen = [twin.run(batch) for batch in batches]
-            twin.close()
-        for batch, outputs, choices in zip(batches, given, chosen, strict=True):
-            comparison.add(batch, {n: value for n, value in outputs.items() if n in own}, choices, decisions)
+        for batch, outputs, chosen in _answers(session, decide if decisions else None, batches, decisions):
+            comparison.add(batch, {name: outputs[name] for name in own}, chosen, decisions)
     return report
+
+
+def _answers(
+    session: Session,
+    decide: Callable[[], Session] | None,
+    batches: Sequence[Mapping[str, Tensor]],
+    decisions: Sequence[str],
+) -> Iterator[tuple[Mapping[str, Tensor], Arrays, Arrays]]:
+    """Each batch, the artifact's outputs for it, and its decisions."""
+    if decide is None:
+        for batch in batches:
+            given = session.run(batch)
+            yield batch, given, given
+        return
+    outputs = [session.run(batch) for batch in batches]
+    session.close()
+    chosen: list[Arrays] = [{} for _ in batches]
+    if any(_finite(given) for given in outputs):  # a twin can take minutes to make
+        twin = decide()
+        chosen = [{name: value for name, value in twin.run(batch).items() if name in decisions} for batch in batches]
+        twin.close()
+    yield from zip(batches, outputs, chosen, strict=True)
+
+
+def _finite(arrays: Arrays) -> bool:
+    return all(np.isfinite(array).all() for array in arrays.values())
 
 
 @dataclass
@@ -215,7 +234,7 @@ class _Comparison:
         agree = np.ones(size, dtype=bool)
         free = _eager_outputs(self.eager, batch, list(artifact))
         # Choices among NaN scores mean nothing; the outputs fail in any case.
-        if decisions and all(np.isfinite(value).all() for value in [*artifact.values(), *free.values()]):
+        if decisions and _finite(artifact) and _finite(free):
             wanted = self._wanted({name: chosen[name] for name in decisions}, size)
             if not any(row.fault for row in self.report.reducers):
                 with forced_decisions(self.eager, wanted) as forcings:

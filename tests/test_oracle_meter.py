@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pumer_compile import Program, Reduced, Schedule, capture, reduce
 from pumer_compile.errors import LocateError
-from pumer_compile.exporters.session import OnnxSession, deciding
+from pumer_compile.exporters.session import OnnxSession, twin_of
 from pumer_compile.loading import load_model
 from pumer_compile.parity import check
 from pumer_compile.passes.insert import reducers_of
@@ -231,7 +231,7 @@ def test_with_the_artifacts_decisions_the_logits_agree(compiled: Compiled, case:
         [tensors(padding)],
         "float32",
         decisions,
-        decide=deciding(session, decisions),
+        decide=twin_of(session, decisions),
         atol=1e-5,
         rtol=0.0,
     )

@@ -57,8 +57,10 @@ class Artifact:
         self.module, self.changes = reduced.module, changes
         self.twin, self.decisions = with_decisions(reduced.module)
         self.outputs = ["logits", *self.decisions]
+        self.closed = False
 
     def run(self, batch: Mapping[str, Tensor]) -> Arrays:
+        assert not self.closed
         chosen = {name: value.numpy().copy() for name, value in self.twin(**batch).items() if name != "logits"}
         self._change("decide", chosen)
         rows = len(batch["input_ids"])
@@ -75,7 +77,8 @@ class Artifact:
         return outputs | chosen
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Nothing runs afterwards."""
+        self.closed = True
 
     def _change(self, what: str, arrays: Arrays) -> None:
         if what in self.changes:
@@ -235,6 +238,48 @@ def test_without_decisions_everything_is_judged_end_to_end(reduced: Reduced) -> 
     assert not report.passed and not report.decisions_compared and not report.reducers
     assert output(report, "end_to_end").samples == 3
     assert "judged end to end alone" in report.notes[0]
+
+
+class Hiding(Artifact):
+    """An artifact that keeps its decisions to itself."""
+
+    def __init__(self, reduced: Reduced, **changes: Callable[[Arrays], None]) -> None:
+        super().__init__(reduced, **changes)
+        self.outputs = ["logits"]
+
+    def run(self, batch: Mapping[str, Tensor]) -> Arrays:
+        return {"logits": super().run(batch)["logits"]}
+
+
+def test_one_of_the_twins_is_open_at_a_time(reduced: Reduced) -> None:
+    fake: Any = Hiding(reduced)
+    twin: Any = Artifact(reduced)
+    opened = []
+
+    def decide() -> Any:
+        assert fake.closed
+        opened.append(twin)
+        return twin
+
+    batches = [inputs_for(CONFIG), inputs_for(CONFIG, seed=1)]
+    report = check(fake, reduced.module, reduced.program.module, batches, "float32", twin.decisions, decide=decide)
+    assert report.passed and report.decisions_compared and opened == [twin] and twin.closed
+    assert reducer(report, IMAGE).samples == reducer(report, TEXT).samples == 6
+    assert output(report, "forced").samples == 6
+
+
+def test_no_twin_is_made_for_an_artifact_that_gives_no_numbers(reduced: Reduced) -> None:
+    def spoil(arrays: Arrays) -> None:
+        arrays["logits"][:] = np.nan
+
+    def decide() -> Any:
+        pytest.fail("a twin was made")
+
+    fake: Any = Hiding(reduced, answer=spoil)
+    names = Artifact(reduced).decisions
+    batches = [inputs_for(CONFIG)]
+    report = check(fake, reduced.module, reduced.program.module, batches, "float32", names, decide=decide)
+    assert not report.passed
 
 
 def test_no_sample_is_no_proof(reduced: Reduced) -> None:

@@ -431,7 +431,9 @@ def _without_weights(model: onnx_ir.Model) -> tuple[onnx.ModelProto, dict[str, o
     """The model as a message without its large weights, and these by name."""
     bare, large = model.clone(), {}
     for name, value in list(bare.graph.initializers.items()):
-        if value.const_value is not None and value.const_value.nbytes > _LARGE:
+        if value.const_value is None or value.const_value.dtype is onnx_ir.DataType.STRING:
+            continue
+        if value.const_value.nbytes > _LARGE:
             large[name] = value.const_value
             del bare.graph.initializers[name]
     return onnx_ir.to_proto(bare), large
@@ -441,7 +443,10 @@ def _check_valid(bare: onnx.ModelProto, large: Mapping[str, onnx_ir.TensorProtoc
     """ONNX's full check, to which the values of large weights are nothing: they stand as inputs."""
     checked = onnx.ModelProto()
     checked.CopyFrom(bare)
+    given = {value.name for value in bare.graph.input}
     for name, weight in large.items():
+        if name in given:  # a default that a caller may override
+            continue
         kind = onnx.helper.make_tensor_value_info(name, int(weight.dtype), weight.shape.numpy())
         checked.graph.input.append(kind)
     try:

@@ -193,9 +193,14 @@ class OpenVinoWriter(Writer[OpenVinoOptions, OpenVinoBuild]):
         session = OpenVinoSession(files[-1])
         if all(name in session.outputs for name in build.decisions):
             return Evidence(session)
-        twin = files[-1].with_name("deciding.xml")
+        return Evidence(session, partial(self._deciding, build, files[-1]))
+
+    def _deciding(self, build: OpenVinoBuild, path: Path) -> OpenVinoSession:
+        """A twin that gives the decisions, which the artifact does not even compute."""
+        twin = path.parent / "deciding" / path.name
+        twin.parent.mkdir()
         self._write(build.model, twin)
-        return Evidence(session, partial(OpenVinoSession, twin))
+        return OpenVinoSession(twin)
 
     def describe(self, build: OpenVinoBuild) -> dict[str, Any]:
         """Inputs are float32, whatever the weights are."""

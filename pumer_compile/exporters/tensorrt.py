@@ -193,7 +193,7 @@ class EngineWriter(Writer[EngineOptions, EngineBuild]):
 
         self.progress("building a twin that shows its decisions")
         model = save_onnx(build.onnx.model, engine.parent / "onnx" / "deciding.onnx")[-1]
-        twin = engine.with_name(f"deciding{engine.suffix}")
+        twin = engine.parent / "onnx" / engine.name
         options = replace(self.options, layer_info=None, timing_cache=None)
         twin.write_bytes(build_engine(build.library, model, options, self.progress))
         return TensorRtSession(twin, self.describe(build))

@@ -43,6 +43,7 @@ class Runtime(ABC):
         provider: what executes it, such as `CPUExecutionProvider` or `tensorrt-rtx`.
         device: where outputs of `call` are.
         input_specs, output_specs: by name, in order.
+        closed: whether it was closed.
     """
 
     path: Path
@@ -50,6 +51,7 @@ class Runtime(ABC):
     device: torch.device
     input_specs: dict[str, TensorSpec]
     output_specs: dict[str, TensorSpec]
+    closed: bool = False
 
     @property
     def inputs(self) -> list[str]:
@@ -65,18 +67,27 @@ class Runtime(ABC):
         """Outputs by name on `device`, from tensors by input name (cast to the artifact's dtypes, moved to `device`).
 
         Raises:
-            UsageError: an input is missing, or has another shape or kind of dtype than the artifact takes.
+            UsageError: an input is missing, or has another shape or kind of dtype than the artifact takes; or it was
+                closed.
             ExportError: the runtime failed.
         """
+        if self.closed:
+            raise UsageError(f"{self.path} was closed. Open it again to run it.")
         return self._execute(fitted(batch, self.input_specs, self.device))
 
     def run(self, batch: Mapping[str, Tensor]) -> dict[str, np.ndarray[Any, Any]]:
         """`call` with arrays as outputs; bfloat16, which numpy lacks, comes as float32."""
         return {name: to_numpy(tensor) for name, tensor in self.call(batch).items()}
 
-    @abstractmethod
     def close(self) -> None:
         """Give the memory of weights back; nothing runs afterwards."""
+        if not self.closed:
+            self.closed = True
+            self._release()
+
+    @abstractmethod
+    def _release(self) -> None:
+        """Let go of what the runtime holds."""
 
     @abstractmethod
     def _execute(self, feed: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -53,8 +53,7 @@ class OpenVinoSession(Runtime):
         self.input_specs = {str(port.get_any_name()): _spec(port) for port in self._compiled.inputs}
         self.output_specs = {str(port.get_any_name()): _spec(port) for port in self._compiled.outputs}
 
-    def close(self) -> None:
-        """See above."""
+    def _release(self) -> None:
         del self._compiled
 
     def _execute(self, feed: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -105,8 +105,7 @@ class OnnxSession(Runtime):
         """A second session on the same artifact that gives inner values as outputs too."""
         return OnnxSession(self.path, self.provider, device=self.device, expose=names)
 
-    def close(self) -> None:
-        """See above."""
+    def _release(self) -> None:
         del self._session
 
     def _execute(self, feed: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -184,18 +183,20 @@ def _opened(path: Path, provider: str, device: torch.device, expose: Sequence[st
         onnxruntime.preload_dlls()  # finds the CUDA libraries that torch came with
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors only; warnings are about optimisations that do not concern the user
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.resolve().parent))
     chosen: dict[str, dict[str, Any]] = {provider: {}}
     if device.type == "cuda":
         chosen[provider] = {"device_id": device.index or 0}
         # What TensorRT does not take runs on the same device. Products in TF32 would flip the reducers' decisions.
         chosen[CUDA] = {"device_id": device.index or 0, "use_tf32": 0}
-    try:
-        with _exposing(path, expose) if expose else nullcontext(path) as model:
+    with _exposing(path, expose) if expose else nullcontext(path) as model:
+        if expose:  # weights beside the model are not beside its copy
+            folder = str(path.resolve().parent)
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
+        try:
             session = onnxruntime.InferenceSession(str(model), options, providers=list(chosen.items()))
-    except Exception as error:
-        # onnxruntime raises its own exception types, which share no base class of their own.
-        raise ExportError(f"onnxruntime cannot open {path}: {' '.join(str(error).split())}") from error
+        except Exception as error:
+            # onnxruntime raises its own exception types, which share no base class of their own.
+            raise ExportError(f"onnxruntime cannot open {path}: {' '.join(str(error).split())}") from error
     used = str(session.get_providers()[0])
     if used != provider:
         raise UsageError(
@@ -221,7 +222,14 @@ def _exposing(path: Path, names: Sequence[str]) -> Iterator[Path]:
     weights. Protobuf messages merge when concatenated."""
     outputs = onnx.GraphProto(output=[onnx.ValueInfoProto(name=name) for name in names])
     with tempfile.TemporaryDirectory() as folder:
-        copy = Path(shutil.copy(path, folder))
-        with copy.open("ab") as file:
-            file.write(onnx.ModelProto(graph=outputs).SerializeToString())
+        copy = Path(folder) / "model.onnx"
+        try:
+            shutil.copyfile(path, copy)
+            with copy.open("ab") as file:
+                file.write(onnx.ModelProto(graph=outputs).SerializeToString())
+        except OSError as error:
+            raise UsageError(
+                f"To see the decisions inside {path}, a copy of it is needed in {tempfile.gettempdir()}, and that "
+                f"failed: {error}. Set TMPDIR to a folder with room for it, or compile --with-decisions."
+            ) from error
         yield copy

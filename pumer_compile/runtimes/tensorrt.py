@@ -128,8 +128,7 @@ class TensorRtSession(Runtime):
 
     # --- Running ---
 
-    def close(self) -> None:
-        """See above."""
+    def _release(self) -> None:
         self._graphs.clear()
         del self._context, self._engine  # in this order
 

@@ -138,3 +138,23 @@ def test_bfloat16_as_arrays() -> None:
 
 def test_paths_as_text() -> None:
     assert OnnxSession(str(artifact())).path == Path(artifact())  # type: ignore[arg-type]
+
+
+def test_a_closed_session_says_so() -> None:
+    session = OnnxSession(artifact())
+    session.run(tensors())
+    session.close()
+    session.close()
+    with pytest.raises(UsageError, match="was closed"):
+        session.run(tensors())
+    assert session.outputs == ["logits"]
+
+
+def test_no_room_for_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    session, names = OnnxSession(artifact()), inner_manifest(artifact())["decisions"]
+    monkeypatch.setattr("shutil.copyfile", full)
+    with pytest.raises(UsageError, match=r"No space left.*TMPDIR"):
+        session.exposing(names)
