@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -27,6 +28,27 @@ def attribute(node: fx.Node) -> object:
     for part in str(node.target).split("."):
         value = getattr(value, part)
     return value
+
+
+class Emitter:
+    """Emits operators where its graph inserts, with the fake values, module path and source line that captured ones
+    have.
+
+    Args:
+        origin: the node that they stand for.
+        mode: makes the fake values of operators that take no tensor; None where all take one.
+    """
+
+    def __init__(self, origin: fx.Node, mode: AbstractContextManager[object] | None = None) -> None:
+        self.origin, self.mode = origin, nullcontext() if mode is None else mode
+
+    def __call__(self, target: Any, *arguments: Any, **options: Any) -> fx.Node:
+        node = self.origin.graph.call_function(target, arguments, options)
+        node.meta = {k: v for k, v in self.origin.meta.items() if k in ("nn_module_stack", "stack_trace")}
+        given = fx.map_arg(arguments, lambda n: values(n)[0])
+        with self.mode:
+            node.meta["val"] = target(*given, **options)
+        return node
 
 
 def source_line(node: fx.Node) -> str:

@@ -169,13 +169,7 @@ def last_query_site(
 
 
 def _check_prompt(attention: Attention, images: tuple[str, ...]) -> None:
-    if attention.carrier is None:
-        raise LocateError(f"Site {attention.described} has no residual value to reduce: {attention.no_carrier}.")
-    if len(shape(attention.query)) != 4:
-        raise LocateError(
-            f"Site {attention.described} has queries of shape {list(shape(attention.query))}; `method: fastv` reads "
-            "[batch, heads, tokens, head size]. Use a model whose attention keeps heads in a dimension of their own."
-        )
+    _check_reducible(attention)
     *_, last = attention.query_axis.segments
     if last.stream != "text":
         raise LocateError(
@@ -187,6 +181,16 @@ def _check_prompt(attention: Attention, images: tuple[str, ...]) -> None:
         raise LocateError(
             f"The prompt {attention.query_axis} has {cut[0].length} tokens of {cut[0].stream} apart from the others; "
             "an image is reduced whole."
+        )
+
+
+def _check_reducible(attention: Attention) -> None:
+    if attention.carrier is None:
+        raise LocateError(f"Site {attention.described} has no residual value to reduce: {attention.no_carrier}.")
+    if len(shape(attention.query)) != 4:
+        raise LocateError(
+            f"Site {attention.described} has queries of shape {list(shape(attention.query))}; a reducer reads "
+            "[batch, heads, tokens, head size]. Use a model whose attention keeps heads in a dimension of their own."
         )
 
 
@@ -234,13 +238,7 @@ def check_site(annotation: Annotation, attention: Attention, site: Site) -> None
             f"Site {attention.described} is attention of learned queries, {attention.query_axis}, to "
             f"{attention.key_axis}: there is no stream of tokens to carry on. Choose a site before it."
         )
-    if attention.carrier is None:
-        raise LocateError(f"Site {attention.described} has no residual value to reduce: {attention.no_carrier}.")
-    if len(shape(attention.query)) != 4:
-        raise LocateError(
-            f"Site {attention.described} has queries of shape {list(shape(attention.query))}; a reducer reads "
-            "[batch, heads, tokens, head size]. Use a model whose attention keeps heads in a dimension of their own."
-        )
+    _check_reducible(attention)
     parts = [s for axis in (attention.query_axis, attention.key_axis) for s in axis.segments if not s.whole]
     if parts:
         raise LocateError(

@@ -16,7 +16,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -25,7 +24,7 @@ from ..errors import AxisError
 from ..plan import PromptPlace
 from .arrangement import SEPARATOR, Arrangement, arrangement
 from .axes import Constraint, Dim, Opaque, Same, Seed
-from .graph import ancestors, attribute, constant_value, describe, module_path, values
+from .graph import Emitter, ancestors, attribute, constant_value, describe, module_path, values
 from .rules import aten, overloads, rule
 
 _SCATTER = aten.masked_scatter.default
@@ -164,7 +163,7 @@ class _Scatter:
         assert isinstance(words, fx.Node) and isinstance(mask, fx.Node) and isinstance(source, fx.Node)
         self.words, self.mask, self.source = words, mask, source
         self.batch, self.length, self.width = values(words)[0].shape
-        self.emit = _Emitter(prompt.module.graph, node)
+        self.emit = Emitter(node)
         # An output of the model, say.
         self.others = [user for user in source.users if user is not node]
 
@@ -222,7 +221,7 @@ class _Scatter:
         features, user = _leaving(self.node, found.projected)
         behind = ancestors(self.source) | {self.source}
         with self.prompt.module.graph.inserting_after(features):
-            mark = _Emitter(self.prompt.module.graph, user)(visual_tokens, features)
+            mark = Emitter(user)(visual_tokens, features)
         for reader in [u for u in features.users if u is not mark and u in behind]:
             reader.replace_input_with(features, mark)
         self.prompt.marks.append(Mark(mark, features, None, (tuple(range(found.tokens)),)))
@@ -332,20 +331,6 @@ def _blocks(scatter: fx.Node, mask: Tensor) -> list[tuple[int, int]]:
     starts = [place for place in found if place - 1 not in filled]
     stops = [place + 1 for place in found if place + 1 not in filled]
     return list(zip(starts, stops, strict=True))
-
-
-class _Emitter:
-    """Emits operators with the fake values, module path and source line that captured ones have."""
-
-    def __init__(self, graph: fx.Graph, origin: fx.Node) -> None:
-        self.graph, self.origin = graph, origin
-
-    def __call__(self, target: Any, *arguments: Any, **options: Any) -> fx.Node:
-        node = self.graph.call_function(target, arguments, options)
-        node.meta = {k: v for k, v in self.origin.meta.items() if k in ("nn_module_stack", "stack_trace")}
-        given = fx.map_arg(arguments, lambda n: values(n)[0])
-        node.meta["val"] = target(*given, **options)
-        return node
 
 
 def _leaving(scatter: fx.Node, projected: fx.Node) -> tuple[fx.Node, fx.Node]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import operator
 from collections.abc import Callable
 from functools import partial
 
@@ -46,7 +45,7 @@ class SelectVisual:
         votes = self._votes(walk, attention)
         name = f"reducer.{attention.name}.{stream}"
         made = walk.call_module(name, reducer, walk.env[tokens], votes)
-        kept, weights, step_map, *_, assigned = (walk.call(operator.getitem, made, index) for index in range(7))
+        kept, weights, step_map, *_, assigned = (walk.item(made, index) for index in range(7))
         walk.batch = walk.batch or Dim(mark.node, 0)
         self.insertions.weights[stream, take_step(walk, mark.node, step_map, assigned, reducer.tokens_after)] = weights
         self._plan(stream, reducer)
