@@ -11,6 +11,9 @@ training step. Weights are random.
     python -m benchmarks.performance --work vilt --batch 1  # a part
     python -m benchmarks.performance --tiny                 # the machinery alone
 
+Memory that PyTorch frees stays with the process, for otherwise the kernel would map and clear it again in every run,
+and the more so the more contenders there are: that is glibc's choice, and not theirs.
+
 Writes one JSON with every sample and the machine, and a plot, after each model and batch size; what an earlier run on
 the same machine measured of others stays.
 """
@@ -18,6 +21,7 @@ the same machine measured of others stays.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import json
 import os
@@ -47,6 +51,7 @@ from pumer_compile.inputs import make_inputs
 
 RESULTS = Path(__file__).parent / "results" / "performance_cpu.json"
 TEXT = 40
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 REST = 0.3
 """Seconds before each run: threads of the runtime before it spin for a while, and would take its processor."""
 
@@ -261,6 +266,14 @@ def contenders(
     return found
 
 
+def keep_freed_memory() -> None:
+    """Let glibc hand out again what was freed, whatever its size (`mallopt(3)`)."""
+    libc = ctypes.CDLL(None)
+    for parameter, value in ((M_MMAP_THRESHOLD, 1 << 30), (M_TRIM_THRESHOLD, (1 << 31) - 1)):
+        if not libc.mallopt(parameter, value):
+            raise RuntimeError(f"mallopt({parameter}, {value}) was refused; this benchmark needs glibc.")
+
+
 def alternate(found: dict[str, Contender], rounds: int, peak: MatrixPeak) -> dict[str, list[float]]:
     """Milliseconds of every run, in turn, after two rounds of warm-up. What PyTorch runs comes first in each round, as
     threads of onnxruntime spin on for a while."""
@@ -392,6 +405,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
 def measured_before(output: Path | None) -> dict[str, Any]:
     """What is in the file of results, where it is of this very machine and its packages; else nothing but these."""
     conditions: dict[str, Any] = {"machine": machine(), "threads": torch.get_num_threads(), "text_length": TEXT}
+    conditions["freed_memory"] = "kept by the process"
     del conditions["machine"]["load_average_before"]  # beside each measurement
     if output is not None and output.exists():
         earlier: dict[str, Any] = json.loads(output.read_text(encoding="utf-8"))
@@ -430,6 +444,7 @@ def main() -> None:
         work, schedule, batch = arguments.train_step
         train_step(work, schedule, int(batch))
         return
+    keep_freed_memory()
     works = ["tiny"] if arguments.tiny else arguments.work
     output = arguments.output or (None if arguments.tiny else RESULTS)
     result = measured_before(output)

@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .errors import CaptureError, UsageError
 from .loading import first_line
+from .passes.graph import attribute
 
 
 @dataclass(frozen=True)
@@ -108,13 +109,19 @@ class DynamoGraph:
 
         Raises:
             CaptureError: an operator or control flow that cannot be traced.
-            UsageError: an input or parameter is a tensor of a special kind (a DTensor, say).
+            UsageError: an input or parameter is a tensor of a special kind (a DTensor, say), or parameters are frozen.
         """
         for argument in self.arguments:
             if is_traceable_wrapper_subclass(argument.value):
                 raise UsageError(
                     f"{argument.name} is a {type(argument.value).__name__}, and only models of plain tensors can be "
                     "reduced. Compile before the model is distributed or quantized."
+                )
+        for node in self.module.graph.find_nodes(op="get_attr"):
+            if isinstance(attribute(node), nn.Parameter):
+                raise UsageError(
+                    f"The parameter {node.target} is a constant of Dynamo's graph, as torch._inductor.config.freezing "
+                    "makes it. Turn freezing off: a reduced model is compiled with its parameters as inputs."
                 )
         with self.mode:
             fakes = {a.name: self._fake(a, padded=True) for a in self.arguments if a.kind != "number"}
@@ -257,8 +264,8 @@ def _of_module(source: Any) -> bool:
 
 def _name(source: Any, node: fx.Node, taken: list[str]) -> str:
     """`input_ids` of `L['input_ids']` or `L['kwargs']['input_ids']`; the placeholder's name where that fails."""
-    for attribute in ("local_name", "index", "member"):
-        name = getattr(source, attribute, None)
+    for member in ("local_name", "index", "member"):
+        name = getattr(source, member, None)
         if isinstance(name, str) and name.isidentifier() and name not in taken:
             return name
     return node.name

@@ -102,6 +102,11 @@ def _check(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> None:
             f"transformers {transformers.__version__} cannot convert a decoding step: its ONNX exporter has no "
             "`export_program`, as 5.23 has. Install a newer one."
         )
+    _check_unpadded(inputs)
+
+
+def _check_unpadded(inputs: Mapping[str, Tensor]) -> None:
+    """Positions of new tokens and the mask of a step are those of a prompt that is full."""
     mask = inputs.get("attention_mask")
     if mask is not None and not bool(mask.bool().all()):
         raise UsageError("A prompt for generation must have no padding: batch prompts of one length.")
@@ -238,7 +243,11 @@ class Generator:
 
         Returns:
             `[batch, tokens or fewer]`, int64.
+
+        Raises:
+            UsageError: the prompt has padding, or its images are not where they were in the sample.
         """
+        _check_unpadded(inputs)
         check_prompts(self._manifest, inputs)
         outputs = self.prefill.run(inputs)
         length = outputs["logits"].shape[1] if self._compact else inputs["input_ids"].shape[1]

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch._dynamo
+import torch._inductor.config
 from torch import Tensor, nn
 from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.exc import BackendCompilerFailed
@@ -468,6 +469,12 @@ def test_special_tensors_are_refused_in_words() -> None:
     inputs["pixel_values"] = TwoTensor(inputs["pixel_values"], inputs["pixel_values"])
     with pytest.raises(BackendCompilerFailed, match="pixel_values is a TwoTensor, and only models of plain tensors"):
         compiled(make(SMALL), FEW)(**inputs)
+
+
+def test_frozen_parameters_are_refused_in_words() -> None:
+    with torch._inductor.config.patch(freezing=True), torch.no_grad():
+        with pytest.raises(BackendCompilerFailed, match="Turn freezing off"):
+            compiled(make(SMALL), FEW)(**inputs_for(SMALL))
 
 
 # --- the page in docs/ ----------------------------------------------------------------------------------------------

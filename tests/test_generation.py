@@ -118,6 +118,14 @@ def test_padding_is_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_padded_prompt_is_refused_by_the_loop(decode: Path, prefilled: Path) -> None:
+    inputs = tensors()
+    inputs["attention_mask"] = inputs["attention_mask"].clone()
+    inputs["attention_mask"][0, 0] = 0
+    with pytest.raises(UsageError, match="no padding"):
+        Generator(prefilled, decode).generate(inputs, TOKENS)
+
+
 def test_a_model_that_does_not_generate(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="does not generate"):
         export_decode(tiny_vilt(), {}, tmp_path / "decode.onnx")

@@ -257,9 +257,17 @@ def polished(build: OnnxBuild, *, reduced: bool) -> OnnxBuild:
     """
     _scope_names(build.model)
     _name_batch(build.model)
+    _drop_unused_weights(build.model)
     if reduced:
         _check_operators(build.model)
     return build
+
+
+def _drop_unused_weights(model: onnx_ir.Model) -> None:
+    """Constants that the converter folded into others and left behind; onnxruntime warns of each."""
+    for name, value in list(model.graph.initializers.items()):
+        if not value.uses() and not value.is_graph_output():
+            del model.graph.initializers[name]
 
 
 def in_precision(program: Program, dtype: Precision) -> Program:

@@ -75,6 +75,12 @@ def test_it_says_nothing_of_the_machine() -> None:
     assert not [node for node in model.graph.node if node.metadata_props or node.doc_string]
 
 
+def test_every_weight_is_used() -> None:
+    graph = onnx.load(str(artifact())).graph
+    used = {name for node in graph.node for name in node.input}
+    assert graph.initializer and {weight.name for weight in graph.initializer} <= used
+
+
 def test_nodes_are_named_after_their_modules() -> None:
     names = [node.name for node in onnx.load(str(artifact())).graph.node]
     assert len(set(names)) == len(names)
