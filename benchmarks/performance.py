@@ -11,9 +11,6 @@ training step. Weights are random.
     python -m benchmarks.performance --work vilt --batch 1  # a part
     python -m benchmarks.performance --tiny                 # the machinery alone
 
-Memory that PyTorch frees stays with the process, for otherwise the kernel would map and clear it again in every run,
-and the more so the more contenders there are: that is glibc's choice, and not theirs.
-
 Writes one JSON with every sample and the machine, and a plot, after each model and batch size; what an earlier run on
 the same machine measured of others stays.
 """
@@ -21,7 +18,6 @@ the same machine measured of others stays.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import gc
 import json
 import os
@@ -51,7 +47,6 @@ from pumer_compile.inputs import make_inputs
 
 RESULTS = Path(__file__).parent / "results" / "performance_cpu.json"
 TEXT = 40
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 REST = 0.3
 """Seconds before each run: threads of the runtime before it spin for a while, and would take its processor."""
 
@@ -266,14 +261,6 @@ def contenders(
     return found
 
 
-def keep_freed_memory() -> None:
-    """Let glibc hand out again what was freed, whatever its size (`mallopt(3)`)."""
-    libc = ctypes.CDLL(None)
-    for parameter, value in ((M_MMAP_THRESHOLD, 1 << 30), (M_TRIM_THRESHOLD, (1 << 31) - 1)):
-        if not libc.mallopt(parameter, value):
-            raise RuntimeError(f"mallopt({parameter}, {value}) was refused; this benchmark needs glibc.")
-
-
 def alternate(found: dict[str, Contender], rounds: int, peak: MatrixPeak) -> dict[str, list[float]]:
     """Milliseconds of every run, in turn, after two rounds of warm-up. What PyTorch runs comes first in each round, as
     threads of onnxruntime spin on for a while."""
@@ -394,7 +381,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     for axis, (work, batch, rows) in zip(axes[0], panels, strict=True):
         names = list(rows)[::-1]
         medians = [statistics.median(rows[name]["milliseconds"]) for name in names]
-        colours = ["tab:orange" if name.split(" ")[-1] in WORKS[work][1] else "tab:gray" for name in names]
+        colours = ["tab:orange" if {*name.split()} & {*WORKS[work][1]} else "tab:gray" for name in names]
         axis.barh(names, medians, color=colours)
         axis.set_title(f"{work}, batch {batch}")
         axis.set_xlabel("ms (median); orange: reduced")
@@ -405,7 +392,6 @@ def plot(result: dict[str, Any], path: Path) -> None:
 def measured_before(output: Path | None) -> dict[str, Any]:
     """What is in the file of results, where it is of this very machine and its packages; else nothing but these."""
     conditions: dict[str, Any] = {"machine": machine(), "threads": torch.get_num_threads(), "text_length": TEXT}
-    conditions["freed_memory"] = "kept by the process"
     del conditions["machine"]["load_average_before"]  # beside each measurement
     if output is not None and output.exists():
         earlier: dict[str, Any] = json.loads(output.read_text(encoding="utf-8"))
@@ -444,7 +430,6 @@ def main() -> None:
         work, schedule, batch = arguments.train_step
         train_step(work, schedule, int(batch))
         return
-    keep_freed_memory()
     works = ["tiny"] if arguments.tiny else arguments.work
     output = arguments.output or (None if arguments.tiny else RESULTS)
     result = measured_before(output)
