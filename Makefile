@@ -13,7 +13,7 @@ help:
 	@echo "make demo   compile a fine-tuned ViLT to a reduced ONNX model, run it and prove it"
 	@echo "make test   run the tests"
 	@echo "make lint   ruff and mypy"
-	@echo "make bench  measure full-size ViLT-B/32 and METER beside their peers (about 40 minutes)"
+	@echo "make bench  measure full-size ViLT-B/32 and METER beside their peers (about an hour)"
 	@echo "make clean  remove .venv and everything generated"
 
 demo: $(STAMP)
