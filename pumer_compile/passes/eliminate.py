@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._dispatch.python import enable_python_dispatcher
 from torch.fx.node import map_aggregate
 
 from ..errors import VerifyError
@@ -311,8 +310,7 @@ def _shift(node: fx.Node, born: Range, have: Range) -> bool:
 def _check(module: fx.GraphModule, before: list[tuple[str, Sequence[Tensor]]]) -> None:
     """Propagate shapes through the result, note them, and compare the outputs."""
     inputs = {str(n.target): values(n)[0] for n in module.graph.nodes if n.op == "placeholder" and values(n)}
-    with enable_python_dispatcher():  # which torch 2.11 needs where the batch is open
-        found, _ = propagate(module, inputs)
+    found, _ = propagate(module, inputs)
     for node, value in found.items():
         if isinstance(value, Tensor) or (node.op == "call_function" and isinstance(value, list | tuple)):
             node.meta["val"] = value

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -79,6 +81,7 @@ def propagate(module: fx.GraphModule, inputs: Mapping[str, Tensor]) -> tuple[dic
         given = [tensor.to("meta") for tensor in given]
     arguments = [g if fakes else mode.from_tensor(g, static_shapes=True) for g in given]
     interpreter = _FakeInterpreter(module, mode)
-    with mode, torch.no_grad():
+    # Of composite operators torch 2.11 has shapes with an open batch in Python alone.
+    with mode, torch.no_grad(), enable_python_dispatcher() if fakes else nullcontext():
         interpreter.run(*arguments, enable_io_processing=False)
     return interpreter.values, interpreter.multiply_adds
