@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
 from .ranking import identity
@@ -36,7 +37,9 @@ class PublishedMaskedSoftmax(nn.Module):
             queries, keys = scores.shape[-2:]
             eye = identity(first + queries, keys, scores.device)[first:]
             mask = mask + (1 - mask) * eye
-        if torch.compiler.is_compiling() or (mask is not None and mask.requires_grad):
+        # torch 2.11 does not say that it compiles while a backend traces; the tensors are fake then.
+        traced = torch.compiler.is_compiling() or isinstance(scores, FakeTensor)
+        if traced or (mask is not None and mask.requires_grad):
             return _published(scores, mask)
         found: Tensor = _InPlace.apply(scores, mask)  # type: ignore[no-untyped-call]  # torch declares no types for it
         return found
