@@ -25,6 +25,11 @@ def output_nodes(module: fx.GraphModule) -> dict[str, fx.Node]:
     return {name or f"output_{i}": nodes[id(marker)] for i, (name, marker) in enumerate(named.items())}
 
 
+def artifact_outputs(module: fx.GraphModule, inputs: Collection[str]) -> list[str]:
+    """The names that an artifact gives the outputs of a graph module: a graph may not name an output like an input."""
+    return [f"output.{name}" if name in inputs else name for name in output_nodes(module)]
+
+
 def set_outputs(module: fx.GraphModule, outputs: Mapping[str, Any]) -> None:
     """Make a graph module return a dictionary of given nodes."""
     module.graph.output_node().args = (tuple(outputs.values()),)

@@ -182,15 +182,26 @@ def check(
     if reducers_of(eager) and not decisions:
         report.notes.append("the artifact does not give its decisions: judged end to end alone")
     own = [name for name in session.outputs if name not in decisions]
-    for option, tolerance in (("atol", atol), ("rtol", rtol)):
-        unknown = [name for name in tolerance if name not in own] if isinstance(tolerance, Mapping) else []
-        if unknown:
-            raise UsageError(f"--{option} names the output {unknown[0]!r}; there are {', '.join(own)}.")
+    check_tolerances(own, atol, rtol)
     comparison = _Comparison(report, eager, unreduced, default, atol, rtol)
     with torch.no_grad():
         for batch, outputs, chosen in _answers(session, decide if decisions else None, batches, decisions):
             comparison.add(batch, {name: outputs[name] for name in own}, chosen, decisions)
     return report
+
+
+def check_tolerances(
+    outputs: Sequence[str], atol: float | Mapping[str, float] | None, rtol: float | Mapping[str, float] | None
+) -> None:
+    """Refuse a tolerance for an output that an artifact with these outputs does not have.
+
+    Raises:
+        UsageError: naming the option, the output and those there are.
+    """
+    for option, tolerance in (("atol", atol), ("rtol", rtol)):
+        unknown = [name for name in tolerance if name not in outputs] if isinstance(tolerance, Mapping) else []
+        if unknown:
+            raise UsageError(f"--{option} names the output {unknown[0]!r}; there are {', '.join(outputs)}.")
 
 
 def _answers(

@@ -277,6 +277,14 @@ def test_paths_are_checked_before_any_work(tmp_path: Path, reduced: Reduced, mon
 # --- Weights beside the graph -----------------------------------------------------------------------------------------
 
 
+def test_tolerances_are_checked_before_any_work(tmp_path: Path, reduced: Reduced) -> None:
+    told: list[str] = []
+    for tolerance in ({"atol": {"logit": 1e-3}}, {"rtol": {"output": 1e-3, "logit": 1e-3}}):
+        with pytest.raises(UsageError, match=f"--{next(iter(tolerance))} names the output 'logit'; there are output"):
+            pumer.export(reduced, tmp_path / "model.onnx", progress=told.append, **tolerance)
+    assert not told and not list(tmp_path.iterdir())
+
+
 def test_weights_beside_the_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Above 2 GB they cannot be in it. Proved, proved again, moved, and replaced by others."""
     monkeypatch.setattr("pumer_compile.exporters.onnx.INLINE_WEIGHTS_LIMIT", 1000)

@@ -16,7 +16,8 @@ from torch import Tensor
 from ..capture import Program, batch_inputs
 from ..errors import ParityError, UsageError
 from ..files import publish, sha256_file
-from ..parity import check
+from ..outputs import artifact_outputs
+from ..parity import check, check_tolerances
 from ..parity_report import ParityReport
 from ..plan import PromptPlace
 from ..reduce import Reduced
@@ -95,8 +96,8 @@ def export(
         progress: told what is going on.
 
     Raises:
-        UsageError: an unknown suffix, a path that cannot be written, or something that this machine lacks; before any
-            long work.
+        UsageError: an unknown suffix, a path that cannot be written, a tolerance for an output that there is not, or
+            something that this machine lacks; before any long work.
         ExportError: conversion failed.
         ParityError: the proof failed; the artifact is kept as `<path>.failed`.
     """
@@ -107,6 +108,8 @@ def export(
         (reduced.program, reduced.schedule, reduced.plan) if isinstance(reduced, Reduced) else (reduced, None, None)
     )
     writer.check(dynamic_batch=program.dynamic_batch, verify=verify)
+    if isinstance(reduced, Reduced):
+        check_tolerances(artifact_outputs(reduced.module, program.inputs), atol, rtol)
     progress("converting")
     build = writer.build(program, schedule)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:

@@ -35,7 +35,7 @@ from ..capture import Program, batch_inputs, capture, left_as_found, set_for_inf
 from ..errors import ExportError, UsageError
 from ..files import content_name, sha256_file
 from ..loading import quiet
-from ..outputs import output_nodes, without_inputs
+from ..outputs import artifact_outputs, without_inputs
 from ..reduce import reduce_graph, with_decisions
 from ..runtimes.ort import check_provider
 from ..schedule import Schedule
@@ -166,8 +166,7 @@ def reduced_export(
         The exported program, the names of its own outputs and those of the extra ones.
     """
     module = program.module if schedule is None else reduce_graph(program, schedule)
-    # A graph may not give an output the name of an input.
-    names = [f"output.{name}" if name in program.inputs else name for name in output_nodes(module)]
+    names = artifact_outputs(module, program.inputs)
     twin, decisions = with_decisions(module, names)
     without_inputs(twin, program.fixed)
     read = {name: tensor for name, tensor in program.inputs.items() if name not in program.fixed}
