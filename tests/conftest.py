@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import shutil
 import tempfile
@@ -19,8 +18,6 @@ torch.manual_seed(0)
 # Small models: a second thread costs more than it gives.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start
-# Tracing makes graphs of many small objects; collecting them seldom takes a tenth off the whole suite.
-gc.set_threshold(100_000, 50, 100)
 
 
 def pytest_configure(config: pytest.Config) -> None:

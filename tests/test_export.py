@@ -274,15 +274,15 @@ def test_paths_are_checked_before_any_work(tmp_path: Path, reduced: Reduced, mon
     assert not list(tmp_path.iterdir())
 
 
-# --- Weights beside the graph -----------------------------------------------------------------------------------------
-
-
 def test_tolerances_are_checked_before_any_work(tmp_path: Path, reduced: Reduced) -> None:
     told: list[str] = []
     for tolerance in ({"atol": {"logit": 1e-3}}, {"rtol": {"output": 1e-3, "logit": 1e-3}}):
         with pytest.raises(UsageError, match=f"--{next(iter(tolerance))} names the output 'logit'; there are output"):
             pumer.export(reduced, tmp_path / "model.onnx", progress=told.append, **tolerance)
     assert not told and not list(tmp_path.iterdir())
+
+
+# --- Weights beside the graph -----------------------------------------------------------------------------------------
 
 
 def test_weights_beside_the_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -108,7 +108,7 @@ def export(
         (reduced.program, reduced.schedule, reduced.plan) if isinstance(reduced, Reduced) else (reduced, None, None)
     )
     writer.check(dynamic_batch=program.dynamic_batch, verify=verify)
-    if isinstance(reduced, Reduced):
+    if isinstance(reduced, Reduced):  # outputs of a program exported as it is are named by the converter
         check_tolerances(artifact_outputs(reduced.module, program.inputs), atol, rtol)
     progress("converting")
     build = writer.build(program, schedule)
