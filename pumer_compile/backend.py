@@ -214,7 +214,7 @@ def _check_sites(state: State) -> None:
 def _say_counts(state: State, where: str) -> None:
     assert state.annotation is not None and state.walk is not None
     before = state.annotation.streams
-    counts = {s: [before[s], *(step.after for step in steps)] for s, steps in state.walk.steps.items()}
+    counts = {s: [before[s], *(step.after for step in steps)] for s, steps in state.walk.history.steps.items()}
     text = ", ".join(f"{stream} {' -> '.join(map(str, numbers))}" for stream, numbers in counts.items())
     log.info("torch.compile: %s tokens in %s", text, where)
 

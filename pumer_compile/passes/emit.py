@@ -15,10 +15,11 @@ from ..reducers.vispruner import VisPruner
 from .attention_rows import attention_rows
 from .axes import Dim, Tokens
 from .graph import ancestors, describe, values
+from .history import Epochs, Step
 from .insert import Insertions, SiteInsertion, make_reducer
 from .last_query import KeepForLastQuery
 from .locate import Attention
-from .rewrite import Epochs, Rewriter, Step
+from .rewrite import Rewriter
 from .rules import aten, shape
 from .visual import DropSeparators, SelectVisual, counted_anew
 
@@ -95,11 +96,11 @@ class _Emitter:
         rank = len(shape(mask.node))
         if rank != 4:
             raise LocateError(f"The mask of {describe(reader.context)} has {rank} dimensions, not 4.")
-        axis, epochs = walk.annotation.axis(Dim(mask.node, 3)), walk.at(Dim(mask.node, 3))
+        axis, epochs = walk.annotation.axis(Dim(mask.node, 3)), walk.history.at(Dim(mask.node, 3))
         if mask.node not in walk.env or epochs.get(stream, 0) or not isinstance(axis, Tokens):
             return None
         # Other streams of this mask may be reduced already.
-        start, stop = walk.span(axis, stream, epochs)
+        start, stop = walk.history.span(axis, stream, epochs)
         name = f"reducer.weights.{stream}"
         return walk.call_module(name, TokenWeights(start, stop - start, mask.kind), walk.env[mask.node])
 
@@ -117,7 +118,7 @@ class _PublishedSoftmax(_Emitter):
         attention = self.attention
         self._check()
         dim = attention.key_dim
-        epochs = walk.at(dim)
+        epochs = walk.history.at(dim)
         weights = {
             s.stream: self._weights(walk, s.stream, epochs.get(s.stream, 0))
             for s in attention.key_axis.segments
@@ -129,12 +130,12 @@ class _PublishedSoftmax(_Emitter):
             like = walk.env[attention.query]
             for segment in attention.key_axis.segments:
                 known = weights.get(segment.stream or "")
-                present.append(known or self.ones(walk, walk.length(segment, epochs), like))
+                present.append(known or self.ones(walk, walk.history.length(segment, epochs), like))
         module = PublishedMaskedSoftmax()
         name = f"published_softmax.{attention.name}"
         if not attention.fused:
             assert attention.scores is not None and attention.probabilities is not None
-            walk.adopt_epochs(attention.probabilities, attention.scores)
+            walk.history.adopt_epochs(attention.probabilities, attention.scores)
             exact = walk.call_module(name, module, walk.env[attention.scores], *present)
         else:
             exact = walk.call_module(name, module, scaled_scores(walk, attention), *present)
@@ -146,7 +147,7 @@ class _PublishedSoftmax(_Emitter):
             return probabilities
         value = attention.context.args[2]
         assert isinstance(value, fx.Node)
-        walk.adopt_epochs(attention.context, attention.query)
+        walk.history.adopt_epochs(attention.context, attention.query)
         return walk.call(aten.matmul.default, probabilities, walk.env[value])
 
     def _check(self) -> None:
@@ -185,7 +186,7 @@ class _ProportionalAttention(_Emitter):
 
     def __call__(self, walk: Rewriter) -> fx.Node | None:
         attention = self.attention
-        epochs = walk.at(attention.key_dim)
+        epochs = walk.history.at(attention.key_dim)
         sizes = [
             self.insertions.weights.get((s.stream or "", epochs.get(s.stream or "", 0)))
             for s in attention.key_axis.segments
@@ -197,7 +198,7 @@ class _ProportionalAttention(_Emitter):
                 f"The attention {attention.described} cannot weigh merged tokens by their sizes: {attention.unusual}."
             )
         present = [
-            size if size is not None else self.ones(walk, walk.length(s, epochs), walk.env[attention.query])
+            size if size is not None else self.ones(walk, walk.history.length(s, epochs), walk.env[attention.query])
             for s, size in zip(attention.key_axis.segments, sizes, strict=True)
         ]
         softmax = attention.probabilities or attention.context
@@ -231,7 +232,7 @@ class _Reduce(_Emitter):
         attention, carrier = self.attention, self.attention.carrier
         assert carrier is not None
         dim, axis = self._token_dim(walk, carrier)
-        self.epochs = {**walk.at(attention.key_dim), **walk.at(Dim(carrier, dim))}
+        self.epochs = {**walk.history.at(attention.key_dim), **walk.history.at(Dim(carrier, dim))}
         walk.batch = walk.batch or Dim(carrier, 1 - dim)
         if not self._plan(walk):
             return
@@ -249,7 +250,7 @@ class _Reduce(_Emitter):
             new = [walk.call(aten.contiguous.default, walk.call(aten.transpose.int, piece, 0, 1)) for piece in new]
         walk.env[carrier] = walk.call(aten.cat.default, new, dim) if len(new) > 1 else new[0]
         made = {s: self._step(walk, s, result, weights[s]) for s, result in results.items()}
-        walk.bump(Dim(carrier, dim), {s: epoch for s, epoch in made.items() if s in axis.streams})
+        walk.history.bump(Dim(carrier, dim), {s: epoch for s, epoch in made.items() if s in axis.streams})
         if attention.cross_modal:
             for stream, epoch in made.items():
                 walk.promise(attention.context, stream, self._epoch(stream), epoch)
@@ -261,9 +262,9 @@ class _Reduce(_Emitter):
         """Token counts and reducers of this site; False where the published code does nothing at it."""
         attention, schedule, annotation = self.attention, self.insertions.schedule, walk.annotation
         segments = {s.stream: s for a in (attention.query_axis, attention.key_axis) for s in a.segments if s.stream}
-        before = {stream: walk.length(segments[stream], self.epochs) for stream in attention.streams}
+        before = {stream: walk.history.length(segments[stream], self.epochs) for stream in attention.streams}
         modality = {s: annotation.modality[s] for s in before}
-        self.site.passed = {modality[s]: len(walk.lineage(s, self._epoch(s))) for s in before}
+        self.site.passed = {modality[s]: len(walk.history.lineage(s, self._epoch(s))) for s in before}
         images = [n for s, n in before.items() if annotation.modality[s] == "image"]
         if schedule.semantics == "reference" and any(published_stands_still(self.site.site, n) for n in images):
             log.warning(
@@ -307,8 +308,8 @@ class _Reduce(_Emitter):
         """Text-to-image attention, `[batch, heads, text, image]`."""
         site = self.attention
         text = next(s for s in site.query_axis.streams if walk.annotation.modality[s] == "text")
-        rows = walk.span(site.query_axis, text, self.epochs)
-        key_range = walk.span(site.key_axis, stream, self.epochs)
+        rows = walk.history.span(site.query_axis, text, self.epochs)
+        key_range = walk.history.span(site.key_axis, stream, self.epochs)
         source = attention_rows(walk, site, rows, f"reducer.{site.name}.attention.{stream}")
         return walk.call(aten.slice.Tensor, source, 3, *key_range)
 
@@ -317,7 +318,7 @@ class _Reduce(_Emitter):
         site = self.attention
         if stream not in site.key_axis.streams:
             site = self._nearest_self_attention(walk, stream)
-        span = walk.span(site.key_axis, stream, walk.at(site.key_dim))
+        span = walk.history.span(site.key_axis, stream, walk.history.at(site.key_dim))
         if site.key is not None:
             return walk.call(aten.slice.Tensor, walk.env[site.key], 2, *span)
         assert site.key_transposed is not None
@@ -330,7 +331,7 @@ class _Reduce(_Emitter):
         for attention in reversed(self.insertions.attentions[:position]):
             reads = stream in attention.query_axis.streams and stream in attention.key_axis.streams
             if reads and attention.context in before:
-                if walk.at(attention.key_dim).get(stream, 0) == self._epoch(stream):
+                if walk.history.at(attention.key_dim).get(stream, 0) == self._epoch(stream):
                     return attention
                 break
         raise LocateError(
@@ -360,7 +361,7 @@ class _Reduce(_Emitter):
             reducer.merger.merge > 0,
             self._first_stays(reducer),
         )
-        epoch = walk.add_step(stream, step)
+        epoch = walk.history.add_step(stream, step)
         # Means of ones are ones, and need not be carried.
         if weights is not None or reducer.carried == "sum":
             self.insertions.weights[stream, epoch] = outputs[WEIGHTS]

@@ -12,8 +12,9 @@ from ..reducers.last_query import LastQueryReducer
 from .attention_rows import attention_rows
 from .axes import Dim, Tokens
 from .graph import describe
+from .history import Step
 from .insert import Insertions, SiteInsertion
-from .rewrite import Rewriter, Step
+from .rewrite import Rewriter
 from .rules import aten
 
 log = logging.getLogger("pumer_compile")
@@ -47,7 +48,7 @@ class KeepForLastQuery:
             parts.append(part)
             start += segment.length
         walk.env[carrier] = walk.call(aten.cat.default, parts, 1)
-        walk.bump(Dim(carrier, 1), dict.fromkeys(self.site.images, 1))
+        walk.history.bump(Dim(carrier, 1), dict.fromkeys(self.site.images, 1))
 
     def _axis(self, walk: Rewriter, carrier: fx.Node) -> Tokens:
         axes = walk.annotation.axes(carrier)
@@ -78,9 +79,9 @@ class KeepForLastQuery:
 
     def _reduce(self, walk: Rewriter, stream: str, tokens: fx.Node, votes: fx.Node) -> fx.Node:
         attention, reducer = self.site.attention, self.site.reducers[stream]
-        span = walk.span(attention.key_axis, stream, {})
+        span = walk.history.span(attention.key_axis, stream, {})
         to_image = walk.call(aten.slice.Tensor, votes, 3, *span)
         made = walk.call_module(f"reducer.{attention.name}.{stream}", reducer, tokens, to_image)
         step = Step(0, walk.item(made, MAP), walk.item(made, ASSIGNED), reducer.tokens_after, False, False)
-        walk.add_step(stream, step)
+        walk.history.add_step(stream, step)
         return walk.item(made, TOKENS)

@@ -128,7 +128,7 @@ def _rewrite(state: State) -> int:
         raise PlanError("Every site of the schedule rounds to nothing pruned. Raise `prune`.")
     _check_alive(insertions, state.reduced)
     _check_one_pass(insertions)
-    log.info("rewrite: %d literals changed, %d values aligned", state.walk.literals, state.walk.alignments)
+    log.info("rewrite: %d literals changed, %d values aligned", state.walk.literals, state.walk.aligner.count)
     return sum(len(site.reducers) for site, _ in insertions.done)
 
 
@@ -291,7 +291,7 @@ def tokens_after_layers(
             present: dict[str, int] = {}
             for segment in axis.segments:
                 if segment.stream:
-                    length = walk.length(segment, walk.at(dim))
+                    length = walk.history.length(segment, walk.history.at(dim))
                     present[segment.stream] = present.get(segment.stream, 0) + length
             counts.update(present)
         name = attention.site + (f"@{attention.call}" if attention.call else "")

@@ -1,18 +1,16 @@
 """Rewrite: copy the captured graph, letting every size follow the reducers.
 
 The walk copies node after node. At the sites the inserted reducers replace the carrier, so whatever comes
-later sees the reduced stream and whatever came earlier saw the old one. Each value's token axes are at an
-epoch for each stream: 0 before the first reducer of that stream; every reducer makes a new one out of the one
-it read, so that a model which runs a text once for each image has a branch of epochs for each. Literals that bake
-a token count get the new one; an input left at an older epoch than the others is aligned through the
-reducers' own maps. What no rule aligns is an error.
+later sees the reduced stream and whatever came earlier saw the old one: each value is at an epoch of each
+stream (`history.py`). Literals that bake a token count get the new one; an input left at an older epoch than the
+others is aligned (`align.py`). What no rule aligns is an error.
 """
 
 from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,55 +19,26 @@ from torch import fx, nn
 
 from ..errors import AxisError
 from ..outputs import set_output_names
-from ..reducers import AlignAxis
-from ..reducers.align import AlignMode, MaskKind
+from ..reducers.align import MaskKind
+from .align import Aligner
 from .annotate import Annotation
 from .axes import (
-    AxisKind,
     Concat,
     Constraint,
     Dim,
-    Fixed,
     Literal,
     Opaque,
-    Product,
     Reshape,
     Same,
-    Segment,
     Select,
-    Size,
     Slice,
     Tokens,
     Total,
-    same_size,
 )
 from .eliminate import drop_dead
 from .graph import ancestors, attribute, content_inputs, depends_on_parameter, describe, module_path, values
-from .locate import alike_for_queries
+from .history import Epochs, History
 from .rules import aten, overloads, shape
-
-Epochs = dict[str, int]
-
-
-@dataclass(frozen=True)
-class Step:
-    """A stream from one epoch to the next.
-
-    Attributes:
-        parent: the epoch it was made from.
-        map: node of the map `[batch, after, before]`.
-        assigned: node that says which old tokens went into which new one, like `map`.
-        after: tokens after.
-        merged: whether any tokens were merged (and not only pruned).
-        first_stays: whether token 0 is token 0 afterwards.
-    """
-
-    parent: int
-    map: fx.Node
-    assigned: fx.Node
-    after: int
-    merged: bool
-    first_stays: bool
 
 
 @dataclass
@@ -81,12 +50,12 @@ class Rewriter:
         annotation: its axes.
         masks: its attention masks and the values they are shaped from, which align by their kind.
         env: newest new node of each captured node.
-        epochs: epochs of each captured dimension's newest value, where any is above 0.
+        history: the reducers so far, and which of them each value has seen.
+        aligner: brings values from before a reducer to the tokens after it.
         used: new node that a captured node read for an input (aligned where needed).
-        steps: reducers of each stream so far; step `i` made epoch `i + 1`.
         layers: paths of the modules in whose uses a promised value is reduced (`promise`).
         probabilities: of fused attentions that were written out.
-        literals, alignments: how many were changed and inserted.
+        literals: how many were changed.
         batch: the batch dimension of the first reduced value, which alignment maps follow.
         output_names: names of the outputs where they are not those of the captured graph.
     """
@@ -95,23 +64,23 @@ class Rewriter:
     annotation: Annotation
     masks: dict[fx.Node, MaskKind]
     env: dict[fx.Node, fx.Node] = field(default_factory=dict)
-    epochs: dict[Dim, Epochs] = field(default_factory=dict)
+    history: History = field(init=False)
+    aligner: Aligner = field(default_factory=Aligner)
     used: dict[tuple[fx.Node, fx.Node], fx.Node] = field(default_factory=dict)
-    steps: dict[str, list[Step]] = field(default_factory=dict)
     layers: frozenset[str] = frozenset()
     probabilities: dict[fx.Node, fx.Node] = field(default_factory=dict)
     literals: int = 0
-    alignments: int = 0
     batch: Dim | None = None
     output_names: list[str] = field(default_factory=list)
     graph: fx.Graph = field(default_factory=fx.Graph)
     _modules: dict[str, nn.Module] = field(default_factory=dict)
-    _aligned: dict[tuple[Any, ...], fx.Node] = field(default_factory=dict)
-    _maps: dict[tuple[str, int, int], fx.Node] = field(default_factory=dict)
     _totals: dict[fx.Node, Epochs] = field(default_factory=dict)
     _promised: dict[fx.Node, dict[int, Epochs]] = field(default_factory=dict)
     _features: set[fx.Node] = field(default_factory=set)
     _origin: fx.Node | None = None
+
+    def __post_init__(self) -> None:
+        self.history = History(self.annotation)
 
     def run(
         self,
@@ -157,72 +126,17 @@ class Rewriter:
 
     def pieces(self, captured: fx.Node, dim: int) -> dict[str, fx.Node]:
         """The segments of a value along a dimension, by stream (`learned.<i>` for tokens of no stream)."""
-        axis, epochs = self.annotation.axis(Dim(captured, dim)), self.at(Dim(captured, dim))
+        axis, epochs = self.annotation.axis(Dim(captured, dim)), self.history.at(Dim(captured, dim))
         assert isinstance(axis, Tokens)
         if len(axis.segments) == 1:
             return {axis.segments[0].stream or "learned.0": self.env[captured]}
         result, start = {}, 0
         for index, segment in enumerate(axis.segments):
-            stop = start + self.length(segment, epochs)
+            stop = start + self.history.length(segment, epochs)
             name = segment.stream or f"learned.{index}"
             result[name] = self.call(aten.slice.Tensor, self.env[captured], dim, start, stop)
             start = stop
         return result
-
-    def span(self, axis: Tokens, stream: str, epochs: Epochs) -> tuple[int, int]:
-        """First and last-but-one position of a stream on an axis at given epochs."""
-        start = 0
-        for segment in axis.segments:
-            length = self.length(segment, epochs)
-            if segment.stream == stream:
-                return start, start + length
-            start += length
-        raise KeyError(stream)
-
-    # --- epochs ---------------------------------------------------------------------------------------------
-
-    def at(self, dim: Dim) -> Epochs:
-        """Epochs of the newest value of a captured dimension."""
-        return self.epochs.get(dim, {})
-
-    def adopt_epochs(self, node: fx.Node, like: fx.Node) -> None:
-        """A replaced node has the epochs of another, dimension by dimension."""
-        for index in range(len(shape(node))):
-            self._set(Dim(node, index), self.at(Dim(like, index)))
-
-    def bump(self, dim: Dim, epochs: Epochs) -> None:
-        """A reducer replaced a value: some of its streams are at new epochs."""
-        self._set(dim, {**self.at(dim), **epochs})
-
-    def add_step(self, stream: str, step: Step) -> int:
-        """A reducer of a stream; gives the epoch it makes."""
-        self.steps.setdefault(stream, []).append(step)
-        return len(self.steps[stream])
-
-    def lineage(self, stream: str, epoch: int, since: int = 0) -> list[Step]:
-        """The reducers between two epochs of a stream, oldest first."""
-        found: list[Step] = []
-        while epoch > since:
-            found.insert(0, self.steps[stream][epoch - 1])
-            epoch = found[0].parent
-        return found
-
-    def newer(self, node: fx.Node, stream: str, a: int, b: int) -> int:
-        """The later of two epochs of a stream that meet in a node.
-
-        Raises:
-            AxisError: neither was made from the other.
-        """
-        for old, new in ((a, b), (b, a)):
-            epoch = new
-            while epoch > old:
-                epoch = self.steps[stream][epoch - 1].parent
-            if epoch == old:
-                return new
-        raise AxisError(
-            f"{describe(node)} joins the {stream} tokens of two passes that were reduced apart (one pass for each "
-            "image, say); their tokens are no longer the same. Leave the sites before it out of the schedule."
-        )
 
     def promise(self, site: fx.Node, stream: str, old: int, new: int) -> None:
         """Every later use, in a cross-modal layer, of a feature that the site depends on sees the reduced stream.
@@ -235,36 +149,9 @@ class Rewriter:
                 continue
             for index in range(len(shape(node))):
                 dim = Dim(node, index)
-                have = self._promised.get(node, {}).get(index) or self.at(dim)
-                if stream in self._streams(dim) and have.get(stream, 0) == old:
+                have = self._promised.get(node, {}).get(index) or self.history.at(dim)
+                if stream in self.history.streams(dim) and have.get(stream, 0) == old:
                     self._promised.setdefault(node, {})[index] = {**have, stream: new}
-
-    def _set(self, dim: Dim, epochs: Epochs) -> None:
-        if any(epochs.values()):
-            self.epochs[dim] = dict(epochs)
-
-    def length(self, segment: Segment, epochs: Epochs) -> int:
-        """Tokens of a segment."""
-        epoch = epochs.get(segment.stream, 0) if segment.stream else 0
-        return self.steps[segment.stream or ""][epoch - 1].after if epoch else segment.length
-
-    def size(self, kind: AxisKind, epochs: Epochs) -> Size:
-        """Length of an axis."""
-        match kind:
-            case Fixed(size):
-                return size
-            case Tokens(segments):
-                return sum(self.length(s, epochs) for s in segments)
-            case Product(factors):
-                total: Size = 1
-                for factor in factors:
-                    total = total * self.size(factor, epochs)
-                return total
-
-    def expected_shape(self, node: fx.Node, output: int = 0) -> list[Size]:
-        """Shape of the newest value of a captured node, as the plan has it."""
-        dims = [Dim(node, i, output) for i in range(len(shape(node, output)))]
-        return [self.size(self.annotation.axis(d), self.at(d)) for d in dims]
 
     # --- the walk -------------------------------------------------------------------------------------------
 
@@ -274,17 +161,18 @@ class Rewriter:
         if not promised or not self._in_layers(node):
             self._visit(node)
             return
-        before = {n: (self.env[n], {Dim(n, i): self.at(Dim(n, i)) for i in self._promised[n]}) for n in promised}
+        at = self.history.at
+        before = {n: (self.env[n], {Dim(n, i): at(Dim(n, i)) for i in self._promised[n]}) for n in promised}
         for source in promised:
-            self.env[source] = self._align(node, source, self._promised[source])
+            self.env[source] = self.aligner.value(self, node, source, self._promised[source])
             for index, epochs in self._promised[source].items():
-                self._set(Dim(source, index), epochs)
+                self.history.record(Dim(source, index), epochs)
         self._visit(node)
         for source, (value, epochs_of) in before.items():
             self.env[source] = value
             for dim, epochs in epochs_of.items():
-                self.epochs.pop(dim, None)
-                self._set(dim, epochs)
+                self.history.epochs.pop(dim, None)
+                self.history.record(dim, epochs)
 
     def _in_layers(self, node: fx.Node) -> bool:
         return any(inside(module_path(node), layer) for layer in self.layers)
@@ -306,7 +194,7 @@ class Rewriter:
     def _reduced(self, captured: fx.Node) -> bool:
         """Whether any axis of a captured value is past a reducer."""
         outputs = enumerate(values(captured))
-        return any(Dim(captured, i, o) in self.epochs for o, value in outputs for i in range(value.dim()))
+        return any(Dim(captured, i, o) in self.history.epochs for o, value in outputs for i in range(value.dim()))
 
     def _spread(self, node: fx.Node, same: list[Same]) -> dict[fx.Node, fx.Node]:
         """Bring the inputs to common epochs, pass these on to the outputs, and return the inputs to use."""
@@ -314,24 +202,19 @@ class Rewriter:
         for dims in _classes(same):
             target: Epochs = {}
             for dim in dims:
-                for stream, epoch in self.at(dim).items():
-                    target[stream] = self.newer(node, stream, epoch, target.get(stream, 0))
+                for stream, epoch in self.history.at(dim).items():
+                    target[stream] = self.history.newer(node, stream, epoch, target.get(stream, 0))
             for dim in dims:
                 if dim.node is node:
-                    self._set(dim, target)
-                elif self._behind(dim, target):
+                    self.history.record(dim, target)
+                elif self.history.behind(dim, target):
                     self._check_alignable(node, dim, same)
                     self._check_not_mutated(node, dim)
                     wanted.setdefault(dim.node, {})[dim.index] = target
         return {
-            source: self._align(node, source, wanted[source]) if source in wanted else self.env[source]
+            source: self.aligner.value(self, node, source, wanted[source]) if source in wanted else self.env[source]
             for source in node.all_input_nodes
         }
-
-    def _behind(self, dim: Dim, target: Epochs) -> bool:
-        kind, have = self.annotation.axis(dim), self.at(dim)
-        streams = () if isinstance(kind, Fixed) else kind.streams
-        return any(have.get(s, 0) != target.get(s, 0) for s in streams)
 
     def _check_alignable(self, node: fx.Node, dim: Dim, same: list[Same]) -> None:
         if any(dim in (c.a, c.b) and not c.aligns for c in same):
@@ -356,15 +239,15 @@ class Rewriter:
             case Reshape(sources, results):
                 self._reshape(node, sources, results)
             case Slice(source, result, start, stop):
-                if self.at(source) and not self._first_token(source, start, stop):
-                    for stream, epoch in self.at(source).items():
+                if self.history.at(source) and not self._first_token(source, start, stop):
+                    for stream, epoch in self.history.at(source).items():
                         if epoch:
                             self._check_whole(node, result, stream)
-                    streams = self._streams(result)
-                    self._set(result, {s: e for s, e in self.at(source).items() if s in streams})
+                    streams = self.history.streams(result)
+                    self.history.record(result, {s: e for s, e in self.history.at(source).items() if s in streams})
             case Total(source):
-                self._totals[node] = dict(self.at(source))
-            case Opaque(source) if self.at(source):
+                self._totals[node] = dict(self.history.at(source))
+            case Opaque(source) if self.history.at(source):
                 raise AxisError(
                     f"{describe(node)} works position by position along the token axis "
                     f"{self.annotation.axis(source)} of {source.node.name}, which a reducer has changed. "
@@ -388,28 +271,25 @@ class Rewriter:
                     "reduction; a sum does not. Move the site behind it or leave it out."
                 )
 
-    def _streams(self, dim: Dim) -> tuple[str, ...]:
-        kind = self.annotation.axis(dim)
-        return () if isinstance(kind, Fixed) else kind.streams
-
     def _concat(self, node: fx.Node, result: Dim, parts: tuple[Dim, ...]) -> None:
         joined: Epochs = {}
         for part in parts:
-            for stream in self._streams(part):
-                epoch = self.at(part).get(stream, 0)
+            for stream in self.history.streams(part):
+                epoch = self.history.at(part).get(stream, 0)
                 if joined.setdefault(stream, epoch) != epoch:
                     raise AxisError(
                         f"{describe(node)} joins parts of the {stream} tokens from before and after a "
                         "reducer; nothing aligns a part of a stream."
                     )
-        self._set(result, joined)
+        self.history.record(result, joined)
 
     def _reshape(self, node: fx.Node, sources: tuple[Dim, ...], results: tuple[Dim, ...]) -> None:
         epochs: Epochs = {}
         for source in sources:
-            epochs.update({s: self.newer(node, s, e, epochs.get(s, 0)) for s, e in self.at(source).items()})
+            for stream, epoch in self.history.at(source).items():
+                epochs[stream] = self.history.newer(node, stream, epoch, epochs.get(stream, 0))
         for stream, epoch in ((s, e) for s, e in epochs.items() if e):
-            holders = [r for r in results if stream in self._streams(r)]
+            holders = [r for r in results if stream in self.history.streams(r)]
             if len(holders) != 1:
                 raise AxisError(
                     f"{describe(node)} reshapes the {stream} tokens, which a reducer has changed, into "
@@ -417,7 +297,7 @@ class Rewriter:
                     "behind it."
                 )
             self._check_whole(node, holders[0], stream)
-            self._set(holders[0], {**self.at(holders[0]), stream: epoch})
+            self.history.record(holders[0], {**self.history.at(holders[0]), stream: epoch})
 
     def _check_whole(self, node: fx.Node, dim: Dim, stream: str) -> None:
         kind = self.annotation.axis(dim)
@@ -433,8 +313,8 @@ class Rewriter:
 
     def _literals(self, node: fx.Node, new: fx.Node, constraint: Constraint) -> None:
         match constraint:
-            case Literal(result, arg, item) if self.at(result):
-                size = self.size(self.annotation.axis(result), self.at(result))
+            case Literal(result, arg, item) if self.history.at(result):
+                size = self.history.size(self.annotation.axis(result), self.history.at(result))
                 if item is None:
                     self._set_arg(new, arg, size)
                     return
@@ -442,12 +322,12 @@ class Rewriter:
                 # A size with a symbolic factor is left to inference.
                 sizes[item] = size if isinstance(size, int) else -1
                 self._set_arg(new, arg, sizes)
-            case Slice(source, _, start, stop, start_arg, stop_arg) if self.at(source):
+            case Slice(source, _, start, stop, start_arg, stop_arg) if self.history.at(source):
                 first = self._first_token(source, start, stop)
                 moved = self._moved(node, source, start, first_token=first)
                 self._set_arg(new, start_arg, moved)
                 self._set_arg(new, stop_arg, moved + 1 if first else self._moved(node, source, stop))
-            case Select(source, index, arg) if self.at(source):
+            case Select(source, index, arg) if self.history.at(source):
                 self._set_arg(new, arg, self._moved(node, source, index, first_token=True))
             case _:
                 pass
@@ -463,11 +343,11 @@ class Rewriter:
 
     def _moved(self, node: fx.Node, source: Dim, position: int, first_token: bool = False) -> int:
         """Where a captured position is now: a border between segments, or the first token of one."""
-        kind, epochs = self.annotation.axis(source), self.at(source)
+        kind, epochs = self.annotation.axis(source), self.history.at(source)
         assert isinstance(kind, Tokens)
         before = now = 0
         for segment in kind.segments:
-            reduced = self.lineage(segment.stream or "", epochs.get(segment.stream or "", 0))
+            reduced = self.history.lineage(segment.stream or "", epochs.get(segment.stream or "", 0))
             inside = before < position < before + segment.length
             border = position == before and not first_token
             kept = position == before and all(step.first_stays for step in reduced)
@@ -475,7 +355,7 @@ class Rewriter:
                 return now + position - before
             if inside or position == before:
                 break
-            before, now = before + segment.length, now + self.length(segment, epochs)
+            before, now = before + segment.length, now + self.history.length(segment, epochs)
         if position == kind.size and not first_token:
             return now
         raise AxisError(
@@ -490,116 +370,10 @@ class Rewriter:
         kind, position = self.annotation.axis(source), 0
         assert isinstance(kind, Tokens)
         for segment in kind.segments:
-            if position == start and segment.stream and self.at(source).get(segment.stream, 0):
+            if position == start and segment.stream and self.history.at(source).get(segment.stream, 0):
                 return stop == start + 1 < start + segment.length
             position += segment.length
         return False
-
-    # --- alignment ------------------------------------------------------------------------------------------
-
-    def _align(self, node: fx.Node, source: fx.Node, targets: dict[int, Epochs]) -> fx.Node:
-        """The newest value of `source`, brought to the target epochs of each dimension."""
-        value = self.env[source]
-        rank = len(shape(source))
-        if rank > 2 and source in self.masks and rank - 2 in targets and alike_for_queries(source):
-            return self._align_alike(node, source, targets)
-        for index, target in sorted(targets.items()):
-            key = (source, value, index, tuple(sorted(target.items())))
-            if key not in self._aligned:
-                self._aligned[key] = self._emit_align(node, source, value, index, target)
-            value = self._aligned[key]
-        return value
-
-    def _align_alike(self, node: fx.Node, source: fx.Node, targets: dict[int, Epochs]) -> fx.Node:
-        """A mask whose rows are all the same: one row is aligned, and stretched over the queries that are left."""
-        key = (
-            source,
-            self.env[source],
-            "alike",
-            *((i, *sorted(target.items())) for i, target in sorted(targets.items())),
-        )
-        if key not in self._aligned:
-            queries, rank = len(shape(source)) - 2, len(shape(source))
-            value = self.call(aten.slice.Tensor, self.env[source], queries, 0, 1)
-            for index, target in sorted(targets.items()):
-                if index != queries:
-                    value = self._emit_align(node, source, value, index, target)
-            changed = [s for s, epoch in targets[queries].items() if epoch]
-            rows = self.size(self.whole_streams(Dim(source, queries), node, changed), targets[queries])
-            self._aligned[key] = self.call(
-                aten.expand.default, value, [rows if index == queries else -1 for index in range(rank)]
-            )
-        return self._aligned[key]
-
-    def _emit_align(self, node: fx.Node, source: fx.Node, value: fx.Node, index: int, target: Epochs) -> fx.Node:
-        dim = Dim(source, index)
-        have = self.at(dim)
-        kind = self.whole_streams(dim, node, [s for s, epoch in target.items() if epoch != have.get(s, 0)])
-        pieces, maps = [], []
-        for segment in kind.segments:
-            old, new = (e.get(segment.stream or "", 0) for e in (have, target))
-            pieces.append((self.length(segment, have), new != old))
-            if new != old:
-                maps.append(self._map(segment.stream or "", old, new))
-        mode = self._mode(node, source, kind, have, target)
-        self.alignments += 1
-        module = AlignAxis(index, tuple(pieces), mode, fold=self._fold(source) or 1)
-        return self.call_module(f"reducer.align.{source.name}_{self.alignments}", module, value, *maps)
-
-    def whole_streams(self, dim: Dim, node: fx.Node, streams: Collection[str]) -> Tokens:
-        """The axis of a dimension that the maps of some streams can be applied to, for the use of `node`.
-
-        Raises:
-            AxisError: they are cut, the axis is flattened, or does not come after the batch.
-        """
-        source, kind = dim.node, self.annotation.axis(dim)
-        assert self.batch is not None, "a reducer names the batch"
-        whole = isinstance(kind, Tokens) and all(s.whole for s in kind.segments if s.stream in streams)
-        if isinstance(kind, Tokens) and whole and dim.index > 0 and self._fold(source) is not None:
-            return kind
-        raise AxisError(
-            f"{describe(node)} needs {source.name} at the tokens after a reducer, but its axis {kind} "
-            f"(dimension {dim.index} of {list(shape(source))}) cannot be aligned: every sample keeps other tokens, so "
-            "it takes whole streams behind a dimension that is the batch or 1."
-        )
-
-    def _fold(self, source: fx.Node) -> int | None:
-        """How many rows of a value belong to each sample (heads folded into the batch, say); None where its first
-        dimension is not the batch."""
-        assert self.batch is not None
-        batch, first = shape(self.batch.node)[self.batch.index], Dim(source, 0)
-        if same_size(shape(source)[0], 1) or same_size(batch, 1) or self.annotation.same(first, self.batch):
-            return 1
-        return self.annotation.folded(first, self.batch)
-
-    def _mode(self, node: fx.Node, source: fx.Node, kind: Tokens, have: Epochs, target: Epochs) -> AlignMode:
-        dtype = values(source)[0].dtype
-        if dtype == torch.bool:
-            # A merged token counts as real where any of its parts is.
-            return "all" if self.masks.get(source) == "drop" else "any"
-        if dtype.is_floating_point:
-            return "log_mean_exp" if self.masks.get(source) == "additive" else "mean"
-        merged = [
-            s for s in kind.streams if any(step.merged for step in self.lineage(s, target.get(s, 0), have.get(s, 0)))
-        ]
-        if merged:
-            raise AxisError(
-                f"{describe(node)} needs the integers of {source.name} for {merged[0]} tokens that were "
-                "merged; integers of merged tokens have no mean. Prune there instead of merging, or move the "
-                "site."
-            )
-        return "gather"
-
-    def _map(self, stream: str, old: int, new: int) -> fx.Node:
-        """The map from one epoch of a stream to a later one, composed where it spans several reducers."""
-        key = (stream, old, new)
-        if key not in self._maps:
-            first, *rest = self.lineage(stream, new, old)
-            composed = first.map
-            for step in rest:
-                composed = self.call(aten.matmul.default, step.map, composed)
-            self._maps[key] = composed
-        return self._maps[key]
 
     # --- finishing ------------------------------------------------------------------------------------------
 

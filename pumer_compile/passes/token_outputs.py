@@ -20,7 +20,7 @@ from .rules import aten, shape
 def reduced_dims(walk: Rewriter, node: fx.Node) -> list[Dim]:
     """The dimensions of a captured value that a reducer has shortened."""
     dims = [Dim(node, index) for index in range(len(shape(node)) if values(node) else 0)]
-    return [dim for dim in dims if any(walk.at(dim).values())]
+    return [dim for dim in dims if any(walk.history.at(dim).values())]
 
 
 def check_outputs(walk: Rewriter) -> None:
@@ -78,13 +78,15 @@ def _restore(walk: Rewriter) -> fx.Node:
 
 def _inverse(walk: Rewriter, dim: Dim) -> tuple[tuple[tuple[int, bool], ...], list[fx.Node]]:
     """Lengths of the reduced segments, and for each the old position of every token, `[batch, before, after]`."""
-    epochs = walk.at(dim)
-    kind = walk.whole_streams(dim, walk.source.graph.output_node(), [s for s, epoch in epochs.items() if epoch])
+    epochs = walk.history.at(dim)
+    kind = walk.aligner.whole_streams(
+        walk, dim, walk.source.graph.output_node(), [s for s, epoch in epochs.items() if epoch]
+    )
     pieces, maps = [], []
     for segment in kind.segments:
         stream = segment.stream or ""
-        steps = walk.lineage(stream, epochs.get(stream, 0))
-        pieces.append((walk.length(segment, epochs), bool(steps)))
+        steps = walk.history.lineage(stream, epochs.get(stream, 0))
+        pieces.append((walk.history.length(segment, epochs), bool(steps)))
         if steps:
             assigned = steps[0].assigned
             for step in steps[1:]:

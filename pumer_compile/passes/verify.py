@@ -56,7 +56,7 @@ def _check_shapes(module: fx.GraphModule, walk: Rewriter, found: dict[fx.Node, A
         value = found.get(new)
         if new not in live or not isinstance(value, Tensor):
             continue
-        expected = walk.expected_shape(captured)
+        expected = walk.history.expected_shape(captured)
         agree = len(expected) == value.dim() and all(
             same_size(a, b) for a, b in zip(expected, value.shape, strict=True)
         )
@@ -65,5 +65,5 @@ def _check_shapes(module: fx.GraphModule, walk: Rewriter, found: dict[fx.Node, A
                 f"{describe(captured)} has shape {list(value.shape)} after reduction, and the plan says "
                 f"{expected}. This is a defect of a rule in passes/rules.py."
             )
-        checked += any(walk.at(Dim(captured, i)) for i in range(value.dim()))
+        checked += any(walk.history.at(Dim(captured, i)) for i in range(value.dim()))
     return checked

@@ -18,10 +18,11 @@ from .annotate import Annotation
 from .attention_rows import attention_rows
 from .axes import Dim, Tokens
 from .graph import describe, values
+from .history import Step
 from .insert import Insertions, SiteInsertion
 from .locate import Attention
 from .prompt import Mark
-from .rewrite import Rewriter, Step
+from .rewrite import Rewriter
 from .rules import aten, shape
 
 log = logging.getLogger("pumer_compile")
@@ -139,7 +140,7 @@ class DropSeparators:
         image = separated.args[0]
         assert isinstance(image, fx.Node)
         inner, outer = (only_stream(walk.annotation, node) for node in (self.mark.node, separated))
-        (step,) = walk.steps[inner]
+        (step,) = walk.history.steps[inner]
         module = WithSeparators(self.mark.origin)
         step_map = walk.call_module(f"reducer.separators.{outer}", module, step.map)
         take_step(walk, separated, step_map, step_map, step.after)
@@ -149,8 +150,8 @@ class DropSeparators:
 def take_step(walk: Rewriter, node: fx.Node, step_map: fx.Node, assigned: fx.Node, after: int) -> int:
     """Note that the stream along dimension 1 of a node is `after` tokens long from there on; the new epoch."""
     stream = only_stream(walk.annotation, node)
-    epoch = walk.add_step(stream, Step(0, step_map, assigned, after, False, False))
-    walk.bump(Dim(node, 1), {stream: epoch})
+    epoch = walk.history.add_step(stream, Step(0, step_map, assigned, after, False, False))
+    walk.history.bump(Dim(node, 1), {stream: epoch})
     return epoch
 
 
@@ -213,9 +214,9 @@ def _count(node: fx.Node, walk: Rewriter) -> fx.Node:
     dim = Dim(node, 0)
     kind = walk.annotation.axis(dim)
     assert isinstance(kind, Tokens)
-    epochs = {s: len(walk.steps.get(s, ())) for s in kind.streams}
-    walk.bump(dim, epochs)
-    size = walk.size(kind, epochs)
+    epochs = {s: len(walk.history.steps.get(s, ())) for s in kind.streams}
+    walk.history.bump(dim, epochs)
+    size = walk.history.size(kind, epochs)
     new = walk.graph.node_copy(node, lambda n: walk.env[n])
     new.args = (size, *new.args[1:])
     return new
