@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 from unittest import mock
 
 import onnx
@@ -40,13 +40,14 @@ from ..reduce import reduce_graph, with_decisions
 from ..runtimes.ort import check_provider
 from ..schedule import Schedule
 from .base import Evidence, Options, Precision, Writer
+from .lean import LEAN, PAYS, make_lean
 from .manifest import KEY
 from .quantize import QuantizeMode, calibration_batches, check_environment, check_options, quantize_onnx
 from .session import OnnxSession, twin_of
 
 log = logging.getLogger("pumer_compile")
 
-Target = Literal["onnxruntime-cpu", "onnxruntime-cuda"]
+Target = Literal["onnxruntime-cpu", "onnxruntime-cuda", "tensorrt"]
 
 MIN_OPSET, DEFAULT_OPSET = 18, 20
 _FUSIONS: dict[str, Literal["cpu", "cuda"]] = {"onnxruntime-cpu": "cpu", "onnxruntime-cuda": "cuda"}
@@ -61,7 +62,9 @@ class OnnxOptions(Options):
 
     Attributes:
         opset: of the default domain, 18 or newer.
-        target: a runtime whose fused operators to use; None is portable ONNX.
+        target: a runtime whose operators and forms to use; None is portable ONNX.
+        lean: passes over the finished graph, of `lean.LEAN`; None takes what pays for the target, and nothing where the
+            model is converted as it is (no schedule, no target) or quantized.
         quantize: `int8` quantizes the linear layers; reducers stay float32 (see `quantize.py`).
         quantize_mode: `weights`, `dynamic` (taken where None is given) or `static`.
         calibration: samples for `static`, an `.npz` file of arrays by input name.
@@ -69,6 +72,7 @@ class OnnxOptions(Options):
 
     opset: int = DEFAULT_OPSET
     target: Target | None = None
+    lean: tuple[str, ...] | None = None
     quantize: str | None = None
     quantize_mode: QuantizeMode | None = None
     calibration: Path | None = None
@@ -78,8 +82,11 @@ class OnnxOptions(Options):
         newest = onnx.defs.onnx_opset_version()
         if not MIN_OPSET <= self.opset <= newest:
             raise UsageError(f"Opset {self.opset} is not supported: choose {MIN_OPSET} to {newest}.")
-        if self.target is not None and self.target not in _FUSIONS:
-            raise UsageError(f"No target {self.target!r}: choose {' or '.join(_FUSIONS)}.")
+        if self.target is not None and self.target not in get_args(Target):
+            raise UsageError(f"No target {self.target!r}: choose {', '.join(get_args(Target))}.")
+        unknown = [name for name in self.lean or () if name not in LEAN]
+        if unknown:
+            raise UsageError(f"No lean pass {unknown[0]!r}: choose from {', '.join(LEAN)}, or none.")
         mode = check_options(self.quantize, self.quantize_mode, self.calibration, dtype=self.dtype, target=self.target)
         object.__setattr__(self, "quantize_mode", mode)  # the manifest names the mode, taken or given
 
@@ -87,6 +94,13 @@ class OnnxOptions(Options):
     def tolerance(self) -> str:
         """Quantized artifacts have tolerances of their own."""
         return self.quantize or self.dtype
+
+    def passes(self, schedule: Schedule | None) -> tuple[str, ...]:
+        """The lean passes that run on a model reduced by a schedule (None: not at all)."""
+        if self.lean is not None:
+            return self.lean
+        as_it_is = schedule is None and self.target is None
+        return () if as_it_is or self.quantize is not None else PAYS[self.target]
 
 
 class ReduceStep(DynamoExporter):
@@ -228,7 +242,8 @@ def build_onnx(program: Program, schedule: Schedule | None, options: OnnxOptions
     except torch.onnx.OnnxExporterError as error:
         first = next((line for line in str(error).splitlines() if line.strip()), "no message")
         raise ExportError(f"torch.onnx could not convert the graph: {first.strip()}") from error
-    build = polished(build, reduced=schedule is not None and schedule.method != "lossless")
+    reduced = schedule is not None and schedule.method != "lossless"
+    build = polished(build, reduced=reduced, lean=options.passes(schedule))
     if program.outputs:
         _drop_unread(build.model)
     if options.quantize_mode is not None:
@@ -244,18 +259,20 @@ def _drop_unread(model: onnx_ir.Model) -> None:
             model.graph.inputs.remove(value)
 
 
-def polished(build: OnnxBuild, *, reduced: bool) -> OnnxBuild:
-    """The build with names a reader understands, in place.
+def polished(build: OnnxBuild, *, reduced: bool, lean: Sequence[str] = ()) -> OnnxBuild:
+    """The build with names a reader understands, and lean, in place.
 
     Args:
         build: fresh from the converter.
         reduced: whether it has reducers, and so must have no operator that decides otherwise in another runtime.
+        lean: passes of `lean.LEAN`.
 
     Raises:
         ExportError: it has such an operator.
     """
     _scope_names(build.model)
     _name_batch(build.model)
+    make_lean(build.model, lean)
     _drop_unused_weights(build.model)
     if reduced:
         _check_operators(build.model)
@@ -313,14 +330,14 @@ def _through_transformers(
 ) -> OnnxBuild:
     exporter = ReducedOnnxExporter(schedule, program.streams, program.outputs, not program.unpadded)
     wanted: dict[str, Any] = {"dynamic_shapes": shapes, "opset_version": options.opset}
-    if options.target is not None:
+    if options.target in _FUSIONS:
         wanted["ort_fusions"] = _FUSIONS[options.target]
     try:
         config = OnnxConfig(**wanted)
     except TypeError as error:
         raise ExportError(
-            "--target needs transformers' fusions for onnxruntime, which this version lacks: install a newer "
-            "transformers or leave --target out for portable ONNX."
+            f"--target {options.target} needs transformers' fusions for onnxruntime, which this version lacks: install "
+            "a newer transformers or leave --target out for portable ONNX."
         ) from error
     with left_as_found(model):
         set_for_inference(model)
@@ -341,10 +358,10 @@ def _through_transformers(
 def _through_torch(
     program: Program, schedule: Schedule | None, shapes: dict[str, Any] | None, options: OnnxOptions
 ) -> OnnxBuild:
-    if options.target is not None:
+    if options.target in _FUSIONS:
         raise ExportError(
-            "--target uses transformers' fusions, which need a transformers model; this one is a plain module or a "
-            "torch.export archive. Leave --target out for portable ONNX."
+            f"--target {options.target} uses transformers' fusions, which need a transformers model; this one is a "
+            "plain module or a torch.export archive. Leave --target out for portable ONNX."
         )
     exported, names, decisions = reduced_export(program, schedule, shapes)
     converted = torch.onnx.export(

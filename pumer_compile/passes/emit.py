@@ -10,8 +10,9 @@ from torch import fx
 
 from ..errors import LocateError
 from ..plan import SitePlan, published_stands_still, stream_counts
-from ..reducers import PublishedMaskedSoftmax, SizeBias, StreamReducer, TokenWeights, UnitWeights
+from ..reducers import AlignAxis, PublishedMaskedSoftmax, SizeBias, StreamReducer, TokenWeights, UnitWeights
 from ..reducers.vispruner import VisPruner
+from . import postpone
 from .attention_rows import attention_rows
 from .axes import Dim, Tokens
 from .graph import ancestors, describe, values
@@ -227,6 +228,7 @@ class _Reduce(_Emitter):
         super().__init__(insertions, site.attention)
         self.site = site
         self.epochs: Epochs = {}
+        self.applied: dict[str, AlignAxis] = {}
 
     def __call__(self, walk: Rewriter) -> None:
         attention, carrier = self.attention, self.attention.carrier
@@ -236,24 +238,53 @@ class _Reduce(_Emitter):
         walk.batch = walk.batch or Dim(carrier, 1 - dim)
         if not self._plan(walk):
             return
-        pieces = walk.pieces(carrier, dim)
         # Algorithm 1 knows no mask: semantics `paper` carries none.
         carries = self.insertions.schedule.semantics != "paper"
         readers = self._readers()
         weights = {s: self.weights(walk, s, self._epoch(s), readers) if carries else None for s in attention.streams}
-        if dim == 0:
-            # A tower that runs with its tokens in front; reducers take the batch there.
-            pieces = {name: walk.call(aten.transpose.int, piece, 0, 1) for name, piece in pieces.items()}
+        reduced = {s: r.tokens_after for s, r in self.site.reducers.items() if s in axis.streams}
+        linears = postpone.projections(walk, carrier, dim, reduced)
+        pieces = {} if linears else self._pieces(walk, walk.env[carrier], dim)
         results = {s: self._reduce(walk, s, pieces.get(s), weights) for s in self.site.reducers}
-        new = [results[name][TOKENS] if name in results else piece for name, piece in pieces.items()]
-        if dim == 0:
-            new = [walk.call(aten.contiguous.default, walk.call(aten.transpose.int, piece, 0, 1)) for piece in new]
-        walk.env[carrier] = walk.call(aten.cat.default, new, dim) if len(new) > 1 else new[0]
+        if linears:
+            maps = {s: results[s][MAP] for s in reduced}
+            walk.env[carrier] = postpone.reduced_sum(
+                walk, carrier, linears, lambda value: self._mapped(walk, value, dim, maps)
+            )
+        else:
+            new = [results[name][TOKENS] if name in results else piece for name, piece in pieces.items()]
+            walk.env[carrier] = self._joined(walk, new, dim)
         made = {s: self._step(walk, s, result, weights[s]) for s, result in results.items()}
         walk.history.bump(Dim(carrier, dim), {s: epoch for s, epoch in made.items() if s in axis.streams})
         if attention.cross_modal:
             for stream, epoch in made.items():
                 walk.promise(attention.context, stream, self._epoch(stream), epoch)
+
+    def _pieces(self, walk: Rewriter, value: fx.Node, dim: int) -> dict[str, fx.Node]:
+        """A value with the carrier's tokens by stream, batch first."""
+        carrier = self.attention.carrier
+        assert carrier is not None
+        pieces = walk.pieces(carrier, dim, value)
+        if dim == 0:
+            # A tower that runs with its tokens in front; reducers take the batch there.
+            pieces = {name: walk.call(aten.transpose.int, piece, 0, 1) for name, piece in pieces.items()}
+        return pieces
+
+    def _joined(self, walk: Rewriter, pieces: list[fx.Node], dim: int) -> fx.Node:
+        """What `_pieces` parted."""
+        if dim == 0:
+            pieces = [walk.call(aten.contiguous.default, walk.call(aten.transpose.int, x, 0, 1)) for x in pieces]
+        return walk.call(aten.cat.default, pieces, dim) if len(pieces) > 1 else pieces[0]
+
+    def _mapped(self, walk: Rewriter, value: fx.Node, dim: int, maps: dict[str, fx.Node]) -> fx.Node:
+        """A value with the carrier's tokens, reduced by the maps of some streams."""
+        pieces = self._pieces(walk, value, dim)
+        for stream, map_ in maps.items():
+            reducer = self.site.reducers[stream]
+            module = self.applied.setdefault(stream, AlignAxis(1, ((reducer.tokens, True),), "mean"))
+            name = f"reducer.{self.attention.name}.{stream}_map"
+            pieces[stream] = walk.call_module(name, module, pieces[stream], map_)
+        return self._joined(walk, list(pieces.values()), dim)
 
     def _epoch(self, stream: str) -> int:
         return self.epochs.get(stream, 0)

@@ -124,17 +124,19 @@ class Rewriter:
             node.meta["stack_trace"] = self._origin.meta.get("stack_trace")
         return node
 
-    def pieces(self, captured: fx.Node, dim: int) -> dict[str, fx.Node]:
-        """The segments of a value along a dimension, by stream (`learned.<i>` for tokens of no stream)."""
+    def pieces(self, captured: fx.Node, dim: int, value: fx.Node | None = None) -> dict[str, fx.Node]:
+        """The segments of a value (None: the captured one's newest) along a captured one's dimension, by stream
+        (`learned.<i>` for tokens of no stream)."""
+        value = value or self.env[captured]
         axis, epochs = self.annotation.axis(Dim(captured, dim)), self.history.at(Dim(captured, dim))
         assert isinstance(axis, Tokens)
         if len(axis.segments) == 1:
-            return {axis.segments[0].stream or "learned.0": self.env[captured]}
+            return {axis.segments[0].stream or "learned.0": value}
         result, start = {}, 0
         for index, segment in enumerate(axis.segments):
             stop = start + self.history.length(segment, epochs)
             name = segment.stream or f"learned.{index}"
-            result[name] = self.call(aten.slice.Tensor, self.env[captured], dim, start, stop)
+            result[name] = self.call(aten.slice.Tensor, value, dim, start, stop)
             start = stop
         return result
 

@@ -51,7 +51,8 @@ def _published(scores: Tensor, mask: Tensor | None) -> Tensor:
     x = (x - x.amax(-1, keepdim=True)).exp()
     if mask is not None:
         x = x * mask
-    return (x + EPS / x.shape[-1]) / (x.sum(-1, keepdim=True) + EPS)
+    # onnxruntime adds a number to a column a number at a time, and to a row all at once.
+    return (x + EPS / x.shape[-1]) / (x.sum(-1) + EPS).unsqueeze(-1)
 
 
 class _InPlace(torch.autograd.Function):

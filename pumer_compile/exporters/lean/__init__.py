@@ -1,0 +1,48 @@
+"""Lean: passes over a converted ONNX graph, for what runtimes do not do by themselves. Exact, and no model's alone.
+
+Each is an `onnx_ir` pass in a file of its own, with what it gains where it was measured (`benchmarks/lean.py`). `PAYS`
+says which of them run for a target; `--lean` (`OnnxOptions.lean`) chooses others.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+
+import onnx_ir
+
+from .projections import JoinProjections
+from .rows import TokensAsRows
+from .strides import PadStrides
+
+log = logging.getLogger("pumer_compile")
+
+LEAN: Mapping[str, type[onnx_ir.passes.InPlacePass]] = {
+    "projections": JoinProjections,
+    "rows": TokensAsRows,
+    "strides": PadStrides,
+}
+"""Every pass by name, in the order in which they run."""
+PAYS: Mapping[str | None, tuple[str, ...]] = {
+    None: ("strides",),
+    "onnxruntime-cpu": ("strides",),
+    "onnxruntime-cuda": (),
+    "tensorrt": (),
+}
+"""What runs for a target where nothing else is asked for. Portable models are made for the processor they are proved
+on."""
+
+
+def make_lean(model: onnx_ir.Model, names: Iterable[str]) -> None:
+    """Run passes on a model, in place.
+
+    Args:
+        model: valid, with known shapes, its nodes named after their modules.
+        names: of `LEAN`.
+    """
+    chosen = set(names)
+    for name, kind in LEAN.items():
+        if name in chosen:
+            before = model.graph.num_nodes()
+            modified = kind()(model).modified
+            log.info("lean %s: %d nodes, %d now", name, before, model.graph.num_nodes() if modified else before)
