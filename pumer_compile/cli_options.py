@@ -92,6 +92,16 @@ Profiles = Annotated[
         show_default=False,
     ),
 ]
+Lean = Annotated[
+    str | None,
+    typer.Option(
+        "--lean",
+        metavar="NAME,...",
+        help="ONNX: passes over the finished graph, of strides, rows, projections, attention, or none; default: what "
+        "pays for the target.",
+        show_default=False,
+    ),
+]
 Builder = Annotated[
     str | None,
     typer.Option("--builder", help="Engines: tensorrt or tensorrt-rtx; default: what is there.", show_default=False),
@@ -204,6 +214,13 @@ def profiles(items: list[str] | None) -> tuple[Profile, ...] | None:
     from .exporters.base import Profile
 
     return tuple(Profile.parse(item) for item in items) if items else None
+
+
+def lean(text: str | None) -> tuple[str, ...] | None:
+    """Passes from `strides,rows`; `none` is none of them."""
+    if text is None:
+        return None
+    return () if text.strip() == "none" else tuple(name.strip() for name in text.split(","))
 
 
 def compute_capabilities(text: str | None) -> tuple[str, ...] | None:

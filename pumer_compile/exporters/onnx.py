@@ -87,6 +87,8 @@ class OnnxOptions(Options):
         unknown = [name for name in self.lean or () if name not in LEAN]
         if unknown:
             raise UsageError(f"No lean pass {unknown[0]!r}: choose from {', '.join(LEAN)}, or none.")
+        if self.lean and self.quantize is not None:
+            raise UsageError("--quantize int8 makes other products of what --lean changes. Leave one of the two out.")
         mode = check_options(self.quantize, self.quantize_mode, self.calibration, dtype=self.dtype, target=self.target)
         object.__setattr__(self, "quantize_mode", mode)  # the manifest names the mode, taken or given
 

@@ -143,7 +143,8 @@ class EngineWriter(Writer[EngineOptions, EngineBuild]):
 
     def build(self, program: Program, schedule: Schedule | None) -> EngineBuild:
         """Convert to ONNX; the engine itself is built where it is written."""
-        return EngineBuild(build_onnx(program, schedule, OnnxOptions(dtype=self.options.dtype)), self.library())
+        options = OnnxOptions(dtype=self.options.dtype, target="tensorrt")
+        return EngineBuild(build_onnx(program, schedule, options), self.library())
 
     def save(self, build: EngineBuild, path: Path, *, with_decisions: bool) -> list[Path]:
         """Build the engine and write it; the ONNX model it came from stays in a folder beside it, for the proof."""

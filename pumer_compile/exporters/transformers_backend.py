@@ -32,6 +32,7 @@ from ..files import sha256_file
 from ..runtimes.tensorrt import TensorRtSession
 from ..schedule import Schedule
 from .base import Profile
+from .lean import PAYS
 from .manifest import SIDECAR, make_manifest, read_manifest
 from .onnx import DEFAULT_OPSET, OnnxBuild, ReducedOnnxExporter, named, polished, quiet_torch_onnx
 from .tensorrt import EngineBuild, EngineOptions, EngineWriter
@@ -120,7 +121,9 @@ class TensorRtExporter(ReducedOnnxExporter):
         with quiet_torch_onnx():
             converted, metadata = super().export_program(model, inputs, config)
         names = self.output_names or [str(value.name) for value in converted.graph.outputs]
-        build = polished(named(converted, names, self.decision_names), reduced=self.schedule is not None)
+        build = polished(
+            named(converted, names, self.decision_names), reduced=self.schedule is not None, lean=PAYS["tensorrt"]
+        )
         return self._built(writer, build, Program(torch.fx.GraphModule({}, torch.fx.Graph()), inputs), config), metadata
 
     def _built(self, writer: EngineWriter, build: OnnxBuild, program: Program, config: TensorRtConfig) -> EngineProgram:

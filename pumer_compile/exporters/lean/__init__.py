@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 
 import onnx_ir
 
+from .attention import ScaleQueries
 from .projections import JoinProjections
 from .rows import TokensAsRows
 from .strides import PadStrides
@@ -21,13 +22,14 @@ LEAN: Mapping[str, type[onnx_ir.passes.InPlacePass]] = {
     "projections": JoinProjections,
     "rows": TokensAsRows,
     "strides": PadStrides,
+    "attention": ScaleQueries,
 }
 """Every pass by name, in the order in which they run."""
 PAYS: Mapping[str | None, tuple[str, ...]] = {
     None: ("strides",),
     "onnxruntime-cpu": ("strides",),
     "onnxruntime-cuda": (),
-    "tensorrt": (),
+    "tensorrt": ("attention",),
 }
 """What runs for a target where nothing else is asked for. Portable models are made for the processor they are proved
 on."""
