@@ -21,11 +21,13 @@ import pumer_compile as pumer
 from pumer_compile.errors import ParityError, UsageError
 from pumer_compile.exporters.onnx import OnnxBuild, OnnxOptions, build_onnx
 from pumer_compile.files import sha256_file
+from pumer_compile.inputs import make_inputs
 from pumer_compile.loading import load_model
 from pumer_compile.reduce import Reduced, with_decisions
 from tests.commands import artifact, feed, folder, inner_manifest, onnx_outputs, run, schedule, snapshot
 from tests.models import Config, highest, inputs_for, make, program
 from tests.models import schedule as budgets
+from tests.tiny import tiny_vilt
 
 CONFIG = Config(layers=1, head=highest)
 ROOT = Path(__file__).parents[1]
@@ -242,6 +244,14 @@ def test_samples_of_the_user_are_part_of_the_proof(tmp_path: Path, reduced: Redu
     samples[1]["pixel_values"][0, 0, 0, 0] = torch.inf
     with pytest.raises(ParityError, match="NaN or Inf"):
         pumer.export(reduced, tmp_path / "model.onnx", samples=samples)
+
+
+@pytest.mark.parametrize(("padding", "batches"), [(True, 3), (False, 4)])
+def test_a_proof_takes_no_batch_twice(tmp_path: Path, padding: bool, batches: int) -> None:
+    model = tiny_vilt()
+    program = pumer.capture(model, make_inputs(model, batch=2, padding=padding))
+    report = pumer.export(pumer.reduce(program, schedule()), tmp_path / "model.onnx").report
+    assert report is not None and report.samples == 2 * batches
 
 
 # --- Interrupted ------------------------------------------------------------------------------------------------------

@@ -246,7 +246,9 @@ def _proof_batches(
         dtypes = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in program.inputs.items()}
         fixed = {name: program.inputs[name] for name in program.fixed}
         try:
-            batches += random_batches(program.model, shapes, dtypes, prompts=prompts, fixed=fixed)
+            made = random_batches(program.model, shapes, dtypes, prompts=prompts, fixed=fixed)
+            # A program captured with made-up inputs has the first of them already.
+            batches += [batch for batch in made if not _same(batch, program.inputs)]
         except UsageError:  # inputs that nobody can make up
             pass
     sizes = sorted({size for p in profiles for size in (p.minimum, p.optimum, p.maximum)})
@@ -256,6 +258,10 @@ def _proof_batches(
         return batches, ""
     pooled: list[Mapping[str, Tensor]] = [resized_batch(batches, size) for size in proved]
     return pooled, f"not proved at a batch of {', '.join(left_out)}: it would take too long" if left_out else ""
+
+
+def _same(batch: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    return all(batch[n].dtype == t.dtype and batch[n].equal(t.to(batch[n].device)) for n, t in other.items())
 
 
 def resized_batch(batches: Sequence[Mapping[str, Tensor]], size: int) -> dict[str, Tensor]:
