@@ -33,8 +33,8 @@ from .parity_report import TOLERANCES, OutputReport, ParityReport, ReducerReport
 from .passes.insert import reducers_of
 from .plan import PromptPlace, check_prompts
 from .reduce import reduce
-from .reducers import StreamReducer, forced_decisions
-from .reducers.reducer import Decisions, Forcing
+from .reducers import StreamReducer, forced_decisions, noted_decisions
+from .reducers.reducer import Comparison, Decisions
 from .replay import Recorder, check_recording
 from .samples import random_batches
 from .schedule import Schedule
@@ -243,14 +243,18 @@ class _Comparison:
         """Take in one batch, what the artifact gives for it, and its decisions."""
         size = next(v.shape[0] for name, v in batch.items() if name in batch_inputs(batch))
         agree = np.ones(size, dtype=bool)
-        free = _eager_outputs(self.eager, batch, list(artifact))
+        with noted_decisions(self.eager) as own:
+            free = _eager_outputs(self.eager, batch, list(artifact))
         # Choices among NaN scores mean nothing; the outputs fail in any case.
         if decisions and _finite(artifact) and _finite(free):
             wanted = self._wanted({name: chosen[name] for name in decisions}, size)
             if not any(row.fault for row in self.report.reducers):
-                with forced_decisions(self.eager, wanted) as forcings:
-                    forced = _eager_outputs(self.eager, batch, list(artifact))
-                agree = self._decisions(forcings, size)
+                if all(map(_same, own.values(), (wanted[name] for name in own))):
+                    # Left alone it chooses the same; made to, it would compute the same once more.
+                    forced, compared = free, {name: _no_difference(choice, size) for name, choice in own.items()}
+                else:
+                    forced, compared = self._forced(batch, list(artifact), wanted)
+                agree = self._decisions(compared, size)
                 self._outputs("forced", True, artifact, forced)
         self._outputs("end_to_end", True, artifact, free, agree)
         if self.unreduced is not self.eager:
@@ -258,6 +262,14 @@ class _Comparison:
             alike = {n: v for n, v in artifact.items() if n in before and before[n].shape == v.shape}
             self._outputs("unreduced", False, alike, before)
         self.report.samples += size
+
+    def _forced(
+        self, batch: Mapping[str, Tensor], names: list[str], wanted: dict[str, Decisions]
+    ) -> tuple[Arrays, dict[str, Comparison]]:
+        """Eager outputs with these decisions, and its own beside them."""
+        with forced_decisions(self.eager, wanted) as forcings:
+            outputs = _eager_outputs(self.eager, batch, names)
+        return outputs, {name: f.comparison for name, f in forcings.items() if f.comparison is not None}
 
     def _wanted(self, chosen: Arrays, size: int) -> dict[str, Decisions]:
         """The artifact's decisions by reducer; a row's `fault` says where they cannot be."""
@@ -276,12 +288,9 @@ class _Comparison:
             self.report.reducers.append(known)
         return known
 
-    def _decisions(self, forcings: dict[str, Forcing], size: int) -> np.ndarray[Any, Any]:
+    def _decisions(self, compared: dict[str, Comparison], size: int) -> np.ndarray[Any, Any]:
         agree = np.ones(size, dtype=bool)
-        for name, forcing in forcings.items():
-            result = forcing.comparison
-            if result is None:
-                continue
+        for name, result in compared.items():
             row = self._row(name)
             differs, margin = result.differs.numpy(), result.margin.numpy()
             row.samples += size
@@ -341,6 +350,14 @@ def _decisions_of(name: str, reducer: StreamReducer, chosen: Arrays, rows: int) 
     everything = torch.arange(reducer.tokens).expand(rows, -1)
     nothing = everything[:, :0]
     return Decisions(index("kept", everything), index("source", nothing), index("target", nothing))
+
+
+def _same(one: Decisions, other: Decisions) -> bool:
+    return all(a.equal(b) for a, b in zip(one, other, strict=True))
+
+
+def _no_difference(decisions: Decisions, rows: int) -> Comparison:
+    return Comparison(decisions, decisions, torch.zeros(rows, dtype=torch.bool), torch.zeros(rows))
 
 
 def _fault(reducer: StreamReducer, decisions: Decisions) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -148,6 +149,20 @@ def test_a_flipped_decision_fails(reduced: Reduced, change: Any, name: str) -> N
     assert forced.passed and forced.samples == 3 and forced.max_abs < 1e-5
     assert end_to_end.passed and end_to_end.samples == 2 and end_to_end.max_abs < 1e-5
     assert all(row.passed for row in report.reducers if row.name != name)
+
+
+@pytest.mark.parametrize(("change", "runs"), [({}, 1), ({"decide": keep_another}, 2)])
+def test_eager_pytorch_is_made_to_follow_only_choices_that_are_not_its_own(
+    reduced: Reduced, change: dict[str, Any], runs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, ran = sys.modules[check.__module__], []
+    eager = module._eager_outputs
+    monkeypatch.setattr(module, "_eager_outputs", lambda graph, *rest: ran.append(graph) or eager(graph, *rest))
+    report = judged(reduced, **change)
+    assert ran == [reduced.module] * runs + [reduced.program.module]
+    with torch.no_grad():
+        given = Artifact(reduced).run(inputs_for(CONFIG))
+    assert reducer(report, IMAGE).chosen == sum(a.size for name, a in given.items() if name.startswith(IMAGE))
 
 
 def test_a_decision_that_the_outputs_did_not_follow_fails(reduced: Reduced) -> None:

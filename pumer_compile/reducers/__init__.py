@@ -5,7 +5,7 @@ from .attention import SizeBias, TextRowsAttention
 from .masked_softmax import PublishedMaskedSoftmax
 from .merger import ModalityAwareMerger
 from .pruner import TextInformedPruner
-from .reducer import StreamReducer, forced_decisions
+from .reducer import StreamReducer, forced_decisions, noted_decisions
 
 __all__ = [
     "AlignAxis",
@@ -18,4 +18,5 @@ __all__ = [
     "TokenWeights",
     "UnitWeights",
     "forced_decisions",
+    "noted_decisions",
 ]

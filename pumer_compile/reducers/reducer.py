@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -263,6 +264,26 @@ def _target_gap(matching: Matching, source: Tensor, target: Tensor) -> Tensor:
     rows = matching.scores.gather(1, source.unsqueeze(-1).expand(-1, -1, matching.scores.shape[-1]))
     lost = rows.amax(-1) - rows.gather(2, target.unsqueeze(-1)).squeeze(-1)
     return lost.abs().amax(1)
+
+
+@contextmanager
+def noted_decisions(module: nn.Module) -> Iterator[dict[str, Decisions]]:
+    """Note what the reducers inside `module` decide in a forward pass within the block, by module path.
+
+    Yields the decisions, which a forward pass fills in. Eager PyTorch only.
+    """
+    noted: dict[str, Decisions] = {}
+
+    def note(name: str, reducer: nn.Module, given: Any, result: Reduction) -> None:
+        noted[name] = Decisions(result.kept, result.source, result.target)
+
+    reducers = {name: m for name, m in module.named_modules() if isinstance(m, StreamReducer)}
+    hooks = [reducer.register_forward_hook(partial(note, name)) for name, reducer in reducers.items()]
+    try:
+        yield noted
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @contextmanager

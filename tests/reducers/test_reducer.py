@@ -11,7 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from pumer_compile.reducers import ModalityAwareMerger, StreamReducer, TextInformedPruner, forced_decisions
+from pumer_compile.reducers import (
+    ModalityAwareMerger,
+    StreamReducer,
+    TextInformedPruner,
+    forced_decisions,
+    noted_decisions,
+)
 from pumer_compile.reducers.reducer import Decisions, Reduction
 from tests.helpers import combine, data_dependent, groups, match, order, reduce_image, reduce_text, saliency
 
@@ -358,6 +364,18 @@ def test_forcing_own_decisions_changes_nothing(semantics: str) -> None:
         assert comparison is not None
         assert comparison.differs.tolist() == [False, False]
         assert comparison.margin.tolist() == [0.0, 0.0]
+
+
+def test_decisions_are_noted_within_the_block() -> None:
+    model, case = Two(), example()
+    with noted_decisions(model) as noted:
+        results = dict(zip(("image", "text"), model(**case), strict=True))
+    assert noted.keys() == results.keys()
+    for name, result in results.items():
+        assert all(torch.equal(a, b) for a, b in zip(noted[name], decisions_of(result), strict=True))
+    before = dict(noted)
+    model(**case)
+    assert all(noted[name] is before[name] for name in before)
 
 
 def test_forcing_ends_with_the_block_and_on_errors() -> None:
