@@ -95,7 +95,8 @@ def _heads(node: fx.Node) -> _Heads | None:
         source = source.args[0]
     if source.target is not aten.linear.default or len(source.users) != 1 or len(shape(source)) != 3:
         return None
-    if values(source)[0].dtype != values(node)[0].dtype:
+    states = source.args[0]
+    if not isinstance(states, fx.Node) or not values(states) or values(states)[0].dtype != values(node)[0].dtype:
         return None
     tokens = shape(source)[1]
     return _Heads(node, source, of_keys=tokens == right[3] and shape(node)[3] == tokens)

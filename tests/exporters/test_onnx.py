@@ -172,7 +172,9 @@ def test_operators_of_onnxruntime(eager: dict[str, np.ndarray]) -> None:
         ({"opset": MIN_OPSET - 1}, "18"),
         ({"opset": onnx.defs.onnx_opset_version() + 1}, str(onnx.defs.onnx_opset_version())),
         ({"dtype": "int8"}, "float32, float16, bfloat16"),
-        ({"target": "tensorrt"}, "onnxruntime-cpu"),
+        ({"target": "openvino"}, "onnxruntime-cpu, onnxruntime-cuda, tensorrt"),
+        ({"lean": ("stride",)}, "projections, rows, strides, attention"),
+        ({"lean": ("rows",), "quantize": "int8"}, "--lean"),
     ],
 )
 def test_options_that_are_refused(options: dict[str, Any], words: str) -> None:

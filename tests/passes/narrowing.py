@@ -33,6 +33,11 @@ def rows(module: fx.GraphModule, target: Any = aten.linear.default, dim: int = 1
     return [int(n.meta["val"].shape[dim]) for n in module.graph.nodes if n.target == target]
 
 
-def last_layer(n: int, queries: int, width: int) -> int:
-    """Multiply-adds of a layer of which some tokens are read."""
-    return (2 * n + 2 * queries) * width**2 + 2 * queries * n * width + 4 * queries * width**2
+def last_layer(n: int, queries: int, width: int, heads: int = 0) -> int:
+    """Multiply-adds of a layer of which some tokens are read; with `heads`, of one whose attention is written out, so
+    that keys and values need not be computed for few queries (`few_queries`)."""
+    rest = 2 * queries * width**2 + 4 * queries * width**2
+    few = queries * width * (width + heads * n)
+    if heads and n * width**2 > 2 * few:
+        return rest + 2 * few + queries * width  # the bias of keys
+    return rest + 2 * n * width**2 + 2 * queries * n * width

@@ -33,6 +33,7 @@ from tests.models import (
     run_layer,
     schedule,
 )
+from tests.passes.narrowing import last_layer
 
 aten = torch.ops.aten
 SEMANTICS = ("reference", "paper", "safe")
@@ -301,7 +302,7 @@ def test_plan_and_history() -> None:
         return attention + 2 * after * width * 2 * width
 
     # The classifier reads token 0: one query, its scores and its row of the published softmax.
-    last = 2 * 17 * width**2 + 2 * 17 * width + 2 * width**2 + 2 * width * 2 * width
+    last = last_layer(17, 1, width, config.heads)
     assert result.plan.multiply_adds_before == embed + 2 * layer(32, 32) + width * 5
     model_alone = embed + layer(32, 17) + last + width * 5
     reducers = result.plan.multiply_adds_after - model_alone
@@ -312,10 +313,11 @@ def test_plan_and_history() -> None:
     assert site.multiply_adds[1] == 2 * 17 * width * 2 * width + last + width * 5 + reducers
 
     records = result.history.records
-    assert [r.name for r in records] == ["annotate", "locate", "insert", "rewrite", "verify", "eliminate", "count"]
+    names = ["annotate", "locate", "insert", "rewrite", "verify", "eliminate", "few_queries", "count"]
+    assert [r.name for r in records] == names
     # Two streams, two attentions, one site of two reducers.
     assert [r.matches for r in records][:4] == [2, 2, 1, 2]
-    assert records[6].matches == 1
+    assert [r.matches for r in records][6:] == [2, 1]  # keys and values of the last layer; one site
     assert all(r.matches > 0 for r in records)
     nodes = len(program(config).module.graph.nodes)
     assert [r.nodes_before for r in records][:4] == [nodes] * 4
@@ -340,8 +342,10 @@ def test_operator_counts() -> None:
     before = program(config).module
     after = {s: reduce_graph(program(config), schedule(s, (0,))) for s in SEMANTICS}
     for semantics, module in after.items():
-        assert count_op(module, aten.linear.default) == count_op(before, aten.linear.default) == 13
-        assert count_op(module, aten.matmul.default) == count_op(before, aten.matmul.default) == 4
+        # Keys and values of the last layer's one query are two products each, and a bias of the scores.
+        assert (count_op(module, aten.linear.default), count_op(before, aten.linear.default)) == (11, 13)
+        assert (count_op(module, aten.matmul.default), count_op(before, aten.matmul.default)) == (3, 4)
+        assert count_op(module, aten.bmm.default) == 4
         softmaxes = 0 if semantics == "reference" else 2
         assert count_op(module, aten.softmax.int) == softmaxes
         reducers = [n for n in module.graph.nodes if n.op == "call_module"]
@@ -507,7 +511,8 @@ def test_every_pass_leaves_its_graph(tmp_path: Path) -> None:
         "4_rewrite.py",
         "5_verify.py",
         "6_eliminate.py",
-        "7_count.py",
+        "7_few_queries.py",
+        "8_count.py",
     ]
     first, last = ((tmp_path / "graphs" / files[i]).read_text() for i in (0, -1))
     assert "[text:7 | image:25]" in first
