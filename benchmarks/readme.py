@@ -1,4 +1,4 @@
-"""Write the figures of the README from the results files, so that no number in it is typed by hand.
+"""Write the figures of the README and of docs/lean.md from the results files, so that no number is typed by hand.
 
 python -m benchmarks.readme
 """
@@ -135,30 +135,53 @@ def engines() -> str:
     return "\n".join(lines) + "\n"
 
 
+def lean() -> str:
+    """What each pass gains."""
+    result = json.loads((ROOT / "benchmarks/results/lean_cpu.json").read_text(encoding="utf-8"))
+    batches = result["batches"]
+    heads = " | ".join(f"Batch {batch}: median ms (quartiles) | Times faster" for batch in batches)
+    lines = [f"| `{result['schedule']}` | {heads} |", f"| --- |{' ---: | ---: |' * len(batches)}"]
+    for name in next(iter(batches.values())):
+        cells = []
+        for samples in batches.values():
+            low, median, high = statistics.quantiles(samples[name], n=4)
+            ratios = [a / b for a, b in zip(samples["reduced"], samples[name], strict=True)]
+            cells.append(f"{median:.1f} ({low:.1f}–{high:.1f}) | {statistics.median(ratios):.3f}")
+        lines.append(f"| {ROWS.get(name, f'`{name}`')} | {' | '.join(cells)} |")
+    machine, rounds = result["machine"], len(batches["1"]["reduced"])
+    versions = machine["versions"]
+    lines += ["", f"{machine['cores']} cores ({machine['cpu']}), torch {versions['torch']}, onnxruntime "]
+    lines[-1] += f"{versions['onnxruntime']}; {rounds} rounds, each with new sessions."
+    return "\n".join(lines) + "\n"
+
+
+ROWS = {"none": "unreduced", "reduced": "reduced, none of them", "taken": "reduced, as it is compiled"}
+
+
 def fill(text: str, name: str, content: str) -> str:
     """`text` with the section `name` replaced by `content`."""
     pattern = re.compile(rf"(<!-- begin {name} .*?-->\n).*?(<!-- end {name} -->)", re.DOTALL)
     filled, count = pattern.subn(lambda match: match[1] + content + match[2], text)
     if count != 1:
-        raise SystemExit(f"README.md must hold the section {name} once; found {count}.")
+        raise SystemExit(f"The section {name} must be there once; found {count}.")
     return filled
 
 
-def filled_readme() -> str:
-    """The README as the results files say it should be."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    sections = {
-        "easy-vqa": easy_vqa(),
-        "distillation": distillation(),
-        "quantization": quantization(),
-        "engines": engines(),
-        "performance": performance(),
-        "torch-compile": torch_compile(),
-    }
-    for name, content in sections.items():
-        text = fill(text, name, content)
+SECTIONS = {
+    "README.md": (easy_vqa, distillation, quantization, engines, performance, torch_compile),
+    "docs/lean.md": (lean,),
+}
+"""What each page holds, between marks named after the functions."""
+
+
+def filled(page: str) -> str:
+    """A page as the results files say it should be."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for section in SECTIONS[page]:
+        text = fill(text, section.__name__.replace("_", "-"), section())
     return text
 
 
 if __name__ == "__main__":
-    (ROOT / "README.md").write_text(filled_readme(), encoding="utf-8")
+    for page in SECTIONS:
+        (ROOT / page).write_text(filled(page), encoding="utf-8")

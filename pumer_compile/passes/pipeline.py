@@ -78,9 +78,9 @@ class History:
     records: list[Record] = field(default_factory=list)
 
     def __str__(self) -> str:
-        lines = [f"{'pass':<10}{'matches':>9}{'nodes':>14}{'seconds':>9}"]
+        lines = [f"{'pass':<12}{'matches':>9}{'nodes':>14}{'seconds':>9}"]
         for r in self.records:
-            lines.append(f"{r.name:<10}{r.matches:>9}{f'{r.nodes_before} -> {r.nodes_after}':>14}{r.seconds:>9.2f}")
+            lines.append(f"{r.name:<12}{r.matches:>9}{f'{r.nodes_before} -> {r.nodes_after}':>14}{r.seconds:>9.2f}")
         return "\n".join(lines)
 
 

@@ -323,7 +323,7 @@ def test_plan_and_history() -> None:
     assert [r.nodes_before for r in records][:4] == [nodes] * 4
     assert records[-1].nodes_after == len(result.module.graph.nodes)
     lines = str(result.history).splitlines()
-    assert len(lines) == 8
+    assert len(lines) == 9
     assert lines[4].startswith("rewrite")
     assert f"{nodes} -> {records[5].nodes_before}" in lines[4]
 

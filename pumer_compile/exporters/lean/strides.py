@@ -25,8 +25,11 @@ PAGE = 4096
 """Bytes after which addresses fall into the same set of a first-level cache (64 sets of 64 bytes)."""
 LINE = 64
 """Bytes of a cache line."""
-FINITE_AT_ZERO = frozenset({"Gelu", "Relu", "LeakyRelu", "Elu", "Sigmoid", "Tanh", "Erf", "HardSigmoid", "HardSwish"})
-BINARY = frozenset({"Add", "Sub", "Mul"})
+FINITE_AT_ZERO = frozenset(
+    {"Gelu", "Relu", "LeakyRelu", "Elu", "Sigmoid", "Tanh", "Erf", "HardSigmoid", "HardSwish", "Add", "Sub", "Mul"}
+    | {"BiasGelu", "FastGelu", "QuickGelu"}  # onnxruntime's
+)
+"""Operators that compute each number by itself, zeros into something finite."""
 
 
 @dataclass
@@ -79,20 +82,18 @@ def _sources(maker: onnx_ir.Node, hidden_width: int, hidden: _Hidden) -> list[on
     if maker.op_type == "MatMul":
         hidden.wide.append((maker, 1))
         return None if matrix(maker.inputs[1]) is None else []
-    if maker.op_type in FINITE_AT_ZERO:
-        return [value for value in maker.inputs if value is not None]
-    if maker.op_type not in BINARY and not (maker.op_type == "Div" and _is_scalar(maker.inputs[1])):
+    if maker.op_type not in FINITE_AT_ZERO and not (maker.op_type == "Div" and _is_scalar(maker.inputs[1])):
         return None
     found = []
     for place, value in enumerate(maker.inputs):
-        if value is None:
-            return None
+        if value is None or _is_scalar(value):
+            continue
         if constant(value) is None and width(value) == hidden_width:
             found.append(value)
-        elif not is_vector(value):
-            return None
-        elif not _is_scalar(value):
+        elif is_vector(value):
             hidden.wide.append((maker, place))
+        else:
+            return None
     return found
 
 

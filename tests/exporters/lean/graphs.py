@@ -46,7 +46,9 @@ class Graph:
             for side in (self.inputs, self.outputs)
         ]
         graph = helper.make_graph(self.nodes, "graph", *infos, self.weights)
-        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+        domains = {"": 20} | {node.domain: 1 for node in self.nodes if node.domain}
+        opsets = [helper.make_opsetid(domain, version) for domain, version in domains.items()]
+        model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
         onnx.checker.check_model(model, full_check=True)
         return onnx.shape_inference.infer_shapes(model, strict_mode=True)
 

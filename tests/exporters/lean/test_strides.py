@@ -60,6 +60,16 @@ def test_colliding_sizes() -> None:
     assert shapes(after) == {(WIDE, WIDE + MORE), (WIDE + MORE,), (WIDE + MORE, WIDE)}
 
 
+def test_the_operators_of_onnxruntime() -> None:
+    """`--target onnxruntime-cpu` puts a bias into the activation."""
+    graph = Graph({"x": [2, 3, 8]}, {"y": [2, 3, 8]})
+    product = graph.node("MatMul", "x", graph.weight(8, WIDE))
+    inner = graph.node("BiasGelu", product, graph.weight(WIDE), domain="com.microsoft")
+    graph.node("MatMul", inner, graph.weight(WIDE, 8), gives="y")
+    after, modified = passed(PadStrides, graph.model(), numbers(x=(2, 3, 8)))
+    assert modified and shapes(after) == {(8, WIDE + MORE), (WIDE + MORE,), (WIDE + MORE, 8)}
+
+
 def test_a_gated_layer() -> None:
     """Two products that meet: both are wider."""
     graph = Graph({"x": [2, 3, 8]}, {"y": [2, 3, 8]})
