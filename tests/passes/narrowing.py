@@ -22,6 +22,16 @@ def compared(captured: Program, batch: int | None = None) -> Reduced:
     return result
 
 
+def copy_of(captured: Program) -> fx.GraphModule:
+    """A copy that a pass may change; parameters are shared."""
+    graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    for node in captured.module.graph.nodes:
+        env[node] = graph.node_copy(node, env.__getitem__)
+    graph.set_codegen(captured.module.graph._codegen)
+    return fx.GraphModule(captured.module, graph)
+
+
 def same(captured: Program, module: fx.GraphModule, inputs: dict[str, Tensor]) -> None:
     with torch.no_grad():
         expected, found = captured.module(**inputs), module(**inputs)

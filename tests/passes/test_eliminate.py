@@ -23,7 +23,7 @@ from pumer_compile.passes.insert import reducers_of
 from pumer_compile.passes.pipeline import PASSES, State, run_passes
 from tests.helpers import count_op
 from tests.models import Config, Fusion, highest, inputs_for, make, program, reduced, schedule
-from tests.passes.narrowing import compared, last_layer, rows, same
+from tests.passes.narrowing import compared, copy_of, last_layer, rows, same
 
 aten = torch.ops.aten
 BATCH, TOKENS, WIDTH = 2, 24, 64
@@ -407,15 +407,6 @@ def test_random_encoders(drawn: tuple[Config, int, int]) -> None:
     n = config.text + config.image
     assert matches > 0 or 4 * (stop - start) > n or config.width < 16
     assert matches == 0 or stop - start < n
-
-
-def copy_of(captured: Program) -> fx.GraphModule:
-    graph = fx.Graph()
-    env: dict[fx.Node, fx.Node] = {}
-    for node in captured.module.graph.nodes:
-        env[node] = graph.node_copy(node, env.__getitem__)
-    graph.set_codegen(captured.module.graph._codegen)
-    return fx.GraphModule(captured.module, graph)
 
 
 # --- with reducers --------------------------------------------------------------------------------------------------
