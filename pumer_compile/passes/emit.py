@@ -10,7 +10,7 @@ from torch import fx
 
 from ..errors import LocateError
 from ..plan import SitePlan, published_stands_still, stream_counts
-from ..reducers import AlignAxis, PublishedMaskedSoftmax, SizeBias, StreamReducer, TokenWeights, UnitWeights
+from ..reducers import ApplyMap, PublishedMaskedSoftmax, SizeBias, StreamReducer, TokenWeights, UnitWeights
 from ..reducers.vispruner import VisPruner
 from . import postpone
 from .attention_rows import attention_rows
@@ -228,7 +228,7 @@ class _Reduce(_Emitter):
         super().__init__(insertions, site.attention)
         self.site = site
         self.epochs: Epochs = {}
-        self.applied: dict[str, AlignAxis] = {}
+        self.applied = ApplyMap()
 
     def __call__(self, walk: Rewriter) -> None:
         attention, carrier = self.attention, self.attention.carrier
@@ -280,10 +280,8 @@ class _Reduce(_Emitter):
         """A value with the carrier's tokens, reduced by the maps of some streams."""
         pieces = self._pieces(walk, value, dim)
         for stream, map_ in maps.items():
-            reducer = self.site.reducers[stream]
-            module = self.applied.setdefault(stream, AlignAxis(1, ((reducer.tokens, True),), "mean"))
             name = f"reducer.{self.attention.name}.{stream}_map"
-            pieces[stream] = walk.call_module(name, module, pieces[stream], map_)
+            pieces[stream] = walk.call_module(name, self.applied, pieces[stream], map_)
         return self._joined(walk, list(pieces.values()), dim)
 
     def _epoch(self, stream: str) -> int:

@@ -7,23 +7,25 @@ value of every token for it. The right sides have the same result, but that sums
 many multiply-adds as there are queries. What is written as matrix products is found; a fused attention is left alone.
 
 That a product reads the heads of a linear layer is told by running the views between the two on numbers, not by sizes.
+Sizes must be numbers: with an open batch nothing is reordered.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import prod
 
 import torch
 from torch import Tensor, fx
 
-from .eliminate import drop_dead
+from .eliminate import drop_dead, may_be_changed
 from .graph import Emitter, values
-from .rules import aten, overloads, shape
+from .rules import aten, shape
 
 WORTH = 2
 """How many times fewer multiply-adds it must be: small products run at half the speed of large ones."""
-_VIEWS = frozenset(overloads("view reshape transpose permute contiguous"))
+_VIEWS = frozenset(
+    {aten.view.default, aten.reshape.default, aten.transpose.int, aten.permute.default, aten.contiguous.default}
+)
 
 
 @dataclass(frozen=True)
@@ -64,11 +66,13 @@ def few_queries(module: fx.GraphModule) -> int:
     Returns:
         How many products were reordered.
     """
-    count = 0
+    count, shared = 0, may_be_changed(module.graph)
     for node in list(module.graph.nodes):
         found = _heads(node)
         if found is None or not found.pays() or not _reads_heads(found):
             continue
+        if not shared.isdisjoint(found.linear.all_input_nodes):
+            continue  # they are read later than the layer reads them
         with module.graph.inserting_before(node):
             new = _keys_last(found) if found.of_keys else _values_last(found)
         node.replace_all_uses_with(new)
@@ -85,18 +89,18 @@ def _heads(node: fx.Node) -> _Heads | None:
         return None
     left, source = node.args
     assert isinstance(left, fx.Node) and isinstance(source, fx.Node)
-    known = all(isinstance(size, int) for x in (left, source) for size in shape(x))
-    if not known or len(shape(left)) != 4 or len(shape(source)) != 4:
-        return None
     right = shape(source)
-    while source.target in _VIEWS and len(source.users) == 1 and isinstance(source.args[0], fx.Node):
-        if any(isinstance(x, fx.Node) for x in source.args[1:]):
-            return None
-        source = source.args[0]
+    if len(shape(left)) != 4 or len(right) != 4:
+        return None
+    while source.target in _VIEWS and len(source.users) == 1 and source.all_input_nodes == [source.args[0]]:
+        source = source.all_input_nodes[0]
     if source.target is not aten.linear.default or len(source.users) != 1 or len(shape(source)) != 3:
         return None
     states = source.args[0]
-    if not isinstance(states, fx.Node) or not values(states) or values(states)[0].dtype != values(node)[0].dtype:
+    if not isinstance(states, fx.Node) or not values(states):
+        return None
+    known = all(isinstance(size, int) for size in (*shape(left), *right, *shape(source)))
+    if not known or values(source)[0].dtype != values(node)[0].dtype:
         return None
     tokens = shape(source)[1]
     return _Heads(node, source, of_keys=tokens == right[3] and shape(node)[3] == tokens)
@@ -108,7 +112,7 @@ def _reads_heads(found: _Heads) -> bool:
     batch, heads, _, size, tokens, _ = found.sizes
     if (batch, tokens, heads * size) != tuple(shape(found.linear)):
         return False
-    start = torch.arange(prod(shape(found.linear))).view(batch, tokens, heads * size)  # type: ignore[arg-type]  # numbers
+    start = torch.arange(batch * tokens * heads * size, device="cpu").view(batch, tokens, heads * size)
     order = (0, 2, 3, 1) if found.of_keys else (0, 2, 1, 3)
     wanted = start.view(batch, tokens, heads, size).permute(order)
     right = found.product.args[1]
@@ -154,7 +158,8 @@ def _values_last(found: _Heads) -> fx.Node:
     by_head = emit(aten.transpose.int, emit(aten.view.default, weight, [heads, size, width]), 1, 2)
     context = emit(aten.bmm.default, _fold(emit, means, found), by_head)
     context = emit(aten.view.default, context, [heads, batch, queries, size])
-    context = emit(aten.permute.default, context, [1, 0, 2, 3])
+    # What follows may view it as it may view a product.
+    context = emit(aten.contiguous.default, emit(aten.permute.default, context, [1, 0, 2, 3]))
     if bias is None:
         return context
     total = emit(aten.sum.dim_IntList, probabilities, [-1], True)  # 1, but for what the published softmax gives

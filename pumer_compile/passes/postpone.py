@@ -14,7 +14,7 @@ from collections.abc import Callable
 from torch import fx
 
 from .axes import Dim, Tokens
-from .eliminate import MULTIPLY_ADDS_PER_COPY
+from .eliminate import MULTIPLY_ADDS_PER_COPY, may_be_changed
 from .graph import values
 from .narrow import draws_nothing
 from .rewrite import Rewriter
@@ -36,18 +36,26 @@ def projections(walk: Rewriter, carrier: fx.Node, dim: int, reduced: dict[str, i
     axis, epochs = walk.annotation.axis(Dim(carrier, dim)), walk.history.at(Dim(carrier, dim))
     assert isinstance(axis, Tokens)
     before = {s.stream: walk.history.length(s, epochs) for s in axis.segments}
-    total, maps = sum(before.values()), sum(after * before[stream] for stream, after in reduced.items())
+    total = sum(walk.history.length(s, epochs) for s in axis.segments)
+    maps = sum(after * before[stream] for stream, after in reduced.items())
     fewer = sum(before[stream] - after for stream, after in reduced.items())
-    found = {}
+    found, shared = {}, may_be_changed(walk.source.graph)
     for addend in _addends(carrier):
         linear = _projection(addend, dim)
         if linear is None or walk.history.at(Dim(node_arg(linear, 0), dim)) != epochs:
             continue
+        if not shared.isdisjoint(linear.all_input_nodes):
+            continue  # they would be read later than they are
         given, made = int(shape(node_arg(linear, 0))[-1]), int(shape(linear)[-1])
         copied = given * total if len(axis.segments) > 1 else 0
-        if fewer * given * made > maps * given + MULTIPLY_ADDS_PER_COPY * copied:
+        if _pays(fewer * given * made, maps * given, copied):
             found[addend] = linear
     return found
+
+
+def _pays(saved: int, added: int, copied: int) -> bool:
+    """Whether it is less work, by multiply-adds that are saved and added and numbers that are copied."""
+    return saved > added + MULTIPLY_ADDS_PER_COPY * copied
 
 
 def reduced_sum(
@@ -61,14 +69,12 @@ def reduced_sum(
         linears: what `projections` gave.
         reduce: applies the reducers' maps to a new value with the carrier's tokens.
     """
-    parts = []
-    for addend in _addends(carrier):
+    new = walk.env[carrier]
+    parts: dict[fx.Node, fx.Node] = {}
+    for addend, value in zip(_addends(carrier), new.all_input_nodes, strict=True):
         linear = linears.get(addend)
-        if linear is None:
-            parts.append(reduce(walk.used.get((carrier, addend), walk.env[addend])))
-        else:
-            parts.append(_with_input(walk, walk.env[linear], reduce))
-    return walk.call(aten.add.Tensor, *parts)
+        parts[value] = reduce(value) if linear is None else _with_input(walk, walk.env[linear], reduce)
+    return walk.graph.node_copy(new, parts.__getitem__)
 
 
 def _with_input(walk: Rewriter, linear: fx.Node, reduce: Callable[[fx.Node], fx.Node]) -> fx.Node:

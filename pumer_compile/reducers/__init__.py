@@ -5,10 +5,11 @@ from .attention import SizeBias, TextRowsAttention
 from .masked_softmax import PublishedMaskedSoftmax
 from .merger import ModalityAwareMerger
 from .pruner import TextInformedPruner
-from .reducer import StreamReducer, forced_decisions, noted_decisions
+from .reducer import ApplyMap, StreamReducer, forced_decisions, noted_decisions
 
 __all__ = [
     "AlignAxis",
+    "ApplyMap",
     "ModalityAwareMerger",
     "PublishedMaskedSoftmax",
     "SizeBias",

@@ -246,6 +246,18 @@ class StreamReducer(nn.Module):
         return forced.kept, rows, matching
 
 
+class ApplyMap(nn.Module):
+    """Reduces other tokens by the map of a `StreamReducer`, as that one reduces its own."""
+
+    def forward(self, tokens: Tensor, map_: Tensor) -> Tensor:
+        """`[batch, after, width]` from `[batch, before, width]` and a map `[batch, after, before]`, float32."""
+        if torch.amp.is_autocast_available(tokens.device.type) and torch.is_autocast_enabled(tokens.device.type):
+            # Autocast would round the residual values of a model to half precision.
+            with torch.autocast(tokens.device.type, enabled=False):
+                return self.forward(tokens, map_)
+        return map_.to(tokens.dtype) @ tokens
+
+
 def decisions_of(kept: Tensor, matching: Matching | None) -> Decisions:
     """Decisions of pruning and of merging."""
     if matching is None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, fx
 
 from pumer_compile import Program, Reduced, reduce
+from pumer_compile.passes import pipeline
 
 aten = torch.ops.aten
 
@@ -15,11 +17,23 @@ aten = torch.ops.aten
 def compared(captured: Program, batch: int | None = None) -> Reduced:
     """The program without its dead tokens, after its outputs were compared on the captured inputs and, where the batch
     is open, on another number of samples."""
-    result = reduce(captured, "lossless")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "few_queries", lambda module: 0)  # has tests of its own
+        result = reduce(captured, "lossless")
     same(captured, result.module, dict(captured.inputs))
     if batch is not None:
         same(captured, result.module, {n: t[[i % len(t) for i in range(batch)]] for n, t in captured.inputs.items()})
     return result
+
+
+def copy_of(captured: Program) -> fx.GraphModule:
+    """A copy that a pass may change; parameters are shared."""
+    graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    for node in captured.module.graph.nodes:
+        env[node] = graph.node_copy(node, env.__getitem__)
+    graph.set_codegen(captured.module.graph._codegen)
+    return fx.GraphModule(captured.module, graph)
 
 
 def same(captured: Program, module: fx.GraphModule, inputs: dict[str, Tensor]) -> None:

@@ -18,13 +18,12 @@ from torch import Tensor, fx, nn
 
 from pumer_compile import Program, capture, reduce
 from pumer_compile.errors import PlanError
-from pumer_compile.passes import pipeline
 from pumer_compile.passes.eliminate import drop_dead, eliminate
 from pumer_compile.passes.insert import reducers_of
 from pumer_compile.passes.pipeline import PASSES, State, run_passes
 from tests.helpers import count_op
 from tests.models import Config, Fusion, highest, inputs_for, make, program, reduced, schedule
-from tests.passes.narrowing import compared, last_layer, rows, same
+from tests.passes.narrowing import compared, copy_of, last_layer, rows, same
 
 aten = torch.ops.aten
 BATCH, TOKENS, WIDTH = 2, 24, 64
@@ -304,9 +303,7 @@ def test_the_last_layer_has_one_query(config: Config) -> None:
     captured = program(config)
     plan = compared(captured, batch=3 if config.dynamic else None).plan
     n = config.text + config.image
-    # What is left of keys and values with few queries is known to `few_queries`, where the batch is.
-    heads = config.heads if config.form == "unfused" and not config.dynamic else 0
-    saved = last_layer(n, n, config.width) - last_layer(n, 1, config.width, heads)
+    saved = last_layer(n, n, config.width) - last_layer(n, 1, config.width)
     assert plan.multiply_adds_before - plan.multiply_adds_after == saved
     assert plan.sites == ()
     assert plan.tokens() == {}
@@ -331,8 +328,7 @@ def test_a_head_that_reads_every_token() -> None:
     assert "`none`" in str(caught.value)
 
 
-def test_operators_stay_as_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "few_queries", lambda module: 0)
+def test_operators_stay_as_many() -> None:
     captured = program(Config(layers=2, mask="expanded"))
     module = compared(captured).module
     for target in (aten.linear.default, aten.matmul.default, aten.softmax.int, aten.layer_norm.default):
@@ -413,15 +409,6 @@ def test_random_encoders(drawn: tuple[Config, int, int]) -> None:
     assert matches == 0 or stop - start < n
 
 
-def copy_of(captured: Program) -> fx.GraphModule:
-    graph = fx.Graph()
-    env: dict[fx.Node, fx.Node] = {}
-    for node in captured.module.graph.nodes:
-        env[node] = graph.node_copy(node, env.__getitem__)
-    graph.set_codegen(captured.module.graph._codegen)
-    return fx.GraphModule(captured.module, graph)
-
-
 # --- with reducers --------------------------------------------------------------------------------------------------
 
 
@@ -431,7 +418,7 @@ def test_reducers_read_whole_streams(semantics: str, form: str) -> None:
     """A site before the last layer: the same decisions and outputs with the pass as without it, at less cost."""
     config = Config(layers=2, mask="additive", form=form)
     states = []
-    for left_out in ((), ("eliminate",)):
+    for left_out in (("few_queries",), ("eliminate", "few_queries")):
         captured = program(config)
         state = State(captured.module, schedule(semantics, (0,)), dict(captured.inputs), {})
         run_passes(state, tuple(step for step in PASSES if step.name not in left_out))
@@ -444,8 +431,7 @@ def test_reducers_read_whole_streams(semantics: str, form: str) -> None:
     torch.testing.assert_close(with_pass, expected.detach(), atol=1e-5, rtol=0)
     plans = [s.plan for s in states]
     n, width = sum(plans[0].layers["cross_modal.1"].values()), config.width
-    written_out = form == "unfused" or semantics == "reference"
-    saved = last_layer(n, n, width) - last_layer(n, 1, width, config.heads if written_out else 0)
+    saved = last_layer(n, n, width) - last_layer(n, 1, width)
     assert plans[1].multiply_adds_after - plans[0].multiply_adds_after == saved
     assert plans[0].multiply_adds_before == plans[1].multiply_adds_before
     assert plans[0].sites[0].multiply_adds[0] == plans[1].sites[0].multiply_adds[0]

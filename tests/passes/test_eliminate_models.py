@@ -110,7 +110,7 @@ def test_onnx(tmp_path: Path) -> None:
 
 def test_plan_command() -> None:
     out = commands.done("plan", commands.folder(), "-s", "lossless").out
-    assert "1.23x fewer" in out
+    assert "1.30x fewer" in out
     assert "site" not in out
 
 
