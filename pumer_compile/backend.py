@@ -181,7 +181,7 @@ def _reduced(graph: DynamoGraph, options: Options, schedule: Schedule | None, wh
 
 def _lossless(state: State, where: str) -> fx.GraphModule:
     try:
-        history = run_passes(state, LOSSLESS[:1])
+        history = run_passes(state, tuple(step for step in LOSSLESS if step.name != "count"))
     except PlanError as error:
         raise _NothingReduced(str(error)) from error
     assert state.reduced is not None
