@@ -32,7 +32,7 @@ from pumer_compile.files import atomic_path
 from pumer_compile.inputs import make_inputs
 
 RESULTS = Path(__file__).parent / "results" / "lean_cpu.json"
-BEFORE = ("postpone", "few_queries")
+BEFORE = ("postpone", "one_query")
 """Passes before the export."""
 ALONE = (*BEFORE, "strides", "rows", "projections")
 TAKEN = (*BEFORE, *PAYS[None])
@@ -43,7 +43,7 @@ def without(names: set[str]) -> Iterator[None]:
     """Compile without some of `BEFORE`."""
     off = {
         "postpone": ("pumer_compile.passes.postpone.projections", {}),
-        "few_queries": ("pumer_compile.passes.pipeline.few_queries", 0),
+        "one_query": ("pumer_compile.passes.pipeline.one_query", 0),
     }
     with ExitStack() as stack:
         for name in names:

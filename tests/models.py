@@ -249,7 +249,7 @@ def schedule(semantics: str = "reference", layers: tuple[int, ...] = (0, 1), **b
 def passed(captured: Program, wanted: Schedule, verified: bool = False) -> PassState:
     """What the passes make of a program: quickly, without counting or (unless asked) verifying."""
     state = PassState(captured.module, wanted, dict(captured.inputs), dict(captured.streams))
-    left_out = {"count"} if verified else {"verify", "eliminate", "few_queries", "count"}
+    left_out = {"count"} if verified else {"verify", "eliminate", "one_query", "count"}
     run_passes(state, tuple(step for step in PASSES if step.name not in left_out))
     return state
 

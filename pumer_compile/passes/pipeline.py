@@ -18,10 +18,10 @@ from ..schedule import Schedule
 from .annotate import Annotation, annotate
 from .eliminate import eliminate
 from .emit import actions_after, actions_instead
-from .few_queries import few_queries
 from .graph import ancestors, values
 from .insert import Insertions, cross_modal_layers, plan_insertions
 from .locate import Attention, locate, mask_kinds
+from .one_query import one_query
 from .prompt import Prompt, spell_out
 from .propagate import propagate
 from .rewrite import Rewriter, keep_buffers_transient
@@ -175,9 +175,9 @@ def _eliminate(state: State) -> int:
     return matches
 
 
-def _few_queries(state: State) -> int:
+def _one_query(state: State) -> int:
     assert state.reduced is not None
-    return few_queries(state.reduced)
+    return one_query(state.reduced)
 
 
 def _eliminate_alone(state: State) -> int:
@@ -221,12 +221,12 @@ PASSES: tuple[Pass, ...] = (
     Pass("rewrite", ("insertions",), ("walk", "reduced"), _rewrite),
     Pass("verify", ("walk", "reduced"), (), _verify),
     Pass("eliminate", ("reduced",), (), _eliminate, optional=True),
-    Pass("few_queries", ("reduced",), (), _few_queries, optional=True),
+    Pass("one_query", ("reduced",), (), _one_query, optional=True),
     Pass("count", ("reduced",), ("plan",), _count),
 )
 LOSSLESS: tuple[Pass, ...] = (
     Pass("eliminate", ("captured",), ("reduced",), _eliminate_alone),
-    Pass("few_queries", ("reduced",), (), _few_queries, optional=True),
+    Pass("one_query", ("reduced",), (), _one_query, optional=True),
     Pass("count", ("reduced",), ("plan",), _count),
 )
 """The exact passes alone, of `method: lossless`."""

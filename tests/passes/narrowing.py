@@ -18,7 +18,7 @@ def compared(captured: Program, batch: int | None = None) -> Reduced:
     """The program without its dead tokens, after its outputs were compared on the captured inputs and, where the batch
     is open, on another number of samples."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "few_queries", lambda module: 0)  # has tests of its own
+        patch.setattr(pipeline, "one_query", lambda module: 0)  # has tests of its own
         result = reduce(captured, "lossless")
     same(captured, result.module, dict(captured.inputs))
     if batch is not None:
@@ -49,9 +49,9 @@ def rows(module: fx.GraphModule, target: Any = aten.linear.default, dim: int = 1
 
 def last_layer(n: int, queries: int, width: int, heads: int = 0) -> int:
     """Multiply-adds of a layer of which some tokens are read; with `heads`, of one whose attention is written out, so
-    that keys and values need not be computed for few queries (`few_queries`)."""
+    that keys and values need not be computed for one query (`one_query`)."""
     rest = 2 * queries * width**2 + 4 * queries * width**2
     few = queries * width * (width + heads * n)
     if heads and n * width**2 > 2 * few:
-        return rest + 2 * few + queries * width  # the bias of keys
+        return rest + 2 * few
     return rest + 2 * n * width**2 + 2 * queries * n * width

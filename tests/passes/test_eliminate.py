@@ -418,7 +418,7 @@ def test_reducers_read_whole_streams(semantics: str, form: str) -> None:
     """A site before the last layer: the same decisions and outputs with the pass as without it, at less cost."""
     config = Config(layers=2, mask="additive", form=form)
     states = []
-    for left_out in (("few_queries",), ("eliminate", "few_queries")):
+    for left_out in (("one_query",), ("eliminate", "one_query")):
         captured = program(config)
         state = State(captured.module, schedule(semantics, (0,)), dict(captured.inputs), {})
         run_passes(state, tuple(step for step in PASSES if step.name not in left_out))

@@ -38,9 +38,7 @@ def chosen(captured: Program, wanted: Schedule) -> Insertions:
 def planned(captured: Program, wanted: Schedule) -> Insertions:
     """With the plans and reducers that the walk makes."""
     state = State(captured.module, wanted, dict(captured.inputs), dict(captured.streams))
-    run_passes(
-        state, tuple(step for step in PASSES if step.name not in ("verify", "eliminate", "few_queries", "count"))
-    )
+    run_passes(state, tuple(step for step in PASSES if step.name not in ("verify", "eliminate", "one_query", "count")))
     assert state.insertions is not None
     return state.insertions
 

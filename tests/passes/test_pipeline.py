@@ -314,7 +314,7 @@ def test_plan_and_history() -> None:
     assert site.multiply_adds[1] == 2 * 17 * width * 2 * width + last + width * 5 + reducers
 
     records = result.history.records
-    names = ["annotate", "locate", "insert", "rewrite", "verify", "eliminate", "few_queries", "count"]
+    names = ["annotate", "locate", "insert", "rewrite", "verify", "eliminate", "one_query", "count"]
     assert [r.name for r in records] == names
     # Two streams, two attentions, one site of two reducers.
     assert [r.matches for r in records][:4] == [2, 2, 1, 2]
@@ -510,7 +510,7 @@ def test_every_pass_leaves_its_graph(tmp_path: Path) -> None:
         "4_rewrite.py",
         "5_verify.py",
         "6_eliminate.py",
-        "7_few_queries.py",
+        "7_one_query.py",
         "8_count.py",
     ]
     first, last = ((tmp_path / "graphs" / files[i]).read_text() for i in (0, -1))
