@@ -9,9 +9,11 @@ because where its buffers come to lie in memory moves its time by several percen
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 import statistics
+import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
@@ -52,10 +54,12 @@ def without(names: set[str]) -> Iterator[None]:
         yield
 
 
-def build(model: torch.nn.Module, inputs: dict[str, torch.Tensor], schedule: str, folder: Path) -> dict[str, Path]:
-    """ONNX models: as it is, reduced without any of the passes, with each alone, with those that are taken."""
+def build(
+    model: torch.nn.Module, inputs: dict[str, torch.Tensor], schedule: str, folder: Path, alone: tuple[str, ...]
+) -> dict[str, Path]:
+    """ONNX models: as it is, reduced without any of the passes, with some of them alone, with those that are taken."""
     program = pumer.capture(model, inputs)
-    variants = {"reduced": (), **{name: (name,) for name in ALONE}, "taken": TAKEN}
+    variants = {"reduced": (), **{name: (name,) for name in alone}, "taken": TAKEN}
     paths = {"none": folder / "none.onnx"}
     pumer.export(program, paths["none"], verify=False)
     for name, chosen in variants.items():
@@ -92,22 +96,27 @@ def gain(samples: dict[str, list[float]], name: str, base: str = "reduced") -> f
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--schedule", default="vilt-vqa")
+    parser.add_argument("--schedule", nargs="+", default=["vilt-vqa", "vilt-ve"], help="of the first, each pass alone")
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--tiny", action="store_true", help="a small model, and no file unless --output is given")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     output = arguments.output or (None if arguments.tiny else RESULTS)
-    result: dict[str, Any] = {"machine": machine(), "schedule": arguments.schedule, "batches": {}}
+    command = ["git", "describe", "--always", "--dirty"]
+    commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    result: dict[str, Any] = {"machine": machine(), "commit": commit, "schedules": {}}
     model = tiny() if arguments.tiny else vilt()
-    for batch, runs in ((1, 9), (8, 3)):
+    for schedule, (batch, runs) in itertools.product(arguments.schedule, ((1, 9), (8, 3))):
         inputs = make_inputs(model, batch=batch, text_length=16 if arguments.tiny else TEXT, padding=False)
+        alone = ALONE if schedule == arguments.schedule[0] else ()
         with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-            samples = measure(build(model, inputs, arguments.schedule, Path(folder)), inputs, arguments.rounds, runs)
-        result["batches"][str(batch)] = samples
-        print(f"batch {batch}: median ms, times faster than `reduced`")
+            paths = build(model, inputs, schedule, Path(folder), alone)
+            samples = measure(paths, inputs, arguments.rounds, runs)
+        result["schedules"].setdefault(schedule, {})[str(batch)] = samples
+        print(f"{schedule}, batch {batch}: median ms, times faster than `reduced`, and than `none`")
         for name, times in samples.items():
-            print(f"  {name:<12}{statistics.median(times):>9.1f}{gain(samples, name):>8.3f}")
+            ratios = gain(samples, name), gain(samples, name, "none")
+            print(f"  {name:<12}{statistics.median(times):>9.1f}{ratios[0]:>8.3f}{ratios[1]:>8.3f}", flush=True)
     if output is not None:
         with atomic_path(output) as path:
             path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -11,6 +11,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from benchmarks.lean import gain
 from examples.easy_vqa.results import render_table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -138,19 +139,22 @@ def engines() -> str:
 def lean() -> str:
     """What each pass gains."""
     result = json.loads((ROOT / "benchmarks/results/lean_cpu.json").read_text(encoding="utf-8"))
-    batches = result["batches"]
-    heads = " | ".join(f"Batch {batch}: median ms (quartiles) | Times faster" for batch in batches)
-    lines = [f"| `{result['schedule']}` | {heads} |", f"| --- |{' ---: | ---: |' * len(batches)}"]
-    for name in next(iter(batches.values())):
-        cells = []
-        for samples in batches.values():
-            low, median, high = statistics.quantiles(samples[name], n=4)
-            ratios = [a / b for a, b in zip(samples["reduced"], samples[name], strict=True)]
-            cells.append(f"{median:.1f} ({low:.1f}–{high:.1f}) | {statistics.median(ratios):.3f}")
-        lines.append(f"| {ROWS.get(name, f'`{name}`')} | {' | '.join(cells)} |")
-    machine, rounds = result["machine"], len(batches["1"]["reduced"])
+    lines, rounds = [], 0
+    for schedule, batches in result["schedules"].items():
+        heads = " | ".join(f"Batch {batch}: median ms (quartiles) | Times faster | Than unreduced" for batch in batches)
+        lines += [f"| `{schedule}` | {heads} |", f"| --- |{' ---: | ---: | ---: |' * len(batches)}"]
+        for name in next(iter(batches.values())):
+            cells = []
+            for samples in batches.values():
+                low, median, high = statistics.quantiles(samples[name], n=4)
+                ratios = [f"{gain(samples, name, base):.3f}" for base in ("reduced", "none")]
+                cells.append(f"{median:.1f} ({low:.1f}–{high:.1f}) | {' | '.join(ratios)}")
+                rounds = len(samples[name])
+            lines.append(f"| {ROWS.get(name, f'`{name}`')} | {' | '.join(cells)} |")
+        lines.append("")
+    machine = result["machine"]
     versions = machine["versions"]
-    lines += ["", f"{machine['cores']} cores ({machine['cpu']}), torch {versions['torch']}, onnxruntime "]
+    lines += [f"{machine['cores']} cores ({machine['cpu']}), torch {versions['torch']}, onnxruntime "]
     lines[-1] += f"{versions['onnxruntime']}; {rounds} rounds, each with new sessions."
     return "\n".join(lines) + "\n"
 
