@@ -22,7 +22,7 @@ from torch import Tensor, fx
 from .axes import Size, same_size
 from .eliminate import drop_dead, may_be_changed
 from .graph import Emitter, values
-from .rules import aten, shape
+from .rules import aten, node_arg, shape
 
 WORTH = 2
 """How many times fewer multiply-adds it must be: small products run at half the speed of large ones."""
@@ -49,9 +49,9 @@ class _Heads:
     @property
     def sizes(self) -> tuple[int, int, int, int]:
         """Heads, head size, tokens, width."""
-        right = shape(self.product.args[1])  # type: ignore[arg-type]  # a node
+        right = shape(node_arg(self.product, 1))
         size, tokens = right[2:] if self.of_keys else right[:1:-1]
-        return tuple(map(int, (right[1], size, tokens, shape(self.linear.args[0])[-1])))  # type: ignore[arg-type, return-value]
+        return int(right[1]), int(size), int(tokens), int(shape(node_arg(self.linear, 0))[-1])
 
     def pays(self) -> bool:
         """Whether the other order is much less work."""
