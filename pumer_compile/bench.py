@@ -18,13 +18,14 @@ from torch import Tensor
 from .capture import batch_inputs
 from .engine import Engine
 from .errors import UsageError
-from .exporters import resized_batch
 from .exporters.base import Profile
 from .exporters.manifest import library_versions, read_manifest
 from .files import atomic_path, sha256_file
 from .inputs import read_arrays
 from .memory import memory_in_a_process, synchronize
+from .plan import PromptPlace
 from .runtimes.base import fitted
+from .samples import Samples, kinds_of, resized_batch
 
 FORMAT = 1
 SEED = 0
@@ -221,8 +222,11 @@ def _inputs(manifests: Mapping[str, Mapping[str, Any]], size: int, inputs: Path 
                 f"{path} was compiled for a batch of {fixed} and takes no other, such as {size}. Leave --batch out, or "
                 "compile with --dynamic-batch or --profile."
             )
-    arrays = _made_up(first) if inputs is None else _from_file(inputs, first)
-    return resized_batch([arrays], size)
+    if inputs is not None:
+        return resized_batch([_from_file(inputs, first)], size)
+    prompts = [PromptPlace(**place) for place in (first.get("plan") or {}).get("prompts", ())]
+    made = Samples(kinds_of(first), prompts, padded=False, seed=SEED).batch(size)
+    return {name: made[name] for name in first["inputs"]}
 
 
 def _from_file(path: Path, manifest: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -231,23 +235,6 @@ def _from_file(path: Path, manifest: Mapping[str, Any]) -> dict[str, Tensor]:
     if missing:
         raise UsageError(f"{path} has no array {missing[0]}; it has {', '.join(arrays)}.")
     return {name: torch.from_numpy(arrays[name]) for name in manifest["inputs"]}
-
-
-def _made_up(manifest: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Noise for pixels and features, everything open in masks, the first two words of any vocabulary for ids."""
-    generator = torch.Generator().manual_seed(SEED)
-    made = {}
-    for name, spec in manifest["inputs"].items():
-        shape, dtype = spec["shape"], getattr(torch, spec["dtype"])
-        if dtype.is_floating_point:
-            made[name] = torch.randn(shape, generator=generator).to(dtype)
-        elif dtype == torch.bool or name.endswith("mask"):
-            made[name] = torch.ones(shape, dtype=dtype)
-        elif name.endswith("type_ids"):
-            made[name] = torch.zeros(shape, dtype=dtype)
-        else:
-            made[name] = torch.randint(0, 2, shape, generator=generator).to(dtype)
-    return made
 
 
 # --- What it runs on --------------------------------------------------------------------------------------------------

@@ -513,7 +513,7 @@ def _image_prompt(
 ) -> dict[str, Any]:
     from torch.nn import Module
 
-    from .samples import make_image_prompt
+    from .image_prompt import make_image_prompt
 
     if text_length is not None or not isinstance(source, Module):
         raise UsageError(

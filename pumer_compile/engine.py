@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from .errors import UsageError
+from .exporters.base import Session
 from .exporters.manifest import read_manifest
 from .exporters.session import open_session
 from .plan import check_prompts
-from .runtimes.base import Runtime, TensorSpec
+from .runtimes.base import Runtime, TensorSpec, to_numpy
 
 
 class Engine:
@@ -39,6 +40,7 @@ class Engine:
     Attributes:
         path: of the artifact.
         manifest: what the artifact says of itself.
+        session: below, which neither checks prompts nor takes what is fixed.
 
     Raises:
         UsageError: not made by pumer-compile, changed since, or something that this machine lacks.
@@ -56,35 +58,47 @@ class Engine:
     ) -> None:
         self.path = Path(path)
         self.manifest = read_manifest(self.path)
-        self._session = open_session(
+        self.session = open_session(
             self.path, self.manifest, provider=provider, device=device, cuda_graph=cuda_graph, expose=expose
         )
+
+    @classmethod
+    def over(cls, session: Session, manifest: Mapping[str, Any]) -> Engine:
+        """An engine on a session that is open already: an artifact that is proved before it is published.
+
+        Args:
+            session: of the artifact.
+            manifest: that it will have.
+        """
+        engine = cls.__new__(cls)
+        engine.path, engine.manifest, engine.session = session.path, dict(manifest), session
+        return engine
 
     @property
     def provider(self) -> str:
         """What executes it, such as `CPUExecutionProvider` or `tensorrt-rtx`."""
-        return self._session.provider
+        return self.session.provider
 
     @property
     def device(self) -> torch.device:
         """Where outputs are."""
-        return self._session.device if isinstance(self._session, Runtime) else torch.device("cpu")
+        return self.session.device if isinstance(self.session, Runtime) else torch.device("cpu")
 
     @property
     def inputs(self) -> list[str]:
         """Names of the inputs."""
-        return self._session.inputs
+        return self.session.inputs
 
     @property
     def outputs(self) -> list[str]:
         """Names of the outputs."""
-        return self._session.outputs
+        return self.session.outputs
 
     @property
     def input_specs(self) -> dict[str, TensorSpec]:
         """Shapes and dtypes of the inputs; an open batch is a name in place of a number."""
-        if isinstance(self._session, Runtime):
-            return self._session.input_specs
+        if isinstance(self.session, Runtime):
+            return self.session.input_specs
         open_batch = bool(self.manifest.get("dynamic_batch"))
         return {
             name: TensorSpec(
@@ -97,11 +111,11 @@ class Engine:
     @property
     def output_specs(self) -> dict[str, TensorSpec]:
         """Shapes and dtypes of the outputs; empty where the runtime does not tell them."""
-        return self._session.output_specs if isinstance(self._session, Runtime) else {}
+        return self.session.output_specs if isinstance(self.session, Runtime) else {}
 
     def close(self) -> None:
         """Give the memory of weights back; nothing runs afterwards."""
-        self._session.close()
+        self.session.close()
 
     def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
         """Outputs by name, on `device`.
@@ -113,7 +127,7 @@ class Engine:
             UsageError: an input is missing, is not one of the artifact's, or has another shape.
         """
         check_prompts(self.manifest, inputs)
-        fixed = {*(self.manifest.get("fixed_inputs") or {}), *(self.manifest.get("unpadded_inputs") or ())}
+        fixed = self._fixed()
         inputs = {name: tensor for name, tensor in inputs.items() if name not in fixed}
         unknown = [name for name in inputs if name not in self.inputs]
         if unknown:
@@ -121,14 +135,20 @@ class Engine:
                 f"{self.path} takes no input {unknown[0]}; it takes {', '.join(self.inputs)}. What it was not compiled "
                 "with cannot be given to it."
             )
-        if isinstance(self._session, Runtime):
-            return self._session.call(inputs)
-        return {name: torch.from_numpy(array) for name, array in self._session.run(inputs).items()}
+        if isinstance(self.session, Runtime):
+            return self.session.call(inputs)
+        return {name: torch.from_numpy(array) for name, array in self.session.run(inputs).items()}
 
     def run(self, batch: Mapping[str, Tensor]) -> dict[str, np.ndarray[Any, Any]]:
-        """Outputs by name as arrays, from a batch that may hold more than the artifact's inputs."""
-        check_prompts(self.manifest, batch)
-        return self._session.run(batch)
+        """Outputs by name as arrays, as a call gives them, from a batch that may hold inputs of the model that the
+        artifact does not read."""
+        unread = {*(self.manifest.get("unread_inputs") or {})} - self._fixed()
+        given = {name: tensor for name, tensor in batch.items() if name not in unread}
+        return {name: to_numpy(tensor) for name, tensor in self(**given).items()}
+
+    def _fixed(self) -> set[str]:
+        """Inputs with one value, which may be given."""
+        return {*(self.manifest.get("fixed_inputs") or {}), *(self.manifest.get("unpadded_inputs") or ())}
 
     def __repr__(self) -> str:
         return f"Engine({str(self.path)!r}, provider={self.provider!r}, device={str(self.device)!r})"

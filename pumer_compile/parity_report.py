@@ -19,26 +19,36 @@ class Tolerance:
         atol, rtol: of every entry of an output: `|artifact - eager| <= atol + rtol * max(|eager|, rms)`, where `rms` is
             the root mean square of the sample's output. An entry near zero, among large ones, is rounded as they are.
         norm: of an output as a whole, in each sample: `|artifact - eager|_2 <= norm * |eager|_2`.
-        tie: relative score gap below which two scores count as tied.
+        tie: gap of two scores, relative to them, below which they count as tied.
+        share: of the chosen tokens and pairs of one reducer, how many may differ at most, near-ties or not: more than a
+            sound artifact was seen to have.
         decisions: whether a differing choice must be such a tie; else they are reported, and the outputs judge.
+        end_to_end: whether a sample must be judged end to end. Below float32 a sound artifact may have none: of a large
+            model some near-tie goes the other way in every sample.
+        output_dtype: of floating-point outputs, besides float32.
     """
 
     atol: float
     rtol: float
     norm: float
     tie: float
+    share: float
     decisions: bool = True
+    end_to_end: bool = False
+    output_dtype: str = "float32"
 
 
+# Shares that differ, measured on sound artifacts of random weights: float16 up to 19% and bfloat16 up to 21% of a kept
+# set (VisPruner in its published order, whose steps carry a near-tie on: benchmarks/results/vispruner_flips.json).
 TOLERANCES = {
-    "float32": Tolerance(atol=1e-4, rtol=1e-4, norm=math.inf, tie=1e-5),
-    "float16": Tolerance(atol=2e-2, rtol=2e-2, norm=5e-3, tie=1e-2),
+    "float32": Tolerance(atol=1e-4, rtol=1e-4, norm=math.inf, tie=1e-5, share=0.01, end_to_end=True),
+    "float16": Tolerance(atol=2e-2, rtol=2e-2, norm=5e-3, tie=1e-2, share=0.3, output_dtype="float16"),
     # Eight times coarser than float16, by its three bits less of precision.
-    "bfloat16": Tolerance(atol=1.6e-1, rtol=1.6e-1, norm=4e-2, tie=8e-2),
+    "bfloat16": Tolerance(atol=1.6e-1, rtol=1.6e-1, norm=4e-2, tie=8e-2, share=0.3),
     # Reducers choose by what quantized layers give them, so other choices are to be expected and are only reported.
     # The norm is about twice the largest error measured with the artifact's choices forced: 5.4e-2 on small models of
     # random weights, 2.5e-2 on the demo's.
-    "int8": Tolerance(atol=math.inf, rtol=0, norm=1e-1, tie=1e-2, decisions=False),
+    "int8": Tolerance(atol=math.inf, rtol=0, norm=1e-1, tie=1e-2, share=0.6, decisions=False),
 }
 """Defaults by the artifact's dtype, or by what it is quantized to; the eager side is float32."""
 
@@ -52,9 +62,11 @@ class ReducerReport:
         samples: how many were compared.
         differ: on how many any index differs from the eager model's choice on the same inputs.
         near_ties: how many of these are allowed, because the eager scores are nearly tied.
-        worst_margin: largest relative score gap where a choice differs.
-        chosen, flipped: indices chosen in all samples, and how many of them differ.
+        worst_margin: largest relative score gap that was measured where a choice differs.
+        chosen, flipped: tokens kept and pairs merged in all samples, as sets, and how many of them eager PyTorch does
+            not choose; those of samples whose scores are equal but for rounding do not count.
         judged: whether a differing choice must be a near-tie.
+        share: of the chosen ones that may differ.
         fault: why the artifact's decisions cannot be those of this reducer at all; empty where they can.
     """
 
@@ -66,17 +78,36 @@ class ReducerReport:
     chosen: int = 0
     flipped: int = 0
     judged: bool = True
+    share: float = 1.0
     fault: str = ""
 
     @property
     def passed(self) -> bool:
-        """Whether every differing choice is a near-tie, where it must be."""
-        return not self.fault and (not self.judged or self.differ == self.near_ties)
+        """Whether every differing choice is a near-tie, where it must be, and there are not too many of them."""
+        return not self.failure
 
     @property
     def flip_rate(self) -> float:
-        """Share of the chosen indices that differ."""
+        """Share of what is chosen that differs."""
         return self.flipped / self.chosen if self.chosen else 0.0
+
+    @property
+    def failure(self) -> str:
+        """What is wrong, in words; empty where nothing is."""
+        if self.fault:
+            return self.fault
+        if self.judged and self.differ != self.near_ties:
+            return (
+                f"decides differently on {self.differ - self.near_ties} of {self.samples} samples where the eager "
+                f"scores are no near-tie (relative gap up to {self.worst_margin:.1e})"
+            )
+        # One near-tie is always allowed: of few choices it is a large share.
+        if self.flipped > max(1.0, self.share * self.chosen):
+            return (
+                f"chooses {self.flipped} of {self.chosen} otherwise ({self.flip_rate:.1%}); a sound artifact differs "
+                f"in at most {self.share:.0%}"
+            )
+        return ""
 
 
 @dataclass
@@ -85,7 +116,8 @@ class OutputReport:
 
     Attributes:
         name: of the output.
-        against: `forced` (eager with the artifact's decisions), `end_to_end` or `unreduced`.
+        against: what it is compared with: `forced` (eager with the artifact's decisions), `end_to_end`, `unreduced`, or
+            `model` (the captured graph with the model's own forward).
         judged: whether it counts for the verdict.
         samples: how many were compared.
         max_abs, mean_abs, max_rel, mean_rel: errors; relative to the eager value.
@@ -113,6 +145,21 @@ class OutputReport:
     top1: float = 1.0
     required_atol: float = 0.0
     finite: bool = True
+
+    @property
+    def verdict(self) -> str:
+        """In words."""
+        if not self.passed:
+            return "FAIL"
+        if self.samples == 0:
+            return "not compared"
+        return "pass" if self.judged else "reported"
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON holds it; without numbers where nothing was compared."""
+        figures = ("max_abs", "mean_abs", "max_rel", "mean_rel", "max_norm", "cosine", "top1", "required_atol")
+        empty = dict.fromkeys(figures) if self.samples == 0 and self.finite else {}
+        return {**asdict(self), **empty, "verdict": self.verdict}
 
     @property
     def passed(self) -> bool:
@@ -155,7 +202,10 @@ class ParityReport:
         provider: that executed it.
         stand_in: what was executed in its place, where the artifact itself cannot run; empty otherwise.
         samples: how many were compared.
+        end_to_end: how many of them were judged end to end: all choices agree with eager PyTorch's own.
         decisions_compared: whether the reducers' choices were.
+        end_to_end_required: whether one must be.
+        faults: what could not be compared at all: an output that is missing, or of another shape or dtype.
         reducers, outputs: the figures.
         notes: what a reader should know besides.
     """
@@ -165,7 +215,10 @@ class ParityReport:
     provider: str
     stand_in: str = ""
     samples: int = 0
+    end_to_end: int = 0
     decisions_compared: bool = False
+    end_to_end_required: bool = False
+    faults: list[str] = field(default_factory=list)
     reducers: list[ReducerReport] = field(default_factory=list)
     outputs: list[OutputReport] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -173,30 +226,46 @@ class ParityReport:
     @property
     def passed(self) -> bool:
         """Whether the artifact may be trusted."""
-        return self.samples > 0 and all(r.passed for r in self.reducers) and all(o.passed for o in self.outputs)
+        return self.sound and (self.end_to_end > 0 or not self.end_to_end_required)
+
+    @property
+    def sound(self) -> bool:
+        """Whether there are samples, and nothing that was compared failed."""
+        rows = [*self.reducers, *self.outputs]
+        return self.samples > 0 and not self.faults and all(row.passed for row in rows)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as JSON can hold it (NaN and infinities as strings)."""
-        return {"passed": self.passed, **_jsonable(asdict(self))}
+        outputs = [row.to_dict() for row in self.outputs]
+        return {"passed": self.passed, **_jsonable({**asdict(self), "outputs": outputs})}
 
     def failures(self) -> str:
         """What failed, in one sentence each."""
-        parts = [
-            f"{r.name} {r.fault}"
-            if r.fault
-            else f"{r.name} decides differently on {r.differ - r.near_ties} of {r.samples} samples where the eager "
-            f"scores are no near-tie (relative gap up to {r.worst_margin:.1e})"
-            for r in self.reducers
-            if not r.passed
-        ]
+        parts = [*self.faults, *(f"{r.name} {r.failure}" for r in self.reducers if r.failure)]
         for o in self.outputs:
             if not o.passed:
                 limit = f"{o.max_abs:.2e}, allowed atol {o.atol:g} + rtol {o.rtol:g}"
                 if o.max_norm > o.norm:
                     limit = f"{o.max_norm:.2e} of its norm, allowed {o.norm:g}"
                 what = f"differs by up to {limit}" if o.finite else "has NaN or Inf"
-                parts.append(f"output {o.name} ({o.against.replace('_', ' ')}) {what}")
-        return "; ".join(parts) or ("no sample was compared" if self.samples == 0 else "")
+                parts.append(f"{_ROWS.get(o.against, 'output')} {o.name}{_AGAINST[o.against]} {what}")
+        if not parts and self.samples == 0:
+            return "no sample was compared"
+        if not parts and self.end_to_end_required and not self.end_to_end:
+            return (
+                f"no sample was judged end to end: in each of {self.samples} a choice differs from eager PyTorch's. "
+                "Give other samples (--inputs)"
+            )
+        return "; ".join(parts)
+
+
+_ROWS = {"model": "the captured graph's output"}
+_AGAINST = {
+    "forced": " (forced)",
+    "end_to_end": " (end to end)",
+    "unreduced": " (unreduced)",
+    "model": ", compared with the model's own forward,",
+}
 
 
 def _jsonable(value: Any) -> Any:

@@ -23,7 +23,6 @@ from pumer_compile.parity_report import OutputReport, ParityReport
 from pumer_compile.reduce import Reduced, with_decisions
 from pumer_compile.reducers import forced_decisions
 from pumer_compile.reducers.reducer import Decisions
-from pumer_compile.samples import random_batches
 from tests.commands import artifact, done, feed, folder, inner_manifest, refused, run
 from tests.models import Config, Fusion, inputs_for, make, program, schedule
 from tests.tiny import tiny_vilt
@@ -156,13 +155,15 @@ def test_eager_pytorch_is_made_to_follow_only_choices_that_are_not_its_own(
     reduced: Reduced, change: dict[str, Any], runs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module, ran = sys.modules[check.__module__], []
-    eager = module._eager_outputs
-    monkeypatch.setattr(module, "_eager_outputs", lambda graph, *rest: ran.append(graph) or eager(graph, *rest))
+    eager = module._eager_leaves
+    monkeypatch.setattr(module, "_eager_leaves", lambda graph, *rest: ran.append(graph) or eager(graph, *rest))
     report = judged(reduced, **change)
     assert ran == [reduced.module] * runs + [reduced.program.module]
     with torch.no_grad():
         given = Artifact(reduced).run(inputs_for(CONFIG))
-    assert reducer(report, IMAGE).chosen == sum(a.size for name, a in given.items() if name.startswith(IMAGE))
+    pairs = given[f"{IMAGE}.source"].size
+    assert reducer(report, IMAGE).chosen == given[f"{IMAGE}.kept"].size + pairs
+    assert reducer(report, TEXT).chosen == given[f"{TEXT}.source"].size
 
 
 def test_a_decision_that_the_outputs_did_not_follow_fails(reduced: Reduced) -> None:
@@ -392,45 +393,6 @@ def test_the_numbers_of_an_output() -> None:
     assert dataclasses.replace(row, judged=False).passed
 
 
-# --- Samples ----------------------------------------------------------------------------------------------------------
-
-
-INTEGERS = {"input_ids": "int64", "attention_mask": "int64", "token_type_ids": "int64"}
-
-
-def test_random_samples_have_padding_and_differ() -> None:
-    model = tiny_vilt()
-    shapes = {"input_ids": (3, 9), "attention_mask": (3, 9), "pixel_values": (3, 3, 64, 96), "token_type_ids": (3, 9)}
-    dtypes = {**INTEGERS, "pixel_values": "float32"}
-    batches = random_batches(model, shapes, dtypes)
-    assert len(batches) == 3
-    for batch in batches:
-        assert {name: tuple(tensor.shape) for name, tensor in batch.items()} == shapes
-        assert {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in batch.items()} == dtypes
-        assert (batch["attention_mask"] == 0).any() and not batch["token_type_ids"].any()
-    assert not torch.equal(batches[0]["pixel_values"], batches[1]["pixel_values"])
-    again = random_batches(model, shapes, dtypes)
-    assert all(torch.equal(batches[1][name], again[1][name]) for name in shapes)
-
-
-def test_what_a_config_does_not_describe_is_made_up_by_its_kind() -> None:
-    """Features of regions, and whether each is there."""
-    shapes = {"input_ids": (2, 9), "visual_feats": (2, 5, 16), "visual_attention_mask": (2, 5)}
-    dtypes = {**INTEGERS, "visual_feats": "float32", "visual_attention_mask": "int64"}
-    first, second, _ = random_batches(tiny_vilt(), shapes, dtypes)
-    assert {name: tuple(tensor.shape) for name, tensor in first.items()} == shapes
-    assert (first["visual_attention_mask"] == 1).all()
-    assert 0.5 < first["visual_feats"].std() < 2
-    assert not torch.equal(first["visual_feats"], second["visual_feats"])
-
-
-@pytest.mark.parametrize("dtype", ["int64", "bool"])
-def test_inputs_that_nobody_can_make_up(dtype: str) -> None:
-    shapes = {"input_ids": (2, 9), "boxes": (2, 4)}
-    with pytest.raises(UsageError, match=r"boxes.*--inputs"):
-        random_batches(tiny_vilt(), shapes, {**INTEGERS, "boxes": dtype})
-
-
 # --- The command ------------------------------------------------------------------------------------------------------
 
 
@@ -441,7 +403,7 @@ def test_the_artifact_of_a_plain_compilation_can_be_proved_again(tmp_path: Path)
     report_file = tmp_path / "report.json"
     done("parity", artifact(), "--model", folder(), "--report", report_file)
     report = json.loads(report_file.read_text(encoding="utf-8"))
-    assert report["passed"] and report["decisions_compared"] and report["samples"] == 6
+    assert report["passed"] and report["decisions_compared"] and report["samples"] >= 4
     assert [row["name"] for row in report["reducers"]] == [TEXT, IMAGE]
     assert [(row["name"], row["against"], row["judged"]) for row in report["outputs"]] == [
         ("logits", "forced", True),

@@ -7,21 +7,21 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from ..capture import Program, batch_inputs
+from ..capture import Program
 from ..errors import ParityError, UsageError
 from ..files import publish, sha256_file
 from ..outputs import artifact_outputs
-from ..parity import check, check_tolerances
+from ..parity_check import check, check_tolerances
 from ..parity_report import ParityReport
 from ..plan import PromptPlace
 from ..reduce import Reduced
-from ..samples import random_batches
+from ..samples import Samples, captured_batch, describe_samples, proof_batches, proof_sizes, resized_batch
 from .base import Options, Profile, Writer
 from .manifest import make_manifest, sidecar
 from .onnx import OnnxOptions, OnnxWriter, in_precision
@@ -46,8 +46,6 @@ if importlib.util.find_spec("transformers.exporters.runners") is not None:
     from . import transformers_backend  # noqa: F401  (importing it registers the backend)
 
 WRITERS: tuple[type[Writer[Any, Any]], ...] = (OnnxWriter, EngineWriter, OpenVinoWriter)
-# A proof at the largest batch of a profile would need that much time and memory in eager PyTorch.
-LARGEST_PROVED_BATCH = 16
 
 
 @dataclass(frozen=True)
@@ -104,9 +102,7 @@ def export(
     path = Path(path)
     writer = _writer(path, options, progress)
     writer.check_path(path)
-    program, schedule, plan = (
-        (reduced.program, reduced.schedule, reduced.plan) if isinstance(reduced, Reduced) else (reduced, None, None)
-    )
+    program, schedule = (reduced.program, reduced.schedule) if isinstance(reduced, Reduced) else (reduced, None)
     writer.check(dynamic_batch=program.dynamic_batch, verify=verify)
     if isinstance(reduced, Reduced):  # outputs of a program exported as it is are named by the converter
         check_tolerances(artifact_outputs(reduced.module, program.inputs), atol, rtol)
@@ -117,18 +113,10 @@ def export(
         report = None
         if verify:
             progress("proving")
-            report = _prove(writer, build, files, reduced, samples, atol, rtol)
+            unproved = _manifest(writer, build, program, reduced, {"verified": False})
+            report = _prove(writer, build, files, reduced, unproved, samples, atol, rtol)
             report.artifact = path.name
-        manifest = make_manifest(
-            program,
-            schedule,
-            plan,
-            inputs=build.inputs,
-            outputs=build.outputs,
-            decisions=build.decisions,
-            options=writer.describe(build),
-            parity=report.to_dict() if report else {"verified": False},
-        )
+        manifest = _manifest(writer, build, program, reduced, report.to_dict() if report else {"verified": False})
         writer.record(manifest, files[-1])
         if report is not None and not report.passed:
             failed = path.with_name(f"{path.name}.failed")
@@ -151,29 +139,51 @@ def export(
     return Exported(path, beside, manifest, report)
 
 
+def _manifest(
+    writer: Writer[Any, Any], build: Any, program: Program, reduced: Reduced | Program, parity: Mapping[str, Any]
+) -> dict[str, Any]:
+    schedule, plan = (reduced.schedule, reduced.plan) if isinstance(reduced, Reduced) else (None, None)
+    return make_manifest(
+        program,
+        schedule,
+        plan,
+        inputs=build.inputs,
+        outputs=build.outputs,
+        decisions=build.decisions,
+        options=writer.describe(build),
+        parity=parity,
+    )
+
+
 def _prove(
     writer: Writer[Any, Any],
     build: Any,
     files: Sequence[Path],
     reduced: Reduced | Program,
+    manifest: Mapping[str, Any],
     samples: Sequence[Mapping[str, Tensor]] | None,
     atol: float | Mapping[str, float] | None,
     rtol: float | Mapping[str, float] | None,
 ) -> ParityReport:
-    """Compare what was written with eager PyTorch."""
+    """Compare what was written with eager PyTorch, through the door that users take."""
+    from ..engine import Engine
+
     evidence = writer.evidence(build, files)
+    eager, unreduced, model = _eager(reduced)
     program = reduced.program if isinstance(reduced, Reduced) else reduced
-    eager, unreduced = _eager(reduced)
     prompts = reduced.plan.prompts if isinstance(reduced, Reduced) else ()
-    batches, clipped = _proof_batches(program, samples, writer.options.profiles, prompts)
+    batches, drawn, clipped = _proof_batches(program, samples, writer.options.profiles, prompts)
     report = check(
-        evidence.session,
+        Engine.over(evidence.session, manifest),
         eager,
         unreduced,
         batches,
         writer.options.tolerance,
         build.decisions,
         decide=evidence.decide,
+        reopen=lambda: Engine.over(evidence.reopen(), manifest),
+        more=drawn or (),
+        model=model,
         atol=atol,
         rtol=rtol,
     )
@@ -183,9 +193,7 @@ def _prove(
             f"this is the report of {evidence.stand_in}; {files[-1].name} itself cannot run on this machine "
             f"({evidence.reason}). Prove it where it will: pumer-compile parity ARTIFACT --model MODEL"
         )
-    if clipped:
-        report.notes.append(clipped)
-    return report
+    return replace(report, notes=[*report.notes, *clipped, *(drawn.notes() if drawn else ())])
 
 
 def exporter_options(path: Path, **options: Any) -> Options:
@@ -236,57 +244,30 @@ def _proof_batches(
     samples: Sequence[Mapping[str, Tensor]] | None,
     profiles: Sequence[Profile],
     prompts: Sequence[PromptPlace] = (),
-) -> tuple[list[Mapping[str, Tensor]], str]:
-    """Batches for a proof, in every batch size of the profiles; and which sizes are too large for one."""
-    batches: list[Mapping[str, Tensor]] = [program.inputs]
+) -> tuple[list[Mapping[str, Tensor]], Samples | None, list[str]]:
+    """Batches for a proof in every batch size, what draws more of them, and what a reader should know of them."""
+    kinds = describe_samples(program, prompts)
+    sizes, left_out = proof_sizes(captured_batch(kinds), program.dynamic_batch, profiles)
+    notes = []
+    if left_out:
+        notes.append(f"not proved at a batch of {', '.join(map(str, left_out))}: it would take too long")
+    captured: list[Mapping[str, Tensor]] = [program.inputs, *(samples or ())]
+    if program.dynamic_batch:
+        captured = [resized_batch(captured, size) for size in (sizes if samples is not None else sizes[:1])]
     if samples is not None:
-        batches += samples
-    elif program.model is not None and hasattr(program.model, "config"):
-        shapes = {name: tuple(tensor.shape) for name, tensor in program.inputs.items()}
-        dtypes = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in program.inputs.items()}
-        fixed = {name: program.inputs[name] for name in program.fixed}
-        try:
-            made = random_batches(program.model, shapes, dtypes, prompts=prompts, fixed=fixed)
-            # A program captured with made-up inputs has the first of them already.
-            batches += [batch for batch in made if not _same(batch, program.inputs)]
-        except UsageError:  # inputs that nobody can make up
-            pass
-    sizes = sorted({size for p in profiles for size in (p.minimum, p.optimum, p.maximum)})
-    proved = [size for size in sizes if size <= LARGEST_PROVED_BATCH] or sizes[:1]
-    left_out = [str(size) for size in sizes if size not in proved]
-    if not sizes:
-        return batches, ""
-    pooled: list[Mapping[str, Tensor]] = [resized_batch(batches, size) for size in proved]
-    return pooled, f"not proved at a batch of {', '.join(left_out)}: it would take too long" if left_out else ""
+        return captured, None, notes
+    drawn = Samples(kinds, prompts, captured=program.inputs)
+    return [*captured, *proof_batches(drawn, sizes)], drawn, notes
 
 
-def _same(batch: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
-    return all(batch[n].dtype == t.dtype and batch[n].equal(t.to(batch[n].device)) for n, t in other.items())
-
-
-def resized_batch(batches: Sequence[Mapping[str, Tensor]], size: int) -> dict[str, Tensor]:
-    """One batch of `size` samples out of several batches, over again where they are too few."""
-    import torch
-
-    batched = batch_inputs(batches[0])
-    joined = {}
-    for name, tensor in batches[0].items():
-        if name not in batched:
-            joined[name] = tensor
-            continue
-        every = torch.cat([batch[name].to(tensor.dtype) for batch in batches])
-        joined[name] = every[torch.arange(size) % len(every)]
-    return joined
-
-
-def _eager(reduced: Reduced | Program) -> tuple[Any, Any]:
-    """The reduced and the captured module, in float32."""
+def _eager(reduced: Reduced | Program) -> tuple[Any, Any, Any]:
+    """The reduced and the captured module, and the model, in float32."""
     from ..reduce import reduce
 
     program = reduced.program if isinstance(reduced, Reduced) else reduced
     exact = in_precision(program, "float32")
     if not isinstance(reduced, Reduced) or reduced.schedule.method == "lossless":
-        return exact.module, exact.module  # what is exact is judged against the model itself
+        return exact.module, exact.module, exact.model  # what is exact is judged against the model itself
     if exact is program:
-        return reduced.module, program.module
-    return reduce(exact, reduced.schedule).module, exact.module
+        return reduced.module, program.module, exact.model
+    return reduce(exact, reduced.schedule).module, exact.module, exact.model

@@ -15,6 +15,7 @@ from ..capture import Program
 from ..errors import UsageError
 from ..files import sha256_file
 from ..plan import Plan
+from ..samples import describe_samples
 from ..schedule import Schedule
 
 KEY = "pumer_compile.manifest"
@@ -83,6 +84,7 @@ def make_manifest(
         },
         "fixed_inputs": {n: program.inputs[n].tolist() for n in program.fixed if n not in program.unpadded},
         "unpadded_inputs": list(program.unpadded),
+        "samples": {n: kind.to_dict() for n, kind in describe_samples(program, plan.prompts if plan else ()).items()},
         "outputs": outputs,
         "decisions": decisions,
         "dynamic_batch": program.dynamic_batch,

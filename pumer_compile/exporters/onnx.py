@@ -17,6 +17,7 @@ import re
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 from unittest import mock
@@ -565,7 +566,7 @@ class OnnxWriter(Writer[OnnxOptions, OnnxBuild]):
     def evidence(self, build: OnnxBuild, files: Sequence[Path]) -> Evidence:
         """The artifact under onnxruntime, twice where it does not give its decisions."""
         session = OnnxSession(files[-1])
-        return Evidence(session, twin_of(session, build.decisions))
+        return Evidence(session, partial(OnnxSession, files[-1]), twin_of(session, build.decisions))
 
     def record(self, manifest: Mapping[str, Any], path: Path) -> None:
         """Into the model's metadata."""

@@ -119,6 +119,7 @@ def _through_transformers(
 
     exporter = ReducedOpenVinoExporter()  # type: ignore[no-untyped-call]
     exporter.schedule, exporter.streams, exporter.outputs = schedule, dict(program.streams), tuple(program.outputs)
+    exporter.padding = not program.unpadded
     config = OpenVINOConfig(dynamic_shapes=dynamic_shapes(program), stateful=False)
     with left_as_found(model):
         set_for_inference(model)
@@ -191,14 +192,15 @@ class OpenVinoWriter(Writer[OpenVinoOptions, OpenVinoBuild]):
     def evidence(self, build: OpenVinoBuild, files: Sequence[Path]) -> Evidence:
         """The artifact on the CPU plugin, with a twin where it does not give its decisions."""
         session = OpenVinoSession(files[-1])
+        reopen = partial(OpenVinoSession, files[-1])
         if all(name in session.outputs for name in build.decisions):
-            return Evidence(session)
-        return Evidence(session, partial(self._deciding, build, files[-1]))
+            return Evidence(session, reopen)
+        return Evidence(session, reopen, partial(self._deciding, build, files[-1]))
 
     def _deciding(self, build: OpenVinoBuild, path: Path) -> OpenVinoSession:
         """A twin that gives the decisions, which the artifact does not even compute."""
         twin = path.parent / "deciding" / path.name
-        twin.parent.mkdir()
+        twin.parent.mkdir(exist_ok=True)
         self._write(build.model, twin)
         return OpenVinoSession(twin)
 

@@ -182,11 +182,13 @@ class EngineWriter(Writer[EngineOptions, EngineBuild]):
             reason = str(error)
         else:
             hidden = [name for name in build.decisions if name not in engine.outputs]
-            return Evidence(engine, partial(self._deciding, build, files[-1]) if hidden else None)
+            reopen = partial(TensorRtSession, files[-1], self.describe(build))
+            return Evidence(engine, reopen, partial(self._deciding, build, files[-1]) if hidden else None)
         assert build.parsed is not None
         session = OnnxSession(build.parsed)
         decide = twin_of(session, build.decisions)
-        return Evidence(session, decide, stand_in="the ONNX model that the engine was built from", reason=reason)
+        stand_in = "the ONNX model that the engine was built from"
+        return Evidence(session, partial(OnnxSession, build.parsed), decide, stand_in=stand_in, reason=reason)
 
     def _deciding(self, build: EngineBuild, engine: Path) -> Session:
         """A twin of the engine that gives the decisions too; an engine shows no inner values."""

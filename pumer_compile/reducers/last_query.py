@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .merger import ModalityAwareMerger
 from .ranking import descending_rank, one_hot, top
-from .reducer import Comparison, Reduction, StreamReducer, decisions_of
+from .reducer import Comparison, Reduction, StreamReducer, decisions_of, relative_gap
 
 
 class LastQueryPruner(nn.Module):
@@ -68,7 +68,7 @@ class LastQueryReducer(StreamReducer):
 
 
 def _margin(scores: Tensor, own: Tensor, forced: Tensor) -> Tensor:
-    """How far the scores of two choices are apart, of the largest score, `[batch]`.
+    """How far the scores of two choices are apart, relative to them, `[batch]`.
 
     Choices are sets: the best token that only one of them has, and the worst that only the other has. What is no set in
     its order (a token twice, tokens swapped) is as far as can be.
@@ -76,5 +76,6 @@ def _margin(scores: Tensor, own: Tensor, forced: Tensor) -> Tensor:
     mine, theirs = (one_hot(kept, scores.shape[1]).any(1) for kept in (own, forced))
     best = torch.where(mine & ~theirs, scores, -torch.inf).amax(1)
     worst = torch.where(theirs & ~mine, scores, torch.inf).amin(1)
-    gap = (best - worst).clamp(min=0) / scores.amax(1).clamp(min=1e-30)
+    apart = relative_gap(best.unsqueeze(1), worst.unsqueeze(1), scores).squeeze(1)
+    gap = torch.where(best > worst, apart, 0.0)
     return torch.where((forced[:, 1:] > forced[:, :-1]).all(1), gap, 1.0)

@@ -64,7 +64,8 @@ class Comparison:
         own: what the reducer decides on its inputs.
         forced: what it was told to do.
         differs: samples where any index differs, `[batch]` bool.
-        margin: largest relative score gap between differing choices, `[batch]`; 0 where none differs.
+        margin: largest gap between the scores of differing choices, relative to them, `[batch]`; 0 where none differs,
+            NaN where choices differ that have no score.
     """
 
     own: Decisions
@@ -229,7 +230,7 @@ class StreamReducer(nn.Module):
         differs = (kept != forced.kept).any(1)
         margin = torch.zeros(differs.shape, device=differs.device)
         if saliency is not None:
-            margin = _gap(saliency, kept, forced.kept) / saliency.abs().amax(1)
+            margin = relative_gap(saliency.gather(1, kept), saliency.gather(1, forced.kept), saliency).amax(1)
         rows = tuple(one_hot(part, self.tokens).float() for part in self._split(forced.kept))
         if matching is not None:
             # The merger's own choice among the tokens that the forced pruning kept.
@@ -237,13 +238,20 @@ class StreamReducer(nn.Module):
             assert matching is not None
             own = Decisions(kept, *decisions_of(kept, matching)[1:])
             differs = differs | (own.source != forced.source).any(1) | (own.target != forced.target).any(1)
-            scale = matching.scores[matching.scores > LAST_RESORT].abs().max()
+            scale = self._similarity_scale(matching)
             source, target = forced.source // 2, forced.target // 2  # among the even tokens, among the odd ones
             margin = torch.maximum(margin, _gap(matching.best, matching.source // 2, source) / scale)
             margin = torch.maximum(margin, _target_gap(matching, source, target) / scale)
             matching = self.merger.forced(matching, forced.source, forced.target)
         self.forcing.comparison = Comparison(own, forced, differs, torch.where(differs, margin, 0.0))
         return forced.kept, rows, matching
+
+    def _similarity_scale(self, matching: Matching) -> Tensor | float:
+        """What similarities are rounded in proportion to, `[batch]`: cosines to 1, products to the largest."""
+        if self.merger.similarity == "cosine":
+            return 1.0
+        allowed = torch.where(matching.scores > LAST_RESORT, matching.scores, 0.0)
+        return allowed.abs().amax((1, 2)).clamp(min=1e-30)
 
 
 class ApplyMap(nn.Module):
@@ -263,6 +271,25 @@ def decisions_of(kept: Tensor, matching: Matching | None) -> Decisions:
     if matching is None:
         return Decisions(kept, kept[:, :0], kept[:, :0])
     return Decisions(kept, matching.source, matching.target)
+
+
+# Scores below this share of the largest one are rounded in proportion to it, not to themselves.
+FLOOR = 1e-5
+
+
+def relative_gap(own: Tensor, forced: Tensor, scores: Tensor) -> Tensor:
+    """Differences of two choices' scores, relative to these scores and not to the largest: beside a token that draws
+    nearly all attention, those at the cut would all count as tied.
+
+    Args:
+        own, forced: scores of what was chosen, `[batch, n]`.
+        scores: all of them, `[batch, tokens]`.
+
+    Returns:
+        `[batch, n]`.
+    """
+    floor = (FLOOR * scores.abs().amax(1, keepdim=True)).clamp(min=1e-30)
+    return (own - forced).abs() / torch.maximum(torch.maximum(own.abs(), forced.abs()), floor)
 
 
 def _gap(scores: Tensor, own: Tensor, forced: Tensor) -> Tensor:

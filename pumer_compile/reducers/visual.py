@@ -51,7 +51,7 @@ class VisualReducer(StreamReducer):
             forced = self.forcing.decisions.kept
             differs = (kept != forced).any(1)
             own = decisions_of(kept, None)
-            gap = torch.zeros(differs.shape, device=differs.device)
+            gap = torch.where(differs, torch.nan, 0.0)  # no score tells how near to one another two choices are
             self.forcing.comparison = Comparison(own, self.forcing.decisions, differs, gap)
             kept, assigned = forced, one_hot(forced, self.tokens).float()
         ones = torch.ones_like(tokens[:, :, 0])
