@@ -248,7 +248,8 @@ class ParityReport:
                 if o.max_norm > o.norm:
                     limit = f"{o.max_norm:.2e} of its norm, allowed {o.norm:g}"
                 what = f"differs by up to {limit}" if o.finite else "has NaN or Inf"
-                parts.append(f"{_ROWS.get(o.against, 'output')} {o.name}{_AGAINST[o.against]} {what}")
+                row = f"output {o.name} ({o.against.replace('_', ' ')}) {what}"
+                parts.append(_OF_THE_MODEL.format(o.name, what) if o.against == "model" else row)
         if not parts and self.samples == 0:
             return "no sample was compared"
         if not parts and self.end_to_end_required and not self.end_to_end:
@@ -259,13 +260,10 @@ class ParityReport:
         return "; ".join(parts)
 
 
-_ROWS = {"model": "the captured graph's output"}
-_AGAINST = {
-    "forced": " (forced)",
-    "end_to_end": " (end to end)",
-    "unreduced": " (unreduced)",
-    "model": ", compared with the model's own forward,",
-}
+_OF_THE_MODEL = (
+    "output {} of the captured graph {} from the model's own forward, which computes something else while it is traced. "
+    "Give all inputs that its processor makes, or load it with attn_implementation='eager', whose masks are explicit"
+)
 
 
 def _jsonable(value: Any) -> Any:
