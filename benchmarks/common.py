@@ -5,6 +5,10 @@ from __future__ import annotations
 import os
 import platform
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pumer_compile import Schedule
 
 
 def machine() -> dict[str, object]:
@@ -21,6 +25,13 @@ def machine() -> dict[str, object]:
         "versions": library_versions(),
         "load_average_before": os.getloadavg(),
     }
+
+
+def published(schedule: str) -> Schedule:
+    """A schedule under the semantics of the published code, in which all committed results are."""
+    from pumer_compile import Schedule
+
+    return Schedule.load(schedule, semantics="reference")
 
 
 def save_model(folder: Path) -> None:

@@ -53,7 +53,7 @@ class Case:
     options: tuple[str, ...] = ()
 
 
-FULL_SIZE = ("--no-verify", "--text-length", "32")
+FULL_SIZE = ("--no-verify", "--text-length", "32", "--semantics", "reference")
 CASES = (
     Case("easy-vqa", str(DEMO.parent / "schedule.yaml")),
     Case("easy-vqa", str(DEMO.parent / "schedule.yaml"), ("--profile", "batch=1:8:16", "--dtype", "float16")),

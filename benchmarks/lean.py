@@ -26,7 +26,7 @@ import onnxruntime
 import torch
 
 import pumer_compile as pumer
-from benchmarks.common import machine
+from benchmarks.common import machine, published
 from benchmarks.performance import TEXT, tiny, vilt
 from pumer_compile.exporters.lean import PAYS
 from pumer_compile.exporters.onnx import OnnxOptions
@@ -66,7 +66,7 @@ def build(
         paths[name] = folder / f"{name}.onnx"
         with without(set(BEFORE) - set(chosen)):
             options = OnnxOptions(lean=tuple(n for n in chosen if n not in BEFORE))
-            pumer.export(pumer.reduce(program, schedule), paths[name], options=options, verify=False)
+            pumer.export(pumer.reduce(program, published(schedule)), paths[name], options=options, verify=False)
     return paths
 
 

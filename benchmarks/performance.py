@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import pumer_compile as pumer
-from benchmarks.common import machine
+from benchmarks.common import machine, published
 from benchmarks.torch_compile import traceable
 from pumer_compile.exporters.onnx import OnnxOptions, Target, quiet_torch_onnx
 from pumer_compile.files import atomic_path
@@ -173,7 +173,7 @@ def ours(
         stages[name] = time.perf_counter() - start
 
     with stage("reduce"):
-        reduced = None if schedule == "none" else pumer.reduce(program, schedule)
+        reduced = None if schedule == "none" else pumer.reduce(program, published(schedule))
     path = folder / f"{schedule}{variant.replace(' ', '-')}.onnx"
     with stage("export and prove"):
         pumer.export(reduced or program, path, options=OnnxOptions(target=target))
@@ -239,7 +239,7 @@ def contenders(
     start = time.perf_counter()
     program = pumer.capture(model, inputs)
     captured = time.perf_counter() - start
-    whole = pumer.reduce(program, schedules[0]).plan.multiply_adds_before
+    whole = pumer.reduce(program, published(schedules[0])).plan.multiply_adds_before
     found: dict[str, Contender] = {} if few else dict(peers(model, inputs, folder, whole, compiled))
     for schedule in ("none", *(() if few else ("lossless",)), *schedules):
         found.update(ours(program, schedule, folder, inputs, whole))
@@ -285,7 +285,7 @@ def train_step(work: str, schedule: str, batch: int) -> None:
     inputs = make_inputs(model, batch=batch, text_length=TEXT if work != "tiny" else 16, padding=False)
     forward: Any = model
     if schedule != "none":
-        forward = pumer.reduce(pumer.capture(model, inputs), schedule).module
+        forward = pumer.reduce(pumer.capture(model, inputs), published(schedule)).module
     optimizer = torch.optim.AdamW(model.parameters())
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)

@@ -27,7 +27,7 @@ from transformers import ViltConfig, ViltForQuestionAnswering
 from transformers.models.vilt.modeling_vilt import ViltEmbeddings
 
 import pumer_compile as pumer
-from benchmarks.common import machine
+from benchmarks.common import machine, published
 from pumer_compile.frontends import vilt
 from pumer_compile.inputs import make_inputs
 from pumer_compile.loading import load_model
@@ -72,11 +72,11 @@ def traceable() -> Iterator[None]:
 def measure(model: nn.Module, schedule: str, inputs: dict[str, Tensor], rounds: int) -> Measured:
     """Compile both, check what they give, and time them in turn."""
     torch._dynamo.reset()
-    reduced = pumer.reduce(pumer.capture(model, inputs), schedule)
+    reduced = pumer.reduce(pumer.capture(model, inputs), published(schedule))
     static = {"fullgraph": True, "dynamic": False}
     variants = {
         "unreduced": torch.compile(model, backend="inductor", **static),
-        "reduced": torch.compile(model, backend="pumer", options={"schedule": schedule}, **static),
+        "reduced": torch.compile(model, backend="pumer", options={"schedule": published(schedule)}, **static),
     }
     expected = {"unreduced": model(**inputs).logits, "reduced": reduced.module(**inputs).logits}
     milliseconds: dict[str, list[float]] = {name: [] for name in variants}
@@ -136,7 +136,7 @@ def main() -> None:
                 inputs = make_inputs(model, batch=batch, text_length=text, padding=False)
                 batches[batch] = measure(model, schedule, inputs, arguments.rounds)
                 print(row(name, batch, batches[batch]), flush=True)
-            entry = {"schedule": pumer.Schedule.load(schedule).model_dump(mode="json"), "text_length": text}
+            entry = {"schedule": published(schedule).model_dump(mode="json"), "text_length": text}
             result["models"][name] = {**entry, "batches": batches}
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)

@@ -36,7 +36,7 @@ from .errors import LocateError, PlanError, UsageError, VerifyError
 from .frontends import install_for_dynamo
 from .passes.locate import choose
 from .passes.pipeline import LOSSLESS, PASSES, State, run_passes
-from .schedule import Merge, Schedule
+from .schedule import Merge, Schedule, as_trained, trained_with
 
 log = logging.getLogger("pumer_compile")
 
@@ -54,6 +54,7 @@ class Options:
     Attributes:
         schedule: what to reduce: a path, the name of a preset, a mapping or a `Schedule`. Without one, the
             `pumer_schedule` of the model's configuration, or else `default_schedule`.
+        semantics: of the schedule, in place of its own.
         inner: the backend that compiles the reduced graph, one of `INNER`.
         strict: whether a graph in which nothing is reduced is an error (True) or a warning.
         text_length: pad shorter texts to so many tokens, so that one compiled graph serves them all.
@@ -61,6 +62,7 @@ class Options:
     """
 
     schedule: Schedule | None = None
+    semantics: str | None = None
     inner: str = "inductor"
     strict: bool = True
     text_length: int | None = None
@@ -80,7 +82,9 @@ class Options:
         if unknown:
             raise UsageError(f"The backend pumer has no option {unknown[0]!r}. Its options: {', '.join(known)}.")
         if "schedule" in values:
-            values["schedule"] = _schedule(values["schedule"], "options['schedule']")
+            values["schedule"] = _schedule(values["schedule"], "options['schedule']", values.get("semantics"))
+        elif values.get("semantics") is not None:
+            raise UsageError("options['semantics'] goes with options['schedule'], and none was given.")
         options = cls(**values)
         options._check()
         return options
@@ -126,7 +130,8 @@ def pumer(
 
         settings["config_patches"] = list_mode_options(mode)
     inner = partial(lookup_backend(chosen.inner), **settings)
-    schedule = chosen.schedule or _configured(list(dynamo.model_configs(module.graph)))
+    configs = list(dynamo.model_configs(module.graph))
+    schedule = trained_with(configs) if chosen.schedule is None else _as_trained(chosen.schedule, configs)
     if reduces_prompts(schedule):
         return _with_prompt(module, inputs, chosen, schedule, inner)
     graph = DynamoGraph(module, inputs)
@@ -303,10 +308,10 @@ def _check_prompt(module: fx.GraphModule, where: str) -> None:
 _said: set[str] = set()
 
 
-def _schedule(given: Any, what: str) -> Schedule:
+def _schedule(given: Any, what: str, semantics: str | None) -> Schedule:
     if given is None or isinstance(given, bool | int | float):
         raise UsageError(f"{what} is {given!r}; it must be a file, a preset, a mapping or a Schedule.")
-    return Schedule.load(given)
+    return Schedule.load(given, semantics=semantics)
 
 
 def _first(configs: Sequence[Any], name: str) -> Any:
@@ -315,10 +320,21 @@ def _first(configs: Sequence[Any], name: str) -> Any:
     return next((value for value in found if value is not None), None)
 
 
-def _configured(configs: Sequence[Any]) -> Schedule | None:
-    """The schedule that the model's configuration names, if any."""
-    given = _first(configs, "pumer_schedule")
-    return None if given is None else _schedule(given, "pumer_schedule of the model's configuration")
+def _as_trained(schedule: Schedule, configs: Sequence[Any]) -> Schedule:
+    """The semantics that the model was fine-tuned with, where the schedule names none; said once."""
+    resolved = as_trained(schedule, configs)
+    if resolved is not schedule:
+        _say_once(
+            f"The schedule names no semantics: taking {resolved.semantics}, which the model was fine-tuned with "
+            "(pumer_schedule in its configuration)."
+        )
+    return resolved
+
+
+def _say_once(message: str) -> None:
+    if message not in _said:
+        _said.add(message)
+        log.warning(message)
 
 
 def default_schedule(layers: Sequence[int]) -> Schedule:
@@ -344,9 +360,7 @@ def _default(state: State) -> Schedule:
         f"0.1, merge image 0.3 and text 0.2 at the cross-modal layers {', '.join(map(str, schedule.layers or ()))} "
         f"of {', '.join(map(str, layers))}."
     )
-    if message not in _said:
-        _said.add(message)
-        log.warning(message)
+    _say_once(message)
     return schedule
 
 

@@ -19,7 +19,7 @@ from .capture import batch_inputs
 from .engine import Engine
 from .errors import UsageError
 from .exporters.base import Profile
-from .exporters.manifest import library_versions, read_manifest
+from .exporters.manifest import library_versions, read_manifest, reduced_by
 from .files import atomic_path, sha256_file
 from .inputs import read_arrays
 from .memory import memory_in_a_process, synchronize
@@ -84,7 +84,7 @@ class BenchReport:
     Attributes:
         settings: iterations, warm-up, where inputs came from.
         environment: of the machine.
-        artifacts: what was measured: hash, dtype, schedule and provider by path.
+        artifacts: what was measured: hash, dtype, schedule (in words: `reduced_by`) and provider by path.
         measurements: by batch, then by artifact.
     """
 
@@ -258,6 +258,7 @@ def _described(path: str, engine: Engine) -> dict[str, Any]:
         "bytes": os.path.getsize(path),
         "provider": engine.provider,
         "device": str(engine.device),
+        "reduced_by": reduced_by(engine.manifest),
         **{name: engine.manifest.get(name) for name in said},
     }
 

@@ -162,6 +162,7 @@ def compile_(
     model: opt.Model,
     schedule: opt.ScheduleName,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT.onnx", help="Artifact to write.")],
+    semantics: opt.SemanticsName = None,
     config: opt.Config = None,
     allow_pickle: opt.AllowPickle = False,
     inputs: opt.Inputs = None,
@@ -215,7 +216,8 @@ def compile_(
     from .parity_report import save_report
 
     check_writable(output)
-    opt.check_component(component, outputs, schedule)
+    chosen = opt.load_schedule(schedule, semantics)
+    opt.check_component(component, outputs, chosen)
     options = exporter_options(
         output,
         dtype=dtype,
@@ -241,9 +243,8 @@ def compile_(
     absolute, relative = opt.tolerance(atol), opt.tolerance(rtol)
     if report is not None:
         check_writable(report)
-    program, chosen = _captured(
+    program = _captured(
         model,
-        schedule,
         config,
         allow_pickle,
         inputs,
@@ -278,7 +279,7 @@ def compile_(
         if report is not None:
             save_report(done.report, report)
     if chosen is not None:
-        print_plan(reduced.plan)
+        print_plan(reduced.plan, reduced.schedule)
     if done.report is None:
         proved = "not verified"
     elif done.report.stand_in:
@@ -286,7 +287,8 @@ def compile_(
     else:
         proved = "proved against eager PyTorch"
     # Paths are not broken at the edge of the screen: they are there to be copied.
-    done_text = f"Wrote {done.path} ({proved}) and {done.manifest_path}."
+    how = reduced.schedule.described if chosen is not None else "not reduced"
+    done_text = f"Wrote {done.path} ({how}; {proved}) and {done.manifest_path}."
     console.print(done_text, markup=False, highlight=False, soft_wrap=True)
     if triton_repository is not None:
         _write_triton(triton_repository, output.stem, output)
@@ -351,6 +353,7 @@ def parity_(
 def plan_(
     model: opt.Model,
     schedule: opt.ScheduleName,
+    semantics: opt.SemanticsName = None,
     config: opt.Config = None,
     allow_pickle: opt.AllowPickle = False,
     inputs: opt.Inputs = None,
@@ -368,14 +371,14 @@ def plan_(
     if schedule == "none":
         raise UsageError("`--schedule none` reduces nothing, so there is no plan. Name a schedule file or a preset.")
     sizes = (batch, text_length, image_size)
-    program, chosen = _captured(
-        model, schedule, config, allow_pickle, inputs, sizes, False, stream, outputs, padding=not no_padding
-    )
+    chosen = opt.load_schedule(schedule, semantics)
+    program = _captured(model, config, allow_pickle, inputs, sizes, False, stream, outputs, padding=not no_padding)
     reduced = _reduced(program, chosen, dump_graph)
     if as_json:
-        print(json.dumps(reduced.plan.to_dict(), indent=2))
+        said = reduced.schedule.model_dump(mode="json", exclude_none=True)
+        print(json.dumps({"schedule": said, **reduced.plan.to_dict()}, indent=2))
     else:
-        print_plan(reduced.plan)
+        print_plan(reduced.plan, reduced.schedule)
 
 
 @app.command("bench", epilog=_epilog(BENCH_EXAMPLES))
@@ -465,7 +468,6 @@ def _write_triton(repository: Path, name: str, artifact: Path, max_batch_size: i
 
 def _captured(
     model: Path,
-    schedule: str,
     config: Path | None,
     allow_pickle: bool,
     inputs: Path | None,
@@ -476,11 +478,8 @@ def _captured(
     component: str | None = None,
     *,
     padding: bool = True,
-) -> tuple[Any, Any]:
-    """Load and capture, the schedule first: a typo should not wait for a model to load."""
-    from .schedule import Schedule
-
-    chosen = None if schedule == "none" else Schedule.load(schedule)
+) -> Any:
+    """Load and capture; the schedule was read before, since a typo should not wait for a model to load."""
     batch, text_length, image_size = sizes
     if inputs is not None and any(size is not None for size in sizes):
         raise UsageError("--inputs fixes every shape; leave out --batch, --text-length and --image-size.")
@@ -504,8 +503,7 @@ def _captured(
     with _stage("capturing"):
         wanted = outputs or ("image_hidden_states" if component else "")
         kept = [name.strip() for name in wanted.split(",") if name.strip()]
-        program = capture(loaded, sample, dynamic_batch=dynamic_batch, streams=streams, outputs=kept, padding=padding)
-        return program, chosen
+        return capture(loaded, sample, dynamic_batch=dynamic_batch, streams=streams, outputs=kept, padding=padding)
 
 
 def _image_prompt(

@@ -13,12 +13,23 @@ from .errors import UsageError
 
 if TYPE_CHECKING:
     from .exporters.base import Profile
+    from .schedule import Schedule
 
 Model = Annotated[
     Path, typer.Argument(metavar="MODEL", help="save_pretrained folder, torch.export archive, or checkpoint.")
 ]
 ScheduleName = Annotated[
     str, typer.Option("--schedule", "-s", metavar="SCHEDULE", help="YAML file, preset name, or `none`.")
+]
+SemanticsName = Annotated[
+    str | None,
+    typer.Option(
+        "--semantics",
+        metavar="NAME",
+        help="In place of the schedule's: safe (the default), reference (for models fine-tuned with the published "
+        "code), paper; of vispruner reference or stable.",
+        show_default=False,
+    ),
 ]
 Config = Annotated[
     Path | None, typer.Option("--config", help="config.json (or its folder) of a bare state dict.", show_default=False)
@@ -172,6 +183,17 @@ TritonRepository = Annotated[
 ]
 
 
+def load_schedule(name: str, semantics: str | None) -> Schedule | None:
+    """The schedule of a file or a preset; None for `none`."""
+    from .schedule import Schedule
+
+    if name != "none":
+        return Schedule.load(name, semantics=semantics)
+    if semantics is not None:
+        raise UsageError("--semantics says how tokens are reduced, and `--schedule none` reduces none: leave it out.")
+    return None
+
+
 def image_pixels(text: str | None) -> int | tuple[int, int] | None:
     """Pixels from `384` or `384x640` (height x width)."""
     if text is None:
@@ -233,18 +255,16 @@ def compute_capabilities(text: str | None) -> tuple[str, ...] | None:
     return parts
 
 
-def check_component(component: str | None, outputs: str | None, schedule: str) -> None:
+def check_component(component: str | None, outputs: str | None, schedule: Schedule | None) -> None:
     """Refuse a component that there is not, or that nothing reduces."""
-    from .schedule import Schedule
-
     if component is None:
         return
     if component != "vision":
         raise UsageError(f"No component {component!r}: choose vision, or leave --component out for the whole model.")
     if outputs is not None:
         raise UsageError("--component chooses the outputs: leave out --outputs.")
-    if schedule != "none" and (method := Schedule.load(schedule).method) != "vispruner":
+    if schedule is not None and schedule.method != "vispruner":
         raise UsageError(
-            f"`method: {method}` does nothing before the prompt, so it does not go with --component vision. "
+            f"`method: {schedule.method}` does nothing before the prompt, so it does not go with --component vision. "
             "`method: vispruner` selects there."
         )

@@ -22,15 +22,16 @@ def make_table(title: str, folding: list[str], *columns: str) -> Table:
     return table
 
 
-def print_plan(plan: Any) -> None:
-    """Token counts and multiply-adds of every site (there may be none), and multiply-adds in total."""
+def print_plan(plan: Any, schedule: Any) -> None:
+    """Token counts and multiply-adds of every site (there may be none); multiply-adds in total, by what schedule."""
     if plan.sites:
         _print_sites(plan)
     console.print(
-        f"multiply-adds: {plan.multiply_adds_before / 1e9:.4g} G before, {plan.multiply_adds_after / 1e9:.4g} G after, "
-        f"{plan.ratio:.2f}x fewer",
+        f"{schedule.described}; multiply-adds: {plan.multiply_adds_before / 1e9:.4g} G before, "
+        f"{plan.multiply_adds_after / 1e9:.4g} G after, {plan.ratio:.2f}x fewer",
         markup=False,
         highlight=False,
+        soft_wrap=True,
     )
 
 
@@ -73,6 +74,8 @@ def print_bench(report: Any) -> None:
     machine = report.environment
     gpus = ", ".join(gpu["name"] for gpu in machine["gpus"].values())
     where = gpus or f"{machine['usable_cores']} cores, {machine['cpu']}"
+    for path, about in report.artifacts.items():
+        console.print(f"{path}: {about['reduced_by']}", markup=False, highlight=False)
     console.print(f"{', '.join(providers)}; {where}", markup=False, highlight=False)
 
 

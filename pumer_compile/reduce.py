@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import fx
+from torch import fx, nn
 
 from .capture import Program
 from .outputs import output_nodes, set_outputs
 from .passes.insert import reducers_of
 from .passes.pipeline import History, State, passes_of, run_passes
 from .plan import Plan
-from .schedule import Schedule
+from .schedule import Schedule, as_trained
+
+log = logging.getLogger("pumer_compile")
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,8 @@ def reduce(program: Program, schedule: Schedule | str | os.PathLike[str], *, dum
 
     Args:
         program: from `capture`.
-        schedule: a `Schedule`, a YAML file, or the name of a preset.
+        schedule: a `Schedule`, a YAML file, or the name of a preset. One that names no semantics takes those that the
+            model was fine-tuned with, where its configuration says so (`pumer_schedule`), and is `safe` otherwise.
         dump_graph: folder for the graph after each pass.
 
     Returns:
@@ -53,12 +58,41 @@ def reduce(program: Program, schedule: Schedule | str | os.PathLike[str], *, dum
     Raises:
         PumerError: see the errors of the passes.
     """
-    schedule = Schedule.load(schedule)
+    schedule = schedule_for(program.model, schedule)
     state = State(program.module, schedule, dict(program.inputs), dict(program.streams))
     history = run_passes(state, passes_of(schedule), dump=dump_graph)
     assert state.reduced is not None and state.plan is not None
     state.reduced.train(program.module.training)
     return Reduced(state.reduced, state.plan, program, schedule, history)
+
+
+def schedule_for(model: nn.Module | None, schedule: Schedule | str | os.PathLike[str] | Mapping[str, Any]) -> Schedule:
+    """A schedule, under the semantics that the model was fine-tuned with where it names none (which is said).
+
+    Args:
+        model: None where it is not at hand.
+        schedule: see `Schedule.load`.
+
+    Raises:
+        ScheduleError: it, or the `pumer_schedule` of the model's configuration, is not valid.
+    """
+    given = Schedule.load(schedule)
+    resolved = as_trained(given, configs_of(model))
+    if resolved is not given:
+        log.warning(
+            "The schedule names no semantics: taking %s, which the model was fine-tuned with (pumer_schedule in its "
+            "configuration).",
+            resolved.semantics,
+        )
+    return resolved
+
+
+def configs_of(model: nn.Module | None) -> Iterator[Any]:
+    """The `config` of every module of a model that has one, the outer ones first."""
+    for module in model.modules() if model is not None else ():
+        config = getattr(module, "config", None)
+        if config is not None:
+            yield config
 
 
 def reduce_graph(program: Program, schedule: Schedule) -> fx.GraphModule:

@@ -2,7 +2,7 @@
 
 ```yaml
 method: pumer
-semantics: reference          # reference | paper | safe
+semantics: safe               # safe (the default) | reference | paper
 layers: [2, 5, 8]             # cross-modal attention nodes in execution order, from 0
 prune: 0.1                    # share of image tokens pruned at each
 merge: {image: 0.3, text: 0.2}
@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -80,6 +80,11 @@ class Site(_Strict):
         return any(b > 0 for b in (self.prune, self.merge.image, self.merge.text))
 
 
+def _default_semantics(keys: dict[str, Any]) -> Semantics:
+    """Of a schedule that names none. Methods with one meaning have it under the name that their hashes always had."""
+    return "safe" if keys.get("method", "pumer") == "pumer" else "reference"
+
+
 class Schedule(_Strict):
     """A reduction schedule.
 
@@ -89,11 +94,13 @@ class Schedule(_Strict):
             `vispruner` keeps `budget` image tokens of a prompt by visual cues alone, before the projector (Zhang et
             al. 2025); `fastv` keeps those that the last token of the prompt looks at, from a layer of the language
             model on (Chen et al. 2024); `lossless` has no reducer and no other key: the exact passes alone.
-        semantics: `reference` computes what the published code computes, its masked softmax included; `paper`
-            is Algorithm 1 and equation 1 as written, with the model's own softmax; `safe` is for models that
-            were not fine-tuned with reduction (padding neither votes nor merges, class tokens stay, token
-            sizes are carried from reducer to reducer). `vispruner` has `reference` and `stable`, whose result does
-            not depend on the order of nearly equal similarities.
+        semantics: of `pumer`. `safe`, the default, is for models that were not fine-tuned with reduction (padding
+            neither votes nor merges, class tokens stay, token sizes are carried from reducer to reducer); `reference`
+            computes what the published code computes, its masked softmax included, for models fine-tuned with it;
+            `paper` is Algorithm 1 and equation 1 as written, with the model's own softmax. `vispruner` has `reference`
+            (its default) and `stable`, whose result does not depend on the order of nearly equal similarities. The
+            other methods have one meaning. A schedule that names none takes those that the model was trained with,
+            where its configuration says so (`as_trained`).
         layers: cross-modal attention nodes in execution order, all with the budgets `prune` and `merge`.
         sites: instead of `layers`: one entry for each site, with its own budgets.
         budget: image tokens that `vispruner` or `fastv` keeps of each image.
@@ -111,7 +118,7 @@ class Schedule(_Strict):
     """
 
     method: Method = "pumer"
-    semantics: Semantics = "reference"
+    semantics: Semantics = Field(default_factory=_default_semantics)
     layers: tuple[Annotated[int, Field(ge=0, strict=True)], ...] | None = None
     prune: Budget | None = None
     merge: Merge | None = None
@@ -173,7 +180,9 @@ class Schedule(_Strict):
         return self
 
     def _without_reducers(self) -> Schedule:
-        given = [n for n, f in type(self).model_fields.items() if n != "method" and getattr(self, n) != f.default]
+        has = {"method": "lossless", "semantics": "reference"}
+        fields = type(self).model_fields.items()
+        given = [n for n, f in fields if getattr(self, n) != has.get(n, f.default)]
         if given:
             raise ValueError(f"`method: lossless` reduces no token and has no other key: leave out `{given[0]}`")
         return self
@@ -208,6 +217,24 @@ class Schedule(_Strict):
         return tuple(Site(at=f"cross_modal.{index}", prune=self.prune or 0, merge=merge) for index in self.layers or ())
 
     @property
+    def names_semantics(self) -> bool:
+        """Whether it was made with semantics, rather than left to the default."""
+        return "semantics" in self.model_fields_set
+
+    @property
+    def described(self) -> str:
+        """Method and semantics in words, such as `pumer, semantics safe`."""
+        return self.method + (f", semantics {self.semantics}" if self.method in ("pumer", "vispruner") else "")
+
+    def with_semantics(self, semantics: str) -> Schedule:
+        """The same schedule under semantics that it need not name itself.
+
+        Raises:
+            ScheduleError: the method does not have them.
+        """
+        return type(self)(**{**self.model_dump(exclude_none=True), "semantics": semantics})
+
+    @property
     def sha256(self) -> str:
         """Hash of the schedule's canonical form: schedules that do the same have the same."""
         canonical: dict[str, Any] = {
@@ -224,12 +251,20 @@ class Schedule(_Strict):
         return hashlib.sha256(json.dumps(canonical, sort_keys=True).encode()).hexdigest()
 
     @classmethod
-    def load(cls, source: str | os.PathLike[str] | Mapping[str, Any] | Schedule) -> Schedule:
+    def load(
+        cls, source: str | os.PathLike[str] | Mapping[str, Any] | Schedule, *, semantics: str | None = None
+    ) -> Schedule:
         """A schedule from a YAML file, the name of a preset, or its keys.
+
+        Args:
+            source: any of these, or a schedule.
+            semantics: in place of the source's own.
 
         Raises:
             ScheduleError: neither a file nor a preset, not YAML, or not a valid schedule.
         """
+        if semantics is not None:
+            return cls.load(source).with_semantics(semantics)
         if isinstance(source, Schedule):
             return source
         if isinstance(source, Mapping):
@@ -245,8 +280,9 @@ class Schedule(_Strict):
 
     @classmethod
     def from_manifest(cls, data: dict[str, Any]) -> Schedule:
-        """The schedule that an artifact's manifest holds."""
-        return cls(**data)
+        """The schedule that an artifact's manifest holds; without semantics it is of the time when `reference` was the
+        default."""
+        return cls(**{"semantics": "reference", **data})
 
     @classmethod
     def from_yaml(cls, text: str, name: str = "schedule") -> Schedule:
@@ -326,3 +362,40 @@ PRESETS: dict[str, Schedule] = {
 }
 """Table 6 of the paper; and for METER, where that leaves most of the arithmetic alone, with the tower (`-tower`), whose
 accuracy nobody has measured."""
+
+
+# --- models that say what they were trained with ----------------------------------------------------------------------
+
+
+def trained_with(configs: Iterable[Any]) -> Schedule | None:
+    """The schedule that a model was fine-tuned with, where its configuration says so: the key `pumer_schedule`.
+
+    Args:
+        configs: of the model and of the modules in it, the outer ones first; the first that has the key counts.
+
+    Raises:
+        ScheduleError: it is not a valid schedule.
+    """
+    found = (getattr(config, "pumer_schedule", None) for config in configs)
+    given = next((value for value in found if value is not None), None)
+    if given is None:
+        return None
+    if not isinstance(given, str | Mapping):
+        raise ScheduleError(
+            f"pumer_schedule of the model's configuration is {given!r}; it must be a preset, a file or a mapping."
+        )
+    return Schedule.load(given)
+
+
+def as_trained(schedule: Schedule, configs: Iterable[Any]) -> Schedule:
+    """`schedule` under the semantics that the model was fine-tuned with, where it names none itself.
+
+    Raises:
+        ScheduleError: see `trained_with`.
+    """
+    if schedule.method != "pumer" or schedule.names_semantics:
+        return schedule
+    trained = trained_with(configs)
+    if trained is None or trained.method != "pumer" or not trained.names_semantics:
+        return schedule
+    return schedule.with_semantics(trained.semantics)

@@ -125,7 +125,7 @@ def inner_manifest(path: Path) -> dict[str, Any]:
 
 # --- One small model and its artifacts, made when first asked for, once for all processes -----------------------------
 
-SCHEDULE = "layers: [0]\nprune: 0.1\nmerge: {image: 0.3, text: 0.2}\n"
+SCHEDULE = "semantics: reference\nlayers: [0]\nprune: 0.1\nmerge: {image: 0.3, text: 0.2}\n"
 TOKENS = {"cross_modal.0": {"text": 10, "image": 22}, "cross_modal.1": {"text": 10, "image": 22}}
 """After each layer of the small model with `SCHEDULE`; 12 and 37 before."""
 

@@ -22,7 +22,7 @@ PLAIN = Config(layers=2, head=highest)
 WANTED = schedule()
 # For what compiles often: Dynamo's symbolic sizes make every operator of a reducer slow to trace.
 SMALL = Config(layers=2)
-FEW = Schedule(layers=(0,), prune=0.3)
+FEW = Schedule(semantics="reference", layers=(0,), prune=0.3)
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +67,7 @@ def vilt_inputs(batch: int, text: int = 7) -> dict[str, Tensor]:
     return {**text_inputs(batch, text), **image_inputs(sizes, (96, 96))}
 
 
-VILT = Schedule(layers=(0, 1), prune=0.2, merge={"image": 0.3, "text": 0.2})
+VILT = Schedule(semantics="reference", layers=(0, 1), prune=0.2, merge={"image": 0.3, "text": 0.2})
 
 
 def every_token(x: Tensor, text: int) -> Tensor:

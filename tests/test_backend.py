@@ -99,7 +99,8 @@ def test_co_attention() -> None:
     arrays = {name: torch.from_numpy(array) for name, array in np.load(METER / "inputs.npz").items()}
     inputs = {"input_ids": arrays["input_ids_padded"], "attention_mask": arrays["attention_mask"]}
     with torch.no_grad():
-        found = compiled(model, "meter-vqa")(**inputs, pixel_values=arrays["pixel_values"].float()).logits
+        fast = compiled(model, "meter-vqa", semantics="reference")
+        found = fast(**inputs, pixel_values=arrays["pixel_values"].float()).logits
     assert np.abs(found.numpy() - np.load(METER / "expected.npz")["vqa-0246.padded"]).max() <= 1e-5
 
 
@@ -161,16 +162,20 @@ def test_schedule_as_file_preset_or_mapping(tmp_path: Path) -> None:
     for given in (file, str(file), mapping, Schedule(**mapping)):
         assert Options.parse({"schedule": given}).schedule == Schedule(**mapping)
     assert Options.parse({"schedule": "vilt-vqa"}).schedule == Schedule.load("vilt-vqa")
+    published = Options.parse({"schedule": "vilt-vqa", "semantics": "reference"}).schedule
+    assert published == Schedule.load("vilt-vqa", semantics="reference") != Schedule.load("vilt-vqa")
 
 
 BAD_OPTIONS = {
-    "unknown": ({"scedule": "vilt-vqa"}, r"no option 'scedule'. Its options: schedule, inner, strict"),
+    "unknown": ({"scedule": "vilt-vqa"}, r"no option 'scedule'. Its options: schedule, semantics, inner"),
     "inner": ({"inner": "tvm"}, r"'tvm'; it must be one of inductor, aot_eager, eager"),
     "strict": ({"strict": "no"}, r"must be True or False"),
     "text_length": ({"text_length": 0}, r"at least 1"),
     "text_length true": ({"text_length": True}, r"at least 1"),
     "streams": ({"streams": "text"}, r"must map inputs to streams"),
     "no schedule": ({"schedule": None}, r"a file, a preset, a mapping or a Schedule"),
+    "semantics alone": ({"semantics": "safe"}, r"goes with options\['schedule'\]"),
+    "unknown semantics": ({"schedule": "vilt-vqa", "semantics": "exact"}, r"semantics: .*'reference', 'paper', 'safe'"),
     "unknown preset": ({"schedule": "vilt-vqb"}, r"Presets: vilt-vqa"),
     "unknown key": ({"schedule": {"leyers": [1]}}, r"leyers: unknown key"),
 }
@@ -238,6 +243,22 @@ def test_schedule_of_the_configuration(wrapped: bool, caplog: pytest.LogCaptureF
         found = compiled(call if wrapped else model, None)(**inputs)
     assert_near(found, expected(model, inputs, Schedule(layers=(0,), prune=0.3)))
     assert "No schedule was given" not in caplog.text
+
+
+def test_semantics_of_the_configuration(caplog: pytest.LogCaptureFixture) -> None:
+    """A schedule that names none takes those that the model was fine-tuned with; one that does keeps them."""
+    trained = {"layers": [1], "prune": 0.1, "semantics": "reference"}
+    model, inputs, mapping = tiny_vilt(pumer_schedule=trained), vilt_inputs(2), {"layers": [0], "prune": 0.3}
+    published = Schedule(semantics="reference", **mapping)
+    with torch.no_grad(), caplog.at_level(logging.WARNING, logger="pumer_compile"):
+        for _ in range(2):
+            assert_near(compiled(model, mapping)(**inputs), expected(model, inputs, published))
+            torch._dynamo.reset()
+        (record,) = caplog.records
+        assert "taking reference, which the model was fine-tuned with" in record.getMessage()
+        safe = compiled(model, mapping, semantics="safe")(**inputs)
+    assert_near(safe, expected(model, inputs, Schedule(semantics="safe", **mapping)))
+    assert (safe.logits - expected(model, inputs, published)).abs().max() > 1e-4
 
 
 def test_bad_schedule_of_the_configuration() -> None:

@@ -457,7 +457,8 @@ def test_plan_json_is_alone_on_stdout(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.chdir(tmp_path)
     result = done("plan", folder(), "--schedule", schedule(), "--json")
     plan = json.loads(result.out)
-    assert list(plan) == ["sites", "multiply_adds"]
+    assert list(plan) == ["schedule", "sites", "multiply_adds"]
+    assert (plan["schedule"]["method"], plan["schedule"]["semantics"]) == ("pumer", "reference")
     (site,) = plan["sites"]
     assert site == {
         "site": "cross_modal.0",
@@ -556,7 +557,7 @@ def test_every_kind_of_file_compiles(
     monkeypatch.chdir(tmp_path / "here")
     options = ("--inputs", tmp_path / "inputs.npz", "--no-verify")
     result = done(*arguments, "--schedule", "none", "-o", "model.onnx", *options)
-    assert "model.onnx (not verified) and manifest.json" in " ".join(result.out.split())
+    assert "model.onnx (not reduced; not verified) and manifest.json" in " ".join(result.out.split())
     assert sorted(os.listdir()) == ["manifest.json", "model.onnx"]
     with torch.no_grad():
         logits = model.eval()(**{name: torch.from_numpy(array) for name, array in feed().items()}).logits

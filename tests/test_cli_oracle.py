@@ -53,7 +53,9 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
 def write_schedule(case: str, path: Path) -> Path:
     spec = CASES[case]
     merge = f"{{image: {spec['merge_image']}, text: {spec['merge_text']}}}"
-    path.write_text(f"layers: {spec['layers']}\nprune: {spec['prune']}\nmerge: {merge}\n", encoding="utf-8")
+    path.write_text(
+        f"semantics: reference\nlayers: {spec['layers']}\nprune: {spec['prune']}\nmerge: {merge}\n", encoding="utf-8"
+    )
     return path
 
 
@@ -183,7 +185,7 @@ class Collision:
             {"at": f"cross_modal.{i}", "prune": prune, "merge": {"image": image, "text": text}}
             for i, (prune, image, text) in self.sites.items()
         ]
-        return Schedule(sites=sites)
+        return Schedule(semantics="reference", sites=sites)
 
 
 STRONG, WEAK = (0.2, 0.3, 0.25), (0.1, 0.2, 0.3)
@@ -220,7 +222,9 @@ def test_colliding_sizes(name: str, tmp_path: Path) -> None:
         f"- {{at: cross_modal.{i}, prune: {prune}, merge: {{image: {image}, text: {text}}}}}"
         for i, (prune, image, text) in sites.items()
     ]
-    (tmp_path / "schedule.yaml").write_text("sites:\n" + "\n".join(lines) + "\n", encoding="utf-8")
+    (tmp_path / "schedule.yaml").write_text(
+        "semantics: reference\nsites:\n" + "\n".join(lines) + "\n", encoding="utf-8"
+    )
     arguments = ("--schedule", tmp_path / "schedule.yaml", "--inputs", tmp_path / "inputs.npz")
     done(tmp_path / "model", *arguments, "-o", tmp_path / "model.onnx", "--no-verify")
     artifact = onnx_outputs(tmp_path / "model.onnx", collision.inputs)["logits"]

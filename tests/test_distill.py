@@ -64,7 +64,8 @@ def test_the_papers_recipe_moves_the_reduced_model_towards_its_teacher() -> None
     batch = {**text_inputs(4), **image_inputs([(96, 96)] * 4, (96, 96))}
     before = model(**batch).logits.detach()
     reduced = pumer.reduce(
-        pumer.capture(model, batch), pumer.Schedule(layers=[0, 1], prune=0.2, merge={"image": 0.3, "text": 0.2})
+        pumer.capture(model, batch),
+        pumer.Schedule(semantics="reference", layers=[0, 1], prune=0.2, merge={"image": 0.3, "text": 0.2}),
     )
     teacher = Teacher(model, weight=2.0)
     with torch.no_grad():  # random weights hardly tell tokens apart: start from a student that is really off

@@ -136,7 +136,7 @@ def test_two_images_as_an_artifact(tmp_path: Path) -> None:
 
 def test_the_command_tells_the_passes_apart(tmp_path: Path) -> None:
     nlvr2()[0].save_pretrained(tmp_path / "model")
-    lines = ["layers: [0, 1]", "prune: 0.1", "merge: {image: 0.3, text: 0.2}"]
+    lines = ["semantics: reference", "layers: [0, 1]", "prune: 0.1", "merge: {image: 0.3, text: 0.2}"]
     (tmp_path / "schedule.yaml").write_text("\n".join(lines) + "\n", encoding="utf-8")
     arguments = ("plan", tmp_path / "model", "--schedule", tmp_path / "schedule.yaml", "--batch", 2)
     names = [f"cross_modal.{i}{call}" for call in ("", "@1") for i in (0, 1)]
@@ -180,7 +180,7 @@ def test_another_vilt_head_as_an_artifact(tmp_path: Path) -> None:
     """Entailment has the class of question answering, of which there are artifacts elsewhere."""
     name = "retrieval"
     model, sample, captured = vilt_head(name)
-    pumer.export(reduce(captured, Schedule(**SCHEDULE)), tmp_path / "model.onnx", verify=False)
+    pumer.export(reduce(captured, Schedule(semantics="reference", **SCHEDULE)), tmp_path / "model.onnx", verify=False)
     report = pumer.parity(tmp_path / "model.onnx", model, sample)
     assert report.passed, report.failures()
     assert tensorrt_refuses(tmp_path / "model.onnx") == []
@@ -258,7 +258,7 @@ def test_paper_semantics_would_move_the_token_that_meters_image_pooler_reads() -
 
 def test_meter_with_two_images_as_an_artifact(tmp_path: Path) -> None:
     model, sample, captured = meter_head("visual reasoning")
-    pumer.export(reduce(captured, Schedule(sites=SITES)), tmp_path / "model.onnx", verify=False)
+    pumer.export(reduce(captured, Schedule(semantics="reference", sites=SITES)), tmp_path / "model.onnx", verify=False)
     report = pumer.parity(tmp_path / "model.onnx", model, sample)
     assert report.passed, report.failures()
     assert tensorrt_refuses(tmp_path / "model.onnx") == []

@@ -192,7 +192,9 @@ def write_schedule(case: str, path: Path) -> str | Path:
     if not spec["layers"]:
         return "none"
     merge = f"{{image: {spec['merge_image']}, text: {spec['merge_text']}}}"
-    path.write_text(f"layers: {spec['layers']}\nprune: {spec['prune']}\nmerge: {merge}\n", encoding="utf-8")
+    path.write_text(
+        f"semantics: reference\nlayers: {spec['layers']}\nprune: {spec['prune']}\nmerge: {merge}\n", encoding="utf-8"
+    )
     return path
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 import json
+from types import SimpleNamespace
 
 import pytest
 
 from pumer_compile.errors import ScheduleError, UsageError
-from pumer_compile.schedule import PRESETS, Merge, Schedule, Site
+from pumer_compile.schedule import PRESETS, Merge, Schedule, Site, as_trained
 
 EXAMPLE = """
 method: pumer                 # pumer | tome | vispruner
@@ -43,13 +44,109 @@ def test_sites_have_their_own_budgets() -> None:
 
 def test_defaults() -> None:
     schedule = Schedule.from_yaml("layers: [0]\nprune: 0.5\n")
-    assert (schedule.method, schedule.semantics) == ("pumer", "reference")
+    assert (schedule.method, schedule.semantics) == ("pumer", "safe")
     assert schedule.resolve() == (Site(at="cross_modal.0", prune=0.5),)
 
 
 @pytest.mark.parametrize("semantics", ["reference", "paper", "safe"])
 def test_semantics(semantics: str) -> None:
     assert Schedule.from_yaml(f"semantics: {semantics}\nlayers: [1]\nprune: 3").semantics == semantics
+
+
+# --- semantics ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "semantics"),
+    [
+        ("layers: [2]\nprune: 3", "safe"),
+        ("sites: [{at: vision.3, merge: {image: 8}}]", "safe"),
+        ("method: tome\nsites: [{at: vision.3, merge: {image: 8}}]", "reference"),
+        ("method: vispruner\nbudget: 8", "reference"),
+        ("method: fastv\nbudget: 8\nlayer: 2", "reference"),
+        ("method: lossless", "reference"),
+    ],
+)
+def test_semantics_that_are_not_named(text: str, semantics: str) -> None:
+    """`safe`, for models that were not fine-tuned; the other methods keep the name that their hashes hold."""
+    left, named = Schedule.from_yaml(text), Schedule.from_yaml(f"{text}\nsemantics: {semantics}")
+    assert left.semantics == semantics
+    assert (left.names_semantics, named.names_semantics) == (False, True)
+    assert left == named
+    assert left.sha256 == named.sha256
+
+
+def test_every_preset_is_safe_and_leaves_it_to_the_model() -> None:
+    pumer = {name: schedule for name, schedule in PRESETS.items() if schedule.method == "pumer"}
+    assert len(pumer) == 10
+    assert {schedule.semantics for schedule in pumer.values()} == {"safe"}
+    assert not any(schedule.names_semantics for schedule in pumer.values())
+
+
+def test_semantics_of_who_loads_go_before_the_schedules_own() -> None:
+    published = Schedule.load("vilt-vqa", semantics="reference")
+    assert (published.semantics, published.names_semantics) == ("reference", True)
+    assert published.resolve() == PRESETS["vilt-vqa"].resolve()
+    assert published.sha256 != PRESETS["vilt-vqa"].sha256
+    assert Schedule.load(published, semantics="paper").semantics == "paper"
+    assert PRESETS["vilt-vqa"].semantics == "safe"
+    for source, semantics in (("lossless", "safe"), ("vilt-vqa", "stable"), ("vilt-vqa", "published")):
+        with pytest.raises(ScheduleError):
+            Schedule.load(source, semantics=semantics)
+
+
+def test_what_a_schedule_is_called() -> None:
+    texts = ("layers: [2]\nprune: 3", "method: vispruner\nbudget: 8\nsemantics: stable", "method: lossless")
+    assert [Schedule.from_yaml(text).described for text in texts] == [
+        "pumer, semantics safe",
+        "vispruner, semantics stable",
+        "lossless",
+    ]
+
+
+def test_a_manifest_made_before_keeps_its_semantics() -> None:
+    """Every manifest holds them; one that did not was of the time when `reference` was the default."""
+    keys = {"method": "pumer", "layers": [2], "prune": 0.1}
+    assert Schedule.from_manifest({**keys, "semantics": "reference"}).semantics == "reference"
+    assert Schedule.from_manifest(keys).semantics == "reference"
+    # As it was before `safe` became the default.
+    published = "87852e534cb46a540cd56eee93a9db79"
+    assert Schedule.from_manifest({**keys, "semantics": "reference"}).sha256.startswith(published)
+
+
+TRAINED = {"layers": [2], "prune": 0.1, "semantics": "reference"}
+
+
+@pytest.mark.parametrize(
+    ("given", "trained", "semantics"),
+    [
+        ({}, TRAINED, "reference"),
+        ({"semantics": "safe"}, TRAINED, "safe"),
+        ({"semantics": "paper"}, TRAINED, "paper"),
+        ({}, {"layers": [2], "prune": 0.1}, "safe"),
+        ({}, "vilt-vqa", "safe"),
+        ({}, {"method": "vispruner", "budget": 8, "semantics": "stable"}, "safe"),
+        ({}, None, "safe"),
+    ],
+)
+def test_semantics_of_the_models_training(given: dict, trained: object, semantics: str) -> None:
+    """The outermost configuration with a schedule counts, for a schedule that names no semantics."""
+    schedule = Schedule(layers=(0,), prune=0.5, **given)
+    configs = [SimpleNamespace(), SimpleNamespace(pumer_schedule=trained), SimpleNamespace(pumer_schedule="no preset")]
+    found = as_trained(schedule, configs[: 3 if trained else 1])
+    assert (found.semantics, found.resolve()) == (semantics, schedule.resolve())
+    assert (found is schedule) == (semantics == schedule.semantics)
+
+
+def test_methods_of_one_meaning_take_nothing_from_the_model() -> None:
+    lossless = Schedule.load("lossless")
+    assert as_trained(lossless, [SimpleNamespace(pumer_schedule=TRAINED)]) is lossless
+
+
+@pytest.mark.parametrize("bad", ["no preset", 3, ["vilt-vqa"], {"layers": [2]}])
+def test_a_bad_schedule_of_the_models_training(bad: object) -> None:
+    with pytest.raises(ScheduleError):
+        as_trained(Schedule.load("vilt-vqa"), [SimpleNamespace(pumer_schedule=bad)])
 
 
 @pytest.mark.parametrize(("budget", "kind"), [("3", int), ("0.25", float), ("1", int)])
@@ -73,7 +170,7 @@ def test_integers_are_tokens_and_floats_are_shares(budget: str, kind: type) -> N
 )
 def test_presets_of_table_6(name: str, layers: tuple[int, ...]) -> None:
     schedule = Schedule.load(name)
-    assert schedule.semantics == "reference"
+    assert schedule.semantics == "safe"
     assert [site.at for site in schedule.resolve()] == [f"cross_modal.{i}" for i in layers]
     for site in schedule.resolve():
         assert (site.prune, site.merge.image, site.merge.text) == (0.1, 0.3, 0.2)
@@ -91,7 +188,7 @@ def test_presets_of_table_6(name: str, layers: tuple[int, ...]) -> None:
 def test_presets_of_table_6_for_meter(name: str, layers: tuple[int, ...], prune: float, image: float) -> None:
     """Even nodes only: the odd ones of a pair are image-to-text."""
     schedule = Schedule.load(name)
-    assert (schedule.method, schedule.semantics, schedule.outputs) == ("pumer", "reference", "refused")
+    assert (schedule.method, schedule.semantics, schedule.outputs) == ("pumer", "safe", "refused")
     assert [site.at for site in schedule.resolve()] == [f"cross_modal.{i}" for i in layers]
     for site in schedule.resolve():
         assert (site.prune, site.merge.image, site.merge.text) == (prune, image, 0.2)
@@ -278,7 +375,7 @@ EQUIVALENT = {
     ),
     "defaults spelled out": (
         "layers: [2]\nprune: 0.1",
-        "method: pumer\nsemantics: reference\nlayers: [2]\nprune: 0.1\nmerge: {image: 0, text: 0}",
+        "method: pumer\nsemantics: safe\nlayers: [2]\nprune: 0.1\nmerge: {image: 0, text: 0}",
     ),
     "order of keys": (
         "layers: [2]\nprune: 0.1\nmerge: {image: 3, text: 2}",
@@ -315,7 +412,7 @@ def test_different_schedules_have_different_hashes() -> None:
         "layers: [2]\nprune: 1",
         "layers: [2]\nmerge: {image: 0.1}",
         "layers: [2]\nmerge: {text: 0.1}",
-        "layers: [2]\nprune: 0.1\nsemantics: safe",
+        "layers: [2]\nprune: 0.1\nsemantics: reference",
         "layers: [2]\nprune: 0.1\nsemantics: paper",
         "sites: [{at: vision.2, prune: 0.1}]",
     ]
@@ -346,7 +443,7 @@ def test_what_does_something_else_has_another_hash() -> None:
     same = {"layers": (0,), "merge": {"image": 8}}
     variants = [
         Schedule(**same),
-        Schedule(semantics="safe", **same),
+        Schedule(semantics="reference", **same),
         Schedule(method="tome", **same),
         Schedule(outputs="reduced", **same),
         Schedule(outputs="restored", **same),

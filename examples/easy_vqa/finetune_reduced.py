@@ -44,7 +44,10 @@ def main(
     if strength == "none":
         logits_of: LogitsOf = partial(raster_logits, student)
     else:
-        reduced = reduce_model(student, train, schedule_for(strength, "reference")).module
+        schedule = schedule_for(strength, "reference")
+        reduced = reduce_model(student, train, schedule).module
+        # Kept in config.json: who compiles the model need not know how it was trained.
+        student.config.pumer_schedule = schedule.model_dump(mode="json", exclude_none=True)
 
         def logits_of(batch: dict[str, Tensor]) -> Tensor:
             return reduced(**batch).logits

@@ -96,6 +96,12 @@ def make_manifest(
     }
 
 
+def reduced_by(manifest: Mapping[str, Any]) -> str:
+    """Method and semantics in words, such as `pumer, semantics safe`; `not reduced` where nothing is."""
+    schedule = manifest.get("schedule")
+    return Schedule.from_manifest(schedule).described if schedule else "not reduced"
+
+
 def sidecar(path: Path) -> Path:
     """Where the manifest beside an artifact goes.
 

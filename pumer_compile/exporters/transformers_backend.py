@@ -29,8 +29,8 @@ from transformers.exporters.utils import onnx_inputs
 from ..capture import Program, symbolic_batch
 from ..errors import UsageError
 from ..files import sha256_file
+from ..reduce import schedule_for
 from ..runtimes.tensorrt import TensorRtSession
-from ..schedule import Schedule
 from .base import Profile
 from .lean import PAYS
 from .manifest import SIDECAR, make_manifest, read_manifest
@@ -111,9 +111,7 @@ class TensorRtExporter(ReducedOnnxExporter):
         writer = EngineWriter(config.options(dtype))
         writer.check(dynamic_batch=bool(config.profiles), verify=False)
         given = config.schedule
-        self.schedule = (
-            Schedule(**given) if isinstance(given, dict) else None if given is None else Schedule.load(given)
-        )
+        self.schedule = None if given is None else schedule_for(model, given)
         self.streams, self.outputs = dict(config.streams), tuple(config.outputs)
         inputs = dict(sample_inputs)
         if config.profiles:

@@ -222,7 +222,9 @@ def test_an_archive(tmp_path: Path) -> None:
     archive = torch.export.export(make(config), args=(), kwargs=inputs)
     torch.export.save(archive, tmp_path / "model.pt2")
     np.savez(tmp_path / "inputs.npz", **{name: tensor.numpy() for name, tensor in inputs.items()})
-    (tmp_path / "schedule.yaml").write_text("layers: [0]\nprune: 0.2\nmerge: {image: 0.3, text: 0.25}\n")
+    (tmp_path / "schedule.yaml").write_text(
+        "semantics: reference\nlayers: [0]\nprune: 0.2\nmerge: {image: 0.3, text: 0.25}\n"
+    )
     given = ("--schedule", tmp_path / "schedule.yaml", "--inputs", tmp_path / "inputs.npz")
     done(tmp_path / "model.pt2", *given, "-o", tmp_path / "model.xml", "--dtype", "float16")
     done("parity", tmp_path / "model.xml", "--model", tmp_path / "model.pt2", "--inputs", tmp_path / "inputs.npz")

@@ -421,7 +421,8 @@ def test_onnx_of_meter_with_its_decisions(tmp_path: Path) -> None:
     """Two last layers, of which the poolers read a token each; the image's keys are read by a reducer before them."""
     sites = [{"at": "cross_modal.0", "prune": 0.2, "merge": {"image": 0.3, "text": 0.2}}]
     result = reduce(
-        capture(tiny_meter(vit_width=40, hidden_size=48), meter_inputs(2, length=12)), Schedule(sites=sites)
+        capture(tiny_meter(vit_width=40, hidden_size=48), meter_inputs(2, length=12)),
+        Schedule(semantics="reference", sites=sites),
     )
     assert {r.name: r.matches for r in result.history.records}["one_query"] > 0
     done = pumer.export(result, tmp_path / "meter.onnx", with_decisions=True)

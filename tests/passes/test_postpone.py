@@ -288,7 +288,7 @@ def test_norms_behind_the_sum() -> None:
     assert compared(fusion(dataclasses.replace(BOTH, norm="post")), schedule("safe", (0, 1))) == {}
     meter = capture(tiny_meter(), meter_inputs(2))
     sites = [{"at": "cross_modal.0", "prune": 0.2, "merge": {"image": 0.3, "text": 0.25}}]
-    assert compared(meter, Schedule(sites=sites)) == {}
+    assert compared(meter, Schedule(semantics="reference", sites=sites)) == {}
 
 
 def test_what_does_not_pay() -> None:
@@ -447,7 +447,7 @@ def test_onnx(tmp_path: Path) -> None:
     """Decisions first, then outputs with these forced on eager PyTorch."""
     inputs = {**text_inputs(2), **image_inputs([(96, 96), (64, 96)], (96, 96))}
     captured = capture(tiny_vilt(), inputs, dynamic_batch=True)
-    wanted = Schedule(layers=(0, 1), prune=0.2, merge={"image": 0.3, "text": 0.2})
+    wanted = Schedule(semantics="reference", layers=(0, 1), prune=0.2, merge={"image": 0.3, "text": 0.2})
     assert compared(captured, wanted)
     done = pumer.export(reduce(captured, wanted), tmp_path / "vilt.onnx", with_decisions=True)
     assert done.report is not None and done.report.passed and done.report.decisions_compared
@@ -458,7 +458,7 @@ def test_onnx_of_pairs(tmp_path: Path) -> None:
     config = PairConfig()
     captured = capture(make(config, kind=CoAttention), inputs_for(config))
     sites = [{"at": "cross_modal.0", "prune": 0.2, "merge": {"image": 0.3, "text": 0.25}}]
-    result = reduce(captured, Schedule(sites=sites))
+    result = reduce(captured, Schedule(semantics="reference", sites=sites))
     assert maps_of(result.module)
     done = pumer.export(result, tmp_path / "pairs.onnx")
     assert done.report is not None and done.report.passed
