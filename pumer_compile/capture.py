@@ -157,8 +157,33 @@ def _export(model: nn.Module, sample: dict[str, Tensor], shapes: dict[str, Any] 
             return program
         # A plain module around a transformers model needs the patches of that model as well.
         wraps = any(isinstance(module, PreTrainedModel) for module in model.modules())
-        with apply_patches("dynamo") if wraps else nullcontext():
+        with apply_patches("dynamo") if wraps else nullcontext(), _named_arguments(model, sample):
             return torch.export.export(model, args=(), kwargs=sample, dynamic_shapes=shapes, strict=False)
+
+
+@contextmanager
+def _named_arguments(model: nn.Module, sample: Mapping[str, Tensor]) -> Iterator[None]:
+    """Let a forward that takes any keyword (an adapter, a wrapper) take the sample's by name: torch.export finds no
+    dynamic shapes for `**kwargs`. `left_as_found` undoes it also where the block raises."""
+    parameters = inspect.signature(model.forward).parameters
+    if all(name in parameters for name in sample):
+        yield
+        return
+    original, own = model.forward, "forward" in vars(model)
+
+    def forward(**kwargs: Any) -> Any:
+        return original(**kwargs)
+
+    kind = inspect.Parameter.KEYWORD_ONLY
+    forward.__signature__ = inspect.Signature([inspect.Parameter(name, kind) for name in sample])  # type: ignore[attr-defined]
+    model.forward = forward
+    try:
+        yield
+    finally:
+        if own:
+            model.forward = original
+        else:
+            del model.forward
 
 
 def symbolic_batch(sample: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:

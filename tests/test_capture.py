@@ -182,6 +182,39 @@ def test_inputs_without_the_batch_stay_fixed():
     assert batch_inputs({"scale": torch.tensor(1.0)}) == []
 
 
+class Adapted(nn.Module):
+    """A wrapper, as adapters make one: it hands on whatever it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = Classifier()
+
+    def forward(self, *args, **kwargs):
+        return self.inner(*args, **kwargs)
+
+
+class Extended(Adapted):
+    """Some inputs by name, the others as they come."""
+
+    def forward(self, weight, **others):
+        return self.inner(weight=weight, **others)
+
+
+@pytest.mark.parametrize("kind", [Adapted, Extended])
+@pytest.mark.parametrize("dynamic_batch", [False, True])
+def test_inputs_that_a_forward_takes_as_keywords(kind, dynamic_batch):
+    model, inputs = kind().eval(), plain_inputs(3)
+    program = capture(model, inputs, dynamic_batch=dynamic_batch)
+    placeholders = [node.target for node in program.module.graph.find_nodes(op="placeholder")]
+    assert sorted(placeholders) == ["ids", "weight"] and list(program.inputs) == placeholders
+    assert "forward" not in vars(model)
+    for rows in (1, 4) if dynamic_batch else (3,):
+        given = plain_inputs(rows)
+        expected = model(**given)["scores"]
+        torch.testing.assert_close(program.module(**given)["scores"], expected)
+        torch.testing.assert_close(program.module(**dict(reversed(given.items())))["scores"], expected)
+
+
 def test_a_model_that_reads_the_batch_as_a_number():
     class Fixed(nn.Module):
         def forward(self, x):
