@@ -35,6 +35,7 @@ from .inputs import (
 )
 from .loading import LoadedModel, first_line, quiet
 from .outputs import select_outputs
+from .passes.graph import describe
 from .passes.no_padding import fold_masks, masks_of
 
 
@@ -127,6 +128,7 @@ def _from_module(model: nn.Module, inputs: Mapping[str, Tensor], dynamic_batch: 
         try:
             exported = _export(model, sample, shapes)
             graph = plain_graph_module(exported)
+            _refuse_training(graph, "Make it follow self.training")
             fixed = _without_numbers(graph, fixed_inputs(exported), sample)
         except PumerError:
             raise
@@ -232,6 +234,7 @@ def _from_exported(exported: ExportedProgram, inputs: Mapping[str, Tensor] | Non
         sample = symbolic_batch(sample)[0]
     with quiet():
         module = plain_graph_module(exported)
+        _refuse_training(module, "Export it again after model.eval()")
         fixed = _without_numbers(module, fixed_inputs(exported), sample)
         return Program(module, sample, symbolic, fixed=fixed)
 
@@ -296,6 +299,33 @@ def _without_numbers(
     vars(graph._codegen)["pytree_info"] = info._replace(in_spec=spec)
     module.recompile()
     return tuple(fixed)
+
+
+def _refuse_training(module: fx.GraphModule, remedy: str) -> None:
+    """Raise CaptureError where a graph does what models do in training only: draw random numbers for dropout, or take
+    the statistics of the batch where a norm has running ones."""
+    for node in module.graph.nodes:
+        if isinstance(node.target, torch._ops.OpOverload) and (fault := _training(node.target, node)):
+            raise CaptureError(f"{describe(node)} {fault}, as in training; an artifact would too. {remedy}.")
+
+
+def _training(target: torch._ops.OpOverload, node: fx.Node) -> str:
+    """What an operator does that only training wants, or ''."""
+    said = {a.name: a.default_value for a in target._schema.arguments}
+    said |= dict(zip(said, node.args, strict=False)) | node.kwargs
+    # `native_dropout` takes None for True.
+    rate = (
+        said.get("dropout_p", 0)
+        if "train" not in said
+        else said["train"] is not False and said.get("p", said.get("dropout"))
+    )
+    if rate:
+        return f"drops at random (rate {rate:g})"
+    if said.get("training", said.get("use_input_stats")) is True:
+        if "running_mean" not in said:
+            return "draws random slopes"
+        return "takes the statistics of the batch" if said["running_mean"] is not None else ""
+    return ""
 
 
 def _erase(node: fx.Node) -> None:

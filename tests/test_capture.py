@@ -433,6 +433,60 @@ def test_guards_are_stripped_with_and_without_torchs_own_switch(has_parameter, m
     assert module(**plain_inputs(9))["scores"].shape == (9, 3)
 
 
+class Trained(nn.Module):
+    """What differs in train mode, one operator at a time."""
+
+    def __init__(self, kind, rate=0.5):
+        super().__init__()
+        self.norm, self.own = nn.BatchNorm1d(4), nn.BatchNorm1d(4, track_running_stats=False)
+        self.lstm, self.slopes = nn.LSTM(4, 4, 2, dropout=rate, batch_first=True), nn.RReLU()
+        self.attention = nn.MultiheadAttention(4, 2, dropout=rate, batch_first=True)
+        self.dropout, self.kind = nn.Dropout(rate), kind
+
+    def forward(self, x):
+        return getattr(self, self.kind)(x)
+
+    def attend(self, x):
+        return self.attention(x, x, x, need_weights=False)[0]
+
+    def recur(self, x):
+        return self.lstm(x)[0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "operator", "fault"),
+    [
+        ("dropout", "aten.dropout.default", "drops at random .rate 0.5."),
+        ("attend", "aten.scaled_dot_product_attention.default", "drops at random .rate 0.5."),
+        ("recur", "aten.lstm.input", "drops at random .rate 0.5."),
+        ("norm", "aten.batch_norm.default", "takes the statistics of the batch"),
+        ("slopes", "aten.rrelu.default", "draws random slopes"),
+    ],
+)
+def test_an_archive_exported_in_train_mode(kind, operator, fault):
+    inputs = {"x": torch.randn(2, 4, 4)}
+    with pytest.raises(CaptureError, match=rf"{operator} \(node \w+, .*test_capture.py:\d+\) {fault}") as error:
+        capture(torch.export.export(Trained(kind).train(), (), inputs))
+    assert "model.eval()" in one_paragraph(error)
+    capture(torch.export.export(Trained(kind).eval(), (), inputs))
+
+
+def test_what_draws_nothing_in_train_mode_is_taken():
+    inputs = {"x": torch.randn(2, 4, 4)}
+    for kind, rate in (("dropout", 0.0), ("attend", 0.0), ("recur", 0.0), ("own", 0.5)):
+        capture(torch.export.export(Trained(kind, rate).train(), (), inputs))
+
+
+def test_dropout_that_eval_does_not_stop():
+    class Always(nn.Module):
+        def forward(self, x):
+            return nn.functional.dropout(x, 0.5)
+
+    with pytest.raises(CaptureError, match=r"aten.dropout.default .* follow self.training") as error:
+        capture(Always(), {"x": torch.ones(2, 3)})
+    one_paragraph(error)
+
+
 def test_exported_programs_that_do_not_fit():
     class Nested(nn.Module):
         def forward(self, pair):
