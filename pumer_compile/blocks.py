@@ -54,8 +54,11 @@ def inline_blocks(module: fx.GraphModule) -> None:
     made.copy(module.graph, {}, _State())
     made.graph.set_codegen(copy.copy(module.graph._codegen))
     module.graph = made.graph
-    module.graph.eliminate_dead_code()
-    module.delete_all_unused_submodules()
+    # What the model itself does not use stays, as in a graph without blocks.
+    read = [str(node.target) for node in module.graph.find_nodes(op="get_attr")]
+    for block in made.blocks:
+        if not any(name.startswith(f"{block}.") for name in read):  # constants of a block stay where they are
+            module.delete_submodule(block)
     module.graph.lint()
     module.recompile()
 
@@ -85,7 +88,9 @@ class _Inliner:
 
     def __init__(self) -> None:
         self.graph = fx.Graph()
+        self.blocks: list[str] = []  # submodules that are no longer called
         self._frozen: set[fx.Node] = set()  # made while gradients were off
+        self._learned: set[fx.Node] = set()  # computed from a parameter or a floating-point input
         self._made: dict[tuple[Any, ...], fx.Node] = {}  # casts and detached values that are made once
 
     def copy(self, graph: fx.Graph, env: dict[fx.Node, Any], state: _State, path: str = "") -> Any:
@@ -130,6 +135,8 @@ class _Inliner:
         assert isinstance(block, fx.Node)
         body = attribute(block)
         assert isinstance(body, fx.GraphModule)
+        if not path:
+            self.blocks.append(str(block.target))
         inner = dict(zip(body.graph.find_nodes(op="placeholder"), fx.map_arg(given, env.__getitem__), strict=True))
         return self.copy(body.graph, inner, state, f"{path}{block.target}.")
 
@@ -142,7 +149,7 @@ class _Inliner:
 
         def given(old: fx.Node) -> Any:
             new = env[old]
-            if state.gradients and new in self._frozen and _differentiable(new):
+            if state.gradients and new in self._frozen & self._learned and _differentiable(new):
                 new = self._once((new,), new, aten.detach.default)
             return self._cast(new, casts[old], state) if old in casts else new
 
@@ -155,10 +162,21 @@ class _Inliner:
             node.type,
         )
         made.meta = copy.copy(node.meta)
+        if self._is_learned(node, made):
+            self._learned.add(made)
         part = node.target is getitem and made.args[0] in self._frozen
         if part or (not state.gradients and node.op == "call_function"):
             self._frozen.add(made)
         return made
+
+    def _is_learned(self, node: fx.Node, made: fx.Node) -> bool:
+        """Whether a value can have a gradient, where nothing is frozen: of the tables of a rotary embedding, which are
+        made without gradients in every language model, nothing is learned."""
+        if node.op == "get_attr":
+            return isinstance(attribute(node), torch.nn.Parameter)
+        alone = isinstance(made.meta.get("val"), Tensor)
+        able = _differentiable(made) if alone else True
+        return able and (node.op == "placeholder" or any(given in self._learned for given in made.all_input_nodes))
 
     def _cast(self, node: fx.Node, dtype: torch.dtype, state: _State) -> fx.Node:
         """Every use of a value is cast by itself, and so are its gradients; a parameter is cast once, as PyTorch keeps

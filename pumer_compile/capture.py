@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, fx, nn
@@ -151,8 +152,8 @@ def set_for_inference(model: nn.Module) -> None:
 
 
 def _export(model: nn.Module, sample: dict[str, Tensor], shapes: dict[str, Any] | None) -> ExportedProgram:
-    # no_grad: otherwise a no_grad block inside the model becomes a higher-order operator in the graph.
-    with torch.no_grad():
+    # With gradients: otherwise the graph does not say what the model itself computes without.
+    with torch.enable_grad(), _gradient_blocks():
         if isinstance(model, PreTrainedModel):
             exported = DynamoExporter().export(model, dict(sample), DynamoConfig(dynamic_shapes=shapes))
             # transformers 5.17 returns the program itself, later versions wrap it.
@@ -162,6 +163,31 @@ def _export(model: nn.Module, sample: dict[str, Tensor], shapes: dict[str, Any] 
         wraps = any(isinstance(module, PreTrainedModel) for module in model.modules())
         with apply_patches("dynamo") if wraps else nullcontext(), _named_arguments(model, sample):
             return torch.export.export(model, args=(), kwargs=sample, dynamic_shapes=shapes, strict=False)
+
+
+@contextmanager
+def _gradient_blocks() -> Iterator[None]:
+    """Let torch.export see what a forward computes without gradients: transformers' exporter switches them off for the
+    whole trace, and `inference_mode` leaves nothing in a graph, where `no_grad` does."""
+    export, mode = torch.export.export, torch.inference_mode
+
+    def with_gradients(*args: Any, **kwargs: Any) -> ExportedProgram:
+        with torch.enable_grad():
+            return export(*args, **kwargs)
+
+    def enter(self: Any) -> None:
+        self._pumer_before = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(not self.mode)
+
+    def leave(self: Any, *_: Any) -> None:
+        torch._C._set_grad_enabled(self._pumer_before)
+
+    with (
+        mock.patch.object(torch.export, "export", with_gradients),
+        mock.patch.object(mode, "__enter__", enter),
+        mock.patch.object(mode, "__exit__", leave),
+    ):
+        yield
 
 
 @contextmanager
