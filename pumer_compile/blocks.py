@@ -122,7 +122,10 @@ class _Inliner:
             elif node.op == "output" and path:
                 return fx.map_arg(node.args[0], env.__getitem__)
             elif not _is_block(node):
-                env[node] = self._node(node, env, state, path)
+                made = self._node(node, env, state, path)
+                changed = None if state.gradients else _changed(node)
+                # What is changed in place without gradients keeps those it had.
+                env[node] = env[changed] if changed and env[changed] not in self._frozen else made
         return None
 
     def _block(self, call: fx.Node, env: dict[fx.Node, Any], state: _State, path: str) -> Any:
@@ -147,9 +150,12 @@ class _Inliner:
             casts, added = autocast_of(node, state.autocast)
             kwargs |= added
 
+        changed = node.args[0] if node.args and _is_changed(node) else _changed(node)
+
         def given(old: fx.Node) -> Any:
             new = env[old]
-            if state.gradients and new in self._frozen & self._learned and _differentiable(new):
+            ends = new in self._frozen if state.gradients else old is changed and new not in self._frozen
+            if ends and new in self._learned and _differentiable(new):
                 new = self._once((new,), new, aten.detach.default)
             return self._cast(new, casts[old], state) if old in casts else new
 
@@ -201,6 +207,22 @@ class _Inliner:
 def _differentiable(node: fx.Node) -> bool:
     value = node.meta.get("val")
     return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+
+
+def _changed(node: fx.Node) -> fx.Node | None:
+    """What an operator changes in place."""
+    first = node.args[0] if node.args else None
+    if not isinstance(node.target, OpOverload) or not isinstance(first, fx.Node):
+        return None
+    alias = node.target._schema.arguments[0].alias_info
+    return first if alias is not None and alias.is_write else None
+
+
+def _is_changed(view: fx.Node) -> bool:
+    """Whether a node is a view of what an operator then changes in place through it."""
+    if not isinstance(view.target, OpOverload) or not _is_view(view.target):
+        return False
+    return any(_changed(user) is view or _is_changed(user) for user in view.users)
 
 
 def _is_block(node: fx.Node) -> bool:

@@ -153,7 +153,7 @@ def set_for_inference(model: nn.Module) -> None:
 
 def _export(model: nn.Module, sample: dict[str, Tensor], shapes: dict[str, Any] | None) -> ExportedProgram:
     # With gradients: otherwise the graph does not say what the model itself computes without.
-    with torch.enable_grad(), _gradient_blocks():
+    with torch.inference_mode(False), torch.enable_grad(), _gradient_blocks():
         if isinstance(model, PreTrainedModel):
             exported = DynamoExporter().export(model, dict(sample), DynamoConfig(dynamic_shapes=shapes))
             # transformers 5.17 returns the program itself, later versions wrap it.

@@ -64,6 +64,23 @@ class Frozen(nn.Module):
         return self.trained(x) * torch.cat(parts[::-1], -1)
 
 
+class Changed(nn.Module):
+    """What is changed in place without gradients keeps those it had."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x)
+        with torch.no_grad():
+            hidden.mul_(2.0)
+            hidden[..., :2] *= 3
+            frozen = self.second(x)
+            frozen.relu_()
+        return (self.second(hidden) + frozen) * hidden
+
+
 def exported(model: nn.Module, x: Tensor, batch: bool = False) -> fx.GraphModule:
     shapes = ({0: torch.export.Dim("batch")},) if batch else None
     return plain_graph_module(torch.export.export(model, (x,), dynamic_shapes=shapes, strict=False))
@@ -85,7 +102,7 @@ def gradients(module: nn.Module, model: nn.Module, x: Tensor) -> dict[str, Tenso
 
 
 @pytest.mark.parametrize("batch", [False, True])
-@pytest.mark.parametrize("model", [Blocks, Frozen])
+@pytest.mark.parametrize("model", [Blocks, Frozen, Changed])
 def test_values_and_gradients(model: type[nn.Module], batch: bool) -> None:
     torch.manual_seed(0)
     eager = model().eval()
@@ -133,6 +150,25 @@ def test_blocks_that_are_entered_and_left_by_operators() -> None:
     (found, wanted) = (f(*given) for f in (module, run))
     assert torch.equal(found[0], wanted[0]) and torch.equal(found[1], wanted[1])
     torch.testing.assert_close(torch.autograd.grad(found[0].sum(), given), torch.autograd.grad(wanted[0].sum(), given))
+
+
+def test_what_is_not_learned_needs_no_detach() -> None:
+    """Tables of positions, which language models make without gradients, are as without the block."""
+
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+            self.register_buffer("frequencies", torch.randn(8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                table = torch.arange(x.shape[1])[:, None].float() * self.frequencies
+            return self.layer(x) * table.cos()
+
+    module = exported(Positions(), torch.randn(2, 5, 8))
+    assert_plain(module)
+    assert aten.detach.default not in [n.target for n in module.graph.nodes]
 
 
 def test_a_graph_without_blocks_is_left_alone() -> None:

@@ -118,6 +118,80 @@ def test_frozen_weights_stay_frozen():
     assert model.embed.weight.grad is None and model.linear.weight.grad is not None
 
 
+def gradients(module, model, inputs):
+    """Of every parameter of the model, after a backward pass through the module."""
+    model.zero_grad(set_to_none=True)
+    output = module(**inputs)
+    (output.logits if hasattr(output, "logits") else output["scores"]).square().sum().backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def assert_same_gradients(module, model, inputs):
+    expected, found = gradients(model, model, inputs), gradients(module, model, inputs)
+    frozen = {name for name, gradient in expected.items() if gradient is None}
+    assert frozen and {name for name, gradient in found.items() if gradient is None} == frozen
+    assert len(frozen) < len(expected)
+    for name in expected.keys() - frozen:
+        torch.testing.assert_close(found[name], expected[name], atol=1e-5, rtol=1e-3)
+
+
+FREEZING = [torch.no_grad, torch.inference_mode, lambda: torch.set_grad_enabled(False)]
+
+
+@pytest.mark.parametrize("freezing", FREEZING)
+def test_a_decorated_part_of_a_transformers_model_stays_frozen(freezing):
+    model, inputs = tiny_vilt(), vilt_inputs()
+    for _, parameter in model.vilt.embeddings.named_parameters():
+        assert parameter.requires_grad
+    embed = model.vilt.embeddings.forward
+
+    @torch.no_grad()
+    def decorated(*args, **kwargs):
+        with freezing():
+            made = embed(*args, **kwargs)
+        return tuple(tensor.clone() for tensor in made)  # what is made in inference mode cannot be trained with
+
+    model.vilt.embeddings.forward = decorated
+    assert_same_gradients(capture(model, inputs).module, model, inputs)
+
+
+class Tower(nn.Module):
+    """A plain model with a frozen part, through which what trains passes as well."""
+
+    def __init__(self, freezing):
+        super().__init__()
+        self.embed, self.tower = nn.Embedding(20, 8), nn.Linear(8, 8)
+        self.head, self.freezing = nn.Linear(8, 3), freezing
+
+    def forward(self, ids, weight):
+        hidden = self.embed(ids)
+        with self.freezing():
+            seen, passed = self.tower(hidden).relu().clone(), hidden
+            with torch.enable_grad():
+                trained = self.head(hidden) if self.freezing is not torch.inference_mode else 0
+        return {"scores": self.head(seen.clone() * passed + weight[:, None]) + trained}
+
+
+@pytest.mark.parametrize("freezing", FREEZING)
+@pytest.mark.parametrize("dynamic_batch", [False, True])
+def test_a_part_of_a_plain_module_stays_frozen(freezing, dynamic_batch):
+    model, inputs = Tower(freezing), plain_inputs()
+    enter = torch.inference_mode.__enter__
+    program = capture(model, inputs, dynamic_batch=dynamic_batch)
+    assert torch.inference_mode.__enter__ is enter
+    assert_same_gradients(program.module, model, inputs)
+    assert all(name.startswith("aten.") for name in operators(program))
+
+
+def test_the_grad_mode_of_the_caller_does_not_matter():
+    model, inputs = Tower(torch.no_grad), plain_inputs()
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            program = capture(model, inputs)
+            assert not torch.is_grad_enabled()
+        assert_same_gradients(program.module, model, inputs)
+
+
 def test_no_checks_are_left():
     for model, inputs in ((tiny_vilt(), vilt_inputs()), (Classifier(), plain_inputs())):
         for dynamic_batch in (False, True):
