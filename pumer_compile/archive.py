@@ -71,10 +71,14 @@ def load(path: Path, allow_pickle: bool = False) -> ExportedProgram:
         raise
     except Exception as error:
         line = next(iter(str(error).strip().splitlines()), "").rstrip(".")
+        why = (
+            "It was written by another version of torch, or is damaged"
+            if zipfile.is_zipfile(path)
+            else "It is truncated"
+        )
         raise CaptureError(
             f"The torch.export archive {path} cannot be loaded by torch {torch.__version__}: "
-            f"{type(error).__name__}: {line}. It may be truncated, or written by another version of torch: "
-            "export it again."
+            f"{type(error).__name__}: {line}. {why}: export it again."
         ) from error
 
 

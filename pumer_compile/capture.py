@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, fx, nn
@@ -23,6 +24,7 @@ from transformers.exporters.exporter_dynamo import DynamoExporter
 from transformers.exporters.utils import apply_patches
 
 from . import frontends  # noqa: F401  (importing it registers the rewrites that tracing needs)
+from .blocks import inline_blocks
 from .errors import CaptureError, PumerError, UsageError
 from .inputs import (
     check_exported_inputs,
@@ -35,6 +37,7 @@ from .inputs import (
 )
 from .loading import LoadedModel, first_line, quiet
 from .outputs import select_outputs
+from .passes.graph import describe
 from .passes.no_padding import fold_masks, masks_of
 
 
@@ -127,6 +130,7 @@ def _from_module(model: nn.Module, inputs: Mapping[str, Tensor], dynamic_batch: 
         try:
             exported = _export(model, sample, shapes)
             graph = plain_graph_module(exported)
+            _refuse_training(graph, "Make it follow self.training")
             fixed = _without_numbers(graph, fixed_inputs(exported), sample)
         except PumerError:
             raise
@@ -148,8 +152,8 @@ def set_for_inference(model: nn.Module) -> None:
 
 
 def _export(model: nn.Module, sample: dict[str, Tensor], shapes: dict[str, Any] | None) -> ExportedProgram:
-    # no_grad: otherwise a no_grad block inside the model becomes a higher-order operator in the graph.
-    with torch.no_grad():
+    # With gradients: otherwise the graph does not say what the model itself computes without.
+    with torch.inference_mode(False), torch.enable_grad(), _gradient_blocks():
         if isinstance(model, PreTrainedModel):
             exported = DynamoExporter().export(model, dict(sample), DynamoConfig(dynamic_shapes=shapes))
             # transformers 5.17 returns the program itself, later versions wrap it.
@@ -157,8 +161,58 @@ def _export(model: nn.Module, sample: dict[str, Tensor], shapes: dict[str, Any] 
             return program
         # A plain module around a transformers model needs the patches of that model as well.
         wraps = any(isinstance(module, PreTrainedModel) for module in model.modules())
-        with apply_patches("dynamo") if wraps else nullcontext():
+        with apply_patches("dynamo") if wraps else nullcontext(), _named_arguments(model, sample):
             return torch.export.export(model, args=(), kwargs=sample, dynamic_shapes=shapes, strict=False)
+
+
+@contextmanager
+def _gradient_blocks() -> Iterator[None]:
+    """Let torch.export see what a forward computes without gradients: transformers' exporter switches them off for the
+    whole trace, and `inference_mode` leaves nothing in a graph, where `no_grad` does."""
+    export, mode = torch.export.export, torch.inference_mode
+
+    def with_gradients(*args: Any, **kwargs: Any) -> ExportedProgram:
+        with torch.enable_grad():
+            return export(*args, **kwargs)
+
+    def enter(self: Any) -> None:
+        self._pumer_before = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(not self.mode)
+
+    def leave(self: Any, *_: Any) -> None:
+        torch._C._set_grad_enabled(self._pumer_before)
+
+    with (
+        mock.patch.object(torch.export, "export", with_gradients),
+        mock.patch.object(mode, "__enter__", enter),
+        mock.patch.object(mode, "__exit__", leave),
+    ):
+        yield
+
+
+@contextmanager
+def _named_arguments(model: nn.Module, sample: Mapping[str, Tensor]) -> Iterator[None]:
+    """Let a forward that takes any keyword (an adapter, a wrapper) take the sample's by name: torch.export finds no
+    dynamic shapes for `**kwargs`. `left_as_found` undoes it also where the block raises."""
+    parameters = inspect.signature(model.forward).parameters
+    if all(name in parameters for name in sample):
+        yield
+        return
+    original, own = model.forward, "forward" in vars(model)
+
+    def forward(**kwargs: Any) -> Any:
+        return original(**kwargs)
+
+    kind = inspect.Parameter.KEYWORD_ONLY
+    forward.__signature__ = inspect.Signature([inspect.Parameter(name, kind) for name in sample])  # type: ignore[attr-defined]
+    model.forward = forward
+    try:
+        yield
+    finally:
+        if own:
+            model.forward = original
+        else:
+            del model.forward
 
 
 def symbolic_batch(sample: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -207,6 +261,7 @@ def _from_exported(exported: ExportedProgram, inputs: Mapping[str, Tensor] | Non
         sample = symbolic_batch(sample)[0]
     with quiet():
         module = plain_graph_module(exported)
+        _refuse_training(module, "Export it again after model.eval()")
         fixed = _without_numbers(module, fixed_inputs(exported), sample)
         return Program(module, sample, symbolic, fixed=fixed)
 
@@ -234,6 +289,7 @@ def plain_graph_module(exported: ExportedProgram) -> fx.GraphModule:
     """
     with_parameter = "check_guards" in inspect.signature(exported.module).parameters
     unlifted = exported.module(check_guards=False) if with_parameter else exported.module()
+    inline_blocks(unlifted)
     for node in list(unlifted.graph.nodes):
         if node.target in _CHECKS or (node.op == "call_module" and node.target == "_guards_fn"):
             _erase(node)
@@ -271,6 +327,33 @@ def _without_numbers(
     vars(graph._codegen)["pytree_info"] = info._replace(in_spec=spec)
     module.recompile()
     return tuple(fixed)
+
+
+def _refuse_training(module: fx.GraphModule, remedy: str) -> None:
+    """Raise CaptureError where a graph does what models do in training only: draw random numbers for dropout, or take
+    the statistics of the batch where a norm has running ones."""
+    for node in module.graph.nodes:
+        if isinstance(node.target, torch._ops.OpOverload) and (fault := _training(node.target, node)):
+            raise CaptureError(f"{describe(node)} {fault}, as in training; an artifact would too. {remedy}.")
+
+
+def _training(target: torch._ops.OpOverload, node: fx.Node) -> str:
+    """What an operator does that only training wants, or ''."""
+    said = {a.name: a.default_value for a in target._schema.arguments}
+    said |= dict(zip(said, node.args, strict=False)) | node.kwargs
+    # `native_dropout` takes None for True.
+    rate = (
+        said.get("dropout_p", 0)
+        if "train" not in said
+        else said["train"] is not False and said.get("p", said.get("dropout"))
+    )
+    if rate:
+        return f"drops at random (rate {rate:g})"
+    if said.get("training", said.get("use_input_stats")) is True:
+        if "running_mean" not in said:
+            return "draws random slopes"
+        return "takes the statistics of the batch" if said["running_mean"] is not None else ""
+    return ""
 
 
 def _erase(node: fx.Node) -> None:

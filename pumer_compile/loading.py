@@ -11,9 +11,10 @@ import hashlib
 import json
 import logging
 import pickle
+import re
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,13 +26,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file as load_safetensors
 from torch import Tensor, nn
 from torch.export import ExportedProgram
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from . import archive
 from .errors import CaptureError, PumerError, UsageError
 from .files import sha256_file
 from .frontends import MODELS
+
+log = logging.getLogger("pumer_compile")
 
 _ACCEPTED = (
     "a save_pretrained folder, a torch.export archive, a checkpoint holding {'config', 'state_dict'}, or "
@@ -94,17 +97,33 @@ def _load_folder(path: Path) -> LoadedModel:
             "Save the model with model.save_pretrained(folder), or give the model file itself."
         )
     weights = _weight_files(path)
-    model_class = _architecture(_read_config(path), path)
+    values = _read_config(path)
+    model_class = _architecture(values, path)
+    refused = _drop_attention(values)
+    # Without a config from_pretrained reads its own.
+    given = {"config": _config_of(model_class, values)} if refused else {}
     try:
-        # Mismatched shapes are let through here and named in `_complete`.
-        loaded = model_class.from_pretrained(
-            path, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True
-        )
+        loaded = _from_pretrained(model_class, path, local_files_only=True, **given)
+        if loaded[1]["missing_keys"]:
+            loaded = _unwrapped(loaded, _read_weights(weights), path)
     except PumerError:
         raise
     except Exception as error:
-        raise _unreadable(path, error) from error
-    return LoadedModel(path, "folder", _sha256([path / "config.json", *weights]), _complete(loaded, path))
+        raise _unreadable(path, error, weights) from error
+    model = _complete(loaded, path)
+    _say_attention(refused, model, path)
+    return LoadedModel(path, "folder", _sha256([path / "config.json", *weights]), model)
+
+
+def _from_pretrained(model_class: type[PreTrainedModel], *args: Any, **options: Any) -> Any:
+    """A model, and what was found of its weights. Mismatched shapes are let through here and named in `_complete`."""
+    return model_class.from_pretrained(*args, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+
+
+def _config_of(model_class: type[PreTrainedModel], values: Mapping[str, Any]) -> PreTrainedConfig:
+    assert model_class.config_class is not None  # only PreTrainedModel itself has none
+    config: PreTrainedConfig = model_class.config_class.from_dict(dict(values))
+    return config
 
 
 def _weight_files(path: Path) -> list[Path]:
@@ -124,6 +143,16 @@ def _weight_files(path: Path) -> list[Path]:
         f"The folder {path} has a config.json but no weights: neither model.safetensors (or its index) nor "
         f"pytorch_model.bin; it holds {found}. Save the model again with model.save_pretrained(folder)."
     )
+
+
+def _read_weights(files: list[Path]) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for file in files:
+        if file.suffix == ".safetensors":
+            found |= load_safetensors(file)
+        elif file.suffix != ".json":
+            found |= torch.load(file, map_location="cpu", weights_only=True)
+    return found
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -183,9 +212,103 @@ def _complete(loaded: Any, source: Path) -> PreTrainedModel:
     return result
 
 
-def _unreadable(path: Path, error: Exception) -> CaptureError:
-    remedy = "The file may be truncated: compare its size or hash with the original, or save the model again."
-    return CaptureError(f"The weights of {path} cannot be loaded: {first_line(error)}. {remedy}")
+# What torch.compile, activation checkpointing and FSDP put into the names of what they wrap, anywhere.
+_WRAPPER = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
+
+
+def _unwrapped(loaded: Any, weights: Mapping[str, Tensor], source: Path) -> Any:
+    """A better from_pretrained result, of weights without what a wrapper has put into their names (`module.`,
+    `_orig_mod.`, `model.`); the one given where that does not help."""
+    model, info = loaded
+    best, shortest = loaded, len(info["missing_keys"])
+    for prefix in _prefixes(weights):
+        renamed = {_WRAPPER.sub("", name).removeprefix(prefix): tensor for name, tensor in weights.items()}
+        if renamed.keys() == weights.keys() or len(renamed) < len(weights):
+            continue
+        tried = _from_pretrained(type(model), None, config=model.config, state_dict=renamed)
+        if len(tried[1]["missing_keys"]) < shortest:
+            best, shortest = tried, len(tried[1]["missing_keys"])
+            name, short = next((old, new) for old, new in zip(weights, renamed, strict=True) if old != new)
+        if not shortest:
+            break
+    if best is not loaded:
+        log.warning("The weights of %s have the names of a wrapped model: %s is read as %s.", source, name, short)
+    return best
+
+
+def _prefixes(weights: Mapping[str, Tensor]) -> list[str]:
+    """What all names have in front, in whole parts: the longest first, nothing last."""
+    parts: list[str] = []
+    for column in zip(*(_WRAPPER.sub("", name).split(".")[:-1] for name in weights), strict=False):
+        if len(set(column)) > 1:
+            break
+        parts.append(f"{column[0]}.")
+    return ["".join(parts[:count]) for count in range(len(parts), -1, -1)]
+
+
+_ATTENTION = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
+
+
+def _drop_attention(values: dict[str, Any]) -> set[str]:
+    """Leave the attention to transformers' default in a config, and in those inside it, unless it is `eager`; what else
+    was asked for. Flash attention and flex attention need another machine, and no exporter traces them."""
+    dropped: set[str] = set()
+    for key in _ATTENTION:
+        asked = values.get(key)
+        parts = asked if isinstance(asked, dict) else {"": asked}
+        if isinstance(asked, dict):
+            values[key] = {part: kind for part, kind in asked.items() if kind == "eager"}
+        elif asked != "eager":
+            values.pop(key, None)
+        dropped |= {str(kind) for kind in parts.values() if kind not in ("eager", None)}
+    for part in values.values():
+        if isinstance(part, dict):
+            dropped |= _drop_attention(part)
+    return dropped
+
+
+def _say_attention(asked: set[str], model: PreTrainedModel, source: Path) -> None:
+    used = {m.config._attn_implementation for m in model.modules() if isinstance(m, PreTrainedModel)}
+    if other := sorted(asked - used):
+        log.warning(
+            "The config of %s asks for the attention %s, which cannot be compiled here: it is read as %s.",
+            *(source, " and ".join(other), " and ".join(sorted(used))),
+        )
+
+
+def _unreadable(path: Path, error: Exception, files: Sequence[Path] = ()) -> CaptureError:
+    """The error for weights that a library refuses: `files`, or the one at `path`; says whether one is cut short."""
+    line = first_line(error)
+    short = next((file for file in files or [path] if _is_short(file, error)), None)
+    if short is not None:
+        return CaptureError(
+            f"The weights of {path} cannot be loaded: {line}. {short.name} is truncated: it ends before its own format "
+            "says. Compare its size or hash with the original, or save the model again."
+        )
+    return CaptureError(
+        f"The model {path} cannot be loaded: {line}. Where Python can load it, pass the model itself to "
+        "pumer_compile.capture."
+    )
+
+
+def _is_short(path: Path, error: Exception | None = None) -> bool:
+    """Whether a file of weights (safetensors, or what `torch.save` writes) ends before its own format says it does.
+
+    A pickle of the old format does not tell its length; there it is what the error of reading it says.
+    """
+    with path.open("rb") as file:
+        head = file.read(8)
+        if head.startswith(b"PK"):
+            return not zipfile.is_zipfile(path)
+        if head.startswith(b"\x80"):
+            return isinstance(error, EOFError) or any(w in str(error) for w in ("truncated", "Ran out of", "EOF"))
+        length = int.from_bytes(head, "little")
+        try:
+            entries = json.loads(file.read(length)) if len(head) == 8 and length < path.stat().st_size else None
+            ends = [e["data_offsets"][1] for name, e in (entries or {}).items() if name != "__metadata__"]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return False
+    return entries is None or 8 + length + max(ends, default=0) > path.stat().st_size
 
 
 # --- Files --------------------------------------------------------------------------------------------------
@@ -289,22 +412,20 @@ def _from_state_dict(
         )
     values = dict(inner or {}) if config is None else _read_config(config)
     model_class = _architecture(values, path if config is None else config)
+    refused = _drop_attention(values)
     try:
-        assert model_class.config_class is not None  # only PreTrainedModel itself has none
-        model_config = model_class.config_class.from_dict(values)
-        loaded = model_class.from_pretrained(
-            None,
-            config=model_config,
-            state_dict=dict(state_dict),
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-        )
+        settings = _config_of(model_class, values)
+        loaded = _from_pretrained(model_class, None, config=settings, state_dict=dict(state_dict))
+        if loaded[1]["missing_keys"]:
+            loaded = _unwrapped(loaded, state_dict, path)
     except PumerError:
         raise
     except Exception as error:
         raise _unreadable(path, error) from error
+    model = _complete(loaded, path)
+    _say_attention(refused, model, path)
     config_file = [] if config is None else [config / "config.json" if config.is_dir() else config]
-    return LoadedModel(path, kind, _sha256([path, *config_file]), _complete(loaded, path))
+    return LoadedModel(path, kind, _sha256([path, *config_file]), model)
 
 
 def _sha256(files: list[Path]) -> str:
@@ -331,7 +452,8 @@ def quiet() -> Iterator[None]:
     verbosity, progress = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     loggers = [logging.getLogger(name) for name in ("torch.export", "torch._export", "torch.fx")]
     levels = [logger.level for logger in loggers]
-    transformers_logging.set_verbosity_error()
+    # Its errors are raised as well.
+    transformers_logging.set_verbosity(logging.CRITICAL)
     transformers_logging.disable_progress_bar()
     for logger in loggers:
         logger.setLevel(logging.ERROR)

@@ -118,6 +118,80 @@ def test_frozen_weights_stay_frozen():
     assert model.embed.weight.grad is None and model.linear.weight.grad is not None
 
 
+def gradients(module, model, inputs):
+    """Of every parameter of the model, after a backward pass through the module."""
+    model.zero_grad(set_to_none=True)
+    output = module(**inputs)
+    (output.logits if hasattr(output, "logits") else output["scores"]).square().sum().backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def assert_same_gradients(module, model, inputs):
+    expected, found = gradients(model, model, inputs), gradients(module, model, inputs)
+    frozen = {name for name, gradient in expected.items() if gradient is None}
+    assert frozen and {name for name, gradient in found.items() if gradient is None} == frozen
+    assert len(frozen) < len(expected)
+    for name in expected.keys() - frozen:
+        torch.testing.assert_close(found[name], expected[name], atol=1e-5, rtol=1e-3)
+
+
+FREEZING = [torch.no_grad, torch.inference_mode, lambda: torch.set_grad_enabled(False)]
+
+
+@pytest.mark.parametrize("freezing", FREEZING)
+def test_a_decorated_part_of_a_transformers_model_stays_frozen(freezing):
+    model, inputs = tiny_vilt(), vilt_inputs()
+    for _, parameter in model.vilt.embeddings.named_parameters():
+        assert parameter.requires_grad
+    embed = model.vilt.embeddings.forward
+
+    @torch.no_grad()
+    def decorated(*args, **kwargs):
+        with freezing():
+            made = embed(*args, **kwargs)
+        return tuple(tensor.clone() for tensor in made)  # what is made in inference mode cannot be trained with
+
+    model.vilt.embeddings.forward = decorated
+    assert_same_gradients(capture(model, inputs).module, model, inputs)
+
+
+class Tower(nn.Module):
+    """A plain model with a frozen part, through which what trains passes as well."""
+
+    def __init__(self, freezing):
+        super().__init__()
+        self.embed, self.tower = nn.Embedding(20, 8), nn.Linear(8, 8)
+        self.head, self.freezing = nn.Linear(8, 3), freezing
+
+    def forward(self, ids, weight):
+        hidden = self.embed(ids)
+        with self.freezing():
+            seen, passed = self.tower(hidden).relu().clone(), hidden
+            with torch.enable_grad():
+                trained = self.head(hidden) if self.freezing is not torch.inference_mode else 0
+        return {"scores": self.head(seen.clone() * passed + weight[:, None]) + trained}
+
+
+@pytest.mark.parametrize("freezing", FREEZING)
+@pytest.mark.parametrize("dynamic_batch", [False, True])
+def test_a_part_of_a_plain_module_stays_frozen(freezing, dynamic_batch):
+    model, inputs = Tower(freezing), plain_inputs()
+    enter = torch.inference_mode.__enter__
+    program = capture(model, inputs, dynamic_batch=dynamic_batch)
+    assert torch.inference_mode.__enter__ is enter
+    assert_same_gradients(program.module, model, inputs)
+    assert all(name.startswith("aten.") for name in operators(program))
+
+
+def test_the_grad_mode_of_the_caller_does_not_matter():
+    model, inputs = Tower(torch.no_grad), plain_inputs()
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            program = capture(model, inputs)
+            assert not torch.is_grad_enabled()
+        assert_same_gradients(program.module, model, inputs)
+
+
 def test_no_checks_are_left():
     for model, inputs in ((tiny_vilt(), vilt_inputs()), (Classifier(), plain_inputs())):
         for dynamic_batch in (False, True):
@@ -180,6 +254,39 @@ def test_inputs_without_the_batch_stay_fixed():
     assert batch_inputs(sample) == ["input_ids"]
     assert batch_inputs({"x": torch.zeros(2), "y": torch.zeros(2, 3), "z": torch.zeros(7)}) == ["x", "y"]
     assert batch_inputs({"scale": torch.tensor(1.0)}) == []
+
+
+class Adapted(nn.Module):
+    """A wrapper, as adapters make one: it hands on whatever it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = Classifier()
+
+    def forward(self, *args, **kwargs):
+        return self.inner(*args, **kwargs)
+
+
+class Extended(Adapted):
+    """Some inputs by name, the others as they come."""
+
+    def forward(self, weight, **others):
+        return self.inner(weight=weight, **others)
+
+
+@pytest.mark.parametrize("kind", [Adapted, Extended])
+@pytest.mark.parametrize("dynamic_batch", [False, True])
+def test_inputs_that_a_forward_takes_as_keywords(kind, dynamic_batch):
+    model, inputs = kind().eval(), plain_inputs(3)
+    program = capture(model, inputs, dynamic_batch=dynamic_batch)
+    placeholders = [node.target for node in program.module.graph.find_nodes(op="placeholder")]
+    assert sorted(placeholders) == ["ids", "weight"] and list(program.inputs) == placeholders
+    assert "forward" not in vars(model)
+    for rows in (1, 4) if dynamic_batch else (3,):
+        given = plain_inputs(rows)
+        expected = model(**given)["scores"]
+        torch.testing.assert_close(program.module(**given)["scores"], expected)
+        torch.testing.assert_close(program.module(**dict(reversed(given.items())))["scores"], expected)
 
 
 def test_a_model_that_reads_the_batch_as_a_number():
@@ -398,6 +505,60 @@ def test_guards_are_stripped_with_and_without_torchs_own_switch(has_parameter, m
     assert not hasattr(module, "_guards_fn")
     assert not [node for node in module.graph.nodes if node.op == "call_module"]
     assert module(**plain_inputs(9))["scores"].shape == (9, 3)
+
+
+class Trained(nn.Module):
+    """What differs in train mode, one operator at a time."""
+
+    def __init__(self, kind, rate=0.5):
+        super().__init__()
+        self.norm, self.own = nn.BatchNorm1d(4), nn.BatchNorm1d(4, track_running_stats=False)
+        self.lstm, self.slopes = nn.LSTM(4, 4, 2, dropout=rate, batch_first=True), nn.RReLU()
+        self.attention = nn.MultiheadAttention(4, 2, dropout=rate, batch_first=True)
+        self.dropout, self.kind = nn.Dropout(rate), kind
+
+    def forward(self, x):
+        return getattr(self, self.kind)(x)
+
+    def attend(self, x):
+        return self.attention(x, x, x, need_weights=False)[0]
+
+    def recur(self, x):
+        return self.lstm(x)[0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "operator", "fault"),
+    [
+        ("dropout", "aten.dropout.default", "drops at random .rate 0.5."),
+        ("attend", "aten.scaled_dot_product_attention.default", "drops at random .rate 0.5."),
+        ("recur", "aten.lstm.input", "drops at random .rate 0.5."),
+        ("norm", "aten.batch_norm.default", "takes the statistics of the batch"),
+        ("slopes", "aten.rrelu.default", "draws random slopes"),
+    ],
+)
+def test_an_archive_exported_in_train_mode(kind, operator, fault):
+    inputs = {"x": torch.randn(2, 4, 4)}
+    with pytest.raises(CaptureError, match=rf"{operator} \(node \w+, .*test_capture.py:\d+\) {fault}") as error:
+        capture(torch.export.export(Trained(kind).train(), (), inputs))
+    assert "model.eval()" in one_paragraph(error)
+    capture(torch.export.export(Trained(kind).eval(), (), inputs))
+
+
+def test_what_draws_nothing_in_train_mode_is_taken():
+    inputs = {"x": torch.randn(2, 4, 4)}
+    for kind, rate in (("dropout", 0.0), ("attend", 0.0), ("recur", 0.0), ("own", 0.5)):
+        capture(torch.export.export(Trained(kind, rate).train(), (), inputs))
+
+
+def test_dropout_that_eval_does_not_stop():
+    class Always(nn.Module):
+        def forward(self, x):
+            return nn.functional.dropout(x, 0.5)
+
+    with pytest.raises(CaptureError, match=r"aten.dropout.default .* follow self.training") as error:
+        capture(Always(), {"x": torch.ones(2, 3)})
+    one_paragraph(error)
 
 
 def test_exported_programs_that_do_not_fit():
