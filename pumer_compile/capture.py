@@ -23,6 +23,7 @@ from transformers.exporters.exporter_dynamo import DynamoExporter
 from transformers.exporters.utils import apply_patches
 
 from . import frontends  # noqa: F401  (importing it registers the rewrites that tracing needs)
+from .blocks import inline_blocks
 from .errors import CaptureError, PumerError, UsageError
 from .inputs import (
     check_exported_inputs,
@@ -238,6 +239,7 @@ def plain_graph_module(exported: ExportedProgram) -> fx.GraphModule:
         if node.target in _CHECKS or (node.op == "call_module" and node.target == "_guards_fn"):
             _erase(node)
     module = fx.GraphModule(unlifted, unlifted.graph)
+    inline_blocks(module)
     for name, _ in list(module.named_buffers()):
         if name not in exported.state_dict:
             owner, _, buffer = name.rpartition(".")
