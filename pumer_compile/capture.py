@@ -235,11 +235,11 @@ def plain_graph_module(exported: ExportedProgram) -> fx.GraphModule:
     """
     with_parameter = "check_guards" in inspect.signature(exported.module).parameters
     unlifted = exported.module(check_guards=False) if with_parameter else exported.module()
+    inline_blocks(unlifted)
     for node in list(unlifted.graph.nodes):
         if node.target in _CHECKS or (node.op == "call_module" and node.target == "_guards_fn"):
             _erase(node)
     module = fx.GraphModule(unlifted, unlifted.graph)
-    inline_blocks(module)
     for name, _ in list(module.named_buffers()):
         if name not in exported.state_dict:
             owner, _, buffer = name.rpartition(".")

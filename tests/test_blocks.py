@@ -38,7 +38,7 @@ class Blocks(nn.Module):
             with torch.autocast("cpu", enabled=False):
                 exact = self.second(x) @ x.transpose(1, 2)
             left, right = (exact + product).cumsum(-1).chunk(2, -1)
-            loss = F.mse_loss(y, x)
+            loss = F.mse_loss(y, x.double().float())
         with torch.no_grad():
             frozen, passed = self.third(x), x
             halves = frozen.chunk(2, -1)
@@ -71,6 +71,7 @@ def exported(model: nn.Module, x: Tensor, batch: bool = False) -> fx.GraphModule
 
 def assert_plain(module: fx.GraphModule) -> None:
     calls = [n.target for n in module.graph.nodes if n.op == "call_function"]
+    assert aten._assert_tensor_metadata.default not in calls
     assert all(isinstance(target, torch._ops.OpOverload) or target is operator.getitem for target in calls), calls
 
 
