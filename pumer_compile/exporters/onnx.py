@@ -43,6 +43,7 @@ from ..schedule import Schedule
 from .base import Evidence, Options, Precision, Writer
 from .lean import LEAN, PAYS, make_lean
 from .manifest import KEY
+from .masked_writes import spell_out_masked_writes
 from .quantize import QuantizeMode, calibration_batches, check_environment, check_options, quantize_onnx
 from .session import OnnxSession, twin_of
 
@@ -186,6 +187,7 @@ def reduced_export(
     names = artifact_outputs(module, program.inputs)
     twin, decisions = with_decisions(module, names)
     without_inputs(twin, program.fixed)
+    spell_out_masked_writes(twin)
     read = {name: tensor for name, tensor in program.inputs.items() if name not in program.fixed}
     exported = torch.export.export(twin, args=(), kwargs=read, dynamic_shapes=dynamic_shapes, strict=False)
     return exported, names, decisions
