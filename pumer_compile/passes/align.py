@@ -51,7 +51,12 @@ class Aligner:
 
     def _sum(self, walk: Rewriter, node: fx.Node, source: fx.Node, targets: dict[int, Epochs]) -> fx.Node:
         """A mask and a bias in one: each is aligned as what it is, and put together again."""
-        key = (source, walk.env[source], "sum", *((i, *sorted(target.items())) for i, target in sorted(targets.items())))
+        key = (
+            source,
+            walk.env[source],
+            "sum",
+            *((i, *sorted(target.items())) for i, target in sorted(targets.items())),
+        )
         if key not in self._aligned:
             inputs = {}
             for x in source.all_input_nodes:

@@ -16,6 +16,7 @@ from .graph import depends_on_input, values
 from .masks import ADD, RESHAPES, is_pointwise
 from .rules import argument, aten, broadcast, list_arg, overloads, shape, wrap
 
+_PASSES = RESHAPES | {aten.squeeze.dim, aten.unsqueeze.default}
 _LINEAR = {aten.linear.default, aten.addmm.default, aten.matmul.default, aten.mm.default}
 _NORMS = frozenset({aten.layer_norm.default, aten.rms_norm.default})
 _LENGTHS = frozenset({aten.linalg_vector_norm.default, *overloads("norm")})
@@ -45,7 +46,7 @@ def carrier_of(context: fx.Node) -> tuple[fx.Node | None, str]:
         (user,) = users
         if _projects(user, node):
             projected = True
-        elif user.target not in RESHAPES and not (user.op == "call_function" and is_pointwise(user)):
+        elif user.target not in _PASSES and not (user.op == "call_function" and is_pointwise(user)):
             return None, f"{user.name} ({user.target}) stands between the attention and a residual addition"
         node = user
 
@@ -132,4 +133,8 @@ def _rescales(node: fx.Node, region: set[fx.Node]) -> bool:
 def _is_linear(node: fx.Node, source: fx.Node) -> bool:
     """Whether a value is a multiple of another one, moved: a mean of tokens comes through it."""
     given = [x for x in node.args[:2] if x is source]
-    return node.target in _LINEAR_IN_NORMS and len(given) == 1 and (node.target not in _QUOTIENTS or node.args[0] is source)
+    return (
+        node.target in _LINEAR_IN_NORMS
+        and len(given) == 1
+        and (node.target not in _QUOTIENTS or node.args[0] is source)
+    )

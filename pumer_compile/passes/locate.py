@@ -297,12 +297,13 @@ def _applied(node: fx.Node, scores: fx.Node, below: _Scores, reader: MaskReader)
         if added.masks or below.added.masks:
             return replace(below, added=below.added + added)
         return replace(below, scores=node)  # a bias belongs to the scores
+    if added is not None:
+        return replace(below, unusual=_not_known(node, added.unknown))
     if below.added.masks and node.target not in KEEPS_VALUES:
-        why = f"{node.name} ({node.target}) changes its scores after the mask is applied"
-        return replace(below, unusual=why if added is None else _not_known(node, added.unknown))
+        return replace(below, unusual=f"{node.name} ({node.target}) changes its scores after the mask is applied")
     strange = [n.name for n in node.all_input_nodes if n is not scores and _data(n)]
     if strange:
-        return replace(below, unusual=_not_known(node, strange[0] if added is None else added.unknown))
+        return replace(below, unusual=_not_known(node, strange[0]))
     return below if below.added.masks else replace(below, scores=node)
 
 

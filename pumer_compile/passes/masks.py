@@ -179,9 +179,11 @@ class MaskReader:
         return None
 
     def _is_mask(self, node: fx.Node) -> bool:
+        if self._called_mask(node):
+            return True
         found = self.possible(node)
         if found is None:
-            return self._called_mask(node) or _without_numbers(node)
+            return _without_numbers(node)
         hides = HIDES if depends_on_input(node) else LOW
         return bool(((found == 0) | (found <= hides)).all())
 
@@ -189,7 +191,8 @@ class MaskReader:
         """Whether a value is a floating-point input without known numbers that is called a mask, moved at most."""
         while node.target in KEEPS_VALUES | STRETCHES | _MOVES:
             node = node.all_input_nodes[0]
-        return node.op == "placeholder" and "mask" in str(node.target) and self._sample(node) is None
+        named = node.op == "placeholder" and values(node)[0].is_floating_point() and "mask" in str(node.target)
+        return named and self._sample(node) is None
 
     def _hides_somewhere(self, node: fx.Node) -> bool:
         """Whether a constant holds numbers that hide, among others that do not: a bias and a mask in one."""
@@ -209,8 +212,8 @@ class MaskReader:
         leaves = self._leaves(node)
         if leaves is None or prod(map(len, leaves.values())) > _GRID:
             return None
-        grid = torch.meshgrid(*leaves.values(), indexing="ij")
-        known: dict[fx.Node, Any] = {leaf: x.flatten() for leaf, x in zip(leaves, grid, strict=True)}
+        grid = torch.meshgrid(*(torch.arange(len(held)) for held in leaves.values()), indexing="ij")
+        known: dict[fx.Node, Any] = {x: leaves[x][i.flatten()] for x, i in zip(leaves, grid, strict=True)}
 
         def run(current: fx.Node) -> Tensor:
             if current not in known:
@@ -261,7 +264,11 @@ class MaskReader:
                 return _few(constant)
         if node.target in _JOINS:
             parts = [self.possible(x) for x in node.all_input_nodes]
-            return None if any(x is None for x in parts) else _few(torch.cat([x.to(dtype) for x in parts if x is not None]))
+            return (
+                None
+                if any(x is None for x in parts)
+                else _few(torch.cat([x.to(dtype) for x in parts if x is not None]))
+            )
         if node.target in _MOVES:
             found = self.possible(node.all_input_nodes[0])
             return None if found is None else _few(found.to(dtype))
