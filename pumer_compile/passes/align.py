@@ -12,10 +12,10 @@ from torch import fx
 from ..errors import AxisError
 from ..reducers import AlignAxis
 from ..reducers.align import AlignMode
-from .axes import Dim, Tokens, same_size
+from .axes import Dim, Same, Tokens, same_size
 from .graph import describe, values
 from .history import Epochs
-from .locate import alike_for_queries
+from .masks import alike_for_queries
 from .rules import aten, shape
 
 if TYPE_CHECKING:
@@ -38,6 +38,8 @@ class Aligner:
         """The newest value of `source`, brought to the target epochs of each dimension."""
         value = walk.env[source]
         rank = len(shape(source))
+        if source in walk.sums:
+            return self._sum(walk, node, source, targets)
         if rank > 2 and source in walk.masks and rank - 2 in targets and alike_for_queries(source):
             return self._alike(walk, node, source, targets)
         for index, target in sorted(targets.items()):
@@ -46,6 +48,22 @@ class Aligner:
                 self._aligned[key] = self._emit(walk, node, source, value, index, target)
             value = self._aligned[key]
         return value
+
+    def _sum(self, walk: Rewriter, node: fx.Node, source: fx.Node, targets: dict[int, Epochs]) -> fx.Node:
+        """A mask and a bias in one: each is aligned as what it is, and put together again."""
+        key = (
+            source,
+            walk.env[source],
+            "sum",
+            *((i, *sorted(target.items())) for i, target in sorted(targets.items())),
+        )
+        if key not in self._aligned:
+            inputs = {}
+            for x in source.all_input_nodes:
+                wanted = _input_targets(walk, source, x, targets)
+                inputs[x] = self.value(walk, node, x, wanted) if wanted else walk.env[x]
+            self._aligned[key] = walk.recomputed(source, inputs, targets)
+        return self._aligned[key]
 
     def _alike(self, walk: Rewriter, node: fx.Node, source: fx.Node, targets: dict[int, Epochs]) -> fx.Node:
         """A mask whose rows are all the same: one row is aligned, and stretched over the queries that are left."""
@@ -143,3 +161,14 @@ class Aligner:
                 composed = walk.call(aten.matmul.default, step.map, composed)
             self._maps[key] = composed
         return self._maps[key]
+
+
+def _input_targets(walk: Rewriter, source: fx.Node, x: fx.Node, targets: dict[int, Epochs]) -> dict[int, Epochs]:
+    """The epochs that the dimensions of an input need, for those of what is computed from it to be at given ones."""
+    found: dict[int, Epochs] = {}
+    for constraint in walk.annotation.constraints.get(source, []):
+        if isinstance(constraint, Same):
+            for mine, other in ((constraint.a, constraint.b), (constraint.b, constraint.a)):
+                if mine.node is source and mine.index in targets and other.node is x:
+                    found[other.index] = targets[mine.index]
+    return {index: target for index, target in found.items() if walk.history.behind(Dim(x, index), target)}

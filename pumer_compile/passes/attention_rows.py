@@ -10,7 +10,7 @@ from ..reducers import TextRowsAttention
 from .graph import values
 from .locate import Attention
 from .rewrite import Rewriter
-from .rules import aten
+from .rules import argument, aten
 
 
 def attention_rows(walk: Rewriter, attention: Attention, rows: tuple[int, int], name: str) -> fx.Node:
@@ -35,7 +35,8 @@ def attention_rows(walk: Rewriter, attention: Attention, rows: tuple[int, int], 
         raise LocateError(f"Site {attention.described} cannot be reduced, because {attention.unusual}.")
     assert attention.key is not None
     query = walk.call(aten.slice.Tensor, walk.env[attention.query], 2, *rows)
-    mask = [walk.used.get((attention.context, m.node), walk.env[m.node]) for m in attention.masks]
+    given = argument(attention.context, 3, "attn_mask")
+    mask = [walk.used.get((attention.context, given), walk.env[given])] if isinstance(given, fx.Node) else []
     scale = attention.context.kwargs.get("scale")
     module = TextRowsAttention(scale if isinstance(scale, float) else None, rows)
     return walk.call_module(name, module, query, walk.env[attention.key], *mask)

@@ -19,7 +19,7 @@ from .graph import ancestors, describe, values
 from .history import Epochs, Step
 from .insert import Insertions, SiteInsertion, make_reducer
 from .last_query import KeepForLastQuery
-from .locate import Attention
+from .locate import NOT_KNOWN, Attention
 from .rewrite import Rewriter
 from .rules import aten, shape
 from .visual import DropSeparators, SelectVisual, counted_anew
@@ -85,13 +85,19 @@ class _Emitter:
         return None
 
     def _from_mask(self, walk: Rewriter, stream: str, reader: Attention) -> fx.Node | None:
-        covering = [m for m in reader.masks if stream in _key_streams(walk, m.node)]
+        if NOT_KNOWN in reader.unusual:
+            raise LocateError(
+                f"Whether the attention {reader.described} hides padding cannot be told, because {reader.unusual}. "
+                "Hide keys with a boolean mask (masked_fill, where), or add 0 and -inf; or use semantics `paper`, "
+                "which knows no padding."
+            )
+        covering = [m for m in reader.masks if m.of_input and stream in _key_streams(walk, m.node)]
         if not covering:
             return None
         if len(covering) > 1:
             raise LocateError(
                 f"The attention {reader.described} adds several masks ({', '.join(m.node.name for m in covering)}); "
-                "which of them marks padding cannot be told."
+                "which of them marks padding cannot be told. Join them into one before the attention."
             )
         (mask,) = covering
         rank = len(shape(mask.node))
@@ -137,9 +143,12 @@ class _PublishedSoftmax(_Emitter):
         if not attention.fused:
             assert attention.scores is not None and attention.probabilities is not None
             walk.history.adopt_epochs(attention.probabilities, attention.scores)
-            exact = walk.call_module(name, module, walk.env[attention.scores], *present)
+            scores = walk.env[attention.scores]
         else:
-            exact = walk.call_module(name, module, scaled_scores(walk, attention), *present)
+            scores = scaled_scores(walk, attention)
+        for bias in attention.biases:
+            scores = walk.call(aten.add.Tensor, scores, self._aligned(walk, bias))
+        exact = walk.call_module(name, module, scores, *present)
         # A reducer decides by what the softmax gives before it is rounded to the model's dtype.
         walk.probabilities[attention.context] = exact
         dtype = values(attention.query)[0].dtype
@@ -150,6 +159,15 @@ class _PublishedSoftmax(_Emitter):
         assert isinstance(value, fx.Node)
         walk.history.adopt_epochs(attention.context, attention.query)
         return walk.call(aten.matmul.default, probabilities, walk.env[value])
+
+    def _aligned(self, walk: Rewriter, bias: fx.Node) -> fx.Node:
+        """A bias at the epochs of queries and keys."""
+        attention, rank, targets = self.attention, len(shape(bias)), dict[int, Epochs]()
+        for index, dim in ((rank - 2, attention.query_dim), (rank - 1, attention.key_dim)):
+            epochs = walk.history.at(dim)
+            if index >= 0 and walk.history.behind(Dim(bias, index), epochs):
+                targets[index] = epochs
+        return walk.aligner.value(walk, attention.context, bias, targets)
 
     def _check(self) -> None:
         attention = self.attention

@@ -16,7 +16,7 @@ from ..schedule import Schedule, Site
 from .annotate import Annotation
 from .axes import Dim, Tokens
 from .graph import ancestors, describe
-from .locate import Attention, choose
+from .locate import NOT_KNOWN, Attention, choose
 from .prompt import Mark
 from .rewrite import Rewriter, inside
 from .rules import shape
@@ -202,10 +202,10 @@ def modalities(annotation: Annotation, axis: Tokens) -> set[str]:
 def _check_masks(attentions: list[Attention]) -> None:
     """From the first site on, a mask that is not understood could not be aligned."""
     for attention in attentions:
-        if "no known mask" in attention.unusual:
+        if NOT_KNOWN in attention.unusual:
             raise LocateError(
                 f"The attention {attention.described} cannot follow a reducer, because "
-                f"{attention.unusual}: add a mask, or use masked_fill or where."
+                f"{attention.unusual}. Hide keys with a boolean mask (masked_fill, where), or add 0 and -inf."
             )
 
 

@@ -2,72 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor, fx
 
 from ..errors import LocateError
 from ..reducers.align import MaskKind
 from .annotate import Annotation
-from .axes import Dim, Fixed, Segment, Tokens, same_size
-from .graph import (
-    ancestors,
-    constant_value,
-    content_inputs,
-    depends_on_input,
-    depends_on_parameter,
-    module_path,
-    values,
-)
-from .rules import argument, aten, broadcast, rule_for, shape, wrap
+from .axes import Dim, Fixed, Segment, Tokens
+from .carrier import carrier_of
+from .graph import ancestors, depends_on_parameter, describe, module_path, values
+from .masks import ADD, KEEPS_VALUES, MASKED_FILL, RESHAPES, STRETCHES, WHERE, Addends, Mask, MaskReader, is_pointwise
+from .rules import argument, aten, shape, wrap
 
 _PRODUCTS = {aten.matmul.default, aten.bmm.default}
 _SOFTMAX = {aten.softmax.int, aten._softmax.default}
 _SDPA = aten.scaled_dot_product_attention.default
-_ADD = {aten.add.Tensor, aten.add_.Tensor}
-_MASKED_FILL = {
-    aten.masked_fill.Scalar,
-    aten.masked_fill.Tensor,
-    aten.masked_fill_.Scalar,
-    aten.masked_fill_.Tensor,
-}
-_WHERE = {aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf}
-_STRETCHES = {aten.expand.default, aten.expand_as.default, aten.unsqueeze.default, aten.squeeze.dim, aten.slice.Tensor}
-_KEEPS_VALUES = {
-    aten.to.dtype,
-    aten.to.device,
-    aten.to.dtype_layout,
-    aten.dropout.default,
-    aten.contiguous.default,
-    aten.clone.default,
-    aten.alias.default,
-}
-_RESHAPES = {
-    aten.transpose.int,
-    aten.permute.default,
-    aten.view.default,
-    aten.reshape.default,
-    aten.flatten.using_ints,
-    aten.contiguous.default,
-    aten.clone.default,
-}
-_LINEAR = {aten.linear.default, aten.addmm.default, aten.matmul.default, aten.mm.default}
-_NORMS = {aten.layer_norm.default, aten.rms_norm.default}
-
-
-@dataclass(frozen=True)
-class Mask:
-    """A mask and how it reads: `additive` to the scores, or boolean: true means `keep` or `drop`."""
-
-    node: fx.Node
-    kind: MaskKind
-
-    @property
-    def by_query(self) -> bool:
-        """Whether it may differ from query to query, as a causal mask does."""
-        return not alike_for_queries(self.node)
+NOT_KNOWN = "no known mask"
+"""What `Attention.unusual` says where something is added to scores that is neither a mask nor a bias."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +38,8 @@ class Attention:
         key: `[batch, heads, keys, head_size]` of a fused attention, else None.
         scores: scaled scores before any mask (None where fused).
         masks: innermost first.
+        biases: what is added to the scores beside the masks and is not among `scores`.
+        sums: values that hold masks and biases in one.
         unusual: why its softmax cannot be replaced or its rows recomputed, or ''.
         probabilities: the softmax node (None where fused).
         context: probabilities times values, `[batch, heads, queries, head_size]`.
@@ -100,6 +55,8 @@ class Attention:
     key: fx.Node | None
     scores: fx.Node | None
     masks: tuple[Mask, ...]
+    biases: tuple[fx.Node, ...]
+    sums: tuple[fx.Node, ...]
     unusual: str
     probabilities: fx.Node | None
     context: fx.Node
@@ -147,16 +104,24 @@ class Attention:
         return f"{self.site} ({self.module})"
 
 
-def locate(module: fx.GraphModule, annotation: Annotation) -> list[Attention]:
+def locate(
+    module: fx.GraphModule, annotation: Annotation, inputs: Mapping[str, Tensor] | None = None
+) -> list[Attention]:
     """Every attention over token axes, in execution order.
+
+    Args:
+        module: whose graph is not changed.
+        annotation: its axes.
+        inputs: the sample; see `MaskReader`.
 
     Raises:
         LocateError: the graph has no attention over tokens at all.
     """
     found: list[Attention] = []
     counts: dict[str, int] = {}
+    reader = MaskReader(inputs)
     for node in module.graph.nodes:
-        attention = _match(node, annotation, counts, found)
+        attention = _match(node, annotation, reader, counts, found)
         if attention is not None:
             found.append(attention)
     if not found:
@@ -190,11 +155,13 @@ def choose(attentions: list[Attention], site: str) -> list[Attention]:
     raise LocateError(f"The schedule names {site}, which this graph does not have. Its attention sites: {have}.{hint}")
 
 
-def _match(node: fx.Node, annotation: Annotation, counts: dict[str, int], earlier: list[Attention]) -> Attention | None:
+def _match(
+    node: fx.Node, annotation: Annotation, reader: MaskReader, counts: dict[str, int], earlier: list[Attention]
+) -> Attention | None:
     if node.target in _SOFTMAX:
-        parts = _unfused(node)
+        parts = _unfused(node, reader)
     elif node.target is _SDPA:
-        parts = _fused(node)
+        parts = _fused(node, reader)
     else:
         return None
     if parts is None:
@@ -211,7 +178,7 @@ def _match(node: fx.Node, annotation: Annotation, counts: dict[str, int], earlie
     group = "cross_modal" if len(together) > 1 else {"image": "vision"}.get(together[0], together[0])
     if not query_axis.streams:
         group = "readout"
-    carrier, why = _carrier(parts.context, annotation)
+    carrier, why = carrier_of(parts.context)
     path = module_path(node)
     again = _same_layer(path, parts.query, modalities, annotation, earlier)
     if again is None:
@@ -227,7 +194,9 @@ def _match(node: fx.Node, annotation: Annotation, counts: dict[str, int], earlie
         key_transposed=parts.key_transposed,
         key=parts.key,
         scores=parts.scores,
-        masks=parts.masks,
+        masks=parts.added.masks,
+        biases=parts.added.biases,
+        sums=parts.added.sums,
         unusual=parts.unusual,
         probabilities=parts.probabilities,
         context=parts.context,
@@ -263,41 +232,37 @@ class _Parts:
     key_transposed: fx.Node | None
     key: fx.Node | None
     scores: fx.Node | None
-    masks: tuple[Mask, ...]
+    added: Addends
     unusual: str
     probabilities: fx.Node | None
     context: fx.Node
     key_dim: tuple[fx.Node, int]
 
 
-def _fused(node: fx.Node) -> _Parts:
+def _fused(node: fx.Node, reader: MaskReader) -> _Parts:
     query, key = node.args[0], node.args[1]
     mask = argument(node, 3, "attn_mask")
     assert isinstance(query, fx.Node) and isinstance(key, fx.Node)
-    masks: tuple[Mask, ...] = ()
-    if isinstance(mask, fx.Node):
-        masks = (Mask(mask, "keep" if values(mask)[0].dtype == torch.bool else "additive"),)
-    unusual = ""
+    added = reader.addends(mask) if isinstance(mask, fx.Node) else Addends()
+    unusual = _not_known(node, added.unknown) if added.unknown else ""
     if argument(node, 5, "is_causal", False):
         unusual = "it is causal (`is_causal=True`), and reduced tokens have no order to be causal in"
-    elif node.kwargs.get("enable_gqa", False):
-        unusual = "its queries and keys have different numbers of heads (`enable_gqa=True`)"
-    return _Parts(query, None, key, None, masks, unusual, None, node, (key, len(shape(key)) - 2))
+    return _Parts(query, None, key, None, added, unusual, None, node, (key, len(shape(key)) - 2))
 
 
-def _unfused(node: fx.Node) -> _Parts | None:
+def _unfused(node: fx.Node, reader: MaskReader) -> _Parts | None:
     rank = len(shape(node))
     dim = node.args[1]
     if not isinstance(dim, int) or wrap(dim, rank) != rank - 1:
         return None
-    found = _scores(node.args[0])
+    found = _scores(node.args[0], reader)
     context = _context(node)
     if found is None or context is None:
         return None
     query, key_transposed = found.product.args[0], found.product.args[1]
     assert isinstance(query, fx.Node) and isinstance(key_transposed, fx.Node)
     return _Parts(
-        query, key_transposed, None, found.scores, found.masks, found.unusual, node, context, (node, rank - 1)
+        query, key_transposed, None, found.scores, found.added, found.unusual, node, context, (node, rank - 1)
     )
 
 
@@ -307,71 +272,68 @@ class _Scores:
 
     product: fx.Node
     scores: fx.Node
-    masks: tuple[Mask, ...] = ()
+    added: Addends = Addends()
     unusual: str = ""
 
 
-def _scores(node: object) -> _Scores | None:
+def _scores(node: object, reader: MaskReader) -> _Scores | None:
     if not isinstance(node, fx.Node) or node.op != "call_function":
         return None
     if node.target in _PRODUCTS:
         return _Scores(node, node)
-    if not _is_pointwise(node):
+    if not is_pointwise(node):
         return None
     for operand in node.all_input_nodes:
-        below = _scores(operand)
-        if below is None:
-            continue
-        mask = _mask(node, operand)
-        if mask is not None:
-            return replace(below, masks=(*below.masks, mask))
-        if below.masks and node.target not in _KEEPS_VALUES:
-            why = f"{node.name} ({node.target}) changes its scores after the mask is applied"
-            return replace(below, unusual=why)
-        strange = [n.name for n in node.all_input_nodes if n is not operand and _data(n)]
-        if strange:
-            why = f"{node.name} ({node.target}) applies {strange[0]} to its scores in a way that is no known mask"
-            return replace(below, unusual=why)
-        return below if below.masks else replace(below, scores=node)
+        below = _scores(operand, reader)
+        if below is not None:
+            return _applied(node, operand, below, reader)
     return None
 
 
-def _mask(node: fx.Node, scores: fx.Node) -> Mask | None:
-    """The mask that `node` applies to `scores`, if it does: a value computed without any learned parameter."""
-    if node.target in _ADD:
-        kind: MaskKind = "additive"
+def _applied(node: fx.Node, scores: fx.Node, below: _Scores, reader: MaskReader) -> _Scores:
+    """Scores with what one more operator does to them."""
+    added = _added(node, scores, reader)
+    if added is not None and not added.unknown:
+        if added.masks or below.added.masks:
+            return replace(below, added=below.added + added)
+        return replace(below, scores=node)  # a bias belongs to the scores
+    if added is not None:
+        return replace(below, unusual=_not_known(node, added.unknown))
+    if below.added.masks and node.target not in KEEPS_VALUES:
+        return replace(below, unusual=f"{node.name} ({node.target}) changes its scores after the mask is applied")
+    strange = [n.name for n in node.all_input_nodes if n is not scores and _data(n)]
+    if strange:
+        return replace(below, unusual=_not_known(node, strange[0]))
+    return below if below.added.masks else replace(below, scores=node)
+
+
+def _not_known(node: fx.Node, value: str) -> str:
+    return (
+        f"{describe(node)} applies {value} to its scores in a way that is {NOT_KNOWN}: not a boolean one, not one "
+        "made of 0 and very low numbers alone, and no learned or constant bias either"
+    )
+
+
+def _added(node: fx.Node, scores: fx.Node, reader: MaskReader) -> Addends | None:
+    """What `node` adds to `scores`, or hides of them; None where it does something else."""
+    if node.target in ADD:
         other = next((n for n in node.all_input_nodes if n is not scores), None)
-    elif node.target in _MASKED_FILL:
-        other, kind = node.args[1], "drop"  # type: ignore[assignment]  # a node, checked below
-    elif node.target in _WHERE:
-        other, kind = node.args[0], "keep" if node.args[1] is scores else "drop"  # type: ignore[assignment]  # as above
+        plain = other is not None and bool(shape(other)) and argument(node, 2, "alpha", 1) == 1
+        return reader.addends(other) if other is not None and plain else None
+    if node.target in MASKED_FILL:
+        mask, fill, kind = node.args[1], node.args[2], "drop"
+    elif node.target in WHERE:
+        mask, kind = node.args[0], "keep" if node.args[1] is scores else "drop"
+        fill = node.args[2 if kind == "keep" else 1]
     else:
         return None
-    return Mask(other, kind) if isinstance(other, fx.Node) and _data(other) else None
+    hidden = isinstance(mask, fx.Node) and _data(mask) and reader.hides(fill)
+    return Addends((Mask(mask, kind),)) if hidden else None  # type: ignore[arg-type]  # a node and a kind
 
 
 def _data(node: fx.Node) -> bool:
     """Whether a value has dimensions and is computed without any learned parameter."""
     return bool(values(node)) and bool(shape(node)) and not depends_on_parameter(node)
-
-
-def alike_for_queries(node: fx.Node) -> bool:
-    """Whether a value is the same along its last dimension but one: of size 1, or stretched from that."""
-    while values(node):
-        sizes = shape(node)
-        if len(sizes) < 2 or same_size(sizes[-2], 1):
-            return True
-        if node.target in (aten.expand.default, *_KEEPS_VALUES):
-            node = node.all_input_nodes[0]
-        elif not depends_on_input(node):
-            constant = constant_value(node)
-            if constant is None or constant.is_meta:  # a model planned without its numbers
-                return False
-            return bool((constant == constant[..., :1, :]).all())
-        else:
-            pointwise = node.op == "call_function" and _is_pointwise(node)
-            return pointwise and all(alike_for_queries(n) for n in content_inputs(node) if values(n))
-    return False
 
 
 def mask_kinds(attentions: list[Attention]) -> dict[fx.Node, MaskKind]:
@@ -383,16 +345,11 @@ def mask_kinds(attentions: list[Attention]) -> dict[fx.Node, MaskKind]:
         if node in kinds or not values(node):
             continue
         kinds[node] = kind
-        if node.target in _RESHAPES | _KEEPS_VALUES | _STRETCHES:
+        if node.target in RESHAPES | KEEPS_VALUES | STRETCHES:
             source = node.all_input_nodes[0]
             if values(source) and values(source)[0].dtype == values(node)[0].dtype:
                 stack.append((source, kind))
     return kinds
-
-
-def _is_pointwise(node: fx.Node) -> bool:
-    rule = rule_for(node)
-    return rule is not None and rule.__name__ == "pointwise"
 
 
 def _context(node: fx.Node) -> fx.Node | None:
@@ -400,44 +357,6 @@ def _context(node: fx.Node) -> fx.Node | None:
     for user in node.users:
         if user.target in _PRODUCTS and user.args[0] is node:
             return user
-        if user.op == "call_function" and _is_pointwise(user) and (found := _context(user)) is not None:
+        if user.op == "call_function" and is_pointwise(user) and (found := _context(user)) is not None:
             return found
     return None
-
-
-def _carrier(context: fx.Node, annotation: Annotation) -> tuple[fx.Node | None, str]:
-    """Follow the attention's output through its projection to the residual addition."""
-    node, projected = context, False
-    while True:
-        users = [u for u in node.users if has_value(u)]
-        residual = next((u for u in users if u.target in _ADD and _is_residual(u, node)), None)
-        if residual is not None and (projected or len(users) == 1):
-            return _after_norm(residual), ""
-        if len(users) != 1:
-            return None, f"{node.name} has {len(users)} uses and none of them is a residual addition"
-        (user,) = users
-        if user.target in _LINEAR and user.args[user.target is aten.addmm.default] is node:
-            projected = True
-        elif user.target not in _RESHAPES and not (user.op == "call_function" and _is_pointwise(user)):
-            return None, f"{user.name} ({user.target}) stands between the attention and a residual addition"
-        node = user
-
-
-def has_value(node: fx.Node) -> bool:
-    """Whether a node gives a tensor that others compute with."""
-    return any(isinstance(v, Tensor) for v in values(node))
-
-
-def _is_residual(add: fx.Node, branch: fx.Node) -> bool:
-    others: Iterator[fx.Node] = (n for n in add.all_input_nodes if n is not branch)
-    return any(
-        shape(other) == shape(branch) and len(list(broadcast(other, add))) == len(shape(add)) for other in others
-    )
-
-
-def _after_norm(add: fx.Node) -> fx.Node:
-    """The carrier: the addition, or the norm that is its only use (post-norm)."""
-    users = [u for u in add.users if has_value(u)]
-    if len(users) == 1 and users[0].target in _NORMS:
-        return users[0]
-    return add

@@ -101,7 +101,7 @@ def _annotate(state: State) -> int:
 
 def _locate(state: State) -> int:
     assert state.annotation is not None
-    state.attentions = locate(state.captured, state.annotation)
+    state.attentions = locate(state.captured, state.annotation, state.inputs)
     return len(state.attentions)
 
 
@@ -119,6 +119,7 @@ def _rewrite(state: State) -> int:
         state.captured,
         state.annotation,
         mask_kinds(state.attentions),
+        sums=frozenset(node for attention in state.attentions for node in attention.sums),
         layers=cross_modal_layers(state.attentions),
     )
     instead = actions_instead(insertions)

@@ -49,6 +49,7 @@ class Rewriter:
         source: captured graph module; it is not changed.
         annotation: its axes.
         masks: its attention masks and the values they are shaped from, which align by their kind.
+        sums: values that hold masks and biases in one; they are computed anew from aligned ones.
         env: newest new node of each captured node.
         history: the reducers so far, and which of them each value has seen.
         aligner: brings values from before a reducer to the tokens after it.
@@ -63,6 +64,7 @@ class Rewriter:
     source: fx.GraphModule
     annotation: Annotation
     masks: dict[fx.Node, MaskKind]
+    sums: frozenset[fx.Node] = frozenset()
     env: dict[fx.Node, fx.Node] = field(default_factory=dict)
     history: History = field(init=False)
     aligner: Aligner = field(default_factory=Aligner)
@@ -123,6 +125,19 @@ class Rewriter:
         if self._origin is not None:
             node.meta["stack_trace"] = self._origin.meta.get("stack_trace")
         return node
+
+    def recomputed(self, captured: fx.Node, inputs: dict[fx.Node, fx.Node], targets: dict[int, Epochs]) -> fx.Node:
+        """A captured node once more, of other inputs, with some of its dimensions at given epochs."""
+        before = {Dim(captured, index): self.history.at(Dim(captured, index)) for index in targets}
+        for dim, epochs in zip(before, targets.values(), strict=True):
+            self.history.record(dim, epochs)
+        new = self._mark(self.graph.node_copy(captured, lambda n: inputs.get(n, self.env[n])))
+        for constraint in self.annotation.constraints.get(captured, []):
+            self._literals(captured, new, constraint)
+        for dim, epochs in before.items():
+            self.history.epochs.pop(dim, None)
+            self.history.record(dim, epochs)
+        return new
 
     def pieces(self, captured: fx.Node, dim: int, value: fx.Node | None = None) -> dict[str, fx.Node]:
         """The segments of a value (None: the captured one's newest) along a captured one's dimension, by stream

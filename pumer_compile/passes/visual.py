@@ -20,7 +20,7 @@ from .axes import Dim, Tokens
 from .graph import describe, values
 from .history import Step
 from .insert import Insertions, SiteInsertion
-from .locate import Attention
+from .locate import NOT_KNOWN, Attention
 from .prompt import Mark
 from .rewrite import Rewriter
 from .rules import aten, shape
@@ -103,7 +103,7 @@ class SelectVisual:
                 "(vision_feature_select_strategy='default')."
             )
         rows = (0, 1) if learned else (0, total)
-        if attention.masks:
+        if attention.masks or NOT_KNOWN in attention.unusual:
             raise LocateError(
                 f"The attention {attention.described} of the vision tower has a mask; which tokens it lets vote is not "
                 "known."

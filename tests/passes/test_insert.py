@@ -365,6 +365,10 @@ class Masked(Fusion):
             scores = scores + mask + torch.ones(1, 1, n, n).tril().log()
         elif self.kind == "flat":
             scores = scores + torch.ones(n, n).tril().log()
+        elif self.kind == "two of inputs":
+            scores = scores + mask + mask.clamp(min=-1e30)
+        elif self.kind == "of one sample":
+            scores = scores + mask[0]
         context = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
         return self.finish(x + layer.attention.out(context), input_ids.shape[1])
 
@@ -377,8 +381,8 @@ class Masked(Fusion):
         ("flat", "published", "cannot have the published softmax, because its mask log differs from query to query"),
         ("two", "safe", "merges text tokens, but the mask log .* differs from query to query"),
         ("flat", "safe", "merges text tokens, but the mask log .* differs from query to query"),
-        ("two", "image only", "several masks"),
-        ("flat", "image only", "2 dimensions, not 4"),
+        ("two of inputs", "image only", "several masks"),
+        ("of one sample", "image only", "3 dimensions, not 4"),
     ],
 )
 def test_a_mask_that_cannot_be_read_as_padding(kind: str, semantics: str, says: str) -> None:
@@ -391,6 +395,29 @@ def test_a_mask_that_cannot_be_read_as_padding(kind: str, semantics: str, says: 
     wanted = wanted or schedule(image_only[semantics], (0,), prune=0.2, merge={"image": 0.3})
     with pytest.raises(LocateError, match=says):
         reduce_graph(captured, wanted)
+
+
+@pytest.mark.parametrize("kind", ["two", "flat"])
+def test_padding_is_read_from_a_mask_of_an_input_and_not_from_a_constant(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Masked, "kind", kind)
+    config = Config(layers=1)
+    inputs = inputs_for(config)
+    module = reduce_graph(capture(make(config, kind=Masked), inputs), schedule("safe", (0,), merge={"image": 4}))
+    seen: list[Tensor | None] = []
+    for node in module.graph.nodes:
+        if node.op == "call_module" and node.target.endswith("cross_modal_0.image"):
+            reducer = module.get_submodule(node.target)
+            reducer.register_forward_hook(lambda _, args, result: seen.append(args[2] if len(args) > 2 else None))
+    padding = [n for n in module.graph.nodes if n.op == "call_module" and ".weights." in n.target]
+    module(**inputs)
+    assert len(seen) == 1
+    if kind == "two":
+        assert seen[0] is not None and bool((seen[0] == 1).all())
+        assert padding and all("log" not in n.args[0].name for n in padding)
+    else:
+        assert seen[0] is None and not padding
 
 
 def test_attention_without_a_head_dimension_is_refused_in_words() -> None:

@@ -135,12 +135,12 @@ ATTENTIONS = {
     ),
     "two masks": (
         lambda m, q, k, v: (
-            (scores(q, k) + torch.zeros(1, 1, 1, 13)).masked_fill(torch.ones(13) < 0, -9.0).softmax(-1) @ v
+            (scores(q, k) + torch.zeros(1, 1, 1, 13)).masked_fill(torch.ones(13) < 0, -1e4).softmax(-1) @ v
         ),
         2,
     ),
     "where": (
-        lambda m, q, k, v: torch.where(torch.ones(1, 1, 1, 13) > 0, scores(q, k), -9.0).softmax(-1) @ v,
+        lambda m, q, k, v: torch.where(torch.ones(1, 1, 1, 13) > 0, scores(q, k), -1e4).softmax(-1) @ v,
         1,
     ),
     "fused": (lambda m, q, k, v: F.scaled_dot_product_attention(q, k, v), 0),
@@ -244,9 +244,9 @@ def additive(mask: Tensor) -> Tensor:
 POLARITIES = {
     "added": (lambda q, k, v, m: (scores(q, k) + additive(m)).softmax(-1) @ v, "additive"),
     "added on the left": (lambda q, k, v, m: (additive(m) + scores(q, k)).softmax(-1) @ v, "additive"),
-    "filled": (lambda q, k, v, m: scores(q, k).masked_fill(~m, -9.0).softmax(-1) @ v, "drop"),
-    "where kept": (lambda q, k, v, m: torch.where(m, scores(q, k), -9.0).softmax(-1) @ v, "keep"),
-    "where dropped": (lambda q, k, v, m: torch.where(~m, -9.0, scores(q, k)).softmax(-1) @ v, "drop"),
+    "filled": (lambda q, k, v, m: scores(q, k).masked_fill(~m, -1e4).softmax(-1) @ v, "drop"),
+    "where kept": (lambda q, k, v, m: torch.where(m, scores(q, k), -1e4).softmax(-1) @ v, "keep"),
+    "where dropped": (lambda q, k, v, m: torch.where(~m, -1e4, scores(q, k)).softmax(-1) @ v, "drop"),
     "fused boolean": (lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, attn_mask=m), "keep"),
     "fused additive": (lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, additive(m)), "additive"),
 }
