@@ -1,4 +1,4 @@
-"""Write the figures of the README and of docs/lean.md from the results files, so that no number is typed by hand.
+"""Write the figures of the README and of pages of docs/ from the results files, so that no number is typed by hand.
 
 python -m benchmarks.readme
 """
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.lean import gain
+from benchmarks.mutation import table
 from examples.easy_vqa.results import render_table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -159,6 +160,11 @@ def lean() -> str:
     return "\n".join(lines) + "\n"
 
 
+def mutation() -> str:
+    """Which mutants the proof refuses."""
+    return table(json.loads((ROOT / "benchmarks/results/mutation.json").read_text(encoding="utf-8"))["rows"]) + "\n"
+
+
 ROWS = {"none": "unreduced", "reduced": "reduced, none of them", "taken": "reduced, as it is compiled"}
 
 
@@ -174,6 +180,7 @@ def fill(text: str, name: str, content: str) -> str:
 SECTIONS = {
     "README.md": (easy_vqa, distillation, quantization, engines, performance, torch_compile),
     "docs/lean.md": (lean,),
+    "docs/proof.md": (mutation,),
 }
 """What each page holds, between marks named after the functions."""
 

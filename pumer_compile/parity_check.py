@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -224,15 +224,13 @@ class _Comparison:
     atol: float | Mapping[str, float] | None
     rtol: float | Mapping[str, float] | None
     decisions: set[str]
-    names: list[str] = field(default_factory=list)
     taken: int = 0  # batches
 
     def run(self, batch: Mapping[str, Tensor]) -> _EagerRun:
         """Eager PyTorch, left alone."""
-        self.names = self.names or artifact_outputs(self.eager, batch)
         with noted_decisions(self.eager) as own:
             leaves = _eager_leaves(self.eager, batch)
-        return _EagerRun(batch, dict(zip(self.names, leaves, strict=True)), own)
+        return _EagerRun(batch, dict(zip(artifact_outputs(self.eager, batch), leaves, strict=True)), own)
 
     def judge(
         self,
@@ -269,7 +267,7 @@ class _Comparison:
         """The artifact's outputs that can be compared; the others are faults."""
         fitting = {}
         for name in [*eager, *(n for n in artifact if n not in eager)]:
-            fault = self._misfit(name, artifact.get(name), eager.get(name))
+            fault = self._misfit(name, artifact.get(name), eager.get(name)) or _unknown(name, eager)
             if fault and fault not in self.report.faults:
                 self.report.faults.append(fault)
             if not fault:
@@ -280,7 +278,7 @@ class _Comparison:
         if given is None:
             return f"the artifact gives no output {name}, which the model gives"
         if wanted is None:
-            return f"the artifact gives an output {name}, and the model gives {', '.join(self.names)}"
+            return ""
         if given.shape != wanted.shape:
             return f"output {name} has shape {list(given.shape)}, and {list(wanted.shape)} in eager PyTorch"
         floating = np.issubdtype(wanted.dtype, np.floating)
@@ -299,7 +297,7 @@ class _Comparison:
         with forced_decisions(self.eager, wanted) as forcings:
             leaves = _eager_leaves(self.eager, run.batch)
         compared = {name: f.comparison for name, f in forcings.items() if f.comparison is not None}
-        return dict(zip(self.names, leaves, strict=True)), compared
+        return dict(zip(run.outputs, leaves, strict=True)), compared
 
     def _wanted(self, chosen: Arrays, size: int) -> dict[str, Decisions]:
         """The artifact's decisions by reducer; a row's `fault` says where they cannot be."""
@@ -399,6 +397,10 @@ class _Comparison:
         # Tolerances of the user's own are the whole of the judgement.
         norm = self.default.norm if self.atol is None and self.rtol is None else math.inf
         return OutputReport(name, against, judged, atol, rtol, norm=norm)
+
+
+def _unknown(name: str, eager: Arrays) -> str:
+    return "" if name in eager else f"the artifact gives an output {name}, and the model gives {', '.join(eager)}"
 
 
 def _of(tolerance: float | Mapping[str, float] | None, name: str, default: float) -> float:
