@@ -20,7 +20,7 @@ from torch._dynamo.backends.registry import lookup_backend
 
 from . import backend_dynamo as dynamo
 from .backend_causal import spell_out_causal
-from .backend_graph import DynamoGraph, may_attend
+from .backend_graph import Cut, DynamoGraph, may_attend
 from .backend_prompt import (
     Compiled,
     PromptGraph,
@@ -31,9 +31,11 @@ from .backend_prompt import (
     run_while_tracing,
     scatters,
 )
-from .backend_text import plan_padding
+from .backend_text import plan_padding, with_labels
+from .backend_unpad import check_numbers, check_places, output_cuts, padded_streams
 from .errors import LocateError, PlanError, UsageError, VerifyError
 from .frontends import install_for_dynamo
+from .passes.annotate import annotate
 from .passes.locate import choose
 from .passes.pipeline import LOSSLESS, PASSES, State, run_passes
 from .schedule import Merge, Schedule, as_trained, trained_with
@@ -163,7 +165,11 @@ def _reduced(graph: DynamoGraph, options: Options, schedule: Schedule | None, wh
     if options.text_length is not None:
         configs = list(dynamo.model_configs(graph.module.graph))
         graph.padding = plan_padding(graph, options.text_length, _first(configs, "pad_token_id") or 0)
+    if graph.padding is not None:
+        check_numbers(graph)
     lowered, inputs = graph.lower()
+    if graph.padding is not None:
+        graph.padding = with_labels(graph.padding, lowered)
     if reduces_prompts(schedule):
         spell_out_causal(lowered, graph.mode)
     unknown = [name for name in options.streams if name not in inputs]
@@ -172,7 +178,7 @@ def _reduced(graph: DynamoGraph, options: Options, schedule: Schedule | None, wh
     state = State(lowered, schedule or default_schedule([0]), dict(inputs), dict(options.streams))
     with enable_python_dispatcher():  # which shapes with an open batch need
         if state.schedule.method == "lossless":
-            return graph.restore(_lossless(state, where))
+            return graph.restore(_lossless(state, where), cuts=_cuts(graph, state))
         _find_attentions(state)
         if schedule is None:
             state.schedule = _default(state)
@@ -181,7 +187,19 @@ def _reduced(graph: DynamoGraph, options: Options, schedule: Schedule | None, wh
         run_passes(state, _FROM_SITES)
     assert state.reduced is not None
     _say_counts(state, where)
-    return graph.restore(state.reduced, lowered if state.schedule.outputs == "restored" else None)
+    return graph.restore(state.reduced, lowered if state.schedule.outputs == "restored" else None, _cuts(graph, state))
+
+
+def _cuts(graph: DynamoGraph, state: State) -> dict[int, list[Cut]]:
+    """The padding of texts that outputs hold; a padded graph that reads it elsewhere is refused."""
+    if graph.padding is None:
+        return {}
+    captured, annotation = state.captured, state.annotation or annotate(state.captured, state.streams)
+    streams = padded_streams(captured, annotation, graph.padding)
+    check_places(annotation, graph.padding, streams)
+    history = state.walk.history if state.walk is not None else None
+    restored = state.schedule.outputs == "restored"
+    return output_cuts(graph, captured, annotation, history, streams, restored=restored)
 
 
 def _lossless(state: State, where: str) -> fx.GraphModule:

@@ -9,7 +9,7 @@ Reducers are traced into it, so that no cache of compiled graphs can take two of
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,11 +54,23 @@ class Padding:
         length: tokens.
         fill: the inputs whose last dimension is the text, and what each is padded with.
         symbol: the text's length in Dynamo's graph.
+        ids: those of the inputs that are looked up in a table.
+        seen: tokens of the text in the call that Dynamo compiles for.
     """
 
     length: int
     fill: dict[str, int]
     symbol: Any
+    ids: frozenset[str]
+    seen: int
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Padding that an output holds along one dimension: the last of the entries before `stop`."""
+
+    dim: int
+    stop: int
 
 
 class DynamoGraph:
@@ -146,12 +158,18 @@ class DynamoGraph:
         module.recompile()
         return module, {a.name: a.value if self.fixed else fakes[a.name] for a in self.inputs}
 
-    def restore(self, reduced: fx.GraphModule, lowered: fx.GraphModule | None = None) -> fx.GraphModule:
+    def restore(
+        self,
+        reduced: fx.GraphModule,
+        lowered: fx.GraphModule | None = None,
+        cuts: Mapping[int, Sequence[Cut]] | None = None,
+    ) -> fx.GraphModule:
         """The reduced graph with the inputs of Dynamo's graph, in its order, as ATen operators alone.
 
         Args:
             reduced: from the passes.
             lowered: what they were given, where `reduced` returns other things beside its outputs.
+            cuts: the padding in its outputs, by their number (`backend_unpad.py`).
 
         Raises:
             CaptureError: it cannot be traced.
@@ -164,7 +182,11 @@ class DynamoGraph:
             state = {a.name: given[a.name] for a in self.arguments if a.kind == "state"}
             inputs = [self._padded(a.name, given[a.name]) for a in self.inputs]
             outputs = _Tracing(reduced, state).run(*inputs, enable_io_processing=False)
-            return outputs if lowered is None else _as_in(lowered, outputs)
+            outputs = list(outputs if lowered is None else _as_in(lowered, outputs))
+            for number, places in (cuts or {}).items():
+                for cut in places:
+                    outputs[number] = _without_padding(outputs[number], cut, self._missing(given))
+            return tuple(outputs)
 
         final = self._trace(run, values)
         as_dynamo_left_it(final, self.module)
@@ -198,6 +220,11 @@ class DynamoGraph:
             return value
         missing = self.padding.length - value.shape[-1]
         return torch.nn.functional.pad(value, (0, missing), value=self.padding.fill[name])
+
+    def _missing(self, given: Mapping[str, Tensor]) -> int | SymInt:
+        """How many tokens the texts of a call are padded with."""
+        assert self.padding is not None
+        return self.padding.length - given[next(iter(self.padding.fill))].shape[-1]
 
     def _number(self, argument: Argument, given: dict[str, Tensor]) -> Any:
         """What stands for a number: the batch of a traced tensor, so that it stays symbolic, or the number itself."""
@@ -291,6 +318,15 @@ def _as_in(lowered: fx.GraphModule, values: Sequence[Any]) -> tuple[Any, ...]:
     outputs: Any = lowered.graph.output_node().args[0]
     remaining = iter(values)
     return tuple(next(remaining) if isinstance(o, fx.Node) else o for o in outputs)
+
+
+def _without_padding(value: Tensor, cut: Cut, missing: int | SymInt) -> Tensor:
+    """A tensor of its own: a view would have other strides than the model's output, and whether it is contiguous would
+    be a guard on the text's length."""
+    kept = torch.arange(cut.stop - missing, device=value.device)
+    if cut.stop < value.shape[cut.dim]:
+        kept = torch.cat([kept, torch.arange(cut.stop, int(value.shape[cut.dim]), device=value.device)])
+    return value.index_select(cut.dim, kept)
 
 
 def _plain_path(path: str) -> str:

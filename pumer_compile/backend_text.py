@@ -6,6 +6,8 @@ length that all texts are padded to, and the padding itself becomes part of the 
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,13 +15,17 @@ from torch import SymInt, Tensor, fx
 
 from .backend_graph import Argument, DynamoGraph, Padding, open_size
 from .errors import UsageError
+from .passes import rules
+from .passes.graph import content_inputs, describe
+from .passes.rules import overloads
 
 _TABLE_LOOKUPS = {torch.nn.functional.embedding, torch.embedding}
 _SAME_TOKENS = {"view", "reshape", "to", "long", "int", "clone", "contiguous"}
 
 
 def plan_padding(graph: DynamoGraph, length: int, fill: int) -> Padding | None:
-    """How to pad the texts of a graph: token ids with `fill`, masks and token types with 0.
+    """How to pad the texts of a graph: token ids with `fill`, masks, token types and positions with 0 (labels:
+    `with_labels`).
 
     Args:
         graph: Dynamo's.
@@ -33,14 +39,11 @@ def plan_padding(graph: DynamoGraph, length: int, fill: int) -> Padding | None:
         UsageError: no text, no mask of it, a text that is longer, or one whose length Dynamo has fixed.
     """
     ids, size = _text(graph, length)
-    padded = [a for a in graph.inputs if len(a.shape) == 2 and _counts(a) and _same(a.shape[-1], size)]
-    if all(a in ids for a in padded):
-        raise UsageError(
-            f"text_length={length} pads texts, and then the model must be told which tokens are padding: no integer "
-            f"input [batch, tokens] beside {', '.join(a.name for a in ids)} goes with the text. Pass the attention "
-            "mask."
-        )
-    symbol = open_size(size)
+    together = [a for a in graph.inputs if len(a.shape) == 2 and _counts(a) and _same(a.shape[-1], size)]
+    symbol = open_size(size)  # of one length where these had several before
+    padded = [a for a in graph.inputs if a in together or (_counts(a) and _positions(a, symbol))]
+    names = frozenset(a.name for a in ids)
+    _check_mask(length, names, [a.name for a in padded])
     if not size <= length:  # on an open size this is a guard: Dynamo compiles again for a longer text
         raise UsageError(
             f"The text has {int(size)} tokens, more than text_length={length}. Truncate it, or raise text_length."
@@ -48,7 +51,8 @@ def plan_padding(graph: DynamoGraph, length: int, fill: int) -> Padding | None:
     if symbol is not None:
         _check_only_text(graph, symbol, padded)
         _check_path(graph, symbol, length)
-        return Padding(length, {a.name: fill if a is ids[0] else 0 for a in padded}, symbol)
+        values = {a.name: fill if a is ids[0] else 0 for a in padded}
+        return Padding(length, values, symbol, names, seen=size.node.hint)
     if size != length:
         raise UsageError(
             f"text_length={length} cannot be had from this call: Dynamo fixed its {size} text tokens in the graph. "
@@ -70,6 +74,21 @@ def _text(graph: DynamoGraph, length: int) -> tuple[list[Argument], int | SymInt
             "the texts."
         )
     return ids, ids[0].shape[-1]
+
+
+def _positions(argument: Argument, symbol: Any) -> bool:
+    """Whether an input has one number for each text token. In this call a vector of the batch may have as many: what is
+    not open under the same symbol is none."""
+    return len(argument.shape) == 1 and symbol is not None and open_size(argument.shape[0]) == symbol
+
+
+def _check_mask(length: int, ids: frozenset[str], padded: list[str]) -> None:
+    if not set(padded) <= ids:
+        return
+    raise UsageError(
+        f"text_length={length} pads texts, and then the model must be told which tokens are padding: no integer input "
+        f"[batch, tokens] beside {', '.join(sorted(ids))} goes with the text. Pass the attention mask."
+    )
 
 
 def _check_only_text(graph: DynamoGraph, symbol: Any, padded: list[Argument]) -> None:
@@ -131,3 +150,81 @@ def _origin(node: fx.Node) -> fx.Node:
     while node.op == "call_method" and node.target in _SAME_TOKENS and isinstance(node.args[0], fx.Node):
         node = node.args[0]
     return node
+
+
+# --- labels ---------------------------------------------------------------------------------------------------------
+
+# Their arguments: scores, target, weights of classes, reduction, the target to ignore.
+_LOSSES = set(overloads("cross_entropy_loss nll_loss nll_loss2d nll_loss_nd"))
+_IGNORE = 4
+_MOVES = {
+    *overloads("slice select view reshape _unsafe_view flatten unflatten unsqueeze squeeze transpose permute t"),
+    *overloads("to _to_copy contiguous clone alias detach pad constant_pad_nd masked_fill masked_fill_ index_put_"),
+}
+"""They give the entries of their first argument, or constants."""
+
+
+def with_labels(padding: Padding, lowered: fx.GraphModule) -> Padding:
+    """The padding with labels padded by what their loss ignores, so that its mean is over the call's own tokens.
+
+    Args:
+        padding: of the texts.
+        lowered: the graph for the passes, whose placeholders have the names of the inputs.
+
+    Raises:
+        UsageError: labels that cannot be told apart or followed; no mask beside ids and labels.
+    """
+    ignored: dict[str, int] = {}
+    for loss in (n for n in lowered.graph.nodes if n.target in _LOSSES):
+        value = rules.argument(loss, _IGNORE, "ignore_index", -100)
+        for name in _origins(loss.args[1], padding, loss):
+            if name in padding.ids:
+                raise UsageError(
+                    f"text_length={padding.length} pads {name} with a token, and {describe(loss)} would take it for a "
+                    "label. Give the labels as an input of their own (`labels=ids.clone()`), with -100 where there is "
+                    "nothing to learn."
+                )
+            if ignored.setdefault(name, value) != value:
+                raise UsageError(
+                    f"{name} goes to two losses that ignore different labels ({ignored[name]} and {value}), so "
+                    f"text_length={padding.length} cannot pad it. Give both one ignore_index."
+                )
+    _check_mask(padding.length, padding.ids, [name for name in padding.fill if name not in ignored])
+    return dataclasses.replace(padding, fill={**padding.fill, **ignored})
+
+
+def _origins(target: Any, padding: Padding, loss: fx.Node) -> Iterator[str]:
+    """The padded inputs whose entries a loss takes for labels."""
+    stack, seen = [target], set[fx.Node]()
+    while stack:
+        node = stack.pop()
+        if not isinstance(node, fx.Node) or node in seen:
+            continue
+        seen.add(node)
+        if node.target in padding.fill:
+            yield str(node.target)
+        elif node.target in overloads("where"):
+            stack += node.args[1:]
+        elif node.target in overloads("cat stack"):
+            stack += list(node.args[0])
+        elif node.target in _MOVES:
+            stack.append(node.args[0])
+        elif found := _reached(node, padding):
+            raise UsageError(
+                f"text_length={padding.length} pads {found}, which becomes the labels of {describe(loss)} by "
+                f"{describe(node)}: what its padding turns into there cannot be told. Prepare the labels outside of "
+                "the model, with -100 where there is nothing to learn."
+            )
+
+
+def _reached(node: fx.Node, padding: Padding) -> str:
+    """A padded input whose entries a value is computed from, or ''."""
+    stack, seen = [node], set[fx.Node]()
+    while stack:
+        current = stack.pop()
+        if current.target in padding.fill:
+            return str(current.target)
+        if current not in seen:
+            seen.add(current)
+            stack += content_inputs(current)
+    return ""

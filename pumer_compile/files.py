@@ -18,6 +18,12 @@ def sha256_file(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def companion_of(path: Path, name: str) -> Path:
+    """A file that belongs to another one: beside it, or beside what its path links to."""
+    here = path.with_name(name)
+    return here if here.is_file() else path.resolve().with_name(name)
+
+
 def check_writable(path: str | Path) -> None:
     """Raise UsageError, before any long work, if a file cannot be written at `path`."""
     path = Path(path)

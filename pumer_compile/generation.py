@@ -18,7 +18,6 @@ from types import MethodType
 from typing import Any
 
 import numpy as np
-import onnx
 import torch
 import transformers
 from torch import Tensor
@@ -31,7 +30,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from .capture import left_as_found, set_for_inference
 from .errors import ExportError, ParityError, UsageError
-from .exporters.manifest import read_manifest
+from .exporters.manifest import read_manifest, read_sealed, seal_onnx
 from .exporters.onnx import DEFAULT_OPSET, append_metadata, quiet_torch_onnx, save_onnx
 from .exporters.session import OnnxSession
 from .files import check_writable, publish
@@ -90,6 +89,7 @@ def export_decode(model: PreTrainedModel, inputs: Mapping[str, Tensor], path: st
             described["token_type"] = kind
             described["lengths_by_layer"] = apart
             append_metadata(files[-1], {KEY: json.dumps(described)})
+            seal_onnx(files[-1], {file.name: file for file in files[:-1]})
             publish([(file, path.with_name(file.name)) for file in files])
     return path
 
@@ -218,13 +218,13 @@ class Generator:
         self._manifest = read_manifest(Path(prefill))
         schedule = self._manifest["schedule"] or {}
         self._compact = schedule.get("positions", "compact") == "compact"
+        step = _described(Path(decode))
         self.prefill, self.decode = OnnxSession(Path(prefill)), OnnxSession(Path(decode))
         if "logits" not in self.prefill.outputs or not any(n.startswith(CACHE) for n in self.prefill.outputs):
             raise UsageError(
                 f"{prefill} gives {', '.join(self.prefill.outputs)}; generating needs logits and a cache. Compile it "
                 "without --outputs."
             )
-        step = _described(Path(decode))
         if schedule.get("method") == "fastv" and not step.get("lengths_by_layer"):
             raise UsageError(
                 f"{prefill} gives a cache that is longer in the first layers (`method: fastv`), and {decode} takes one "
@@ -267,9 +267,9 @@ def _ended(made: list[Tensor], stop: int) -> bool:
 
 
 def _described(path: Path) -> dict[str, Any]:
-    for entry in onnx.load(str(path), load_external_data=False).metadata_props:
-        if entry.key == KEY:
-            return dict(json.loads(entry.value))
+    metadata = read_sealed(path)
+    if KEY in metadata:
+        return dict(json.loads(metadata[KEY]))
     raise UsageError(f"{path} is no decoding step of pumer-compile: its metadata has no {KEY}.")
 
 

@@ -123,6 +123,15 @@ def inner_manifest(path: Path) -> dict[str, Any]:
     return json.loads(found[0])
 
 
+def with_manifest(model: onnx.ModelProto, manifest: Mapping[str, Any], path: Path) -> Path:
+    """Write a model with another manifest inside it and no seal, as those had that were made before there was one."""
+    del model.metadata_props[:]
+    said = {name: value for name, value in manifest.items() if name != "sealed"}
+    model.metadata_props.add(key="pumer_compile.manifest", value=json.dumps(said))
+    onnx.save(model, str(path))
+    return path
+
+
 # --- One small model and its artifacts, made when first asked for, once for all processes -----------------------------
 
 SCHEDULE = "semantics: reference\nlayers: [0]\nprune: 0.1\nmerge: {image: 0.3, text: 0.2}\n"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,8 @@ import torch
 
 import pumer_compile as pumer
 from pumer_compile.errors import ExportError, UsageError
-from pumer_compile.exporters.manifest import KEY
 from pumer_compile.runtimes.base import TensorSpec
-from tests.commands import artifact, feed, folder, inner_manifest, onnx_outputs
+from tests.commands import artifact, feed, folder, inner_manifest, onnx_outputs, with_manifest
 
 OPEN = ("--dynamic-batch",)
 
@@ -85,11 +83,7 @@ def test_parity_takes_an_engine() -> None:
 def changed(tmp_path: Path, **said: Any) -> Path:
     """The artifact with another manifest in it."""
     model = onnx.load(str(artifact()))
-    del model.metadata_props[:]
-    model.metadata_props.add(key=KEY, value=json.dumps({**inner_manifest(artifact()), **said}))
-    path = tmp_path / "model.onnx"
-    onnx.save(model, str(path))
-    return path
+    return with_manifest(model, {**inner_manifest(artifact()), **said}, tmp_path / "model.onnx")
 
 
 def test_an_artifact_of_somebody_else(tmp_path: Path) -> None:

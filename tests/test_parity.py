@@ -23,7 +23,7 @@ from pumer_compile.parity_report import OutputReport, ParityReport
 from pumer_compile.reduce import Reduced, with_decisions
 from pumer_compile.reducers import forced_decisions
 from pumer_compile.reducers.reducer import Decisions
-from tests.commands import artifact, done, feed, folder, inner_manifest, refused, run
+from tests.commands import artifact, done, feed, folder, inner_manifest, refused, run, with_manifest
 from tests.models import Config, Fusion, inputs_for, make, program, schedule
 from tests.tiny import tiny_vilt
 
@@ -438,13 +438,9 @@ def test_the_weights_of_another_model_fail(tmp_path: Path) -> None:
 
 def doctored(path: Path, change: Callable[[dict[str, Any]], None]) -> Path:
     """A copy of the artifact with another manifest inside."""
-    model = onnx.load(str(artifact()))
-    (entry,) = model.metadata_props
-    manifest = json.loads(entry.value)
+    model, manifest = onnx.load(str(artifact())), inner_manifest(artifact())
     change(manifest)
-    entry.value = json.dumps(manifest)
-    onnx.save(model, str(path))
-    return path
+    return with_manifest(model, manifest, path)
 
 
 def stronger(manifest: dict[str, Any]) -> None:

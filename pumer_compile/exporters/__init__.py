@@ -80,8 +80,8 @@ def export(
     """Write an artifact; the suffix of `path` picks the exporter.
 
     Everything is written under temporary names beside `path` and renamed when it is complete and proved: a failed or
-    killed run leaves the old artifact as it was. (Where the manifest is a file beside the artifact, it is renamed
-    first; a kill between the two renames leaves an old artifact that is no longer the one described, and refused.)
+    killed run leaves the old artifact as it was. (The manifest beside the artifact is renamed first; a kill between
+    the two renames leaves an old artifact that is no longer the one described, and refused.)
 
     Args:
         reduced: from `reduce`, or a captured program to export as it is.
@@ -117,7 +117,7 @@ def export(
             report = _prove(writer, build, files, reduced, unproved, samples, atol, rtol)
             report.artifact = path.name
         manifest = _manifest(writer, build, program, reduced, report.to_dict() if report else {"verified": False})
-        writer.record(manifest, files[-1])
+        writer.record(manifest, files)
         if report is not None and not report.passed:
             failed = path.with_name(f"{path.name}.failed")
             publish([(f, failed if f == files[-1] else writer.companion(f, failed)) for f in files])

@@ -203,8 +203,8 @@ class Writer(ABC, Generic[OptionsT, BuildT]):
     def evidence(self, build: BuildT, files: Sequence[Path]) -> Evidence:
         """Open what was written, for its proof."""
 
-    def record(self, manifest: Mapping[str, Any], path: Path) -> None:
-        """Put the manifest into the artifact, where the format has room for one."""
+    def record(self, manifest: Mapping[str, Any], files: Sequence[Path]) -> None:
+        """Put the manifest into the artifact, where the format has room for one; `files` as `save` gives them."""
 
     def describe(self, build: BuildT) -> dict[str, Any]:
         """What the manifest says of the options and of the build, as JSON holds it; paths of this machine do not."""

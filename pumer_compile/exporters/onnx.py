@@ -42,7 +42,7 @@ from ..runtimes.ort import check_provider
 from ..schedule import Schedule
 from .base import Evidence, Options, Precision, Writer
 from .lean import LEAN, PAYS, make_lean
-from .manifest import KEY
+from .manifest import KEY, seal_onnx
 from .masked_writes import spell_out_masked_writes
 from .quantize import QuantizeMode, calibration_batches, check_environment, check_options, quantize_onnx
 from .session import OnnxSession, twin_of
@@ -570,11 +570,13 @@ class OnnxWriter(Writer[OnnxOptions, OnnxBuild]):
         session = OnnxSession(files[-1])
         return Evidence(session, partial(OnnxSession, files[-1]), twin_of(session, build.decisions))
 
-    def record(self, manifest: Mapping[str, Any], path: Path) -> None:
-        """Into the model's metadata."""
-        append_metadata(path, {KEY: json.dumps(manifest, sort_keys=True)})
+    def record(self, manifest: Mapping[str, Any], files: Sequence[Path]) -> None:
+        """Into the model's metadata, with a hash of the whole behind it."""
+        append_metadata(files[-1], {KEY: json.dumps(manifest, sort_keys=True)})
+        seal_onnx(files[-1], {file.name: file for file in files[:-1]})
 
     def describe(self, build: OnnxBuild) -> dict[str, Any]:
-        """With the hash of the calibration samples, in place of their path."""
+        """With the hash of the calibration samples, in place of their path, and that the file ends with a seal."""
         samples = self.options.calibration
-        return {**super().describe(build), "calibration_sha256": None if samples is None else sha256_file(samples)}
+        digest = None if samples is None else sha256_file(samples)
+        return {**super().describe(build), "calibration_sha256": digest, "sealed": True}

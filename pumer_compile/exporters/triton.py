@@ -22,8 +22,9 @@ import torch
 
 from ..engine import Engine
 from ..errors import UsageError
-from ..files import publish, sha256_file
+from ..files import companion_of, publish, sha256_file
 from ..runtimes.base import Size, TensorSpec
+from ..runtimes.ort import external_files
 from .base import Profile
 from .manifest import SIDECAR, read_manifest
 from .session import ENGINE_SUFFIXES
@@ -270,21 +271,14 @@ def _fill(staged: Path, model: ServedModel, artifact: Path, manifest: Mapping[st
     version.mkdir(parents=True)
     placed = version / ("model.plan" if model.engine else "model.onnx")
     shutil.copyfile(artifact, placed)
-    for companion in () if model.engine else _weights(artifact):
-        shutil.copyfile(artifact.with_name(companion), version / companion)
+    for companion in () if model.engine else external_files(artifact):
+        shutil.copyfile(companion_of(artifact, companion), version / companion)
     # So that `parity`, `bench` and `Engine` take the artifact from here too.
     described = {**manifest, "artifact": placed.name, "sha256": model.sha256}
     (version / SIDECAR).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
     (staged / "config.pbtxt").write_text(model.config(), encoding="utf-8")
     for path in [*version.iterdir(), version, staged / "config.pbtxt"]:
         _sync(path)
-
-
-def _weights(artifact: Path) -> set[str]:
-    """Names of the files that hold an ONNX model's weights beside it."""
-    graph = onnx.load(str(artifact), load_external_data=False).graph
-    entries = [entry for weight in graph.initializer for entry in weight.external_data]
-    return {entry.value for entry in entries if entry.key == "location"}
 
 
 def _publish_folder(staged: Path, final: Path, aside: Path) -> None:

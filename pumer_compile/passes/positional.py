@@ -19,6 +19,7 @@ from .rules import (
     aten,
     broadcast,
     int_arg,
+    keep_dims,
     list_arg,
     node_arg,
     overloads,
@@ -176,6 +177,21 @@ def norm(node: fx.Node) -> Iterator[Constraint]:
         else:
             yield Same(Dim(x, i), Dim(node, position))
         position += keeps or i not in gone
+
+
+@rule(*overloads("cross_entropy_loss nll_loss nll_loss_nd nll_loss2d"))
+def loss(node: fx.Node) -> Iterator[Constraint]:
+    """A loss of class scores `[N, C, ...]` against targets `[N, ...]` (or probabilities `[N, C, ...]`): over fewer
+    tokens it would be another loss."""
+    scores, target = node_arg(node, 0), node_arg(node, 1)
+    rank = len(shape(scores))
+    classes = 1 if rank > 1 else 0
+    samples = [i for i in range(rank) if i != classes]
+    labels = range(rank) if len(shape(target)) == rank else samples
+    yield from (Opaque(Dim(x, i)) for x in tensors(node) for i in range(len(shape(x))))
+    yield from (Same(Dim(scores, i), Dim(target, j), aligns=False) for j, i in enumerate(labels))
+    if len(shape(node)) == len(samples):  # `reduction="none"`
+        yield from keep_dims(scores, node, ((i, j) for j, i in enumerate(samples)))
 
 
 @rule(*overloads("bucketize searchsorted"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import mmap
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +18,7 @@ from onnx import TensorProto
 from torch import Tensor
 
 from ..errors import ExportError, UsageError
+from ..files import companion_of
 from .base import Runtime, Size, TensorSpec, open_sizes
 
 _DTYPES = {
@@ -188,10 +191,9 @@ def _opened(path: Path, provider: str, device: torch.device, expose: Sequence[st
         chosen[provider] = {"device_id": device.index or 0}
         # What TensorRT does not take runs on the same device. Products in TF32 would flip the reducers' decisions.
         chosen[CUDA] = {"device_id": device.index or 0, "use_tf32": 0}
-    with _exposing(path, expose) if expose else nullcontext(path) as model:
-        if expose:  # weights beside the model are not beside its copy
-            folder = str(path.resolve().parent)
-            options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
+    with _exposing(path, expose) if expose else nullcontext((_beside_weights(path), None)) as (model, folder):
+        if folder is not None:  # weights beside the model are not beside its copy
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
         try:
             session = onnxruntime.InferenceSession(str(model), options, providers=list(chosen.items()))
         except Exception as error:
@@ -217,14 +219,14 @@ def _check_cuda(provider: str) -> None:
 
 
 @contextmanager
-def _exposing(path: Path, names: Sequence[str]) -> Iterator[Path]:
-    """A copy of the file with inner values as extra outputs, for as long as it is read; on disk, since it may hold all
-    weights. Protobuf messages merge when concatenated."""
+def _exposing(path: Path, names: Sequence[str]) -> Iterator[tuple[Path, Path | None]]:
+    """A copy of the file with inner values as extra outputs, for as long as it is read, and the folder of its weights;
+    on disk, since it may hold all weights. Protobuf messages merge when concatenated."""
     outputs = onnx.GraphProto(output=[onnx.ValueInfoProto(name=name) for name in names])
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "model.onnx"
         try:
-            shutil.copyfile(path, copy)
+            weights = _copy_graph(path, copy)
             with copy.open("ab") as file:
                 file.write(onnx.ModelProto(graph=outputs).SerializeToString())
         except OSError as error:
@@ -232,4 +234,59 @@ def _exposing(path: Path, names: Sequence[str]) -> Iterator[Path]:
                 f"To see the decisions inside {path}, a copy of it is needed in {tempfile.gettempdir()}, and that "
                 f"failed: {error}. Set TMPDIR to a folder with room for it, or compile --with-decisions."
             ) from error
-        yield copy
+        yield copy, weights
+
+
+def _copy_graph(path: Path, copy: Path) -> Path | None:
+    """Copy a model without the weights beside it, and give the folder where these are; None where it has none.
+
+    onnxruntime takes weights from one folder and follows no link out of it. In a cache of links (that of the Hub) the
+    copy therefore names the files that the links lead to.
+    """
+    names = external_files(path)
+    files = {name: companion_of(path, name).resolve() for name in names}
+    folders = sorted({file.parent for file in files.values()})
+    if len(folders) > 1:
+        raise UsageError(
+            f"The weights of {path} are in {len(folders)} folders ({', '.join(map(str, folders))}), and onnxruntime "
+            "takes them from one to show the decisions inside the model. Put them beside it, or compile "
+            "--with-decisions."
+        )
+    if all(file.name == name for name, file in files.items()):
+        shutil.copyfile(path, copy)
+    else:
+        model = onnx.load(str(path), load_external_data=False)
+        for entry in _locations(model):
+            entry.value = files[entry.value].name
+        onnx.save(model, str(copy))
+    return folders[0] if folders else None
+
+
+def external_files(path: Path) -> list[str]:
+    """The names under which an ONNX model looks for the files of weights beside it."""
+    with path.open("rb") as file:
+        if not os.fstat(file.fileno()).st_size:
+            return []
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            if content.find(b"location") < 0:  # most models, which may hold gigabytes
+                return []
+    return sorted({entry.value for entry in _locations(onnx.load(str(path), load_external_data=False))})
+
+
+def _locations(model: onnx.ModelProto) -> Iterator[onnx.StringStringEntryProto]:
+    """Where the tensors of a model say that they are kept."""
+    graphs = [model.graph]
+    while graphs:
+        graph = graphs.pop()
+        attributes = [a for node in graph.node for a in node.attribute]
+        graphs += [g for a in attributes for g in (a.g, *a.graphs) if g.node or g.initializer]
+        inner = [t for a in attributes for t in (a.t, *a.tensors)]
+        for tensor in (*graph.initializer, *inner):
+            yield from (entry for entry in tensor.external_data if entry.key == "location")
+
+
+def _beside_weights(path: Path) -> Path:
+    """The path of a model whose weights are beside it: that which it links to, where they are only there."""
+    if not path.is_symlink() or all(path.with_name(name).is_file() for name in external_files(path)):
+        return path
+    return path.resolve()

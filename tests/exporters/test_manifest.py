@@ -7,16 +7,30 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
+import torch
 
 import pumer_compile as pumer
 from pumer_compile.errors import UsageError
-from pumer_compile.exporters.manifest import FORMAT, KEY, library_versions, read_manifest, sidecar
+from pumer_compile.exporters.manifest import FORMAT, KEY, library_versions, read_manifest, seal_onnx, sidecar
 from pumer_compile.files import sha256_file
 from pumer_compile.loading import load_model
 from pumer_compile.schedule import Schedule
-from tests.commands import SCHEDULE, TOKENS, artifact, done, folder, inner_manifest, schedule
+from tests.commands import (
+    SCHEDULE,
+    TOKENS,
+    artifact,
+    done,
+    feed,
+    folder,
+    inner_manifest,
+    onnx_outputs,
+    refused,
+    schedule,
+    with_manifest,
+)
 
 
 @pytest.fixture(scope="module")
@@ -181,6 +195,134 @@ def test_what_it_refuses(tmp_path: Path) -> None:
     path.write_bytes(artifact().read_bytes()[:-1000])
     with pytest.raises(UsageError, match=r"not an ONNX model|not made by"):
         read_manifest(path)
+
+
+# --- Changed since ----------------------------------------------------------------------------------------------------
+
+
+def flipped(path: Path, position: int, bit: int = 0) -> None:
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1 << bit
+    path.write_bytes(content)
+
+
+def spread_out(path: Path) -> Path:
+    """The artifact with its weights beside it, alone; returns their file."""
+    model, weights = onnx.load(str(artifact())), path.with_name(f"{path.name}.0.data")
+    kept = [entry for entry in model.metadata_props if entry.key == KEY]
+    del model.metadata_props[:]
+    model.metadata_props.extend(kept)
+    onnx.save(model, str(path), save_as_external_data=True, location=weights.name, size_threshold=100)
+    seal_onnx(path, {weights.name: weights})
+    return weights
+
+
+def test_an_onnx_file_alone_is_read_by_what_is_in_it(manifest: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "renamed.onnx"
+    path.write_bytes(artifact().read_bytes())
+    assert read_manifest(path) == manifest
+    assert pumer.Engine(path).outputs == ["logits"]
+
+
+def test_any_changed_byte_of_an_onnx_file_alone_is_refused(tmp_path: Path) -> None:
+    """In the graph, in the weights, in the manifest, in the seal itself; cut short, or longer."""
+    path, whole = tmp_path / "model.onnx", artifact().read_bytes()
+    places = [*range(0, len(whole), len(whole) // 60), *range(len(whole) - 200, len(whole))]
+    for number, place in enumerate(places):
+        path.write_bytes(whole)
+        flipped(path, place, bit=number % 8)
+        with pytest.raises(UsageError):
+            read_manifest(path)
+    for content in (whole[:-1], whole + b"\x00", whole + whole[-100:], b"", whole[:-400]):
+        path.write_bytes(content)
+        with pytest.raises(UsageError):
+            read_manifest(path)
+
+
+def test_what_another_tool_writes_is_another_model(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    model = onnx.load(str(artifact()))
+    model.graph.node[0].doc_string = "changed"
+    onnx.save(model, str(path))
+    words = "changed since it was written: the SHA-256 at its end"
+    with pytest.raises(UsageError, match=words):
+        pumer.Engine(path)
+    assert words in refused(2, "parity", path, "--model", folder())
+    assert words in refused(2, "bench", path)
+
+
+def test_an_onnx_file_beside_the_manifest_of_another_is_refused(tmp_path: Path) -> None:
+    """Whole in itself, but not the one that was written with the manifest; and a changed one likewise."""
+    path = tmp_path / "model.onnx"
+    with_manifest(onnx.load(str(artifact())), inner_manifest(artifact()), path)
+    beside = tmp_path / "manifest.json"
+    beside.write_bytes(artifact().with_name("manifest.json").read_bytes())
+    with pytest.raises(UsageError, match=r"not the file that .*manifest\.json describes: its SHA-256 differs"):
+        read_manifest(path)
+    path.write_bytes(artifact().read_bytes())
+    read_manifest(path)
+    flipped(path, path.stat().st_size // 2)
+    message = refused(2, "parity", path, "--model", folder())
+    assert "its SHA-256 differs" in message
+    assert "its SHA-256 differs" in refused(2, "bench", path)
+
+
+@pytest.mark.parametrize("change", ["a bit", "gone"])
+def test_changed_weights_beside_the_graph_are_refused(change: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    weights = spread_out(path)
+    read_manifest(path)
+    if change == "gone":
+        weights.unlink()
+    else:
+        flipped(weights, weights.stat().st_size - 1)
+    with pytest.raises(UsageError, match=r"model\.onnx\.0\.data does not belong to .*in its metadata"):
+        pumer.Engine(path)
+
+
+def test_an_artifact_from_before_there_were_seals_is_read(tmp_path: Path) -> None:
+    path = with_manifest(onnx.load(str(artifact())), inner_manifest(artifact()), tmp_path / "model.onnx")
+    assert pumer.Engine(path).outputs == ["logits"]
+    described = {"artifact": path.name, "sha256": sha256_file(path)}
+    (tmp_path / "manifest.json").write_text(json.dumps(described), encoding="utf-8")
+    read_manifest(path)
+    flipped(path, path.stat().st_size // 2)
+    with pytest.raises(UsageError, match="SHA-256 differs"):
+        read_manifest(path)
+
+
+# --- In a cache of links, such as the Hub's ---------------------------------------------------------------------------
+
+
+def linked(tmp_path: Path, *, weights_too: bool) -> Path:
+    """Links to an artifact with weights beside it; with the weights, these go by the hashes of their files."""
+    whole, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "1"
+    whole.mkdir()
+    snapshot.mkdir(parents=True)
+    weights = spread_out(whole / "model.onnx")
+    (whole / "manifest.json").write_text(
+        json.dumps({"artifact": "model.onnx", "sha256": sha256_file(whole / "model.onnx")}), encoding="utf-8"
+    )
+    if not weights_too:
+        (snapshot / "model.onnx").symlink_to(whole / "model.onnx")
+        return snapshot / "model.onnx"
+    for file in (whole / "model.onnx", weights, whole / "manifest.json"):
+        blob = file.rename(whole / sha256_file(file))
+        (snapshot / file.name).symlink_to(Path("../../blobs") / blob.name)
+    return snapshot / "model.onnx"
+
+
+@pytest.mark.parametrize("weights_too", [True, False], ids=["cache", "one link"])
+def test_links_to_an_artifact_with_weights_beside_it(
+    weights_too: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = linked(tmp_path, weights_too=weights_too)
+    inputs = {name: torch.from_numpy(array) for name, array in feed().items()}
+    assert np.array_equal(pumer.Engine(path)(**inputs)["logits"], onnx_outputs(artifact(), feed())["logits"])
+    report = pumer.parity(path, folder(), [inputs])
+    assert report.passed and report.decisions_compared
+    monkeypatch.chdir(path.parent)
+    assert pumer.parity("model.onnx", folder(), [inputs]).decisions_compared
 
 
 def test_the_name_of_the_version() -> None:

@@ -419,6 +419,43 @@ CASES: dict[str, tuple[Any, list[str], Callable[..., tuple], list[str], set[str]
         ["2 4 4 4"],
         set(),
     ),
+    # losses
+    "cross_entropy of tokens": (
+        aten.cross_entropy_loss.default,
+        ["text:7 4", "int 7"],
+        lambda x, y: (x, y, None, 0),
+        [T],
+        {"Opaque"},
+    ),
+    "cross_entropy": (
+        aten.cross_entropy_loss.default,
+        ["2 4 text:7", "int 2 7", "4"],
+        lambda x, y, w: (x, y, w),
+        [""],
+        {"Opaque"},
+    ),
+    "cross_entropy of classes that are tokens": (
+        aten.cross_entropy_loss.default,
+        ["2 text:7 8", "int 2 8"],
+        lambda x, y: (x, y, None, 0),
+        ["2 8"],
+        {"Opaque"},
+    ),
+    "cross_entropy with probabilities": (
+        aten.cross_entropy_loss.default,
+        ["2 4 text:7", "2 4 7"],
+        lambda x, y: (x, y, None, 0),
+        [f"2 {T}"],
+        {"Opaque"},
+    ),
+    "cross_entropy of one sample": (
+        aten.cross_entropy_loss.default,
+        ["text:7", "int"],
+        lambda x, y: (x, y),
+        [""],
+        {"Opaque"},
+    ),
+    "nll_loss": (aten.nll_loss_nd.default, ["text:7 4", "int 7"], lambda x, y: (x, y, None, 0), [T], {"Opaque"}),
     # by position: carried along other axes, an error along this one once a reducer has changed it
     "isin": (aten.isin.Tensor_Tensor, [X, "image:5"], lambda x, s: (x, s), [f"2 {T} 8"], {"Reduce"}),
     "sort": (aten.sort.default, [X], lambda x: (x, 1), ["2 7 8", "2 7 8"], {"Opaque"}),

@@ -34,7 +34,7 @@ def test_every_rule_has_a_case() -> None:
     assert covered | own == {function.__name__ for function in _RULES.values()}
 
 
-@pytest.mark.parametrize("name", ["sdpa with a mask", "masked_fill", "where", "add", "baddbmm"])
+@pytest.mark.parametrize("name", ["sdpa with a mask", "masked_fill", "where", "add", "baddbmm", "cross_entropy"])
 def test_axes_spread_backwards(name: str) -> None:
     """What meets tokens is tokens: a mask or a table whose axis was unknown before."""
     target, specs, arguments, *_ = CASES[name]
@@ -45,6 +45,7 @@ def test_axes_spread_backwards(name: str) -> None:
         "where": (1, ["2", T, "8"]),
         "add": (1, ["2", T, "8"]),
         "baddbmm": (0, ["2", "1", P]),
+        "cross_entropy": (1, ["2", T]),
     }[name]
     node = result.inputs[backwards[0]]
     assert [str(a) for a in result.annotation.axes(node)] == backwards[1]
