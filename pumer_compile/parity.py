@@ -38,6 +38,7 @@ from .reducers.reducer import Comparison, Decisions
 from .replay import Recorder, check_recording
 from .samples import random_batches
 from .schedule import Schedule
+from .weights import check_model
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 
@@ -73,6 +74,7 @@ def parity(
     manifest = read_manifest(path)
     loaded = load_model(Path(model)) if isinstance(model, str | os.PathLike) else model
     check_recording(manifest, save_inputs, save_outputs)
+    check_model(manifest, loaded)
     session = open_session(path, manifest, provider=provider)
     batches = _batches(samples, loaded, manifest)
     for batch in batches:
@@ -85,6 +87,7 @@ def parity(
         outputs=manifest.get("kept_outputs"),
         padding=not manifest.get("unpadded_inputs"),
     )
+    check_model(manifest, program)
     exact = in_precision(program, "float32") if program.model is not None else program
     schedule = Schedule.from_manifest(manifest["schedule"]) if manifest["schedule"] else None
     # What is exact is judged against the model itself.

@@ -16,6 +16,7 @@ from ..errors import UsageError
 from ..files import sha256_file
 from ..plan import Plan
 from ..schedule import Schedule
+from ..weights import read_weights
 
 KEY = "pumer_compile.manifest"
 SIDECAR = "manifest.json"
@@ -72,6 +73,7 @@ def make_manifest(
         "tokens": plan.tokens() if plan else None,
         "plan": plan.to_dict() if plan else None,
         "checkpoint_sha256": program.checkpoint_sha256,
+        "weights": read_weights(program.module),
         "inputs": {
             name: {"shape": list(tensor.shape), "dtype": _dtype(tensor, options)}
             for name, tensor in ((name, program.inputs[name]) for name in inputs)

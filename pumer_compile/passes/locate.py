@@ -19,6 +19,7 @@ from .graph import (
     depends_on_input,
     depends_on_parameter,
     module_path,
+    operator_name,
     values,
 )
 from .rules import argument, aten, broadcast, rule_for, shape, wrap
@@ -326,11 +327,13 @@ def _scores(node: object) -> _Scores | None:
         if mask is not None:
             return replace(below, masks=(*below.masks, mask))
         if below.masks and node.target not in _KEEPS_VALUES:
-            why = f"{node.name} ({node.target}) changes its scores after the mask is applied"
+            why = f"{node.name} ({operator_name(node)}) changes its scores after the mask is applied"
             return replace(below, unusual=why)
         strange = [n.name for n in node.all_input_nodes if n is not operand and _data(n)]
         if strange:
-            why = f"{node.name} ({node.target}) applies {strange[0]} to its scores in a way that is no known mask"
+            why = (
+                f"{node.name} ({operator_name(node)}) applies {strange[0]} to its scores in a way that is no known mask"
+            )
             return replace(below, unusual=why)
         return below if below.masks else replace(below, scores=node)
     return None
