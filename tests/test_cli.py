@@ -45,7 +45,7 @@ def out(tmp_path: Path) -> Path:
     path = tmp_path / "out" / "model.onnx"
     path.parent.mkdir()
     path.write_bytes(b"the old artifact")
-    path.with_name("manifest.json").write_text('{"artifact": "model.onnx"}', encoding="utf-8")
+    path.with_name("model.onnx.manifest.json").write_text('{"artifact": "model.onnx"}', encoding="utf-8")
     return path
 
 
@@ -589,8 +589,8 @@ def test_every_kind_of_file_compiles(
     monkeypatch.chdir(tmp_path / "here")
     options = ("--inputs", tmp_path / "inputs.npz", "--no-verify")
     result = done(*arguments, "--schedule", "none", "-o", "model.onnx", *options)
-    assert "model.onnx (not reduced; not verified) and manifest.json" in " ".join(result.out.split())
-    assert sorted(os.listdir()) == ["manifest.json", "model.onnx"]
+    assert "model.onnx (not reduced; not verified) and model.onnx.manifest.json" in " ".join(result.out.split())
+    assert sorted(os.listdir()) == ["model.onnx", "model.onnx.manifest.json"]
     with torch.no_grad():
         logits = model.eval()(**{name: torch.from_numpy(array) for name, array in feed().items()}).logits
     np.testing.assert_allclose(onnx_outputs(Path("model.onnx"), feed())["logits"], logits, atol=1e-5, rtol=0)

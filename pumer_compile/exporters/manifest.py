@@ -103,28 +103,13 @@ def reduced_by(manifest: Mapping[str, Any]) -> str:
 
 
 def sidecar(path: Path) -> Path:
-    """Where the manifest beside an artifact goes.
-
-    `manifest.json`, or `<stem>.manifest.json` where that is another artifact's or somebody else's, or else
-    `<name>.manifest.json`.
-    """
-    *shared, own = _sidecars(path)
-    return next((candidate for candidate in shared if _free(candidate, path)), own)
+    """The manifest beside an artifact: `<artifact>.manifest.json`, suffix of the artifact included."""
+    return path.with_name(f"{path.name}.{SIDECAR}")
 
 
 def _sidecars(path: Path) -> tuple[Path, Path, Path]:
-    return path.with_name(SIDECAR), path.with_name(f"{path.stem}.{SIDECAR}"), path.with_name(f"{path.name}.{SIDECAR}")
-
-
-def _free(candidate: Path, path: Path) -> bool:
-    """Whether there is no manifest there, or one of this artifact, or of one that is gone."""
-    try:
-        described = json.loads(candidate.read_text(encoding="utf-8"))["artifact"]
-    except FileNotFoundError:
-        return True
-    except (OSError, ValueError, TypeError, KeyError):
-        return False  # somebody else's
-    return described == path.name or not candidate.with_name(str(described)).exists()
+    """Where a manifest may lie; the later names are of artifacts made before."""
+    return sidecar(path), path.with_name(f"{path.stem}.{SIDECAR}"), path.with_name(SIDECAR)
 
 
 def _dtype(tensor: Tensor, options: Mapping[str, Any]) -> str:
@@ -168,7 +153,7 @@ def _inner(path: Path) -> dict[str, Any]:
 def _beside(path: Path) -> dict[str, Any]:
     """The manifest that names this artifact, and describes these very bytes."""
     candidates, outdated = _sidecars(path), None
-    for candidate in reversed(candidates):
+    for candidate in candidates:
         try:
             found = dict(json.loads(candidate.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
