@@ -75,7 +75,7 @@ def build(case: Case, model: Path, output: Path) -> dict[str, Any]:
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise SystemExit(f"building an engine failed: {' '.join(command)}")
-    manifest = json.loads(output.with_name("manifest.json").read_text(encoding="utf-8"))
+    manifest = json.loads(output.with_name(f"{output.name}.manifest.json").read_text(encoding="utf-8"))
     return {
         "model": case.model,
         "schedule": Path(case.schedule).stem,

@@ -143,7 +143,7 @@ def pumer(
         _refuse_or_warn(module, str(nothing), chosen)
     except VerifyError as error:
         # What the rest of a split model reads may be an output with one entry for each token.
-        raise VerifyError(" ".join(filter(None, (str(error), dynamo.break_after(module))))) from error
+        raise type(error)(" ".join(filter(None, (str(error), dynamo.break_after(module))))) from error
     else:
         _reducing(dynamo.callback())
         _warn_before_the_last_compile()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import json
 import logging
@@ -18,7 +19,7 @@ from rich.logging import RichHandler
 
 from . import cli_options as opt
 from .cli_tables import console, print_bench, print_plan, print_report, status
-from .errors import ParityError, PumerError, UsageError
+from .errors import BAD_USAGE, ParityError, PumerError, UsageError, exit_code_of
 
 EXAMPLES = """
 Examples. Compile a fine-tuned model to a reduced ONNX model, proved against eager PyTorch before it is written:
@@ -33,8 +34,9 @@ Prove an artifact again, on your own inputs:
 
     pumer-compile parity model.onnx --model MODEL --inputs samples.npz
 
-MODEL is a save_pretrained folder, a torch.export archive, or a checkpoint. SCHEDULE is a YAML file, a preset
-(vilt-vqa, vilt-nlvr2, vilt-ve, vilt-irtr, lossless) or `none`.
+MODEL is a save_pretrained folder, a torch.export archive, a checkpoint, or the id of a model in the Hugging Face
+Hub's local cache. SCHEDULE is a YAML file, `none`, or a preset: vilt-vqa, vilt-nlvr2, vilt-ve, vilt-irtr, meter-vqa,
+meter-ve, meter-nlvr2, meter-irtr, meter-vqa-tower, meter-ve-tower, lossless.
 
 Exit codes: 0 done, 1 failed, 2 bad usage, 3 parity failed.
 """
@@ -115,26 +117,30 @@ def _readable_errors(command: Callable[..., None]) -> Callable[..., None]:
                 raise UsageError("--verbose and --quiet exclude each other; choose one.")
             command(*args, **kwargs)
         except PumerError as error:
-            _fail(error, str(error), error.exit_code, verbose)
+            _fail(error, str(error), verbose)
         except MemoryError as error:
-            _fail(error, "The machine ran out of memory. Try a smaller --batch.", 1, verbose)
+            _fail(error, "The machine ran out of memory. Try a smaller --batch.", verbose)
         except OSError as error:
-            _fail(error, f"{error.strerror or error}: {error.filename or ''}".rstrip(": "), 1, verbose)
+            _fail(error, f"{error.strerror or error}: {error.filename or ''}".rstrip(": "), verbose)
         except (typer.Exit, typer.Abort):
             raise
         except Exception as error:
             # A defect of ours: say so, without burying the user in a traceback that -v gives.
             text = " ".join(str(error).split())[:400]
-            _fail(error, f"Unexpected {type(error).__name__}: {text} (run with -v for a traceback).", 1, verbose)
+            _fail(error, f"Unexpected {type(error).__name__}: {text} (run with -v for a traceback).", verbose)
 
     return run
 
 
-def _fail(error: BaseException, message: str, code: int, verbose: bool) -> None:
+def _fail(error: BaseException, message: str, verbose: bool) -> None:
     if verbose:
         traceback.print_exception(error)
+    _say_error(message)
+    raise typer.Exit(exit_code_of(error))
+
+
+def _say_error(message: str) -> None:
     status.print(f"error: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
-    raise typer.Exit(code)
 
 
 def _set_up_logging(verbose: bool, *, quiet: bool) -> None:
@@ -549,6 +555,19 @@ def _root(
     pass
 
 
+def _mistyped(given: list[str], commands: set[str]) -> str | None:
+    """What to say of a first word that is neither a command nor a model; None where it may be a model."""
+    word = given[0]
+    if word.startswith("-") or not word.isidentifier() or Path(word).exists():
+        return None
+    near = difflib.get_close_matches(word.lower(), sorted(commands), n=1, cutoff=0.7)
+    if near:
+        return f"There is no command {word!r} (and no model of that name); did you mean {near[0]}?"
+    if len(given) > 1 and not given[1].startswith("-"):  # `compile` takes one argument
+        return f"There is no command {word!r} (and no model of that name). Commands: {', '.join(sorted(commands))}."
+    return None
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Entry point. Without a command's name, `compile` is meant."""
     # A polite kill unwinds, so that temporary files go with it; no kill can touch the artifact itself.
@@ -556,6 +575,10 @@ def main(arguments: list[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     commands = {command.name for command in app.registered_commands}
     if given and given[0] not in commands | {"--help", "--version"}:
+        mistyped = _mistyped(given, commands)
+        if mistyped is not None:
+            _say_error(mistyped)
+            raise SystemExit(BAD_USAGE)
         given.insert(0, "compile")
     app(args=given, prog_name="pumer-compile")
 

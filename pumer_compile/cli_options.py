@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .schedule import Schedule
 
 Model = Annotated[
-    Path, typer.Argument(metavar="MODEL", help="save_pretrained folder, torch.export archive, or checkpoint.")
+    Path, typer.Argument(metavar="MODEL", help="save_pretrained folder, torch.export archive, checkpoint, or Hub id.")
 ]
 ScheduleName = Annotated[
     str, typer.Option("--schedule", "-s", metavar="SCHEDULE", help="YAML file, preset name, or `none`.")

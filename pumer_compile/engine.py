@@ -1,4 +1,4 @@
-"""One interface to artifacts of every format: torch tensors in by keyword, torch tensors out by name."""
+"""One interface to artifacts of every format: tensors or arrays in by keyword, torch tensors out by name."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .exporters.base import Session
 from .exporters.manifest import read_manifest
 from .exporters.session import open_session
 from .plan import check_prompts
-from .runtimes.base import Runtime, TensorSpec, to_numpy
+from .runtimes.base import Runtime, TensorSpec, as_tensors, to_numpy
 
 
 class Engine:
@@ -117,29 +117,30 @@ class Engine:
         """Give the memory of weights back; nothing runs afterwards."""
         self.session.close()
 
-    def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
+    def __call__(self, **inputs: Tensor | np.ndarray[Any, Any]) -> dict[str, Tensor]:
         """Outputs by name, on `device`.
 
         Args:
-            **inputs: tensors by input name, on any device; cast to the dtypes of the artifact.
+            **inputs: tensors on any device, or NumPy arrays, by input name; cast to the dtypes of the artifact.
 
         Raises:
             UsageError: an input is missing, is not one of the artifact's, or has another shape.
         """
-        check_prompts(self.manifest, inputs)
+        tensors = as_tensors(inputs)
+        check_prompts(self.manifest, tensors)
         fixed = self._fixed()
-        inputs = {name: tensor for name, tensor in inputs.items() if name not in fixed}
-        unknown = [name for name in inputs if name not in self.inputs]
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in fixed}
+        unknown = [name for name in tensors if name not in self.inputs]
         if unknown:
             raise UsageError(
                 f"{self.path} takes no input {unknown[0]}; it takes {', '.join(self.inputs)}. What it was not compiled "
                 "with cannot be given to it."
             )
         if isinstance(self.session, Runtime):
-            return self.session.call(inputs)
-        return {name: torch.from_numpy(array) for name, array in self.session.run(inputs).items()}
+            return self.session.call(tensors)
+        return {name: torch.from_numpy(array) for name, array in self.session.run(tensors).items()}
 
-    def run(self, batch: Mapping[str, Tensor]) -> dict[str, np.ndarray[Any, Any]]:
+    def run(self, batch: Mapping[str, Tensor | np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
         """Outputs by name as arrays, as a call gives them, from a batch that may hold inputs of the model that the
         artifact does not read."""
         unread = {*(self.manifest.get("unread_inputs") or {})} - self._fixed()

@@ -22,6 +22,8 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file as load_safetensors
 from torch import Tensor, nn
@@ -68,11 +70,12 @@ class LoadedModel:
 def load_model(path: str | Path, *, config: str | Path | None = None, allow_pickle: bool = False) -> LoadedModel:
     """Load the model at `path`; `config` is a config.json, or a folder with one, for weights that come without.
 
+    A `path` that is not there may be the id of a model in the local cache of the Hugging Face Hub.
     Raises UsageError for a path or option that does not fit, CaptureError for content that cannot be loaded.
     """
     path = Path(path)
     if not path.exists():
-        raise UsageError(f"The model {path} does not exist. Expected {_ACCEPTED}.")
+        path = _cached(path)
     with quiet():
         if path.is_dir():
             if config is not None:
@@ -84,6 +87,24 @@ def load_model(path: str | Path, *, config: str | Path | None = None, allow_pick
             return _load_file(path, None if config is None else Path(config), allow_pickle)
         except PermissionError as error:
             raise UsageError(f"The model {path} cannot be read: permission denied.") from error
+
+
+def _cached(path: Path) -> Path:
+    """The folder of a model of the Hugging Face Hub in its local cache; nothing is downloaded.
+
+    Raises:
+        UsageError: not there, or no id of a model.
+    """
+    name = path.as_posix()
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name):
+        raise UsageError(f"The model {path} does not exist. Expected {_ACCEPTED}.")
+    try:
+        return Path(snapshot_download(name, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError) as error:
+        raise UsageError(
+            f"There is no path {path}, and no model {name} in the local cache of the Hugging Face Hub. If it is the id "
+            f"of a model there, download it first (hf download {name}); else expected is {_ACCEPTED}."
+        ) from error
 
 
 # --- Folders ------------------------------------------------------------------------------------------------

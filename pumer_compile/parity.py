@@ -31,6 +31,7 @@ from .reduce import reduce
 from .replay import Recorder, check_recording
 from .samples import Kinds, Samples, captured_batch, describe_samples, kinds_of, proof_batches, proof_sizes
 from .schedule import Schedule
+from .weights import check_model
 
 __all__ = ["check", "check_tolerances", "parity"]
 
@@ -70,8 +71,10 @@ def parity(
     batches, drawn = _batches(given, manifest)
     for batch in batches:
         check_prompts(manifest, batch)
+    check_model(manifest, loaded)
     engine = Engine(path, provider=provider)
     program = _recaptured(loaded, batches[0], manifest)
+    check_model(manifest, program)
     if given is None and "samples" not in manifest:  # an older artifact: now the graph tells more of its inputs
         drawn = Samples(describe_samples(program, _prompts(manifest)), _prompts(manifest))
         batches = proof_batches(drawn, _sizes(manifest, drawn.kinds))

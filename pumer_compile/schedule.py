@@ -15,12 +15,13 @@ nothing are errors: a compiler that silently does nothing is the worst bug there
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import (
@@ -35,6 +36,9 @@ from pydantic import (
 )
 
 from .errors import ScheduleError
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 Method = Literal["pumer", "tome", "vispruner", "fastv", "lossless"]
 Semantics = Literal["reference", "paper", "safe", "stable"]
@@ -321,19 +325,64 @@ def _explain(error: ValidationError, name: str) -> str:
     problems = []
     for item in error.errors():
         where = ".".join(str(part) for part in item["loc"] if part not in ("int", "float"))
-        message = item["msg"].removeprefix("Value error, ")
-        if item["type"] == "extra_forbidden":
-            owners: dict[str, type[BaseModel]] = {"merge": Merge, "sites": Site}
-            owner = owners.get(str(item["loc"][0]), Schedule)
-            if "merge" in item["loc"][:-1]:
-                owner = Merge
-            elif len(item["loc"]) == 1:
-                owner = Schedule
-            message = f"unknown key; known keys: {', '.join(owner.model_fields)}"
-        text = f"{where}: {message}" if where else message
+        text = f"{where}: {_in_words(item)}" if where else _in_words(item)
         if text not in problems:
             problems.append(text)
     return f"{name} is not valid: {'; '.join(problems)}."
+
+
+_FORMS: dict[str, str] = {
+    "layers": "a list of layers, such as [2, 5, 8]",
+    "sites": "a list of sites, such as [{at: cross_modal.2, prune: 0.1}]",
+    "merge": "a mapping, such as {image: 0.3, text: 0.2}",
+    "at": "the address of an attention, such as cross_modal.2",
+}
+_KINDS: dict[str, str] = {
+    "int_type": "an integer",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "string_type": "text",
+}
+_LIMITS: dict[str, tuple[str, str]] = {
+    "greater_than_equal": ("ge", "at least"),
+    "less_than_equal": ("le", "at most"),
+    "finite_number": ("", "a finite number"),
+}
+
+
+def _in_words(item: ErrorDetails) -> str:
+    """A problem as the user would say it: what is expected there, and what was given."""
+    kind, place = item["type"], item["loc"]
+    if kind == "extra_forbidden":
+        return _unknown_key(place)
+    if kind == "value_error":
+        return item["msg"].removeprefix("Value error, ")
+    if kind == "missing":
+        return "is required, and is not there"
+    key = next((str(part) for part in reversed(place) if isinstance(part, str)), "")
+    if kind in _LIMITS:
+        limit, words = _LIMITS[kind]
+        expected = f"{words} {item.get('ctx', {}).get(limit, '')}".strip()
+    elif kind == "literal_error":
+        expected = f"one of {', '.join(get_args(_CHOICES[key]))}"
+    elif kind in _KINDS and key != "at":
+        expected = _KINDS[kind]
+    elif place and isinstance(place[-1], int):
+        expected = "a mapping, such as {at: cross_modal.2, prune: 0.1}"
+    else:
+        expected = _FORMS.get(key, "another kind of value")
+    return f"expected {expected}, got {item['input']!r}"
+
+
+_CHOICES: dict[str, Any] = {"method": Method, "semantics": Semantics, "positions": Positions, "outputs": TokenOutputs}
+
+
+def _unknown_key(place: tuple[int | str, ...]) -> str:
+    *outer, key = place
+    owner: type[BaseModel] = Merge if "merge" in outer else Site if "sites" in outer else Schedule
+    near = difflib.get_close_matches(str(key), owner.model_fields, n=1)
+    meant = f"did you mean {near[0]}? " if near else ""
+    return f"unknown key; {meant}known keys: {', '.join(owner.model_fields)}"
 
 
 _BUDGETS: dict[str, Any] = {"prune": 0.1, "merge": Merge(image=0.3, text=0.2)}

@@ -246,5 +246,5 @@ def engine_of(onnx: Path, folder: Path, suffix: str = ".engine", **manifest: Any
         **manifest,
     }
     described = {"artifact": path.name, "sha256": sha256_file(path), **said}
-    path.with_name("manifest.json").write_text(json.dumps(described), encoding="utf-8")
+    path.with_name(f"{path.name}.manifest.json").write_text(json.dumps(described), encoding="utf-8")
     return path

@@ -175,7 +175,10 @@ BAD_OPTIONS = {
     "streams": ({"streams": "text"}, r"must map inputs to streams"),
     "no schedule": ({"schedule": None}, r"a file, a preset, a mapping or a Schedule"),
     "semantics alone": ({"semantics": "safe"}, r"goes with options\['schedule'\]"),
-    "unknown semantics": ({"schedule": "vilt-vqa", "semantics": "exact"}, r"semantics: .*'reference', 'paper', 'safe'"),
+    "unknown semantics": (
+        {"schedule": "vilt-vqa", "semantics": "exact"},
+        r"semantics: expected one of reference, paper, safe",
+    ),
     "unknown preset": ({"schedule": "vilt-vqb"}, r"Presets: vilt-vqa"),
     "unknown key": ({"schedule": {"leyers": [1]}}, r"leyers: unknown key"),
 }

@@ -21,6 +21,7 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, ViltForQuestionAnswering
 
 from pumer_compile import __version__
+from pumer_compile.schedule import PRESETS
 from tests.commands import (
     TOKENS,
     artifact,
@@ -44,7 +45,7 @@ def out(tmp_path: Path) -> Path:
     path = tmp_path / "out" / "model.onnx"
     path.parent.mkdir()
     path.write_bytes(b"the old artifact")
-    path.with_name("manifest.json").write_text('{"artifact": "model.onnx"}', encoding="utf-8")
+    path.with_name("model.onnx.manifest.json").write_text('{"artifact": "model.onnx"}', encoding="utf-8")
     return path
 
 
@@ -233,6 +234,36 @@ def test_a_model_that_does_not_exist(out: Path, unchanged: Any) -> None:
     check()
 
 
+@pytest.mark.parametrize("command", [[], ["plan"]], ids=["compile", "plan"])
+def test_an_id_of_a_model_that_is_not_here(command: list[str], out: Path) -> None:
+    """It is no path; nothing is downloaded, and the message says how to."""
+    where = () if command else ("-o", out)
+    message = refused(2, *command, "dandelin/vilt-b32-finetuned-vqa", "--schedule", schedule(), *where)
+    assert "hf download dandelin/vilt-b32-finetuned-vqa" in message and "local cache" in message
+    assert "does not exist" not in message
+
+
+MISTYPED = {
+    "pariti": (("model.onnx", "--model", "m"), "did you mean parity?"),
+    "Plan": (("model", "--schedule", "vilt-vqa"), "did you mean plan?"),
+    "benchmark": (("model.onnx",), "did you mean bench?"),
+    "prove": (("model.onnx",), "Commands: bench, compile, parity, plan, triton."),
+}
+
+
+@pytest.mark.parametrize("word", MISTYPED)
+def test_a_mistyped_command_is_not_taken_for_a_model(
+    word: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    more, says = MISTYPED[word]
+    message = refused(2, word, *more)
+    assert f"no command {word!r}" in message and says in message
+    # A model of that name is one.
+    write(tmp_path / word, "no model")
+    assert "is not a model file" in refused(1, word, "--schedule", "vilt-vqa", "-o", tmp_path / "model.onnx")
+
+
 def test_a_text_only_model(tmp_path: Path, out: Path, unchanged: Any) -> None:
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     BertForSequenceClassification(BertConfig(vocab_size=60, **sizes)).save_pretrained(tmp_path / "bert")
@@ -344,9 +375,9 @@ def test_an_unknown_operator_on_a_token_axis(what: str, tmp_path: Path, out: Pat
 def test_a_target_for_a_plain_module(tmp_path: Path, out: Path, unchanged: Any) -> None:
     torch.export.save(torch.export.export(make(Config(layers=1)), (), inputs_for(Config())), tmp_path / "model.pt2")
     check = unchanged()
-    message = refused(1, tmp_path / "model.pt2", "--schedule", schedule(), "-o", out, "--target", "onnxruntime-cpu")
+    message = refused(2, tmp_path / "model.pt2", "--schedule", schedule(), "-o", out, "--target", "onnxruntime-cpu")
     assert "--target" in message
-    assert "float16" in refused(1, tmp_path / "model.pt2", "--schedule", schedule(), "-o", out, "--dtype", "float16")
+    assert "float16" in refused(2, tmp_path / "model.pt2", "--schedule", schedule(), "-o", out, "--dtype", "float16")
     check()
 
 
@@ -420,7 +451,8 @@ def test_help_has_examples(command: list[str]) -> None:
     assert example in text
     assert "--schedule" in text or command == ["parity"]
     if not command:
-        assert all(name in text for name in ("compile", "parity", "plan", "vilt-vqa", "Exit codes"))
+        assert all(name in text for name in ("compile", "parity", "plan", "Exit codes"))
+        assert all(name in text for name in PRESETS)
 
 
 @pytest.mark.parametrize("command", [[], ["parity"], ["plan"]], ids=" ".join)
@@ -557,8 +589,8 @@ def test_every_kind_of_file_compiles(
     monkeypatch.chdir(tmp_path / "here")
     options = ("--inputs", tmp_path / "inputs.npz", "--no-verify")
     result = done(*arguments, "--schedule", "none", "-o", "model.onnx", *options)
-    assert "model.onnx (not reduced; not verified) and manifest.json" in " ".join(result.out.split())
-    assert sorted(os.listdir()) == ["manifest.json", "model.onnx"]
+    assert "model.onnx (not reduced; not verified) and model.onnx.manifest.json" in " ".join(result.out.split())
+    assert sorted(os.listdir()) == ["model.onnx", "model.onnx.manifest.json"]
     with torch.no_grad():
         logits = model.eval()(**{name: torch.from_numpy(array) for name, array in feed().items()}).logits
     np.testing.assert_allclose(onnx_outputs(Path("model.onnx"), feed())["logits"], logits, atol=1e-5, rtol=0)

@@ -102,7 +102,7 @@ def test_an_open_batch_size(compiled: Compiled, rows: list[int]) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_token_counts(compiled: Compiled, case: str, tmp_path: Path) -> None:
     published = [{"text": text, "image": image} for text, image in CASES[case]["tokens_after_layer"]]
-    sidecar = json.loads(compiled(case).with_name("manifest.json").read_text(encoding="utf-8"))
+    sidecar = json.loads(compiled(case).with_name("model.onnx.manifest.json").read_text(encoding="utf-8"))
     for manifest in (sidecar, inner_manifest(compiled(case))):
         assert manifest["tokens"] == {f"cross_modal.{i}": counts for i, counts in enumerate(published)}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,49 @@ def test_a_keyword_that_it_does_not_take() -> None:
         engine(**given, token_type_ids=given["input_ids"])
     # `run` is what parity uses, whose batches belong to the model.
     assert list(engine.run({**given, "token_type_ids": given["input_ids"]})) == ["logits"]
+
+
+def test_numpy_arrays_are_taken_as_they_are() -> None:
+    """Also what torch does not take without a word: read-only memory, another byte order, strides that go backwards."""
+    engine, expected = pumer.Engine(artifact()), onnx_outputs(artifact(), feed())["logits"]
+    given = feed()
+    given["attention_mask"].flags.writeable = False
+    given["input_ids"] = given["input_ids"].astype(">i8")
+    given["pixel_values"] = np.ascontiguousarray(given["pixel_values"][..., ::-1])[..., ::-1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert np.array_equal(engine(**given)["logits"], expected)
+        mixed = {**given, "pixel_values": tensors()["pixel_values"]}
+        assert np.array_equal(engine(**mixed)["logits"], expected)
+        assert np.array_equal(engine.run(given)["logits"], expected)
+        assert np.array_equal(pumer.OnnxSession(artifact()).run(given)["logits"], expected)
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [([[1, 2]], "is list; give a torch tensor or a NumPy array"), (np.array([["a"]]), "is an array of <U1")],
+)
+def test_what_is_neither_tensor_nor_array(value: Any, says: str) -> None:
+    with pytest.raises(UsageError, match=f"Input input_ids {says}"):
+        pumer.Engine(artifact())(**{**tensors(), "input_ids": value})
+
+
+@pytest.mark.parametrize(
+    ("said", "pads"),
+    [
+        ({}, True),
+        ({"unpadded_inputs": ["attention_mask"]}, False),
+        ({"plan": {"prompts": [{"input": "input_ids", "placeholder": 61, "start": 0, "stop": 0}]}}, False),
+    ],
+    ids=["a text", "--no-padding", "a prompt"],
+)
+def test_padding_is_advised_where_it_is_taken(said: dict[str, Any], pads: bool, tmp_path: Path) -> None:
+    engine = pumer.Engine(changed(tmp_path, **said))
+    given = {**tensors(), "attention_mask": torch.ones(2, 12, dtype=torch.int64)}
+    words = r"input_ids has shape \[2, 9\].*Compile again with inputs of this shape"
+    with pytest.raises(UsageError, match=words) as error:
+        engine.run({**given, "input_ids": given["input_ids"][:, :9]})
+    assert ("or pad" in str(error.value)) == pads
 
 
 def test_gradients_stay_out_of_it() -> None:

@@ -43,7 +43,7 @@ def out(tmp_path: Path) -> Path:
     """An old artifact and its manifest."""
     path = tmp_path / "model.onnx"
     path.write_bytes(b"the old artifact")
-    (tmp_path / "manifest.json").write_text('{"artifact": "model.onnx"}', encoding="utf-8")
+    (tmp_path / "model.onnx.manifest.json").write_text('{"artifact": "model.onnx"}', encoding="utf-8")
     return path
 
 
@@ -109,7 +109,7 @@ def test_killed_at_any_moment(server: Server, tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     old = artifact().read_bytes()
     path.write_bytes(old)
-    (tmp_path / "manifest.json").write_text('{"artifact": "model.onnx", "old": true}', encoding="utf-8")
+    (tmp_path / "model.onnx.manifest.json").write_text('{"artifact": "model.onnx", "old": true}', encoding="utf-8")
     command = (folder(layers=1), "--schedule", "none", "-o", path, "--batch", 2)
 
     whole = server.run(*command)
@@ -127,8 +127,8 @@ def test_killed_at_any_moment(server: Server, tmp_path: Path) -> None:
             manifest = runs(path)
             assert manifest["parity"]["passed"]
             assert manifest["checkpoint_sha256"] != inner_manifest(artifact())["checkpoint_sha256"]
-        json.loads((tmp_path / "manifest.json").read_text(encoding="utf-8"))
-        assert visible(tmp_path) == {"model.onnx", "manifest.json"}
+        json.loads((tmp_path / "model.onnx.manifest.json").read_text(encoding="utf-8"))
+        assert visible(tmp_path) == {"model.onnx", "model.onnx.manifest.json"}
     assert interrupted >= 2  # it was killed while at work
     # What killed runs left behind is in nobody's way.
     path.write_bytes(old)
@@ -152,7 +152,7 @@ def test_killed_between_files_that_belong_together(server: Server, tmp_path: Pat
         weights = {name for name in visible(tmp_path) if name.endswith(".data")}
         assert len(weights) == 2
     runs(path)
-    described = json.loads((tmp_path / "manifest.json").read_text(encoding="utf-8"))
+    described = json.loads((tmp_path / "model.onnx.manifest.json").read_text(encoding="utf-8"))
     assert described["sha256"] == sha256_file(path)
 
 

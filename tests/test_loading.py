@@ -446,3 +446,30 @@ def test_a_file_that_cannot_be_read(tmp_path, monkeypatch):
 
     monkeypatch.setattr(type(tmp_path), "open", denied)
     refused(UsageError, "permission denied", tmp_path / "m.pt")
+
+
+# --- models of the Hugging Face Hub ----------------------------------------------------------------------------
+
+
+def test_an_id_is_looked_up_in_the_local_cache(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the Hub's own tools keep it: a snapshot of links to files by their hash. Nothing is downloaded."""
+    commit, cached = "0" * 40, tmp_path / "models--someone--tiny-vilt"
+    snapshot = cached / "snapshots" / commit
+    tiny_vilt(num_hidden_layers=1).save_pretrained(tmp_path / "saved")
+    for folder in (snapshot, cached / "refs", cached / "blobs"):
+        folder.mkdir(parents=True)
+    (cached / "refs" / "main").write_text(commit)
+    for file in ("config.json", "model.safetensors"):
+        (tmp_path / "saved" / file).rename(cached / "blobs" / file)
+        (snapshot / file).symlink_to(cached / "blobs" / file)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    loaded = load_model("someone/tiny-vilt")
+    assert (loaded.kind, type(loaded.model).__name__) == ("folder", "ViltForQuestionAnswering")
+    with pytest.raises(UsageError, match=r"no model someone/other in the local cache.*hf download someone/other"):
+        load_model("someone/other")
+
+
+@pytest.mark.parametrize("path", ["no/such/folder", "no-such-file", "./someone/tiny", "/someone/tiny"])
+def test_what_is_no_id_is_a_path_that_is_not_there(path: str) -> None:
+    with pytest.raises(UsageError, match=r"does not exist|There is no path"):
+        load_model(path)

@@ -263,7 +263,7 @@ def test_an_engine_of_the_tower(tmp_path: Path) -> None:
     path = tmp_path / "vision.engine"
     (tmp_path / "schedule.yaml").write_text("method: vispruner\nbudget: 48\n", encoding="utf-8")
     done(FOLDER, "--schedule", tmp_path / "schedule.yaml", "-o", path, "--component", "vision")
-    manifest = json.loads((tmp_path / "manifest.json").read_text(encoding="utf-8"))
+    manifest = json.loads((tmp_path / "vision.engine.manifest.json").read_text(encoding="utf-8"))
     assert list(manifest["inputs"]) == ["pixel_values"]
     assert manifest["outputs"] == ["image_hidden_states"]
     assert manifest["decisions"] == ["reducer.vision_2.prompt_image.kept"]

@@ -256,7 +256,7 @@ def test_the_command_keeps_outputs(saved: Path, tmp_path: Path) -> None:
 
 def test_the_command_without_kept_outputs_says_which_to_keep(saved: Path, tmp_path: Path) -> None:
     schedule = write(tmp_path / "schedule.yaml", None)
-    message = refused(1, saved, "--schedule", schedule, "--batch", 2, "-o", tmp_path / "model.onnx")
+    message = refused(2, saved, "--schedule", schedule, "--batch", 2, "-o", tmp_path / "model.onnx")
     assert f"The output {HIDDEN}," in message
     assert f"--outputs {POOLED}" in message
     assert not (tmp_path / "model.onnx").exists()

@@ -78,7 +78,7 @@ def test_compile_and_bench_say_the_semantics_too() -> None:
     ("schedule", "semantics", "says"),
     [
         ("none", "safe", "--semantics says how tokens are reduced"),
-        ("vilt-vqa", "exact", "'reference', 'paper', 'safe'"),
+        ("vilt-vqa", "exact", "one of reference, paper, safe"),
         ("lossless", "safe", "leave out `semantics`"),
     ],
 )

@@ -18,6 +18,7 @@ from ..files import companion_of, sha256_file
 from ..plan import Plan
 from ..samples import describe_samples
 from ..schedule import Schedule
+from ..weights import read_weights
 
 KEY = "pumer_compile.manifest"
 SEAL = "pumer_compile.seal"
@@ -76,6 +77,7 @@ def make_manifest(
         "tokens": plan.tokens() if plan else None,
         "plan": plan.to_dict() if plan else None,
         "checkpoint_sha256": program.checkpoint_sha256,
+        "weights": read_weights(program.module),
         "inputs": {
             name: {"shape": list(tensor.shape), "dtype": _dtype(tensor, options)}
             for name, tensor in ((name, program.inputs[name]) for name in inputs)
@@ -106,28 +108,13 @@ def reduced_by(manifest: Mapping[str, Any]) -> str:
 
 
 def sidecar(path: Path) -> Path:
-    """Where the manifest beside an artifact goes.
-
-    `manifest.json`, or `<stem>.manifest.json` where that is another artifact's or somebody else's, or else
-    `<name>.manifest.json`.
-    """
-    *shared, own = _sidecars(path)
-    return next((candidate for candidate in shared if _free(candidate, path)), own)
+    """The manifest beside an artifact: `<artifact>.manifest.json`, suffix of the artifact included."""
+    return path.with_name(f"{path.name}.{SIDECAR}")
 
 
 def _sidecars(path: Path) -> tuple[Path, Path, Path]:
-    return path.with_name(SIDECAR), path.with_name(f"{path.stem}.{SIDECAR}"), path.with_name(f"{path.name}.{SIDECAR}")
-
-
-def _free(candidate: Path, path: Path) -> bool:
-    """Whether there is no manifest there, or one of this artifact, or of one that is gone."""
-    try:
-        described = json.loads(candidate.read_text(encoding="utf-8"))["artifact"]
-    except FileNotFoundError:
-        return True
-    except (OSError, ValueError, TypeError, KeyError):
-        return False  # somebody else's
-    return described == path.name or not candidate.with_name(str(described)).exists()
+    """Where a manifest may lie; the later names are of artifacts made before."""
+    return sidecar(path), path.with_name(f"{path.stem}.{SIDECAR}"), path.with_name(SIDECAR)
 
 
 def _dtype(tensor: Tensor, options: Mapping[str, Any]) -> str:
@@ -256,7 +243,7 @@ def _sidecar_of(path: Path) -> tuple[Path, dict[str, Any]] | None:
         UsageError: one names it, and describes other bytes.
     """
     outdated, digest = None, ""
-    for candidate in reversed(_sidecars(path)):
+    for candidate in _sidecars(path):
         try:
             found = dict(json.loads(candidate.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):

@@ -295,13 +295,13 @@ def in_precision(program: Program, dtype: Precision) -> Program:
     """The program with weights and floating-point inputs in `dtype`; the user's model stays as it is.
 
     Raises:
-        ExportError: the program has no model to convert (a torch.export archive), or is in another dtype already.
+        UsageError: the program has no model to convert (a torch.export archive).
     """
     wanted = getattr(torch, dtype)
     if all(p.dtype == wanted for p in program.module.parameters() if p.is_floating_point()):
         return program
     if program.model is None:
-        raise ExportError(
+        raise UsageError(
             f"A torch.export archive cannot be converted to {dtype}: its graph has the dtype written into it. "
             "Compile from the checkpoint or export the archive from a converted model."
         )
@@ -340,7 +340,7 @@ def _through_transformers(
     try:
         config = OnnxConfig(**wanted)
     except TypeError as error:
-        raise ExportError(
+        raise UsageError(
             f"--target {options.target} needs transformers' fusions for onnxruntime, which this version lacks: install "
             "a newer transformers or leave --target out for portable ONNX."
         ) from error
@@ -364,7 +364,7 @@ def _through_torch(
     program: Program, schedule: Schedule | None, shapes: dict[str, Any] | None, options: OnnxOptions
 ) -> OnnxBuild:
     if options.target in _FUSIONS:
-        raise ExportError(
+        raise UsageError(
             f"--target {options.target} uses transformers' fusions, which need a transformers model; this one is a "
             "plain module or a torch.export archive. Leave --target out for portable ONNX."
         )

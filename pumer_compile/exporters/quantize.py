@@ -156,12 +156,15 @@ def quantize_onnx(
         calibration: samples of `static`.
 
     Raises:
-        ExportError: there is no linear layer, or onnxruntime refuses the model.
+        UsageError: there is no linear layer.
+        ExportError: onnxruntime refuses the model.
     """
     _gemm_as_matmul(model)
     chosen = linear_layers(model)
     if not chosen:
-        raise ExportError("--quantize int8 found no linear layer (a product with constant weights) to quantize.")
+        raise UsageError(
+            "--quantize int8 found no linear layer (a product with constant weights) to quantize. Leave it out."
+        )
     with _quiet_onnxruntime(), quiet():
         try:
             if mode == "weights":

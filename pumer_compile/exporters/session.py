@@ -99,6 +99,8 @@ def open_session(
             f"Nothing here runs {path.suffix or 'a file without suffix'!r} ({path}); .onnx, .engine, .plan, .xml."
         )
     _check_agreement(session, manifest)
+    if isinstance(session, Runtime):
+        session.pads = not (manifest.get("unpadded_inputs") or (manifest.get("plan") or {}).get("prompts"))
     return session
 
 

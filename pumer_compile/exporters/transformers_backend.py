@@ -33,7 +33,7 @@ from ..reduce import schedule_for
 from ..runtimes.tensorrt import TensorRtSession
 from .base import Profile
 from .lean import PAYS
-from .manifest import SIDECAR, make_manifest, read_manifest
+from .manifest import make_manifest, read_manifest, sidecar
 from .onnx import DEFAULT_OPSET, OnnxBuild, ReducedOnnxExporter, named, polished, quiet_torch_onnx
 from .tensorrt import EngineBuild, EngineOptions, EngineWriter
 
@@ -85,7 +85,7 @@ class EngineProgram:
     """An engine with its manifest, at `path`; the folder is temporary until it is saved.
 
     Attributes:
-        path: of the engine; `<stem>.manifest.json` lies beside it.
+        path: of the engine; `<engine>.manifest.json` lies beside it.
         keep: keeps a temporary folder alive.
     """
 
@@ -140,7 +140,7 @@ class TensorRtExporter(ReducedOnnxExporter):
             parity={"verified": False},
         )
         described = {"artifact": path.name, "sha256": sha256_file(path), **manifest}
-        _beside(path).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+        sidecar(path).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
         return EngineProgram(path, folder)
 
     @classmethod
@@ -149,12 +149,12 @@ class TensorRtExporter(ReducedOnnxExporter):
         path = Path(path)
         path.write_bytes(program.path.read_bytes())
         manifest = {**read_manifest(program.path), "artifact": path.name}
-        _beside(path).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        sidecar(path).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def program_files(cls, filename: str) -> list[str]:
         """The engine and its manifest."""
-        return [filename, _beside(Path(filename)).name]
+        return [filename, sidecar(Path(filename)).name]
 
     @classmethod
     def load_program(cls, path: str | Path) -> EngineProgram:  # type: ignore[override]
@@ -188,10 +188,6 @@ class TensorRtRunner(ModelRunner):
         """What the model returns, from its inputs by keyword; memory is never shared with the engine's own."""
         found = self.session.call(onnx_inputs(self.session.inputs, kwargs))
         return self.unflatten([found[name] for name in self.outputs])
-
-
-def _beside(path: Path) -> Path:
-    return path.with_name(f"{path.stem}.{SIDECAR}")
 
 
 register_backend(TensorRtExporter, TensorRtRunner)

@@ -26,7 +26,7 @@ from ..files import companion_of, publish, sha256_file
 from ..runtimes.base import Size, TensorSpec
 from ..runtimes.ort import external_files
 from .base import Profile
-from .manifest import SIDECAR, read_manifest
+from .manifest import read_manifest, sidecar
 from .session import ENGINE_SUFFIXES
 
 # Triton needs a number where a batch is open without a profile; its dynamic batcher fills batches up to it.
@@ -275,7 +275,7 @@ def _fill(staged: Path, model: ServedModel, artifact: Path, manifest: Mapping[st
         shutil.copyfile(companion_of(artifact, companion), version / companion)
     # So that `parity`, `bench` and `Engine` take the artifact from here too.
     described = {**manifest, "artifact": placed.name, "sha256": model.sha256}
-    (version / SIDECAR).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+    sidecar(placed).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
     (staged / "config.pbtxt").write_text(model.config(), encoding="utf-8")
     for path in [*version.iterdir(), version, staged / "config.pbtxt"]:
         _sync(path)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from ..errors import AxisError
+from ..errors import AxisError, SiteError
 from ..reducers import AlignAxis
 from ..reducers.align import AlignMode
 from .axes import Dim, Same, Tokens, same_size
@@ -144,7 +144,7 @@ class Aligner:
             if any(step.merged for step in walk.history.lineage(s, target.get(s, 0), have.get(s, 0)))
         ]
         if merged:
-            raise AxisError(
+            raise SiteError(
                 f"{describe(node)} needs the integers of {source.name} for {merged[0]} tokens that were "
                 "merged; integers of merged tokens have no mean. Prune there instead of merging, or move the "
                 "site."

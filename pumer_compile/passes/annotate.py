@@ -38,7 +38,7 @@ from .axes import (
     same_size,
     unify,
 )
-from .graph import after_attention, ancestors, depends_on_input, describe, values
+from .graph import after_attention, ancestors, depends_on_input, describe, operator_name, values
 from .rules import rule_for
 
 
@@ -356,6 +356,6 @@ def _check_covered(annotation: Annotation, node: fx.Node) -> None:
                     continue
                 raise NoRuleError(
                     f"No rule says how {describe(node)} carries the token axis {kind} of its input "
-                    f"{source.name} (dimension {index}). Add a rule for {node.target}: one function and one test "
-                    "(docs/adding-a-rule.md; the table is pumer_compile/passes/rules.py)."
+                    f"{source.name} (dimension {index}). Add a rule for {operator_name(node)}: one function and one "
+                    "test (docs/adding-a-rule.md; the table is pumer_compile/passes/rules.py)."
                 )

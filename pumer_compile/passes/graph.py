@@ -70,11 +70,18 @@ def module_path(node: fx.Node) -> str:
     return path.removeprefix("L['self'].").removeprefix("L__self___")
 
 
+def operator_name(node: fx.Node) -> str:
+    """What a node calls, as it is called in PyTorch (`aten.cat.default`), or the name of a plain function."""
+    if callable(node.target) and not isinstance(node.target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+        return str(getattr(node.target, "__name__", node.target))
+    return str(node.target)
+
+
 def describe(node: fx.Node) -> str:
     """A node for an error message: operator, name, module and source line."""
     where = [f"in module {path}" for path in [module_path(node)] if path]
     where += [f"at {line}" for line in [source_line(node)] if line]
-    return f"{node.target} (node {node.name}{''.join(', ' + w for w in where)})"
+    return f"{operator_name(node)} (node {node.name}{''.join(', ' + w for w in where)})"
 
 
 _LIKE = {"zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty"}

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
-from ..errors import AxisError
+from ..errors import SiteError
 from .annotate import Annotation
 from .axes import AxisKind, Dim, Fixed, Product, Segment, Size, Tokens
 from .graph import describe
@@ -93,7 +93,7 @@ class History:
                 epoch = self.steps[stream][epoch - 1].parent
             if epoch == old:
                 return new
-        raise AxisError(
+        raise SiteError(
             f"{describe(node)} joins the {stream} tokens of two passes that were reduced apart (one pass for each "
             "image, say); their tokens are no longer the same. Leave the sites before it out of the schedule."
         )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-
 from torch import fx
 
 from ..errors import LocateError, PlanError
@@ -16,8 +14,6 @@ from .history import Step
 from .insert import Insertions, SiteInsertion
 from .rewrite import Rewriter
 from .rules import aten
-
-log = logging.getLogger("pumer_compile")
 
 # Fields of `Reduction`.
 TOKENS, MAP, ASSIGNED = 0, 2, 6
@@ -71,8 +67,6 @@ class KeepForLastQuery:
                     "smaller one, or `none`."
                 )
             self.site.reducers[stream] = LastQueryReducer(tokens, budget)
-        if all(budget == tokens for tokens in before.values()):
-            log.warning("A budget of %d keeps every token of the image: nothing is reduced.", budget)
         after = dict.fromkeys(before, budget)
         pruned = {stream: tokens - budget for stream, tokens in before.items()}
         self.site.plan = SitePlan(attention.site, attention.module, before, after, pruned, {}, call=attention.call)

@@ -12,7 +12,7 @@ from ..reducers.align import MaskKind
 from .annotate import Annotation
 from .axes import Dim, Fixed, Segment, Tokens
 from .carrier import carrier_of
-from .graph import ancestors, depends_on_parameter, describe, module_path, values
+from .graph import ancestors, depends_on_parameter, describe, module_path, operator_name, values
 from .masks import ADD, KEEPS_VALUES, MASKED_FILL, RESHAPES, STRETCHES, WHERE, Addends, Mask, MaskReader, is_pointwise
 from .rules import argument, aten, shape, wrap
 
@@ -300,7 +300,7 @@ def _applied(node: fx.Node, scores: fx.Node, below: _Scores, reader: MaskReader)
     if added is not None:
         return replace(below, unusual=_not_known(node, added.unknown))
     if below.added.masks and node.target not in KEEPS_VALUES:
-        return replace(below, unusual=f"{node.name} ({node.target}) changes its scores after the mask is applied")
+        return replace(below, unusual=f"{node.name} ({operator_name(node)}) changes its scores after the mask is applied")
     strange = [n.name for n in node.all_input_nodes if n is not scores and _data(n)]
     if strange:
         return replace(below, unusual=_not_known(node, strange[0]))

@@ -129,6 +129,7 @@ def _rewrite(state: State) -> int:
     if not insertions.done:
         raise PlanError("Every site of the schedule rounds to nothing pruned. Raise `prune`.")
     _check_alive(insertions, state.reduced)
+    _check_reduces(state, insertions)
     _check_one_pass(insertions)
     log.info("rewrite: %d literals changed, %d values aligned", state.walk.literals, state.walk.aligner.count)
     return sum(len(site.reducers) for site, _ in insertions.done)
@@ -143,6 +144,18 @@ def _check_alive(insertions: Insertions, reduced: fx.GraphModule) -> None:
                 f"Site {site.attention.described} reduces {' and '.join(site.reducers)} tokens that nothing reads "
                 f"after it ({plan.before} to {plan.after}). Leave it out, or choose an earlier one."
             )
+
+
+def _check_reduces(state: State, insertions: Insertions) -> None:
+    """Some token must go; separators between crops are dropped by a selection, and count."""
+    separated = any(mark.separated is not None for mark in state.prompt.marks) if state.prompt else False
+    if all(plan.before == plan.after for _, plan in insertions.done) and not separated:
+        _, plan = insertions.done[0]
+        raise PlanError(
+            f"A budget of {state.schedule.budget} would reduce nothing: the image has "
+            f"{' and '.join(map(str, plan.before.values()))} tokens ({', '.join(plan.before)}). Choose a smaller one, "
+            "or compile with `none`."
+        )
 
 
 def _check_one_pass(insertions: Insertions) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from ..errors import AxisError
+from ..errors import AxisError, SiteError
 from ..outputs import set_output_names
 from ..reducers.align import MaskKind
 from .align import Aligner
@@ -235,7 +235,7 @@ class Rewriter:
 
     def _check_alignable(self, node: fx.Node, dim: Dim, same: list[Same]) -> None:
         if any(dim in (c.a, c.b) and not c.aligns for c in same):
-            raise AxisError(
+            raise SiteError(
                 f"{describe(node)} sums over the token axis {self.annotation.axis(dim)} of {dim.node.name}, "
                 "which was computed before a reducer of that stream, together with values computed after it. "
                 "Nothing aligns a sum over tokens; move the site behind this operator or leave it out of the "
@@ -244,7 +244,7 @@ class Rewriter:
 
     def _check_not_mutated(self, node: fx.Node, dim: Dim) -> None:
         if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
-            raise AxisError(
+            raise SiteError(
                 f"{describe(node)} changes its input in place, and {dim.node.name} would have to be aligned to the "
                 "tokens after a reducer first: later uses would not see the change. Move the site."
             )
@@ -265,7 +265,7 @@ class Rewriter:
             case Total(source):
                 self._totals[node] = dict(self.history.at(source))
             case Opaque(source) if self.history.at(source):
-                raise AxisError(
+                raise SiteError(
                     f"{describe(node)} works position by position along the token axis "
                     f"{self.annotation.axis(source)} of {source.node.name}, which a reducer has changed. "
                     "Move the site behind this operator or leave it out of the schedule."
@@ -282,7 +282,7 @@ class Rewriter:
                 continue
             divisors = [_summed(u.args[1]) if u.args[:1] == (node,) else None for u in node.users]
             if not all(d is not None and self._totals.get(d) == epochs for d in divisors):
-                raise AxisError(
+                raise SiteError(
                     f"{describe(node)} sums over the token axis of {source.name}, which a reducer has made shorter, "
                     "and the sum is not divided by a sum over the same reduced tokens. A mean over tokens follows the "
                     "reduction; a sum does not. Move the site behind it or leave it out."
@@ -308,7 +308,7 @@ class Rewriter:
         for stream, epoch in ((s, e) for s, e in epochs.items() if e):
             holders = [r for r in results if stream in self.history.streams(r)]
             if len(holders) != 1:
-                raise AxisError(
+                raise SiteError(
                     f"{describe(node)} reshapes the {stream} tokens, which a reducer has changed, into "
                     f"{[str(self.annotation.axis(r)) for r in results]}; their grid is gone. Move the site "
                     "behind it."
@@ -320,7 +320,7 @@ class Rewriter:
         kind = self.annotation.axis(dim)
         parts = [s for s in kind.segments if s.stream == stream and not s.whole] if isinstance(kind, Tokens) else []
         if parts:
-            raise AxisError(
+            raise SiteError(
                 f"{describe(node)} takes {parts[0].length} of the "
                 f"{self.annotation.streams[parts[0].stream or '']} {parts[0].stream} tokens by position, "
                 "after a reducer has changed them. Move the site behind it."
@@ -375,7 +375,7 @@ class Rewriter:
             before, now = before + segment.length, now + self.history.length(segment, epochs)
         if position == kind.size and not first_token:
             return now
-        raise AxisError(
+        raise SiteError(
             f"{describe(node)} takes position {position} of the token axis {kind}, which a reducer has "
             "changed; only the first token of a stream keeps its place, and where pruning sorts the "
             "tokens (`paper`) not even that one. Move the site behind it, or leave "

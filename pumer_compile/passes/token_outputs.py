@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import fx
 
-from ..errors import VerifyError
+from ..errors import OutputsError
 from ..outputs import output_nodes
 from ..reducers import AlignAxis, UnitWeights
 from ..reducers.align import AlignMode
@@ -27,7 +27,7 @@ def check_outputs(walk: Rewriter) -> None:
     """Refuse outputs with one entry for each token of a reduced stream.
 
     Raises:
-        VerifyError: there is one.
+        OutputsError: there is one.
     """
     outputs = output_nodes(walk.source)
     token_level = {name: dims for name, node in outputs.items() if (dims := reduced_dims(walk, node))}
@@ -42,7 +42,7 @@ def check_outputs(walk: Rewriter) -> None:
         if others
         else "Say "
     )
-    raise VerifyError(
+    raise OutputsError(
         f"The output {name}, {describe(outputs[name])}, has one entry for each token of {kind}, and "
         f"{', '.join(streams)} tokens are reduced: its entries would no longer be the model's. {keep}in the schedule "
         "what to give instead: `outputs: restored` (every position gets the token it was merged into) or `outputs: "

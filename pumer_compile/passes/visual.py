@@ -60,7 +60,7 @@ class SelectVisual:
                 "one, or `none`."
             )
         if budget >= max(map(len, self.mark.crops)):
-            log.warning("A budget of %d keeps every token of the image: nothing is pruned.", budget)
+            log.warning("A budget of %d keeps every token of an image: nothing of it is pruned.", budget)
 
     def _plan(self, stream: str, reducer: VisualReducer) -> None:
         """Add this block's counts to those of the blocks before it."""

@@ -44,6 +44,7 @@ class Runtime(ABC):
         device: where outputs of `call` are.
         input_specs, output_specs: by name, in order.
         closed: whether it was closed.
+        pads: whether shorter inputs may be padded to its shapes, as far as its manifest says.
     """
 
     path: Path
@@ -52,6 +53,7 @@ class Runtime(ABC):
     input_specs: dict[str, TensorSpec]
     output_specs: dict[str, TensorSpec]
     closed: bool = False
+    pads: bool = True
 
     @property
     def inputs(self) -> list[str]:
@@ -63,8 +65,9 @@ class Runtime(ABC):
         """Names of the outputs."""
         return list(self.output_specs)
 
-    def call(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Outputs by name on `device`, from tensors by input name (cast to the artifact's dtypes, moved to `device`).
+    def call(self, batch: Mapping[str, Tensor | np.ndarray[Any, Any]]) -> dict[str, Tensor]:
+        """Outputs by name on `device`, from tensors or arrays by input name (cast to the artifact's dtypes, moved to
+        `device`).
 
         Raises:
             UsageError: an input is missing, or has another shape or kind of dtype than the artifact takes; or it was
@@ -73,9 +76,9 @@ class Runtime(ABC):
         """
         if self.closed:
             raise UsageError(f"{self.path} was closed. Open it again to run it.")
-        return self._execute(fitted(batch, self.input_specs, self.device))
+        return self._execute(fitted(as_tensors(batch), self.input_specs, self.device, pads=self.pads))
 
-    def run(self, batch: Mapping[str, Tensor]) -> dict[str, np.ndarray[Any, Any]]:
+    def run(self, batch: Mapping[str, Tensor | np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
         """`call` with arrays as outputs; bfloat16, which numpy lacks, comes as float32."""
         return {name: to_numpy(tensor) for name, tensor in self.call(batch).items()}
 
@@ -101,10 +104,41 @@ def to_numpy(tensor: Tensor) -> np.ndarray[Any, Any]:
     return array
 
 
+def as_tensors(batch: Mapping[str, Tensor | np.ndarray[Any, Any]]) -> dict[str, Tensor]:
+    """A batch of tensors and NumPy arrays as tensors; an array's memory is shared where it can be.
+
+    Raises:
+        UsageError: a value is neither, or an array of what torch has no dtype for.
+    """
+    return {name: _as_tensor(name, value) for name, value in batch.items()}
+
+
+def _as_tensor(name: str, value: Tensor | np.ndarray[Any, Any]) -> Tensor:
+    if isinstance(value, Tensor):
+        return value
+    if not isinstance(value, np.ndarray | np.generic):
+        raise UsageError(f"Input {name} is {type(value).__name__}; give a torch tensor or a NumPy array.")
+    array = np.asarray(value)
+    # torch takes neither negative strides nor the other byte order, and warns of memory that it must not write to.
+    if not array.flags.writeable or min(array.strides, default=0) < 0:
+        array = array.copy(order="C")
+    array = array.astype(array.dtype.newbyteorder("="), copy=False)
+    try:
+        return torch.from_numpy(array)
+    except TypeError as error:
+        raise UsageError(f"Input {name} is an array of {array.dtype}, which torch has no dtype for.") from error
+
+
 def fitted(
-    batch: Mapping[str, Tensor], specs: Mapping[str, TensorSpec], device: torch.device | str = "cpu"
+    batch: Mapping[str, Tensor],
+    specs: Mapping[str, TensorSpec],
+    device: torch.device | str = "cpu",
+    *,
+    pads: bool = True,
 ) -> dict[str, Tensor]:
     """The inputs of an artifact out of a batch: in its dtypes, contiguous, on its device.
+
+    `pads` says whether shorter inputs may be padded to the artifact's shapes, which is then advised.
 
     Raises:
         UsageError: one is missing, has another shape, is floating point where whole numbers are taken, or sizes that
@@ -115,7 +149,7 @@ def fitted(
         if name not in batch:
             raise UsageError(f"The artifact takes an input {name}; given were {', '.join(batch)}.")
         tensor = batch[name]
-        _check_shape(name, tuple(tensor.shape), spec)
+        _check_shape(name, tuple(tensor.shape), spec, pads)
         if tensor.is_floating_point() and not spec.dtype.is_floating_point:
             raise UsageError(
                 f"Input {name} is {_plain(tensor.dtype)}; the artifact takes {_plain(spec.dtype)}, and rounding would "
@@ -126,14 +160,14 @@ def fitted(
     return feed
 
 
-def _check_shape(name: str, shape: tuple[int, ...], spec: TensorSpec) -> None:
+def _check_shape(name: str, shape: tuple[int, ...], spec: TensorSpec, pads: bool) -> None:
     fits = len(spec.shape) == len(shape) and all(
         isinstance(want, str) or want == have for want, have in zip(spec.shape, shape, strict=True)
     )
     if not fits:
         raise UsageError(
             f"Input {name} has shape {list(shape)}; the artifact was compiled for {list(spec.shape)}. "
-            "Compile again with inputs of this shape, or pad."
+            f"Compile again with inputs of this shape{', or pad' if pads else ''}."
         )
 
 

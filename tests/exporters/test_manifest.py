@@ -114,7 +114,7 @@ def test_the_proof(manifest: dict[str, Any]) -> None:
 
 
 def test_the_sidecar_says_the_same(manifest: dict[str, Any]) -> None:
-    sidecar = json.loads(artifact().with_name("manifest.json").read_text(encoding="utf-8"))
+    sidecar = json.loads(artifact().with_name("model.onnx.manifest.json").read_text(encoding="utf-8"))
     assert sidecar.pop("artifact") == "model.onnx"
     assert sidecar.pop("sha256") == sha256_file(artifact())
     assert sidecar == manifest == inner_manifest(artifact())
@@ -123,27 +123,29 @@ def test_the_sidecar_says_the_same(manifest: dict[str, Any]) -> None:
 # --- Which name the sidecar has ---------------------------------------------------------------------------------------
 
 
-def test_two_artifacts_in_one_folder(tmp_path: Path) -> None:
-    plain, second = tmp_path / "manifest.json", tmp_path / "second.manifest.json"
-    assert sidecar(tmp_path / "first.onnx") == plain
-    plain.write_text('{"artifact": "first.onnx"}', encoding="utf-8")
-    (tmp_path / "first.onnx").touch()
-    assert sidecar(tmp_path / "first.onnx") == plain
-    assert sidecar(tmp_path / "second.onnx") == second
-    (tmp_path / "first.onnx").unlink()  # what it describes is gone
-    assert sidecar(tmp_path / "second.onnx") == plain
+def test_it_is_the_artifacts_whole_name(tmp_path: Path) -> None:
+    """So that artifacts of any names and formats have one each, and nobody else's is overwritten."""
+    (tmp_path / "manifest.json").write_text('{"name": "a web application"}', encoding="utf-8")
+    for name in ("model.onnx", "model.engine", "model.xml", "model"):
+        assert sidecar(tmp_path / name) == tmp_path / f"{name}.manifest.json"
 
 
-def test_three_artifacts_in_one_folder(tmp_path: Path) -> None:
-    names = ("model.onnx", "model.engine", "model.xml")
-    places = []
-    for name in names:
-        place = sidecar(tmp_path / name)
-        place.write_text(json.dumps({"artifact": name}), encoding="utf-8")
-        (tmp_path / name).touch()
-        places.append(place.name)
-    assert places == ["manifest.json", "model.manifest.json", "model.xml.manifest.json"]
-    assert [sidecar(tmp_path / name).name for name in names] == places
+@pytest.mark.parametrize("name", ["model.engine.manifest.json", "model.manifest.json", "manifest.json"])
+def test_the_names_that_it_had_before_are_read(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.engine"
+    path.write_bytes(b"an engine")
+    said = {"format": FORMAT, "artifact": path.name, "sha256": sha256_file(path)}
+    (tmp_path / name).write_text(json.dumps(said), encoding="utf-8")
+    assert read_manifest(path) == said
+
+
+@pytest.mark.parametrize("text", ['{"name": "a web application"}', "not JSON", "[1, 2]", '"text"', "null", ""])
+def test_the_manifest_of_somebody_else_is_none(text: str, tmp_path: Path) -> None:
+    (tmp_path / "model.engine").write_bytes(b"an engine")
+    (tmp_path / "manifest.json").write_text(text, encoding="utf-8")
+    looked = "looked for model.engine.manifest.json, model.manifest.json, manifest.json beside it"
+    with pytest.raises(UsageError, match=looked):
+        read_manifest(tmp_path / "model.engine")
 
 
 def test_an_outdated_manifest_beside_the_right_one(tmp_path: Path) -> None:
@@ -155,15 +157,9 @@ def test_an_outdated_manifest_beside_the_right_one(tmp_path: Path) -> None:
             said = right if other == name else {**right, "sha256": "0"}
             (tmp_path / other).write_text(json.dumps(said), encoding="utf-8")
         assert read_manifest(path) == right
-    (tmp_path / "manifest.json").unlink()
+    (tmp_path / "manifest.json").unlink()  # the right one
     with pytest.raises(UsageError, match="SHA-256 differs"):
         read_manifest(path)
-
-
-@pytest.mark.parametrize("text", ['{"name": "a web application"}', "not JSON", "[1, 2]", '"text"', "null", ""])
-def test_the_manifest_of_somebody_else_stays(text: str, tmp_path: Path) -> None:
-    (tmp_path / "manifest.json").write_text(text, encoding="utf-8")
-    assert sidecar(tmp_path / "model.onnx") == tmp_path / "model.manifest.json"
 
 
 # --- Reading ----------------------------------------------------------------------------------------------------------

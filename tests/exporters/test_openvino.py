@@ -78,7 +78,12 @@ def test_a_reduced_model(artifacts: Any) -> None:
     assert [port.get_names() for port in model.outputs] == [{"logits"}]
     assert all(port.get_partial_shape().is_static for port in [*model.inputs, *model.outputs])
     assert model.get_rt_info(["runtime_options", "INFERENCE_PRECISION_HINT"]).astype(str) == "f32"
-    assert {p.name for p in artifacts().parent.iterdir()} == {"model.xml", "model.bin", "manifest.json", "report.json"}
+    assert {p.name for p in artifacts().parent.iterdir()} == {
+        "model.xml",
+        "model.bin",
+        "model.xml.manifest.json",
+        "report.json",
+    }
     assert np.abs(outputs_of(artifacts(), feed())["logits"] - eager()).max() <= 1e-5
 
 
@@ -283,7 +288,7 @@ def test_a_place_for_the_weights(tmp_path: Path) -> None:
 
 
 def copied(artifact: Path, folder: Path) -> Path:
-    for name in ("model.xml", "model.bin", "manifest.json"):
+    for name in ("model.xml", "model.bin", "model.xml.manifest.json"):
         (folder / name).write_bytes(artifact.with_name(name).read_bytes())
     return folder / "model.xml"
 

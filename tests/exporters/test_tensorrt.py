@@ -78,7 +78,7 @@ def test_an_engine(tmp_path: Path) -> None:
     for name in (b"input_ids", b"attention_mask", b"pixel_values", b"pixel_mask", b"logits"):
         assert name in content
     assert b"reducer.cross_modal_0.image" in content
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["manifest.json", "model.engine"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model.engine", "model.engine.manifest.json"]
     assert "not executed" in result.out and "ONNX model that the engine was built from" in result.out
 
     manifest = read_manifest(path)
@@ -470,7 +470,7 @@ def test_on_a_device_the_engine_itself_is_proved(
     assert report is not None and report.passed and report.decisions_compared and report.stand_in == ""
     assert report.provider == "tensorrt-rtx" and len(report.reducers) == 2
     assert built == ["model.onnx", "deciding.onnx"]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["manifest.json", "model.engine"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model.engine", "model.engine.manifest.json"]
 
 
 # --- The manifest beside the engine -----------------------------------------------------------------------------------
@@ -485,7 +485,7 @@ def test_an_engine_is_what_its_manifest_describes(reduced: Reduced, tmp_path: Pa
     with pytest.raises(UsageError, match=r"not the file that .*manifest.json describes"):
         read_manifest(path)
     path.write_bytes(content)
-    manifest = path.with_name("manifest.json")
+    manifest = path.with_name("model.engine.manifest.json")
     text = manifest.read_text(encoding="utf-8")
     manifest.write_text(json.dumps({**json.loads(text), "artifact": "other.engine"}), encoding="utf-8")
     with pytest.raises(UsageError, match="No manifest describes"):

@@ -53,7 +53,7 @@ def test_the_engine_is_reduced(exported: ExportedModel) -> None:
 def test_it_is_saved_and_loaded(exported: ExportedModel, tmp_path: Path) -> None:
     exported.save_pretrained(tmp_path)
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"model.engine", "model.manifest.json", "export.json", "config.json"}
+    assert names == {"model.engine", "model.engine.manifest.json", "export.json", "config.json"}
     saved = json.loads((tmp_path / "export.json").read_text(encoding="utf-8"))
     assert saved["export_format"] == "tensorrt"
     assert saved["components"]["model"]["metadata"]["export_config"]["schedule"] == SCHEDULE
@@ -114,7 +114,6 @@ def test_it_is_called_by_keyword(exported: ExportedModel, tmp_path: Path, monkey
     install(monkeypatch)
     outputs = artifact()
     engine = engine_of(outputs, tmp_path)
-    (tmp_path / "manifest.json").rename(tmp_path / "model.manifest.json")
     loaded = ExportedModel.from_pretrained(tmp_path)
     found = loaded(**tensors(), unknown=1)
     assert type(found).__name__ == "SequenceClassifierOutput" and engine.exists()

@@ -63,7 +63,7 @@ def test_an_open_batch(tmp_path: Path) -> None:
     model = write_triton_repository(tmp_path / "models", "vqa", artifact(*OPEN))
     assert model == tmp_path / "models" / "vqa"
     assert sorted(snapshot(tmp_path / "models")) == [
-        *("vqa", "vqa/1", "vqa/1/manifest.json", "vqa/1/model.onnx", "vqa/config.pbtxt")
+        *("vqa", "vqa/1", "vqa/1/model.onnx", "vqa/1/model.onnx.manifest.json", "vqa/config.pbtxt")
     ]
     assert (model / "1" / "model.onnx").read_bytes() == artifact(*OPEN).read_bytes()
     said = config(model)
@@ -117,7 +117,7 @@ def test_weights_beside_the_model_come_along(tmp_path: Path, monkeypatch: pytest
     done(folder(), "--schedule", schedule(), "-o", path, "--batch", 2, "--no-verify")
     (weights,) = tmp_path.glob("*.data")
     model = write_triton_repository(tmp_path / "models", "large", path)
-    assert {p.name for p in (model / "1").iterdir()} == {"model.onnx", "manifest.json", weights.name}
+    assert {p.name for p in (model / "1").iterdir()} == {"model.onnx", "model.onnx.manifest.json", weights.name}
     expected = onnx_outputs(path, feed())["logits"]
     weights.unlink()
     assert np.array_equal(onnx_outputs(model / "1" / "model.onnx", feed())["logits"], expected)
@@ -170,7 +170,7 @@ def test_an_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, "tensorrt", version="10.13.2", profiles=[(1, 1, 2), (2, 8, 16)])
     path = standard(tmp_path, ["batch=1:1:2", "batch=2:8:16"])
     model = write_triton_repository(tmp_path / "models", "vqa", path)
-    assert {p.name for p in (model / "1").iterdir()} == {"model.plan", "manifest.json"}
+    assert {p.name for p in (model / "1").iterdir()} == {"model.plan", "model.plan.manifest.json"}
     said = config(model)
     assert (said.platform, said.backend, said.max_batch_size) == ("tensorrt_plan", "tensorrt", 16)
     assert list(said.dynamic_batching.preferred_batch_size) == [1, 8]

@@ -258,7 +258,7 @@ def test_an_engine_that_is_not_what_its_manifest_says(monkeypatch: pytest.Monkey
     path.write_bytes(path.read_bytes() + b"\0")
     with pytest.raises(UsageError, match=r"SHA-256 differs"):
         pumer.Engine(path)
-    path.with_name("manifest.json").unlink()
+    path.with_name(f"{path.name}.manifest.json").unlink()
     with pytest.raises(UsageError, match=r"No manifest describes"):
         pumer.Engine(path)
 
