@@ -87,7 +87,8 @@ class History:
 def _prompt(state: State) -> int:
     if state.schedule.method not in ("vispruner", "fastv"):
         return 0  # what else is reduced, it is reduced in the graph as it was captured
-    state.prompt = spell_out(state.captured, state.inputs)
+    # FastV reduces rows of the prompt, wherever they come from.
+    state.prompt = spell_out(state.captured, state.inputs, in_tower=state.schedule.method != "fastv")
     if state.prompt is None:
         return 0
     state.captured = state.prompt.module

@@ -115,12 +115,14 @@ class Prompt:
     places: list[PromptPlace]
 
 
-def spell_out(captured: fx.GraphModule, inputs: Mapping[str, Tensor]) -> Prompt | None:
+def spell_out(captured: fx.GraphModule, inputs: Mapping[str, Tensor], *, in_tower: bool = True) -> Prompt | None:
     """The graph with its prompts spelled out; None where nothing is scattered into one.
 
     Args:
         captured: pre-decomposition ATen graph; it is not changed.
         inputs: the sample inputs, whose placeholder ids say where images stand.
+        in_tower: mark the features where they leave the vision tower; otherwise the rows that are scattered, whatever
+            they are made of.
 
     Raises:
         AxisError: the placeholders stand elsewhere in another row, or do not fit the features; or more than moving
@@ -132,10 +134,14 @@ def spell_out(captured: fx.GraphModule, inputs: Mapping[str, Tensor]) -> Prompt 
     module = fx.GraphModule(captured, graph)
     prompt = Prompt(module, [], [])
     for node in [n for n in graph.nodes if n.target is _SCATTER]:
-        if any(n.target in _ATTENTION for n in ancestors(node)):  # the output of a tower
+        behind = ancestors(node)
+        if in_tower and any(n.target in _ATTENTION for n in behind):  # the output of a tower
             _Scatter(prompt, node, inputs).spell_out()
+        elif not in_tower and any(n.op == "placeholder" and values(n)[0].is_floating_point() for n in behind):
+            _Scatter(prompt, node, inputs).spell_out_rows()
     graph.eliminate_dead_code()
-    _first(graph, [mark.prompted for mark in prompt.marks])
+    if in_tower:
+        _first(graph, [mark.prompted for mark in prompt.marks])
     graph.lint()
     module.recompile()
     return prompt if prompt.marks else None
@@ -168,6 +174,38 @@ class _Scatter:
         self.others = [user for user in source.users if user is not node]
 
     def spell_out(self) -> None:
+        """Mark the features where they leave their tower."""
+        blocks = self._blocks()
+        found = arrangement(self.node, self.source, self.batch)
+        graph = self.prompt.module.graph
+        with graph.inserting_before(self.source.next):  # others may read it before the scatter does
+            images = self._as_it_is(found) if len(blocks) == 1 and found.in_place else self._arranged(found, blocks)
+            if self.others:
+                self._replace_source(images)
+        with graph.inserting_before(self.node):
+            self._join(images, blocks)
+        graph.erase_node(self.node)
+
+    def spell_out_rows(self) -> None:
+        """Mark the rows that are scattered, for a method that reduces them in the prompt."""
+        blocks, images, done = self._blocks(), [], 0
+        with self.prompt.module.graph.inserting_before(self.node):
+            whole = self.emit(aten.reshape.default, self.source, [self.batch, -1, self.width])
+            for start, stop in blocks:
+                rows = self.emit(aten.slice.Tensor, whole, 1, done, done + stop - start)
+                mark = self.emit(visual_tokens, rows, f"prompt{self._suffix()}")
+                self.prompt.marks.append(Mark(mark, rows, None, (tuple(range(stop - start)),)))
+                images.append(mark)
+                done += stop - start
+            self._join(images, blocks)
+        self.prompt.module.graph.erase_node(self.node)
+
+    def _blocks(self) -> list[tuple[int, int]]:
+        """Where the image stands, in every prompt alike.
+
+        Raises:
+            AxisError: that is open, or its features do not fit there.
+        """
         if not all(isinstance(size, int) for n in (self.words, self.source) for size in values(n)[0].shape[:-1]):
             raise AxisError(
                 f"{describe(self.node)} scatters image features whose number depends on data; a prompt of one form has "
@@ -184,19 +222,18 @@ class _Scatter:
                 f"{describe(self.node)} fills {places} placeholders in each prompt, and the image features "
                 f"{tuple(given.shape)} do not fit them."
             )
-        found = arrangement(self.node, self.source, self.batch)
-        with self.prompt.module.graph.inserting_before(self.node):
-            images = self._as_it_is(found) if len(blocks) == 1 and found.in_place else self._arranged(found, blocks)
-            self._say_places(blocks)
-            self._join(images, blocks)
-
-    def _say_places(self, blocks: list[tuple[int, int]]) -> None:
         known = _placeholder(self.mask)
         if known is not None:
             self.prompt.places.extend(PromptPlace(*known, start, stop) for start, stop in blocks)
+        return blocks
+
+    def _suffix(self) -> str:
+        """Blocks side by side (in an output of the model) must not be taken for one stream."""
+        number = len(self.prompt.marks)
+        return f"_{number + 1}" if number else ""
 
     def _join(self, images: list[fx.Node], blocks: list[tuple[int, int]]) -> None:
-        """Words and images side by side, in place of the scatter; and the images in place of its source."""
+        """Words and images side by side, in place of the scatter."""
         parts, position = [], 0
         for image, (start, stop) in zip(images, blocks, strict=True):
             if position < start:
@@ -206,14 +243,14 @@ class _Scatter:
         if position < self.length:
             parts.append(self.emit(aten.slice.Tensor, self.words, 1, position, self.length))
         self.node.replace_all_uses_with(self.emit(aten.cat.default, parts, 1))
-        if self.others:
-            # They see the same tokens, without the batch taken apart.
-            whole = self.emit(aten.cat.default, images, 1) if len(images) > 1 else images[0]
-            shape = [-1, self.width] if values(self.source)[0].dim() == 2 else [self.batch, -1, self.width]
-            rows = self.emit(aten.view.default, whole, shape) if len(shape) == 2 else whole
-            for user in self.others:
-                user.replace_input_with(self.source, rows)
-        self.prompt.module.graph.erase_node(self.node)
+
+    def _replace_source(self, images: list[fx.Node]) -> None:
+        """Let everything else that reads the source see the same tokens, without the batch taken apart."""
+        whole = self.emit(aten.cat.default, images, 1) if len(images) > 1 else images[0]
+        shape = [-1, self.width] if values(self.source)[0].dim() == 2 else [self.batch, -1, self.width]
+        rows = self.emit(aten.view.default, whole, shape) if len(shape) == 2 else whole
+        for user in self.others:
+            user.replace_input_with(self.source, rows)
 
     # --- one row for each prompt, as it is ----------------------------------------------------------------------
 
@@ -259,9 +296,7 @@ class _Scatter:
         if len(order) == 0:
             raise AxisError(f"{describe(self.node)} fills a block of the prompt with separators alone.")
         own = self.emit(aten.reshape.default, features, [self.batch, found.rows * found.tokens, -1])
-        # Blocks side by side (in an output of the model) must not be taken for one stream.
-        number = len(self.prompt.marks)
-        suffix = f"_{number + 1}" if number else ""
+        suffix = self._suffix()
         place = f"crops{suffix}" if len(order) < len(origin) else f"prompt{suffix}"
         mark = self.emit(visual_tokens, self.emit(aten.index_select.default, own, 1, self._constant(order)), place)
         image = self._cast(self._project(projector, features, mark, len(order)))

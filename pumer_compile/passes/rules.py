@@ -210,6 +210,14 @@ def view(node: fx.Node) -> Iterator[Constraint]:
     yield from size_literals(node, 1, list_arg(node, 1))
 
 
+@rule(*overloads("view_as reshape_as"))
+def view_as(node: fx.Node) -> Iterator[Constraint]:
+    """Takes the shape of another value, and none of its tokens."""
+    x, other = node_arg(node, 0), node_arg(node, 1)
+    yield from _reshaped(x, node)
+    yield from (Reduce(Dim(other, i)) for i in range(len(shape(other))))
+
+
 @rule(aten.flatten.using_ints, aten.unflatten.int)
 def flatten(node: fx.Node) -> Iterator[Constraint]:
     x = node_arg(node, 0)
