@@ -5,10 +5,8 @@ The oracle aligns with lists of members, one sample at a time; it shares no code
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
