@@ -7,10 +7,11 @@ from torch import fx
 
 from ..errors import LocateError
 from ..reducers import TextRowsAttention
+from .axes import same_size
 from .graph import values
 from .locate import Attention
 from .rewrite import Rewriter
-from .rules import argument, aten
+from .rules import argument, aten, shape
 
 
 def attention_rows(walk: Rewriter, attention: Attention, rows: tuple[int, int], name: str) -> fx.Node:
@@ -39,7 +40,19 @@ def attention_rows(walk: Rewriter, attention: Attention, rows: tuple[int, int], 
     mask = [walk.used.get((attention.context, given), walk.env[given])] if isinstance(given, fx.Node) else []
     scale = attention.context.kwargs.get("scale")
     module = TextRowsAttention(scale if isinstance(scale, float) else None, rows)
-    return walk.call_module(name, module, query, walk.env[attention.key], *mask)
+    return walk.call_module(name, module, query, for_each_query_head(walk, attention, attention.key), *mask)
+
+
+def for_each_query_head(walk: Rewriter, attention: Attention, given: fx.Node) -> fx.Node:
+    """Keys or values of a fused attention, `[batch, heads, tokens, head size]`, repeated where they have fewer heads
+    than the queries (`enable_gqa=True`)."""
+    heads, own = shape(attention.query)[1], shape(given)[1]
+    if same_size(heads, own):
+        return walk.env[given]
+    assert isinstance(heads, int) and isinstance(own, int)
+    apart = walk.call(aten.unsqueeze.default, walk.env[given], 2)
+    repeated = walk.call(aten.expand.default, apart, [-1, -1, heads // own, -1, -1])
+    return walk.call(aten.flatten.using_ints, repeated, 1, 2)
 
 
 def _exact_softmax(walk: Rewriter, softmax: fx.Node) -> fx.Node:

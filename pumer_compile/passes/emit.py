@@ -13,7 +13,7 @@ from ..plan import SitePlan, published_stands_still, stream_counts
 from ..reducers import ApplyMap, PublishedMaskedSoftmax, SizeBias, StreamReducer, TokenWeights, UnitWeights
 from ..reducers.vispruner import VisPruner
 from . import postpone
-from .attention_rows import attention_rows
+from .attention_rows import attention_rows, for_each_query_head
 from .axes import Dim, Tokens
 from .graph import ancestors, describe, values
 from .history import Epochs, Step
@@ -158,7 +158,7 @@ class _PublishedSoftmax(_Emitter):
         value = attention.context.args[2]
         assert isinstance(value, fx.Node)
         walk.history.adopt_epochs(attention.context, attention.query)
-        return walk.call(aten.matmul.default, probabilities, walk.env[value])
+        return walk.call(aten.matmul.default, probabilities, for_each_query_head(walk, attention, value))
 
     def _aligned(self, walk: Rewriter, bias: fx.Node) -> fx.Node:
         """A bias at the epochs of queries and keys."""
@@ -195,7 +195,7 @@ def scaled_scores(walk: Rewriter, attention: Attention) -> fx.Node:
     head_size = shape(attention.query)[-1]
     scale = attention.context.kwargs.get("scale")
     factor = float(scale) if isinstance(scale, int | float) else float(head_size) ** -0.5
-    keys = walk.call(aten.transpose.int, walk.env[attention.key], -2, -1)
+    keys = walk.call(aten.transpose.int, for_each_query_head(walk, attention, attention.key), -2, -1)
     product = walk.call(aten.matmul.default, walk.env[attention.query], keys)
     return walk.call(aten.mul.Tensor, product, factor)
 

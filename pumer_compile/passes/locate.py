@@ -127,8 +127,9 @@ def locate(
     if not found:
         streams = ", ".join(f"{n} ({c} tokens)" for n, c in annotation.streams.items()) or "none"
         raise LocateError(
-            "No attention over tokens was found: looked for softmax between two matmuls and for "
-            f"scaled_dot_product_attention whose keys index tokens. Token streams found: {streams}."
+            "No attention over tokens was found: looked for softmax over the last dimension between two matmuls (or "
+            "einsums that are matrix products) and for scaled_dot_product_attention whose keys index tokens. Token "
+            f"streams found: {streams}.{''.join(_in_the_way(module, annotation))}"
         )
     return found
 
@@ -360,3 +361,47 @@ def _context(node: fx.Node) -> fx.Node | None:
         if user.op == "call_function" and is_pointwise(user) and (found := _context(user)) is not None:
             return found
     return None
+
+
+def _in_the_way(module: fx.GraphModule, annotation: Annotation) -> list[str]:
+    """What keeps each softmax and fused attention from being one over tokens, in a sentence each; the first three."""
+    found: list[str] = []
+    for node in module.graph.nodes:
+        why = _obstacle(node, annotation) if node.target in _SOFTMAX or node.target is _SDPA else ""
+        if why and why not in found:
+            found.append(why)
+    return found[:3]
+
+
+def _obstacle(node: fx.Node, annotation: Annotation) -> str:
+    parts = _fused(node, MaskReader()) if node.target is _SDPA else _unfused(node, MaskReader())
+    if parts is not None:
+        lost = _where_tokens_are_lost(parts.key_dim[0], annotation)
+        return "" if lost is None else f" {describe(lost)} stands before an attention and mixes its tokens up."
+    if wrap(argument(node, 1, "dim"), len(shape(node))) != len(shape(node)) - 1:
+        return f" {describe(node)} is over dimension {argument(node, 1, 'dim')} of {list(shape(node))}."
+    before = node
+    while before.target in _SOFTMAX or (before.target not in _PRODUCTS and is_pointwise(before)):
+        before = max(filter(values, before.all_input_nodes), key=lambda n: values(n)[0].dim())
+    if before.op == "call_function" and before.target not in _PRODUCTS:
+        return f" {describe(before)} stands before {describe(node)}, where a product of queries and keys was expected."
+    after = next((u for u in node.users if values(u) and not is_pointwise(u)), None)
+    wanted = "where a product with values was expected"
+    return "" if after is None else f" {describe(after)} stands behind {describe(node)}, {wanted}."
+
+
+def _where_tokens_are_lost(node: fx.Node, annotation: Annotation) -> fx.Node | None:
+    """The last operator before a value without tokens that was given some."""
+    pending, seen = [node], {node}
+    while pending:
+        current = pending.pop(0)
+        if any(_has_tokens(x, annotation) for x in current.all_input_nodes):
+            return None if _has_tokens(current, annotation) else current
+        fresh = [x for x in current.all_input_nodes if x not in seen]
+        seen.update(fresh)
+        pending.extend(fresh)
+    return None
+
+
+def _has_tokens(node: fx.Node, annotation: Annotation) -> bool:
+    return any(isinstance(axis, Tokens) and axis.streams for axis in annotation.axes(node)) if values(node) else False

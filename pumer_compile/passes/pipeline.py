@@ -16,6 +16,7 @@ from ..errors import AxisError, PlanError, PumerError, VerifyError
 from ..plan import Plan
 from ..schedule import Schedule
 from .annotate import Annotation, annotate
+from .einsum import spell_out_einsum
 from .eliminate import eliminate
 from .emit import actions_after, actions_instead
 from .graph import ancestors, values
@@ -82,6 +83,11 @@ class History:
         for r in self.records:
             lines.append(f"{r.name:<12}{r.matches:>9}{f'{r.nodes_before} -> {r.nodes_after}':>14}{r.seconds:>9.2f}")
         return "\n".join(lines)
+
+
+def _einsum(state: State) -> int:
+    state.captured, matches = spell_out_einsum(state.captured)
+    return matches
 
 
 def _prompt(state: State) -> int:
@@ -229,6 +235,7 @@ def _count(state: State) -> int:
 
 
 PASSES: tuple[Pass, ...] = (
+    Pass("einsum", ("captured",), (), _einsum, optional=True),
     Pass("prompt", ("captured",), (), _prompt, optional=True),
     Pass("annotate", ("captured",), ("annotation",), _annotate),
     Pass("locate", ("annotation",), ("attentions",), _locate),

@@ -211,7 +211,16 @@ def one_hot(node: fx.Node) -> Iterator[Constraint]:
     yield from (Same(Dim(x, i), Dim(node, i)) for i in range(len(shape(x))))
 
 
-@rule(*overloads("repeat_interleave unfold im2col cdist"))
+@rule(aten.repeat_interleave.self_int)
+def repeated_in_place(node: fx.Node) -> Iterator[Constraint]:
+    """Each entry of a dimension several times, side by side, as with the heads of grouped queries."""
+    x, repeated = node_arg(node, 0), argument(node, 2, "dim")
+    for i in range(len(shape(x))):
+        other = isinstance(repeated, int) and i != wrap(repeated, len(shape(x)))
+        yield Same(Dim(x, i), Dim(node, i)) if other else Opaque(Dim(x, i))
+
+
+@rule(aten.repeat_interleave.Tensor, aten.repeat_interleave.self_Tensor, *overloads("unfold im2col cdist"))
 def rearranged(node: fx.Node) -> Iterator[Constraint]:
     """Positions that a reducer would change."""
     yield from (Opaque(Dim(x, i)) for x in tensors(node) for i in range(len(shape(x))))
