@@ -261,7 +261,8 @@ class ParityReport:
 
 
 _OF_THE_MODEL = (
-    "output {} of the captured graph {} from the model's own forward, which computes something else while it is traced. "
+    "output {} of the captured graph {} from the model's own forward: the model computes something else while it is "
+    "traced. "
     "Give all inputs that its processor makes, or load it with attn_implementation='eager', whose masks are explicit"
 )
 

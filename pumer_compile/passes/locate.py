@@ -301,7 +301,8 @@ def _applied(node: fx.Node, scores: fx.Node, below: _Scores, reader: MaskReader)
     if added is not None:
         return replace(below, unusual=_not_known(node, added.unknown))
     if below.added.masks and node.target not in KEEPS_VALUES:
-        return replace(below, unusual=f"{node.name} ({operator_name(node)}) changes its scores after the mask is applied")
+        why = f"{node.name} ({operator_name(node)}) changes its scores after the mask is applied"
+        return replace(below, unusual=why)
     strange = [n.name for n in node.all_input_nodes if n is not scores and _data(n)]
     if strange:
         return replace(below, unusual=_not_known(node, strange[0]))
