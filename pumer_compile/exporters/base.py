@@ -20,15 +20,15 @@ Precision = Literal["float32", "float16", "bfloat16"]
 
 
 class Session(Protocol):
-    """An open artifact: inputs by name in, outputs by name out.
+    """An open artifact: inputs by name in, outputs by name out."""
 
-    Attributes:
-        path: of the artifact.
-        provider: what executes it, such as `CPUExecutionProvider` or `TensorRT-RTX`.
-    """
+    @property
+    def path(self) -> Path:
+        """Of the artifact."""
 
-    path: Path
-    provider: str
+    @property
+    def provider(self) -> str:
+        """What executes it, such as `CPUExecutionProvider` or `TensorRT-RTX`."""
 
     @property
     def inputs(self) -> list[str]:
