@@ -149,14 +149,14 @@ def _covering(
         yield run
     extra = vain = 0
     while seen and extra < MORE_SAMPLES and vain < IN_VAIN and held < HELD_BYTES:
-        batch = next(more, None)
-        if batch is None:
+        drawn = next(more, None)
+        if drawn is None:
             return
-        run = comparison.run(batch)
+        run = comparison.run(drawn)
         new = _choices(run, comparison.eager) - seen
         seen |= new
         vain = 0 if new else vain + 1
-        extra += _rows(batch)
+        extra += _rows(drawn)
         held += sum(array.nbytes for array in run.outputs.values())
         yield run
 

@@ -231,8 +231,8 @@ class ParityReport:
     @property
     def sound(self) -> bool:
         """Whether there are samples, and nothing that was compared failed."""
-        rows = [*self.reducers, *self.outputs]
-        return self.samples > 0 and not self.faults and all(row.passed for row in rows)
+        passed = all(r.passed for r in self.reducers) and all(o.passed for o in self.outputs)
+        return self.samples > 0 and not self.faults and passed
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as JSON can hold it (NaN and infinities as strings)."""

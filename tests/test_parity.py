@@ -404,6 +404,7 @@ def test_the_artifact_of_a_plain_compilation_can_be_proved_again(tmp_path: Path)
     done("parity", artifact(), "--model", folder(), "--report", report_file)
     report = json.loads(report_file.read_text(encoding="utf-8"))
     assert report["passed"] and report["decisions_compared"] and report["samples"] >= 4
+    assert not any("another checkpoint" in note for note in report["notes"])
     assert [row["name"] for row in report["reducers"]] == [TEXT, IMAGE]
     assert [(row["name"], row["against"], row["judged"]) for row in report["outputs"]] == [
         ("logits", "forced", True),

@@ -313,6 +313,21 @@ def test_a_share_of_other_choices_fails(flipped: int, chosen: int, share: float,
         assert passes or f"chooses {flipped} of {chosen} otherwise" in row.failure
 
 
+def test_a_reducer_without_scores_is_not_judged_by_gaps(reduced: Reduced, monkeypatch: pytest.MonkeyPatch) -> None:
+    def first(given: Arrays) -> Arrays:
+        kept = given[f"{IMAGE}.kept"]
+        kept[0, -1] = next(i for i in range(CONFIG.image) if i not in kept[0])
+        return given
+
+    row = next(r for r in judged(reduced, first, dtype="float16").reducers if r.name == IMAGE)
+    assert row.judged and not row.passed and "no near-tie" in row.failure
+    for module in reduced.module.modules():
+        if isinstance(module, StreamReducer):
+            monkeypatch.setattr(module, "judged", False)
+    row = next(r for r in judged(reduced, first, dtype="float16").reducers if r.name == IMAGE)
+    assert not row.judged and row.passed and row.differ == 1
+
+
 def test_choices_are_counted_as_sets(reduced: Reduced, monkeypatch: pytest.MonkeyPatch) -> None:
     loosen(monkeypatch)
     row = next(r for r in judged(reduced, turned({0}), atol=1e3).reducers if r.name == IMAGE)

@@ -142,6 +142,15 @@ def test_padding_of_a_captured_text_tells_the_id_of_padding() -> None:
     assert (batch["input_ids"][batch["attention_mask"] == 0] == 44).all()
 
 
+def test_what_is_never_padded_is_never_padded_in_a_proof() -> None:
+    model = tiny_vilt()
+    captured = pumer.capture(model, make_inputs(model, batch=2, padding=False), padding=False)
+    kinds = describe_samples(captured)
+    assert {name for name, kind in kinds.items() if kind.kind == "constant"} == {"attention_mask", "pixel_mask"}
+    batch = Samples(kinds).batch(6)
+    assert batch["attention_mask"].all() and batch["pixel_mask"].all() and len(batch["pixel_mask"]) == 6
+
+
 def test_a_manifest_draws_what_the_program_draws() -> None:
     kinds = describe_samples(vilt())
     written = json.loads(json.dumps({"samples": {name: kind.to_dict() for name, kind in kinds.items()}}))
