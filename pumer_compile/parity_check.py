@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +21,8 @@ from transformers.exporters.utils import get_leaf_tensors
 from .capture import batch_inputs, left_as_found, set_for_inference
 from .errors import UsageError
 from .exporters.base import Session
+from .inputs import describe_inputs
+from .loading import first_line
 from .outputs import artifact_outputs, output_nodes
 from .parity_report import TOLERANCES, OutputReport, ParityReport, ReducerReport, Tolerance
 from .passes.insert import reducers_of
@@ -28,6 +30,7 @@ from .reducers import StreamReducer, forced_decisions, noted_decisions
 from .reducers.reducer import Comparison, Decisions
 
 Arrays = dict[str, np.ndarray[Any, Any]]
+_T = TypeVar("_T")
 
 # Samples drawn for choices that no sample has made so far, at most, and how many may bring no new one in a row.
 MORE_SAMPLES = 16
@@ -183,6 +186,21 @@ def _eager_leaves(module: nn.Module, batch: Mapping[str, Tensor]) -> list[np.nda
     return [(leaf.float() if leaf.dtype == torch.bfloat16 else leaf).numpy() for leaf in leaves]
 
 
+def _running(run: Callable[[], _T], what: str, batch: Mapping[str, Tensor]) -> _T:
+    """What `run` gives.
+
+    Raises:
+        UsageError: a sample that the model does not take, which a made-up one may be.
+    """
+    try:
+        return run()
+    except (RuntimeError, IndexError, ValueError) as error:
+        raise UsageError(
+            f"{what} cannot run on a sample ({describe_inputs(batch)}): {first_line(error)}. Give samples that the "
+            "model takes: --inputs FILE.npz, samples= in Python."
+        ) from error
+
+
 def _in_its_dtype(module: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
     return {k: v.to(dtype) if v.is_floating_point() else v for k, v in batch.items()}
@@ -203,15 +221,15 @@ def _answers(
     outputs = [session.run(run.batch) for run in runs]
     session.close()
     chosen: list[Arrays] = [{} for _ in runs]
-    if any(_finite(given) for given in outputs):  # a twin can take minutes to make
+    if any(_numbers(given) for given in outputs):  # a twin can take minutes to make
         twin = decide()
         chosen = [{n: value for n, value in twin.run(run.batch).items() if n in decisions} for run in runs]
         twin.close()
     yield from zip(runs, outputs, chosen, strict=True)
 
 
-def _finite(arrays: Arrays) -> bool:
-    return all(np.isfinite(array).all() for array in arrays.values())
+def _numbers(arrays: Arrays) -> bool:
+    return not any(np.isnan(array).any() for array in arrays.values())
 
 
 @dataclass
@@ -229,7 +247,7 @@ class _Comparison:
     def run(self, batch: Mapping[str, Tensor]) -> _EagerRun:
         """Eager PyTorch, left alone."""
         with noted_decisions(self.eager) as own:
-            leaves = _eager_leaves(self.eager, batch)
+            leaves = _running(lambda: _eager_leaves(self.eager, batch), "The captured graph", batch)
         return _EagerRun(batch, dict(zip(artifact_outputs(self.eager, batch), leaves, strict=True)), own)
 
     def judge(
@@ -250,7 +268,7 @@ class _Comparison:
         agree = np.ones(size, dtype=bool)
         artifact = self._fitting(artifact, run.outputs)
         # Choices among NaN scores mean nothing; the outputs fail in any case.
-        if self.decisions and _finite(artifact) and _finite(run.outputs):
+        if self.decisions and _numbers(artifact) and _numbers(run.outputs):
             wanted = self._wanted({name: chosen[name] for name in self.decisions}, size)
             if not any(row.fault for row in self.report.reducers):
                 forced, compared = self._followed(run, wanted, size)
@@ -350,7 +368,7 @@ class _Comparison:
         """The captured graph against the model's own forward."""
         with left_as_found(model):
             set_for_inference(model)
-            given = get_leaf_tensors(model(**_in_its_dtype(model, batch)))
+            given = _running(lambda: get_leaf_tensors(model(**_in_its_dtype(model, batch))), "The model", batch)
         own = {name or f"output_{i}": leaf for i, (name, leaf) in enumerate(given.items())}
         pairs = zip(captured.values(), output_nodes(self.unreduced), strict=True)
         graph = {name: value for value, name in pairs}

@@ -172,6 +172,9 @@ class OutputReport:
         if count == 0:
             return
         a, e = (x.reshape(count, -1).astype(np.float64) for x in (artifact, eager))
+        # What both say is infinite (a score of padding) is alike.
+        alike = np.isinf(e) & (a == e)
+        a[alike] = e[alike] = 0
         self.finite = self.finite and bool(np.isfinite(a).all() and np.isfinite(e).all())
         if not self.finite:
             return

@@ -39,6 +39,8 @@ class InputKind:
         low, high: noise lies between them where `uniform`; ids are from `low` to `high`, both included.
         uniform: whether noise is uniform; else it is normal with `mean` and `std`.
         mean, std: of normal noise.
+        columns: of noise: what its last dimension holds in some places, by place, as captured (numbers of rows and
+            columns that index a table).
         reserved: ids that are never drawn (the config's special tokens).
         template: of ids, by row: special tokens where they stood, -1 where a word is drawn; empty where all are words.
         pad: the id at padded places.
@@ -57,6 +59,7 @@ class InputKind:
     uniform: bool = False
     mean: float = 0
     std: float = 1
+    columns: Mapping[str, Any] = field(default_factory=dict)
     reserved: tuple[int, ...] = ()
     template: tuple[tuple[int, ...], ...] = ()
     pad: int = 0
@@ -89,7 +92,7 @@ class InputKind:
         return self.shape if batch is None or not self.batched else (batch, *self.shape[1:])
 
 
-_DEFAULTS = {name: f.default for name, f in InputKind.__dataclass_fields__.items() if name not in ("kind", "shape")}
+_DEFAULTS = {name: f.default for name, f in InputKind.__dataclass_fields__.items()} | {"columns": {}}
 
 Kinds = dict[str, InputKind]
 
@@ -121,7 +124,7 @@ def describe_samples(program: Program, prompts: Sequence[PromptPlace] = ()) -> K
         elif padding is not None:
             found[name] = InputKind("mask", **about, **padding, step=_patch(program) if padding["axes"] == 2 else 1)
         elif tensor.is_floating_point():
-            found[name] = InputKind("noise", **about, **_noise(tensor))
+            found[name] = InputKind("noise", **about, **_noise(tensor, indexes=name in tables))
         elif _is_words(name, tensor, tables):
             found[name] = InputKind("ids", **about, **_words(name, tensor, tables, special, program))
         else:
@@ -183,8 +186,8 @@ def _sources(node: fx.Node) -> set[str]:
         if value.op == "placeholder":
             found.add(str(value.target))
         elif getattr(value.target, "__name__", "").split(".")[0] in _KEEPS_NUMBERS:
-            integers = [n for n in value.all_input_nodes if _is_integer(n)]
-            todo += integers
+            cast = str(value.target).startswith(("aten.to.", "aten._to_copy."))  # of numbers in a floating-point input
+            todo += [n for n in value.all_input_nodes if cast or not _is_integer(value) or _is_integer(n)]
     return found
 
 
@@ -220,10 +223,16 @@ def _patch(program: Program) -> int:
     return size if isinstance(size, int) else 1
 
 
-def _noise(tensor: Tensor) -> dict[str, Any]:
-    """Places and boxes lie between 0 and 1 and stay there; anything else is normal, spread as captured."""
+def _noise(tensor: Tensor, *, indexes: bool) -> dict[str, Any]:
+    """Places and boxes lie between 0 and 1 and stay there; anything else is normal, spread as captured. Whole numbers
+    stay where the tensor `indexes` a table."""
     if tensor.is_meta:
         return {}
+    if indexes:
+        whole = (tensor == tensor.round()).flatten(0, -2).all(0).tolist()
+        columns = {str(i): _constant(tensor[..., i]) for i, kept in enumerate(whole) if kept}
+        rest = [i for i, kept in enumerate(whole) if not kept]
+        return {**(_noise(tensor[..., rest], indexes=False) if rest else {}), "columns": columns}
     values = tensor.double()
     low, high = float(values.min()), float(values.max())
     if 0 <= low and high <= 1:
@@ -434,6 +443,10 @@ class Samples:
         canvas = next((m for m in masks.values() if m.ndim == len(shape) - 1 and m.ndim > 2), None)
         if canvas is not None and canvas.shape[-2:] == values.shape[-2:]:
             values = values * canvas.unsqueeze(-3)  # nothing is on the canvas beside the image
+        for place, numbers in kind.columns.items():
+            known = torch.as_tensor(numbers, dtype=values.dtype)
+            rows = known if known.ndim == 0 else known[torch.arange(shape[0]) % known.shape[0]]
+            values[..., int(place)] = rows
         return values.to(kind.torch_dtype)
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import pumer_compile as pumer
+from pumer_compile.errors import UsageError
 from pumer_compile.parity_check import check
 from pumer_compile.parity_report import OutputReport, ParityReport, ReducerReport
 from pumer_compile.reduce import Reduced
@@ -419,6 +420,26 @@ def test_an_error_is_measured_by_each_samples_own_size() -> None:
     artifact[1] += 1e-4
     row.add(artifact, eager)
     assert row.required_atol == pytest.approx(1e-4 - 1e-2 * 1e-3) and not row.passed
+
+
+def test_infinities_that_both_give_are_alike() -> None:
+    """Detectors give padding a score of -inf."""
+    eager = np.array([[1.0, -np.inf, 2.0], [3.0, -np.inf, -np.inf]])
+    row = OutputReport("y", "forced", True, atol=1e-3, rtol=0.0)
+    row.add(eager.copy(), eager)
+    assert row.passed and row.max_abs == 0 and row.samples == 2
+    for place, value in (((0, 1), np.inf), ((0, 1), 0.0), ((0, 0), -np.inf), ((1, 2), np.nan)):
+        other = eager.copy()
+        other[place] = value
+        row = OutputReport("y", "forced", True, atol=1e-3, rtol=0.0)
+        row.add(other, eager)
+        assert not row.passed
+
+
+def test_a_sample_that_the_model_does_not_take_is_told(reduced: Reduced) -> None:
+    batch = {**inputs_for(CONFIG), "input_ids": torch.full((3, CONFIG.text), 10**6)}
+    with pytest.raises(UsageError, match=r"cannot run on a sample \(.*input_ids int64\[3, 7\].*--inputs"):
+        judged(reduced, batches=[batch])
 
 
 def faulty(reduced: Reduced, change: Callable[[Arrays], Any]) -> str:

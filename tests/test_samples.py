@@ -98,6 +98,28 @@ def test_places_stay_between_their_bounds_and_pixels_keep_their_spread() -> None
     assert 4.8 < batch["pixel_values"].mean() < 5.2 and 1.8 < batch["pixel_values"].std() < 2.2
 
 
+class Patches(nn.Module):
+    """Patches whose first two numbers say where they stand (Pix2Struct, Kosmos-2.5)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows, self.columns, self.layer = nn.Embedding(5, 4), nn.Embedding(5, 4), nn.Linear(6, 4)
+
+    def forward(self, flattened_patches: Tensor) -> Tensor:
+        row, column = flattened_patches[..., 0].long(), flattened_patches[..., 1].to(torch.long)
+        return self.layer(flattened_patches[..., 2:]) + self.rows(row) + self.columns(column)
+
+
+def test_numbers_inside_of_features_stay_as_captured() -> None:
+    patches = torch.randn(2, 4, 8)
+    patches[..., 0], patches[..., 1] = torch.tensor([0, 0, 1, 4]), torch.tensor([[0, 1, 0, 1], [1, 2, 3, 4]])
+    kinds = describe_samples(pumer.capture(Patches(), {"flattened_patches": patches}))
+    written = json.loads(json.dumps({"samples": {name: kind.to_dict() for name, kind in kinds.items()}}))
+    batch = Samples(kinds_of(written)).batch(3)["flattened_patches"]
+    assert batch[:2, :, :2].equal(patches[..., :2]) and batch[2, :, :2].equal(patches[0, :, :2])
+    assert not batch[..., 2:].eq(batch[..., 2:].round()).any()
+
+
 def test_inputs_without_the_batch_keep_their_size() -> None:
     """Several texts for each image (OWL-ViT)."""
     kinds = described(pixel_values=torch.randn(6, 3, 4, 4))
