@@ -7,7 +7,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from .capture import batch_inputs
 from .engine import Engine
 from .errors import UsageError
 from .exporters.base import Profile
-from .exporters.manifest import library_versions, read_manifest, reduced_by
+from .exporters.manifest import artifact_bytes, library_versions, read_manifest, reduced_by
 from .files import atomic_path, sha256_file
 from .inputs import read_arrays
 from .memory import memory_in_a_process, synchronize
@@ -77,6 +77,16 @@ class Measurement:
         }
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """Two artifacts at one batch size: `faster` is `factor` (at least 1) times as fast as `slower`."""
+
+    batch: int
+    faster: str
+    slower: str
+    factor: float
+
+
 @dataclass
 class BenchReport:
     """What was measured, on what.
@@ -93,10 +103,16 @@ class BenchReport:
     artifacts: dict[str, dict[str, Any]]
     measurements: list[Measurement] = field(default_factory=list)
 
-    def speed_up(self, row: Measurement) -> float | None:
-        """How much faster the first artifact's median is than this one's; None for the first itself."""
-        first = next(m for m in self.measurements if m.batch == row.batch)
-        return None if row is first else row.percentile(50) / first.percentile(50)
+    def comparisons(self) -> list[Comparison]:
+        """The first artifact beside every other, at every batch size, by their medians."""
+        found = []
+        for row in self.measurements:
+            first = next(m for m in self.measurements if m.batch == row.batch)
+            if row is not first:
+                fast, slow = sorted((first, row), key=lambda m: m.percentile(50))
+                factor = slow.percentile(50) / fast.percentile(50)
+                found.append(Comparison(row.batch, fast.artifact, slow.artifact, factor))
+        return found
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as JSON holds it."""
@@ -106,6 +122,7 @@ class BenchReport:
             "environment": self.environment,
             "artifacts": self.artifacts,
             "measurements": [row.to_dict() for row in self.measurements],
+            "comparisons": [asdict(one) for one in self.comparisons()],
         }
 
     def save(self, path: Path) -> None:
@@ -253,12 +270,14 @@ def _options(path: str, provider: str | None, cuda_graph: bool) -> dict[str, Any
 
 def _described(path: str, engine: Engine) -> dict[str, Any]:
     said = ("dtype", "schedule_sha256", "tokens", "builder", "builder_version", "versions", "profiles")
+    plan = engine.manifest.get("plan")
     return {
         "sha256": sha256_file(path),
-        "bytes": os.path.getsize(path),
+        "bytes": artifact_bytes(Path(path)),
         "provider": engine.provider,
         "device": str(engine.device),
         "reduced_by": reduced_by(engine.manifest),
+        "fewer_multiply_adds": plan["multiply_adds"]["ratio"] if plan else None,
         **{name: engine.manifest.get(name) for name in said},
     }
 

@@ -18,7 +18,7 @@ import typer
 from rich.logging import RichHandler
 
 from . import cli_options as opt
-from .cli_tables import console, print_bench, print_plan, print_report, status
+from .cli_tables import console, gained, print_bench, print_plan, print_report, say, shapes, size, status, summary
 from .errors import BAD_USAGE, ParityError, PumerError, UsageError, exit_code_of
 
 EXAMPLES = """
@@ -167,7 +167,9 @@ def _stage(text: str) -> Iterator[Callable[[str], None]]:
 def compile_(
     model: opt.Model,
     schedule: opt.ScheduleName,
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT.onnx", help="Artifact to write.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="OUT.onnx", help="Artifact to write.", rich_help_panel=opt.SERVING)
+    ],
     semantics: opt.SemanticsName = None,
     config: opt.Config = None,
     allow_pickle: opt.AllowPickle = False,
@@ -175,7 +177,9 @@ def compile_(
     batch: opt.Batch = None,
     text_length: opt.TextLength = None,
     image_size: opt.ImageSize = None,
-    dynamic_batch: Annotated[bool, typer.Option("--dynamic-batch", help="Leave the batch size open.")] = False,
+    dynamic_batch: Annotated[
+        bool, typer.Option("--dynamic-batch", help="Leave the batch size open.", rich_help_panel=opt.FORMAT)
+    ] = False,
     no_padding: opt.NoPadding = False,
     stream: opt.Streams = None,
     outputs: opt.Outputs = None,
@@ -185,13 +189,16 @@ def compile_(
     quantize_mode: opt.QuantizeMode = None,
     calibration: opt.Calibration = None,
     profile: opt.Profiles = None,
-    opset: Annotated[int | None, typer.Option("--opset", help="ONNX opset, 18 or newer (default 20).")] = None,
+    opset: Annotated[
+        int | None, typer.Option("--opset", help="ONNX opset, 18 or newer (default 20).", rich_help_panel=opt.ONNX)
+    ] = None,
     target: Annotated[
         str | None,
         typer.Option(
             "--target",
-            help="ONNX: onnxruntime-cpu or onnxruntime-cuda, for its fused operators; tensorrt, for its forms.",
+            help="onnxruntime-cpu or onnxruntime-cuda, for its fused operators; tensorrt, for its forms.",
             show_default=False,
+            rich_help_panel=opt.ONNX,
         ),
     ] = None,
     lean: opt.Lean = None,
@@ -203,11 +210,17 @@ def compile_(
     layer_info: opt.LayerInfo = None,
     version_compatible: opt.VersionCompatible = False,
     with_decisions: Annotated[
-        bool, typer.Option("--with-decisions", help="Give every reducer's decisions as extra outputs.")
+        bool,
+        typer.Option(
+            "--with-decisions", help="Give every reducer's decisions as extra outputs.", rich_help_panel=opt.SERVING
+        ),
     ] = False,
     triton_repository: opt.TritonRepository = None,
     no_verify: Annotated[
-        bool, typer.Option("--no-verify", help="Publish without the parity check (the manifest says so).")
+        bool,
+        typer.Option(
+            "--no-verify", help="Publish without the parity check (the manifest says so).", rich_help_panel=opt.PROOF
+        ),
     ] = False,
     atol: opt.Atol = None,
     rtol: opt.Rtol = None,
@@ -281,23 +294,33 @@ def compile_(
                 print_report(error.report)
             raise
     if done.report is not None:
-        print_report(done.report)
+        print_report(done.report, whole=verbose or report is not None)
         if report is not None:
             save_report(done.report, report)
-    if chosen is not None:
+    if chosen is not None and (verbose or report is not None):
         print_plan(reduced.plan, reduced.schedule)
+    _say_what_was_written(done, reduced if chosen is not None else None)
+    if triton_repository is not None:
+        _write_triton(triton_repository, output.stem, output)
+
+
+def _say_what_was_written(done: Any, reduced: Any) -> None:
+    """Size, proof, meaning, shapes, gain, and what comes next."""
+    from .exporters.manifest import artifact_bytes
+
+    said = done.manifest
     if done.report is None:
         proved = "not verified"
     elif done.report.stand_in:
-        proved = f"not executed; {done.report.stand_in} was proved against eager PyTorch"
+        proved = f"not executed; {done.report.stand_in} was proved against eager PyTorch: {summary(done.report)}"
     else:
-        proved = "proved against eager PyTorch"
-    # Paths are not broken at the edge of the screen: they are there to be copied.
-    how = reduced.schedule.described if chosen is not None else "not reduced"
-    done_text = f"Wrote {done.path} ({how}; {proved}) and {done.manifest_path}."
-    console.print(done_text, markup=False, highlight=False, soft_wrap=True)
-    if triton_repository is not None:
-        _write_triton(triton_repository, output.stem, output)
+        proved = f"proved against eager PyTorch: {summary(done.report)}"
+    say(f"Wrote {done.path} ({size(artifact_bytes(done.path))}) and {done.manifest_path}; {proved}.")
+    how = "not reduced" if reduced is None else f"{reduced.schedule.described}; multiply-adds: {gained(reduced.plan)}"
+    say(f"{how[0].upper()}{how[1:]}.")
+    fixed = {name: spec["shape"] for name, spec in said["inputs"].items()}
+    say(f"Fixed shapes: {shapes(fixed, open_batch=bool(said['dynamic_batch']))}.")
+    say(f"Next: pumer-compile bench {done.path}")
 
 
 @app.command("parity", epilog=_epilog(PARITY_EXAMPLES))
@@ -318,7 +341,7 @@ def parity_(
     quiet: opt.Quiet = False,
 ) -> None:
     """Prove an artifact against the reduced model in eager PyTorch; exit code 3 when it fails."""
-    from .exporters.manifest import read_manifest
+    from .exporters.manifest import read_manifest, reduced_by
     from .exporters.session import check_runtime
     from .files import check_writable
     from .inputs import load_inputs
@@ -349,9 +372,11 @@ def parity_(
         )
     if report is not None:
         save_report(result, report)
-    print_report(result)
+    print_report(result, whole=verbose or report is not None or not result.passed)
     if not result.passed:
         raise ParityError(f"Parity failed: {result.failures()}.")
+    how = reduced_by(manifest)
+    say(f"{artifact} agrees with eager PyTorch ({how}; {result.dtype}, {result.provider}): {summary(result)}.")
 
 
 @app.command("plan", epilog=_epilog(PLAN_EXAMPLES))
@@ -385,6 +410,9 @@ def plan_(
         print(json.dumps({"schedule": said, **reduced.plan.to_dict()}, indent=2))
     else:
         print_plan(reduced.plan, reduced.schedule)
+        say(f"Fixed shapes: {shapes({name: tensor.shape for name, tensor in program.inputs.items()})}.")
+        asked = f" --semantics {semantics}" if semantics else ""
+        say(f"Next: pumer-compile {model} --schedule {schedule}{asked} -o model.onnx")
 
 
 @app.command("bench", epilog=_epilog(BENCH_EXAMPLES))
@@ -469,7 +497,7 @@ def _write_triton(repository: Path, name: str, artifact: Path, max_batch_size: i
     from .exporters.triton import write_triton_repository
 
     written = write_triton_repository(repository, name, artifact, max_batch_size=max_batch_size)
-    console.print(f"Wrote {written} for Triton.", markup=False, highlight=False, soft_wrap=True)
+    say(f"Wrote {written} for Triton.")
 
 
 def _captured(

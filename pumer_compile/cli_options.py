@@ -15,11 +15,23 @@ if TYPE_CHECKING:
     from .exporters.base import Profile
     from .schedule import Schedule
 
+# The groups of `--help`.
+WHAT, MODEL, SHAPES = "What is reduced", "Model", "Inputs and shapes"
+FORMAT, ONNX, QUANTIZE, ENGINES = "Precision and batch", "ONNX", "ONNX: int8", "Engines"
+PROOF, SERVING, SCREEN = "Proof", "Output", "Screen"
+
 Model = Annotated[
     Path, typer.Argument(metavar="MODEL", help="save_pretrained folder, torch.export archive, checkpoint, or Hub id.")
 ]
 ScheduleName = Annotated[
-    str, typer.Option("--schedule", "-s", metavar="SCHEDULE", help="YAML file, preset name, or `none`.")
+    str,
+    typer.Option(
+        "--schedule",
+        "-s",
+        metavar="SCHEDULE",
+        help="YAML file, preset name, or `none`.",
+        rich_help_panel=WHAT,
+    ),
 ]
 SemanticsName = Annotated[
     str | None,
@@ -29,39 +41,92 @@ SemanticsName = Annotated[
         help="In place of the schedule's: safe (the default), reference (for models fine-tuned with the published "
         "code), paper; of vispruner reference or stable.",
         show_default=False,
+        rich_help_panel=WHAT,
     ),
 ]
 Config = Annotated[
-    Path | None, typer.Option("--config", help="config.json (or its folder) of a bare state dict.", show_default=False)
+    Path | None,
+    typer.Option(
+        "--config",
+        help="config.json (or its folder) of a bare state dict.",
+        show_default=False,
+        rich_help_panel=MODEL,
+    ),
 ]
 AllowPickle = Annotated[
-    bool, typer.Option("--allow-pickle", help="Load a pickled module: it runs code from the file. Trusted files only.")
+    bool,
+    typer.Option(
+        "--allow-pickle",
+        help="Load a pickled module: it runs code from the file. Trusted files only.",
+        rich_help_panel=MODEL,
+    ),
 ]
 Inputs = Annotated[
     Path | None,
-    typer.Option("--inputs", metavar="FILE.npz", help="Sample inputs, arrays by input name.", show_default=False),
+    typer.Option(
+        "--inputs",
+        metavar="FILE.npz",
+        help="Sample inputs, arrays by input name.",
+        show_default=False,
+        rich_help_panel=SHAPES,
+    ),
 ]
-Batch = Annotated[int | None, typer.Option("--batch", min=1, help="Batch size of random inputs.", show_default=False)]
+Batch = Annotated[
+    int | None,
+    typer.Option(
+        "--batch",
+        min=1,
+        help="Batch size of random inputs.",
+        show_default=False,
+        rich_help_panel=SHAPES,
+    ),
+]
 TextLength = Annotated[
-    int | None, typer.Option("--text-length", min=1, help="Text tokens of random inputs.", show_default=False)
+    int | None,
+    typer.Option(
+        "--text-length",
+        min=1,
+        help="Text tokens of random inputs.",
+        show_default=False,
+        rich_help_panel=SHAPES,
+    ),
 ]
 ImageSize = Annotated[
     str | None,
-    typer.Option("--image-size", metavar="N or HxW", help="Pixels of random inputs.", show_default=False),
+    typer.Option(
+        "--image-size",
+        metavar="N or HxW",
+        help="Pixels of random inputs.",
+        show_default=False,
+        rich_help_panel=SHAPES,
+    ),
 ]
 Streams = Annotated[
     list[str] | None,
-    typer.Option("--stream", metavar="INPUT=NAME", help="Name the token stream of an input.", show_default=False),
+    typer.Option(
+        "--stream",
+        metavar="INPUT=NAME",
+        help="Name the token stream of an input.",
+        show_default=False,
+        rich_help_panel=WHAT,
+    ),
 ]
 Outputs = Annotated[
     str | None,
-    typer.Option("--outputs", metavar="NAME,...", help="Keep only these outputs of the model.", show_default=False),
+    typer.Option(
+        "--outputs",
+        metavar="NAME,...",
+        help="Keep only these outputs of the model.",
+        show_default=False,
+        rich_help_panel=WHAT,
+    ),
 ]
 NoPadding = Annotated[
     bool,
     typer.Option(
         "--no-padding",
         help="No text or image is ever padded: masks are written into the artifact as ones, which then takes none.",
+        rich_help_panel=SHAPES,
     ),
 ]
 Component = Annotated[
@@ -71,28 +136,73 @@ Component = Annotated[
         metavar="vision",
         help="Keep only what makes an image's tokens: pixels in; features, ready for a prompt, and their places out.",
         show_default=False,
+        rich_help_panel=WHAT,
     ),
 ]
 DumpGraph = Annotated[
     Path | None,
-    typer.Option("--dump-graph", metavar="DIR", help="Write the graph after each pass.", show_default=False),
+    typer.Option(
+        "--dump-graph",
+        metavar="DIR",
+        help="Write the graph after each pass.",
+        show_default=False,
+        rich_help_panel=SCREEN,
+    ),
 ]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say what each pass did; tracebacks on errors.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
+Verbose = Annotated[
+    bool,
+    typer.Option(
+        "--verbose",
+        "-v",
+        help="Print tables, and what each pass did; tracebacks on errors.",
+        rich_help_panel=SCREEN,
+    ),
+]
+Quiet = Annotated[
+    bool,
+    typer.Option(
+        "--quiet",
+        "-q",
+        help="Print errors only.",
+        rich_help_panel=SCREEN,
+    ),
+]
 Dtype = Annotated[
-    str | None, typer.Option("--dtype", help="float32 (default), float16 or bfloat16.", show_default=False)
+    str | None,
+    typer.Option(
+        "--dtype",
+        help="float32 (default), float16 or bfloat16.",
+        show_default=False,
+        rich_help_panel=FORMAT,
+    ),
 ]
 Quantize = Annotated[
     str | None,
-    typer.Option("--quantize", help="ONNX: int8, of linear layers; reducers stay float32.", show_default=False),
+    typer.Option(
+        "--quantize",
+        help="int8, of linear layers; reducers stay float32.",
+        show_default=False,
+        rich_help_panel=QUANTIZE,
+    ),
 ]
 QuantizeMode = Annotated[
     str | None,
-    typer.Option("--quantize-mode", help="ONNX: weights, dynamic (default) or static.", show_default=False),
+    typer.Option(
+        "--quantize-mode",
+        help="weights, dynamic (default) or static.",
+        show_default=False,
+        rich_help_panel=QUANTIZE,
+    ),
 ]
 Calibration = Annotated[
     Path | None,
-    typer.Option("--calibration", metavar="FILE.npz", help="ONNX: samples for static.", show_default=False),
+    typer.Option(
+        "--calibration",
+        metavar="FILE.npz",
+        help="Samples for static.",
+        show_default=False,
+        rich_help_panel=QUANTIZE,
+    ),
 ]
 Profiles = Annotated[
     list[str] | None,
@@ -101,6 +211,7 @@ Profiles = Annotated[
         metavar="batch=MIN:OPT:MAX",
         help="Leave the batch open between MIN and MAX and tune for OPT; may be repeated.",
         show_default=False,
+        rich_help_panel=FORMAT,
     ),
 ]
 Lean = Annotated[
@@ -108,68 +219,138 @@ Lean = Annotated[
     typer.Option(
         "--lean",
         metavar="NAME,...",
-        help="ONNX: passes over the finished graph, of strides, rows, projections, attention, or none; default: what "
+        help="Passes over the finished graph, of strides, rows, projections, attention, or none; default: what "
         "pays for the target.",
         show_default=False,
+        rich_help_panel=ONNX,
     ),
 ]
 Builder = Annotated[
     str | None,
-    typer.Option("--builder", help="Engines: tensorrt or tensorrt-rtx; default: what is there.", show_default=False),
+    typer.Option(
+        "--builder",
+        help="tensorrt or tensorrt-rtx; default: what is there.",
+        show_default=False,
+        rich_help_panel=ENGINES,
+    ),
 ]
 ComputeCapability = Annotated[
     str | None,
     typer.Option(
         "--compute-capability",
         metavar="X.Y,...",
-        help="Engines of tensorrt-rtx: GPUs to build for, such as 8.6,8.9,12.0; default: portable.",
+        help="GPUs that tensorrt-rtx builds for, such as 8.6,8.9,12.0; default: portable.",
         show_default=False,
+        rich_help_panel=ENGINES,
     ),
 ]
 TimingCache = Annotated[
     Path | None,
-    typer.Option("--timing-cache", metavar="FILE", help="Engines: read and write kernel timings.", show_default=False),
+    typer.Option(
+        "--timing-cache",
+        metavar="FILE",
+        help="Read and write kernel timings.",
+        show_default=False,
+        rich_help_panel=ENGINES,
+    ),
 ]
 OptimizationLevel = Annotated[
     int | None,
-    typer.Option("--optimization-level", help="Engines: 0 (builds fast) to 5 (runs fast).", show_default=False),
+    typer.Option(
+        "--optimization-level",
+        help="0 (builds fast) to 5 (runs fast).",
+        show_default=False,
+        rich_help_panel=ENGINES,
+    ),
 ]
 Workspace = Annotated[
     int | None,
-    typer.Option("--workspace", metavar="MIB", min=1, help="Engines: most scratch memory.", show_default=False),
+    typer.Option(
+        "--workspace",
+        metavar="MIB",
+        min=1,
+        help="Most scratch memory.",
+        show_default=False,
+        rich_help_panel=ENGINES,
+    ),
 ]
 LayerInfo = Annotated[
     Path | None,
-    typer.Option("--layer-info", metavar="OUT.json", help="Engines: write what was built.", show_default=False),
+    typer.Option(
+        "--layer-info",
+        metavar="OUT.json",
+        help="Write what was built.",
+        show_default=False,
+        rich_help_panel=ENGINES,
+    ),
 ]
 VersionCompatible = Annotated[
-    bool, typer.Option("--version-compatible", help="Engines: loadable by later minor versions of the library.")
+    bool,
+    typer.Option(
+        "--version-compatible",
+        help="Loadable by later minor versions of the library.",
+        rich_help_panel=ENGINES,
+    ),
 ]
 Atol = Annotated[
     list[str] | None,
-    typer.Option("--atol", metavar="[OUTPUT=]X", help="Absolute tolerance, of one output or all.", show_default=False),
+    typer.Option(
+        "--atol",
+        metavar="[OUTPUT=]X",
+        help="Absolute tolerance, of one output or all.",
+        show_default=False,
+        rich_help_panel=PROOF,
+    ),
 ]
 Rtol = Annotated[
     list[str] | None,
-    typer.Option("--rtol", metavar="[OUTPUT=]X", help="Relative tolerance, of one output or all.", show_default=False),
+    typer.Option(
+        "--rtol",
+        metavar="[OUTPUT=]X",
+        help="Relative tolerance, of one output or all.",
+        show_default=False,
+        rich_help_panel=PROOF,
+    ),
 ]
 Report = Annotated[
-    Path | None, typer.Option("--report", metavar="FILE.json", help="Write the parity report.", show_default=False)
+    Path | None,
+    typer.Option(
+        "--report",
+        metavar="FILE.json",
+        help="Write the parity report, and print its tables.",
+        show_default=False,
+        rich_help_panel=PROOF,
+    ),
 ]
 
 Provider = Annotated[
     str | None,
     typer.Option(
-        "--provider", help="ONNX: run under onnxruntime's cpu (default), cuda or tensorrt.", show_default=False
+        "--provider",
+        help="ONNX: run under onnxruntime's cpu (default), cuda or tensorrt.",
+        show_default=False,
+        rich_help_panel=PROOF,
     ),
 ]
 SaveInputs = Annotated[
     Path | None,
-    typer.Option("--save-inputs", metavar="FILE.json", help="Write the inputs for Polygraphy.", show_default=False),
+    typer.Option(
+        "--save-inputs",
+        metavar="FILE.json",
+        help="Write the inputs for Polygraphy.",
+        show_default=False,
+        rich_help_panel=PROOF,
+    ),
 ]
 SaveOutputs = Annotated[
     Path | None,
-    typer.Option("--save-outputs", metavar="FILE.json", help="Write the outputs for Polygraphy.", show_default=False),
+    typer.Option(
+        "--save-outputs",
+        metavar="FILE.json",
+        help="Write the outputs for Polygraphy.",
+        show_default=False,
+        rich_help_panel=PROOF,
+    ),
 ]
 
 TritonRepository = Annotated[
@@ -179,6 +360,7 @@ TritonRepository = Annotated[
         metavar="DIR",
         help="Put the artifact into a model repository of Triton Inference Server, too.",
         show_default=False,
+        rich_help_panel=SERVING,
     ),
 ]
 

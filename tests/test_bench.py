@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 
 import pumer_compile.bench as bench_module
 from pumer_compile import Engine
-from pumer_compile.bench import BenchReport, Measurement, alternate, bench
+from pumer_compile.bench import BenchReport, Comparison, Measurement, alternate, bench
 from pumer_compile.errors import ExportError, UsageError
 from pumer_compile.files import sha256_file
 from tests.commands import artifact, done, feed, refused
@@ -39,6 +40,7 @@ def test_two_artifacts_in_turn(tmp_path: Path) -> None:
     paths, out = (artifact(), artifact(*OPEN)), tmp_path / "bench.json"
     result = done("bench", paths[0], "--vs", paths[1], "-n", 4, "--warmup", 1, "--json", out)
     assert "p50" in result.out and "CPUExecutionProvider" in result.out
+    assert re.search(r"x faster than artifact(-dynamic-batch)?/model.onnx \(medians\)", " ".join(result.out.split()))
     said = json.loads(out.read_text(encoding="utf-8"))
     assert said["settings"] == {"iterations": 4, "warmup": 1, "inputs": "made up", "seed": 0}
     assert list(said["artifacts"]) == [str(path) for path in paths]
@@ -126,7 +128,10 @@ def test_figures() -> None:
     assert (first.percentile(50), first.percentile(90), first.mean) == (2.5, pytest.approx(7.9), 4.0)
     assert first.throughput == 1000.0 and second.throughput == 800.0
     report = BenchReport({}, {}, {}, [first, second])
-    assert report.speed_up(first) is None and report.speed_up(second) == 2.0
+    # The factor is of the faster one, whichever comes first.
+    assert report.comparisons() == [Comparison(4, "a", "b", 2.0)]
+    assert BenchReport({}, {}, {}, [second, first]).comparisons() == [Comparison(4, "a", "b", 2.0)]
+    assert report.to_dict()["comparisons"] == [{"batch": 4, "faster": "a", "slower": "b", "factor": 2.0}]
     assert report.to_dict()["measurements"][0]["milliseconds"] == [1.0, 2.0, 3.0, 10.0]
 
 

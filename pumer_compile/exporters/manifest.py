@@ -117,6 +117,20 @@ def _sidecars(path: Path) -> tuple[Path, Path, Path]:
     return sidecar(path), path.with_name(f"{path.stem}.{SIDECAR}"), path.with_name(SIDECAR)
 
 
+def artifact_bytes(path: Path) -> int:
+    """The size of an artifact with the files that go with it, such as weights, as its manifest beside it names them."""
+    total = path.stat().st_size
+    for candidate in _sidecars(path):
+        try:
+            said = dict(json.loads(candidate.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            continue
+        if said.get("artifact") == path.name:
+            companions = [path.with_name(name) for name in dict(said.get("companions", {}))]
+            return total + sum(companion.stat().st_size for companion in companions if companion.is_file())
+    return total
+
+
 def _dtype(tensor: Tensor, options: Mapping[str, Any]) -> str:
     """What the artifact takes: floating-point inputs follow its own dtype, where it does not say otherwise."""
     return (
