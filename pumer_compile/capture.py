@@ -38,7 +38,7 @@ from .inputs import (
     fixed_inputs,
 )
 from .loading import LoadedModel, first_line, quiet
-from .outputs import select_outputs
+from .outputs import drop_unasked, join_features, select_outputs
 from .passes.graph import describe
 from .passes.no_padding import fold_masks, masks_of
 
@@ -105,8 +105,11 @@ def capture(
         raise UsageError(
             f"streams names the input {unknown[0]!r}, but the captured inputs are {', '.join(program.inputs)}."
         )
+    join_features(program.module)
     if outputs:
         select_outputs(program.module, outputs)
+    else:
+        drop_unasked(program.module)
     program = replace(program, streams=dict(streams or {}), checkpoint_sha256=sha256, outputs=tuple(outputs or ()))
     return program if padding else _without_padding(program)
 
