@@ -8,9 +8,11 @@ it is. The model object is left as it was found, also when the capture fails.
 from __future__ import annotations
 
 import inspect
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -36,7 +38,7 @@ from .inputs import (
     fixed_inputs,
 )
 from .loading import LoadedModel, first_line, quiet
-from .outputs import select_outputs
+from .outputs import drop_unasked, join_features, select_outputs
 from .passes.graph import describe
 from .passes.no_padding import fold_masks, masks_of
 
@@ -103,8 +105,11 @@ def capture(
         raise UsageError(
             f"streams names the input {unknown[0]!r}, but the captured inputs are {', '.join(program.inputs)}."
         )
+    join_features(program.module)
     if outputs:
         select_outputs(program.module, outputs)
+    else:
+        drop_unasked(program.module)
     program = replace(program, streams=dict(streams or {}), checkpoint_sha256=sha256, outputs=tuple(outputs or ()))
     return program if padding else _without_padding(program)
 
@@ -235,17 +240,38 @@ def batch_inputs(sample: Mapping[str, Tensor]) -> list[str]:
 
 
 def _failure(model: nn.Module, sample: dict[str, Tensor], dynamic_batch: bool, error: Exception) -> PumerError:
-    """The error to raise for a failed trace: the inputs' fault if they break a rule of the model, else the trace's."""
+    """The error for a failed trace: the inputs' fault where the model itself refuses them, else the trace's."""
     name, given, line = type(model).__name__, describe_inputs(sample), first_line(error)
-    fault = explain_inputs(model, sample)
-    if fault:
-        return UsageError(f"{name} does not take these inputs ({given}): {fault}. Tracing ended with {line}.")
+    refusal = _refusal(model, sample)
+    if refusal is not None:
+        fault, said = explain_inputs(model, sample), f"{name} itself ends with {first_line(refusal)}"
+        if fault or not any(tensor.is_meta for tensor in sample.values()):
+            return UsageError(f"{name} does not take these inputs ({given}): {f'{fault}. ' if fault else ''}{said}.")
     remedy = (
         "Capture with a static batch, or find where the model reads the batch size as a number."
         if dynamic_batch
         else "If the inputs are right, the model needs a change that torch.export can trace, or a frontend."
     )
-    return CaptureError(f"torch.export could not trace {name} with the inputs {given}: {line}. {remedy}")
+    return CaptureError(f"torch.export could not trace {name} with the inputs {given}: {line}{_where(error)}. {remedy}")
+
+
+def _refusal(model: nn.Module, sample: Mapping[str, Tensor]) -> Exception | None:
+    """What a model in eager PyTorch says of inputs that it does not take."""
+    try:
+        with torch.no_grad():
+            model(**sample)
+    except Exception as error:  # a model may raise anything
+        return error
+    return None
+
+
+def _where(error: Exception) -> str:
+    """The line of the model's code that a trace ended at."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.name != "<lambda>"]
+    own = [
+        f for f in frames if not {"torch", "pumer_compile", "exporters", "contextlib.py"} & {*Path(f.filename).parts}
+    ]
+    return f", at {own[-1].filename}:{own[-1].lineno}" if own else ""
 
 
 def _from_exported(exported: ExportedProgram, inputs: Mapping[str, Tensor] | None, dynamic_batch: bool) -> Program:

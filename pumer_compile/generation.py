@@ -34,6 +34,7 @@ from .exporters.manifest import read_manifest, read_sealed, seal_onnx
 from .exporters.onnx import DEFAULT_OPSET, append_metadata, quiet_torch_onnx, save_onnx
 from .exporters.session import OnnxSession
 from .files import check_writable, publish
+from .outputs import lasting_names
 from .plan import check_prompts
 
 KEY = "pumer_compile.decode"
@@ -77,6 +78,7 @@ def export_decode(model: PreTrainedModel, inputs: Mapping[str, Tensor], path: st
                 converted, _ = OnnxExporter().export_program(step, given, config)
         except torch.onnx.OnnxExporterError as error:
             raise ExportError(f"transformers could not convert the decoding step: {error}") from error
+        _lasting_names(converted)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
             files = save_onnx(converted, Path(folder) / path.name)
             session = OnnxSession(files[-1])
@@ -92,6 +94,14 @@ def export_decode(model: PreTrainedModel, inputs: Mapping[str, Tensor], path: st
             seal_onnx(files[-1], {file.name: file for file in files[:-1]})
             publish([(file, path.with_name(file.name)) for file in files])
     return path
+
+
+def _lasting_names(converted: Any) -> None:
+    """Let the cache of a step have the name that the outputs of a prefill have, whichever version names it."""
+    for value in (*converted.graph.inputs, *converted.graph.outputs):
+        side, point, name = str(value.name).partition(".")
+        if side in ("input", "output"):
+            value.name = f"{side}{point}{lasting_names([name])[name]}"
 
 
 def _check(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> None:
@@ -151,12 +161,13 @@ def _prove(model: PreTrainedModel, inputs: Mapping[str, Tensor], session: OnnxSe
     found = model(**inputs, use_cache=True)
     token = found.logits[:, -1:].argmax(-1)
     length = inputs["input_ids"].shape[1]
-    cache = _cache(get_leaf_tensors({"past_key_values": found.past_key_values}))
+    named = "cache" if "cache" in found else "past_key_values"  # of transformers 5.24 and newer
+    cache = _cache(get_leaf_tensors({"past_key_values": found[named]}))
     for position in (length, length + 1):
         step = _step(session, token, position + offset, kind)
         outputs = session.run({**step, **_past(session, cache)})
         typed = {name: step[name] for name in ("token_type_ids",) if name in step}
-        found = model(input_ids=token, past_key_values=found.past_key_values, use_cache=True, **typed)
+        found = model(input_ids=token, use_cache=True, **{named: found[named]}, **typed)
         error = float(np.abs(outputs["logits"] - found.logits.float().numpy()).max())
         if not error <= TOLERANCE:
             raise ParityError(f"The decoding step differs from eager PyTorch by {error:.2e}, allowed {TOLERANCE:g}.")

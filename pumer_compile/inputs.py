@@ -1,8 +1,8 @@
 """Sample inputs: checked against what a model takes, made at random from its config, or read from an .npz file.
 
 A capture fixes every token count, so the sample inputs *are* the artifact's shapes. What is certain to be
-wrong is refused before tracing (`check_inputs`); what only some models refuse is explained after a trace
-failed (`explain_inputs`), because a rule that one model breaks may be how another one works.
+wrong is refused before tracing (`check_inputs`); what only some models refuse is explained after a trace failed and
+the model itself refused it (`explain_inputs`), because a rule that one model breaks may be how another one works.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ def _check_token_ids(model: PreTrainedModel, sample: Mapping[str, Tensor]) -> No
 
 
 def explain_inputs(model: nn.Module, sample: Mapping[str, Tensor]) -> str:
-    """After a failed trace: what in the inputs is likely at fault, or ''. Names the input, expected and found."""
+    """What is likely at fault in inputs that a model refuses, or ''. Names the input, expected and found."""
     config = getattr(model, "config", None)
     if config is None:
         return ""
@@ -173,7 +173,7 @@ def explain_inputs(model: nn.Module, sample: Mapping[str, Tensor]) -> str:
     if text and isinstance(limit, int) and max(text.values()) > limit:
         return f"the text has {max(text.values())} tokens, but config.max_position_embeddings is {limit}"
     rows = {key: tensor.shape[0] for key, tensor in sample.items()}
-    if len(set(rows.values())) > 1:
+    if len(set(rows.values())) > 1 and not packed:
         return f"the batch sizes differ: {', '.join(f'{key} has {n}' for key, n in rows.items())}"
     channels = _lookup(config, "vision_config", "num_channels")
     if "pixel_values" in sample and isinstance(channels, int) and sample["pixel_values"].shape[1] != channels:

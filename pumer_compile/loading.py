@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import transformers
@@ -28,6 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file as load_safetensors
 from torch import Tensor, nn
 from torch.export import ExportedProgram
+from torch.export import _trace as export_trace
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -459,27 +461,40 @@ def _sha256(files: list[Path]) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The exception's type and the first line of its message, without a full stop."""
+    """The exception's type and the first line of its message, without a full stop; cut where it is very long."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0].rstrip('.')}" if lines else type(error).__name__
+    return f"{type(error).__name__}: {shorten(lines[0], 400).rstrip('.')}" if lines else type(error).__name__
+
+
+def shorten(text: str, length: int) -> str:
+    """The text, or its beginning where it is longer."""
+    return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
 # --- Quiet --------------------------------------------------------------------------------------------------
 
 
+_TRACING = ("torch.export", "torch._export", "torch.fx", "torch._subclasses", "torch._dynamo", "torch._functorch")
+
+
+def _not_printed(*_: Any, **__: Any) -> None:
+    """What torch.export prints is the graph so far, where a trace ended with an error."""
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep the warnings, log lines and progress bars of transformers and torch.export from the terminal."""
+    """Keep the warnings, log lines and progress bars of transformers and torch.export from the terminal, and the graphs
+    and tracebacks that torch writes besides the errors it raises."""
     verbosity, progress = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    loggers = [logging.getLogger(name) for name in ("torch.export", "torch._export", "torch.fx")]
+    loggers = [logging.getLogger(name) for name in _TRACING]
     levels = [logger.level for logger in loggers]
     # Its errors are raised as well.
     transformers_logging.set_verbosity(logging.CRITICAL)
     transformers_logging.disable_progress_bar()
     for logger in loggers:
-        logger.setLevel(logging.ERROR)
+        logger.setLevel(logging.CRITICAL)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), mock.patch.object(export_trace, "print", _not_printed, create=True):
             warnings.simplefilter("ignore")
             yield
     finally:

@@ -2,15 +2,78 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import fx
+from torch.export import ExportedProgram
 from torch.utils._pytree import tree_leaves, tree_structure, tree_unflatten
 from transformers.exporters.utils import get_leaf_tensors
+from transformers.utils import ModelOutput
 
 from .errors import UsageError
+
+# From 5.24 on transformers gives the cache as `cache`, and what a tower gives beside its features. Artifacts keep the
+# names from before, whichever version they are made with: servers, manifests and decoding steps know these.
+_TOWER = re.compile(r"(image|video|audio)_outputs\.(pooler_output\b)?")
+
+
+def _lasting(name: str) -> str:
+    """The name of an output of transformers in artifacts."""
+    name = re.sub(r"^cache\b", "past_key_values", name)
+    return _TOWER.sub(lambda found: f"{found[1]}_hidden_states" if found[2] else found[0], name)
+
+
+def lasting_names(named: Iterable[str]) -> dict[str, str]:
+    """By the name of each output of transformers, the one that artifacts have for it."""
+    found = {name: _lasting(name) for name in named}
+    alone = {n for n in found.values() if n.endswith("_hidden_states.0") and f"{n[:-1]}1" not in found.values()}
+    return {name: new.removesuffix(".0") if new in alone and new != name else new for name, new in found.items()}
+
+
+def join_features(module: fx.GraphModule) -> None:
+    """Let a model that gives its images' features one by one, and then joins them for itself, give them joined; in
+    place."""
+    named = output_nodes(module)
+    for kind in ("image", "video", "audio"):
+        parts = [named[n] for n in named if re.fullmatch(rf"{kind}_hidden_states\.\d+", n)]
+        users = parts[0].users if len(parts) > 1 else ()
+        joined = next((u for u in users if u.target is torch.ops.aten.cat.default and u.args == (parts,)), None)
+        if joined is not None:
+            instead = {**dict.fromkeys(parts), parts[0]: joined}
+            output = module.graph.output_node()
+            output.args = fx.map_arg(output.args, lambda node, by=instead: by.get(node, node))
+            module.recompile()
+
+
+def drop_unasked(module: fx.GraphModule) -> None:
+    """Let a model's own output be without what a tower gives beside its features, and without the work for it; in
+    place. Who wants it names it (`outputs=["image_outputs.last_hidden_state"]`)."""
+    named = output_nodes(module)
+    unasked = {node for name, node in named.items() if _TOWER.match(name)}
+    unasked -= {node for name, node in named.items() if not _TOWER.match(name)}
+    if unasked:
+        output = module.graph.output_node()
+        output.args = fx.map_arg(output.args, lambda node: None if node in unasked else node)
+        module.graph.eliminate_dead_code()
+        module.recompile()
+
+
+def _of_transformers(given: Any) -> bool:
+    """Whether an output is a model's of transformers. Its exporter for ONNX makes a dictionary of it, with the names of
+    leaves."""
+    flat = isinstance(given, Mapping) and any(name.startswith("cache.") or _TOWER.match(name) for name in given)
+    return isinstance(given, ModelOutput) or flat
+
+
+def renames_outputs(exported: ExportedProgram) -> bool:
+    """Whether an exported model of transformers gives outputs that artifacts have under another name, or not at all."""
+    spec = exported.call_spec.out_spec
+    given = tree_unflatten([torch.empty(0)] * spec.num_leaves, spec)
+    named = list(get_leaf_tensors(given)) if _of_transformers(given) else []
+    return any(name != new or _TOWER.match(name) for name, new in lasting_names(named).items())
 
 
 def output_nodes(module: fx.GraphModule) -> dict[str, fx.Node]:
@@ -21,7 +84,11 @@ def output_nodes(module: fx.GraphModule) -> dict[str, fx.Node]:
     nodes = {id(m): leaf for m, leaf in zip(markers, leaves, strict=True) if isinstance(leaf, fx.Node)}
     info = getattr(module.graph._codegen, "pytree_info", None)
     spec = None if info is None else info.out_spec
-    named = get_leaf_tensors(markers if spec is None else tree_unflatten(markers, spec))
+    given = markers if spec is None else tree_unflatten(markers, spec)
+    named = get_leaf_tensors(given)
+    if _of_transformers(given):
+        lasting = lasting_names(named)
+        named = {lasting[name]: marker for name, marker in named.items()}
     return {name or f"output_{i}": nodes[id(marker)] for i, (name, marker) in enumerate(named.items())}
 
 
@@ -74,7 +141,8 @@ def select_outputs(module: fx.GraphModule, wanted: Iterable[str]) -> None:
     """
     there, kept = output_nodes(module), {}
     for want in wanted:
-        found = {name: node for name, node in there.items() if name == want or name.startswith(f"{want}.")}
+        named = (want, _lasting(want))
+        found = {n: node for n, node in there.items() if n in named or n.startswith(tuple(f"{w}." for w in named))}
         if not found:
             raise UsageError(f"The model has no output {want!r}; it gives {', '.join(there)}.")
         kept.update(found)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import os
 from collections.abc import Iterator, Mapping
@@ -14,6 +13,7 @@ from torch import fx, nn
 
 from .capture import Program
 from .outputs import output_nodes, set_outputs
+from .passes.graph import copied
 from .passes.insert import reducers_of
 from .passes.pipeline import History, State, passes_of, run_passes
 from .plan import Plan
@@ -118,7 +118,7 @@ def with_decisions(module: fx.GraphModule, output_names: list[str] | None = None
         for every decision that the schedule leaves to the data; and the names of these. Parameters are
         shared.
     """
-    twin = fx.GraphModule(module, copy.deepcopy(module.graph), class_name="ReducedWithDecisions")
+    twin = fx.GraphModule(module, copied(module.graph), class_name="ReducedWithDecisions")
     output = twin.graph.output_node()
     own = output_nodes(twin)
     named: dict[str, Any] = dict(zip(output_names or own, own.values(), strict=True))

@@ -10,7 +10,7 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel, ViltMod
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from pumer_compile.capture import Program, batch_inputs, capture, left_as_found, plain_graph_module
-from pumer_compile.errors import CaptureError, UsageError
+from pumer_compile.errors import CaptureError, PumerError, UsageError
 from pumer_compile.loading import LoadedModel
 from tests.tiny import image_inputs, talkative_transformers, text_inputs, tiny_vilt
 
@@ -688,6 +688,50 @@ def test_a_stream_of_an_input_that_does_not_exist():
     with pytest.raises(UsageError, match="streams names the input 'text'") as error:
         capture(Classifier(), plain_inputs(), streams={"text": "text"})
     one_paragraph(error)
+
+
+def test_inputs_are_blamed_only_where_the_model_refuses_them():
+    """These inputs break what most models ask for, and this model takes them; what it does not is a branch."""
+
+    class Packed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.config = tiny_vilt().config
+
+        def forward(self, pixel_values, sizes):
+            rows = int(sizes.prod(1).sum())
+            return pixel_values[:rows] if pixel_values.sum() > 0 else pixel_values
+
+    model, inputs = Packed(), {"pixel_values": torch.randn(16, 12), "sizes": torch.tensor([[4, 4]])}
+    model(**inputs)
+    with pytest.raises(CaptureError, match=r"could not trace Packed .*, at .*test_capture.py:\d+\. ") as error:
+        capture(model, inputs)
+    assert "should have" not in one_paragraph(error) and "differ" not in one_paragraph(error)
+    with pytest.raises(UsageError, match=r"should have 4 dimensions and has 2\. Packed itself ends with \w+: "):
+        capture(model, {**inputs, "sizes": torch.ones(2)})  # prod takes no dimension 1 of it
+
+
+def test_a_failed_trace_is_quiet(capfd):
+    """No graph so far, no traceback of torch's, and one paragraph."""
+
+    class Refusing(nn.Module):
+        def __init__(self, kind):
+            super().__init__()
+            self.kind = kind
+
+        def forward(self, x):
+            if self.kind == "shape":
+                return torch.cat([x, torch.zeros(5, 5)], 1)
+            if self.kind == "data":
+                found = x.nonzero()
+                return x if found.shape[0] > 3 else x + 1
+            raise ValueError("\n".join(["x" * 5000] * 100))
+
+    for kind in ("shape", "data", "long"):
+        with pytest.raises(PumerError) as error:
+            capture(Refusing(kind), {"x": torch.zeros(2, 3)})
+        assert len(one_paragraph(error)) < 1000
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_model_that_cannot_be_traced():

@@ -36,7 +36,7 @@ from ..capture import Program, batch_inputs, capture, left_as_found, set_for_inf
 from ..errors import ExportError, UsageError
 from ..files import content_name, sha256_file
 from ..loading import quiet
-from ..outputs import artifact_outputs, without_inputs
+from ..outputs import artifact_outputs, renames_outputs, without_inputs
 from ..reduce import reduce_graph, with_decisions
 from ..runtimes.ort import check_provider
 from ..schedule import Schedule
@@ -139,7 +139,7 @@ class ReduceStep(DynamoExporter):
         self, exported: ExportedProgram, sample_inputs: MutableMapping[str, Any], given: dict[str, Any], config: Any
     ) -> ExportedProgram:
         self.output_names, self.decision_names = [], []
-        if self.schedule is not None or self.outputs or not self.padding:
+        if self.schedule is not None or self.outputs or not self.padding or renames_outputs(exported):
             program = capture(exported, given, streams=self.streams, outputs=self.outputs, padding=self.padding)
             for name in program.fixed:
                 sample_inputs.pop(name)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -20,6 +22,13 @@ def values(node: fx.Node) -> Sequence[Tensor]:
     if isinstance(value, list | tuple):
         return tuple(v for v in value if isinstance(v, Tensor)) if node.op != "output" else ()
     return ()
+
+
+def copied(graph: fx.Graph) -> fx.Graph:
+    """A copy of a graph, without the deprecation that torch's own tree of inputs raises when it is copied."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return copy.deepcopy(graph)
 
 
 def attribute(node: fx.Node) -> object:

@@ -13,7 +13,6 @@ alone. Learned separators between them (the end of a picture's row) are kept unt
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -24,7 +23,7 @@ from ..errors import AxisError
 from ..plan import PromptPlace
 from .arrangement import SEPARATOR, Arrangement, arrangement
 from .axes import Constraint, Dim, Opaque, Same, Seed
-from .graph import Emitter, ancestors, attribute, constant_value, describe, module_path, values
+from .graph import Emitter, ancestors, attribute, constant_value, copied, describe, module_path, values
 from .rules import aten, overloads, rule
 
 _SCATTER = aten.masked_scatter.default
@@ -130,7 +129,7 @@ def spell_out(captured: fx.GraphModule, inputs: Mapping[str, Tensor], *, in_towe
     """
     if not any(node.target is _SCATTER for node in captured.graph.nodes):
         return None
-    graph = copy.deepcopy(captured.graph)
+    graph = copied(captured.graph)
     module = fx.GraphModule(captured, graph)
     prompt = Prompt(module, [], [])
     for node in [n for n in graph.nodes if n.target is _SCATTER]:
