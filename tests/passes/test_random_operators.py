@@ -21,15 +21,7 @@ from pumer_compile.passes.locate import locate
 from pumer_compile.passes.pipeline import Pass, State, run_passes
 
 aten = torch.ops.aten
-NO_SHAPE = (
-    AssertionError,
-    RuntimeError,
-    ValueError,
-    IndexError,
-    TypeError,
-    NotImplementedError,
-    GuardOnDataDependentSymNode,
-)
+NO_SHAPE = (AssertionError, IndexError, RuntimeError, TypeError, ValueError)
 
 
 class Random:
