@@ -62,8 +62,22 @@ class Annotation:
     _names: dict[Axis, str] = field(default_factory=dict)
 
     def axis(self, dim: Dim) -> AxisKind:
-        """What a dimension indexes."""
-        return self._kind(self._axes[dim]) if dim in self._axes else Fixed(_sizes(dim.node, dim.output)[dim.index])
+        """What a dimension indexes.
+
+        Raises:
+            AxisError: tokens whose number depends on data are among it.
+        """
+        if dim not in self._axes:
+            return Fixed(_sizes(dim.node, dim.output)[dim.index])
+        axis = self._axes[dim]
+        leaves = axis.leaves()
+        open_ones = [leaf.size for leaf in leaves if not isinstance(leaf.size, int)]
+        if open_ones and any(leaf in self._names for leaf in leaves):
+            raise AxisError(
+                f"Dimension {dim.index} of {describe(dim.node)} indexes tokens, {open_ones[0]} of them or among them: a "
+                "number that depends on data or on the batch. Tokens that are reduced have a fixed number."
+            )
+        return self._kind(axis)
 
     def axes(self, node: fx.Node, output: int = 0) -> list[AxisKind]:
         """What each dimension of a value indexes."""
@@ -137,8 +151,7 @@ def _constrain(annotation: Annotation, node: fx.Node, streams: dict[str, str]) -
     for output, value in enumerate(values(node)):
         for index, size in enumerate(value.shape):
             annotation._axes[Dim(node, index, output)] = Axis(size)
-    rule = rule_for(node)
-    constraints = list(rule(node)) if rule else []
+    constraints = _said(annotation, node)
     if node.op == "placeholder" and node.target in streams:
         rank = len(_sizes(node))
         index = rank - 2 if values(node)[0].is_floating_point() else rank - 1
@@ -153,6 +166,32 @@ def _constrain(annotation: Annotation, node: fx.Node, streams: dict[str, str]) -
                 "the same modality, name their streams (`streams={input: name}`); otherwise the rule of this "
                 "operator in passes/rules.py does not describe it."
             ) from error
+
+
+def _said(annotation: Annotation, node: fx.Node) -> list[Constraint]:
+    """What the rule of a node says of dimensions that there are."""
+    rule = rule_for(node)
+    try:
+        said = list(rule(node)) if rule else []
+    except AxisConflict as error:
+        raise AxisError(f"The axes of {describe(node)} cannot be followed: {error}.") from error
+    except (AssertionError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise AxisError(
+            f"The rule of {describe(node)} in passes/rules.py does not know this form of it "
+            f"(of {', '.join(map(_shapes, node.all_input_nodes))}): "
+            f"{type(error).__name__}: {error}."
+        ) from error
+    unknown = next((d for c in said for d in constraint_dims(c) if d not in annotation._axes), None)
+    if unknown is not None:
+        raise AxisError(
+            f"The rule of {describe(node)} in passes/rules.py does not know this form of it: it speaks of dimension "
+            f"{unknown.index} of {unknown.node.name}, whose shape is {_shapes(unknown.node)}."
+        )
+    return said
+
+
+def _shapes(node: fx.Node) -> str:
+    return ", ".join(str(tuple(value.shape)) for value in values(node)) or "unknown"
 
 
 def _apply(axes: dict[Dim, Axis], constraint: Constraint) -> None:

@@ -19,7 +19,7 @@ from .annotate import Annotation, annotate
 from .einsum import spell_out_einsum
 from .eliminate import eliminate
 from .emit import actions_after, actions_instead
-from .graph import ancestors, values
+from .graph import ancestors, describe, values
 from .insert import Insertions, cross_modal_layers, plan_insertions
 from .locate import Attention, locate, mask_kinds
 from .one_query import one_query
@@ -259,6 +259,21 @@ def passes_of(schedule: Schedule) -> tuple[Pass, ...]:
     return LOSSLESS if schedule.method == "lossless" else PASSES
 
 
+def _unforeseen(step: Pass, error: Exception) -> PumerError:
+    """What a pass has met that it does not know, with the node it was looking at."""
+    said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    node, trace = None, error.__traceback__
+    while trace is not None:  # the innermost frame that has one
+        found = trace.tb_frame.f_locals.get("node")
+        node = found if isinstance(found, fx.Node) else node
+        trace = trace.tb_next
+    at = f" at {describe(node)}" if node is not None else ""
+    return PumerError(
+        f"Pass {step.name} met something it does not know{at}: {type(error).__name__}: {said.rstrip('.')}. Compile a "
+        "part of the model without it (--component, --outputs), or report it with this message and its traceback (-v)."
+    )
+
+
 def run_passes(state: State, passes: tuple[Pass, ...] = PASSES, dump: Path | None = None) -> History:
     """Run passes in order, check what each promises, and record what it did.
 
@@ -276,7 +291,12 @@ def run_passes(state: State, passes: tuple[Pass, ...] = PASSES, dump: Path | Non
         if missing:
             raise PumerError(f"Pass {step.name} requires {', '.join(missing)}, which no earlier pass gave.")
         before, start = len(_graph(state).nodes), time.perf_counter()
-        matches = step.run(state)
+        try:
+            matches = step.run(state)
+        except PumerError:
+            raise
+        except Exception as error:
+            raise _unforeseen(step, error) from error
         seconds = time.perf_counter() - start
         if matches == 0 and step.optional:
             continue

@@ -169,7 +169,7 @@ def along_one_axis(node: fx.Node) -> Iterator[Constraint]:
     """Normalises (or accumulates) along a dimension that stays."""
     (x,) = tensors(node)
     yield from broadcast(x, node)
-    if node.target is aten.cumsum.default:
+    if node.target is aten.cumsum.default and shape(x):
         yield Opaque(Dim(x, wrap(int_arg(node, 1), len(shape(x)))))
 
 
@@ -239,7 +239,8 @@ def transpose(node: fx.Node) -> Iterator[Constraint]:
     x = node_arg(node, 0)
     order = list(range(len(shape(x))))
     a, b = wrap(int_arg(node, 1), len(order)), wrap(int_arg(node, 2), len(order))
-    order[a], order[b] = order[b], order[a]
+    if order:  # PyTorch takes a number here
+        order[a], order[b] = order[b], order[a]
     yield from keep_dims(x, node, ((i, j) for j, i in enumerate(order)))
 
 
@@ -437,8 +438,8 @@ def index_select(node: fx.Node) -> Iterator[Constraint]:
     rank = len(shape(x))
     dim = wrap(int_arg(node, 1), rank)
     yield from keep_dims(x, node, ((i, i) for i in range(rank) if i != dim))
-    yield Same(Dim(index, 0), Dim(node, dim))
-    yield Opaque(Dim(x, dim))
+    yield from (Same(Dim(index, k), Dim(node, dim)) for k in range(len(shape(index))))  # a number is one place
+    yield from (Opaque(Dim(x, d)) for d in range(rank) if d == dim)
 
 
 @rule(aten.index.Tensor)
@@ -447,9 +448,13 @@ def index(node: fx.Node) -> Iterator[Constraint]:
     x = node_arg(node, 0)
     indices: list[fx.Node | None] = list_arg(node, 1)
     indexed = {d: i for d, i in enumerate(indices) if i is not None}
-    first, last = min(indexed), max(indexed)
-    if len(indexed) != last + 1 - first:
-        yield from (Opaque(Dim(x, d)) for d in range(len(shape(x))))
+    first, last = min(indexed, default=0), max(indexed, default=-1)
+    masks = [i for i in indexed.values() if values(i)[0].dtype in (torch.bool, torch.uint8)]
+    if not indexed or len(indexed) != last + 1 - first or (masks and len(indexed) > 1):
+        yield from (Opaque(Dim(n, d)) for n in (x, *indexed.values()) for d in range(len(shape(n))))
+        return
+    if masks:
+        yield from _masked(node, x, masks[0], first)
         return
     rank = max(len(shape(i)) for i in indexed.values())
     yield from keep_dims(x, node, ((d, d) for d in range(first)))
@@ -462,6 +467,15 @@ def index(node: fx.Node) -> Iterator[Constraint]:
                 yield Same(Dim(i, k), Dim(node, k + offset))
         counted = _counts_whole(i, shape(x)[d])
         yield Same(Dim(x, d), Dim(node, counted + offset)) if counted is not None else Opaque(Dim(x, d))
+
+
+def _masked(node: fx.Node, x: fx.Node, mask: fx.Node, first: int) -> Iterator[Constraint]:
+    """`x[mask]`: of the dimensions that the mask has, one comes out, as long as the data says."""
+    own = len(shape(mask))
+    yield from (Opaque(Dim(mask, k)) for k in range(own))
+    for d in range(len(shape(x))):
+        inside = first <= d < first + own
+        yield Opaque(Dim(x, d)) if inside else Same(Dim(x, d), Dim(node, d if d < first else d - own + 1))
 
 
 def _counts_whole(node: fx.Node, size: Size) -> int | None:
@@ -523,8 +537,9 @@ def linear(node: fx.Node) -> Iterator[Constraint]:
     x, weight = node_arg(node, 0), node_arg(node, 1)
     rank = len(shape(x))
     yield from keep_dims(x, node, ((i, i) for i in range(rank - 1)))
-    yield Same(Dim(x, rank - 1), Dim(weight, 1), aligns=False)
-    yield Same(Dim(weight, 0), Dim(node, rank - 1))
+    yield Same(Dim(x, rank - 1), Dim(weight, len(shape(weight)) - 1), aligns=False)
+    if len(shape(weight)) == 2:
+        yield Same(Dim(weight, 0), Dim(node, rank - 1))
     if rank == 3 and _straight_from_input(x):
         # A feature matrix, one row for each region or patch of an image.
         yield Seed((Dim(x, 1),), "image")

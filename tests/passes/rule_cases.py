@@ -151,6 +151,14 @@ CASES: dict[str, tuple[Any, list[str], Callable[..., tuple], list[str], set[str]
     # shapes
     "view to heads": (aten.view.default, [X], lambda x: (x, [2, 7, 4, 2]), [f"2 {T} 4 2"], set()),
     "view to one": (aten.view.default, ["2 text:7 4 2"], lambda x: (x, [2, 7, 8]), [f"2 {T} 8"], set()),
+    "view as": (aten.view_as.default, [X, "2 7 4 2"], lambda x, y: (x, y), [f"2 {T} 4 2"], set()),
+    "reshape as tokens": (
+        aten.reshape_as.default,
+        ["2 text:7 8", "2 image:7 4 2"],
+        lambda x, y: (x, y),
+        [f"2 {T} 4 2"],
+        {"Reduce"},
+    ),
     "view with -1": (aten.view.default, [X], lambda x: (x, [2, -1, 2, 4]), [f"2 {T} 2 4"], set()),
     "flat batch": (aten.reshape.default, [X], lambda x: (x, [14, 8]), [f"(2 x {T}) 8"], set()),
     "batch times heads": (
@@ -290,6 +298,7 @@ CASES: dict[str, tuple[Any, list[str], Callable[..., tuple], list[str], set[str]
         [f"{T} 8"],
         set(),
     ),
+    "index_select by a number": (aten.index_select.default, [X, "int"], lambda x, i: (x, 2, i), [f"2 {T} 1"], set()),
     "index features": (
         aten.index.Tensor,
         [X, "int 3"],
@@ -312,6 +321,34 @@ CASES: dict[str, tuple[Any, list[str], Callable[..., tuple], list[str], set[str]
         ["2 8"],
         {"Opaque"},
     ),
+    "index by a mask of tokens": (
+        aten.index.Tensor,
+        [X, "bool 2 text:7"],
+        lambda x, m: (x, [m]),
+        ["0 8"],
+        {"Opaque"},
+    ),
+    "index by a mask of features": (
+        aten.index.Tensor,
+        ["2 text:7 4 2", "bool 4 2"],
+        lambda x, m: (x, [None, None, m]),
+        [f"2 {T} 0"],
+        set(),
+    ),
+    "index by a mask before tokens": (
+        aten.index.Tensor,
+        ["2 4 text:7", "bool 2 4"],
+        lambda x, m: (x, [m]),
+        [f"0 {T}"],
+        set(),
+    ),
+    "index by a mask and more": (
+        aten.index.Tensor,
+        [X, "bool 2 7", "int 1"],
+        lambda x, m, i: (x, [m, i]),
+        ["0"],
+        {"Opaque"},
+    ),
     # reductions
     "sum over tokens": (aten.sum.dim_IntList, [X], lambda x: (x, [1]), ["2 8"], {"Total"}),
     "sum over features": (aten.sum.dim_IntList, [X], lambda x: (x, [-1]), [f"2 {T}"], set()),
@@ -329,6 +366,7 @@ CASES: dict[str, tuple[Any, list[str], Callable[..., tuple], list[str], set[str]
     "max with positions over features": (aten.max.dim, [X], lambda x: (x, 2), [f"2 {T}"] * 2, set()),
     "min with positions": (aten.min.dim, [X], lambda x: (x, 1, True), ["2 1 8"] * 2, {"Opaque"}),
     # products
+    "linear to a number": (aten.linear.default, [X, "8"], lambda x, w: (x, w), [f"2 {T}"], set()),
     "linear": (aten.linear.default, [X, "7 8"], lambda x, w: (x, w), [f"2 {T} 7"], set()),
     "linear with bias": (
         aten.linear.default,
