@@ -20,6 +20,7 @@ from pumer_compile import Program, capture, reduce
 from pumer_compile.errors import PlanError
 from pumer_compile.passes.eliminate import drop_dead, eliminate
 from pumer_compile.passes.insert import reducers_of
+from pumer_compile.passes.narrow import Range, narrow
 from pumer_compile.passes.pipeline import PASSES, State, run_passes
 from tests.helpers import count_op
 from tests.models import Config, Fusion, highest, inputs_for, make, program, reduced, schedule
@@ -113,6 +114,26 @@ FOLLOWED: dict[str, tuple[int, Callable[[Tensor], Any]]] = {
     ),
 }
 
+
+def changed_behind(y: Tensor) -> Tensor:
+    """What `contiguous` gives is the value itself here, and is changed with it; a cut of it would be a copy."""
+    same = y.contiguous()
+    y.add_(1)
+    return same[:, 0]
+
+
+def changed_beside(y: Tensor) -> Tensor:
+    same = y.contiguous()
+    y.view(y.shape[0], TOKENS, 4, -1).add_(1)
+    return same[:, 0]
+
+
+def changed_in_pieces(y: Tensor) -> Tensor:
+    a, b = y.chunk(2, -1)
+    y.add_(1)
+    return (a * b)[:, 0]
+
+
 # Whatever works along the tokens, reads them all, or may change them; and what would cost more than it saves.
 LEFT: dict[str, Callable[[Tensor], Any]] = {
     "all are an output": lambda y: (y, y[:, 0]),
@@ -140,6 +161,9 @@ LEFT: dict[str, Callable[[Tensor], Any]] = {
     "changed in place": lambda y: y.add_(1)[:, 0],
     "changed through a view": lambda y: y[:, 0].add_(1) + y[:, 0],
     "changed through a view, read elsewhere": lambda y: torch.cat([y[:, :1], y[:, 0].mul_(2).unsqueeze(1)], 1),
+    "changed behind another name": changed_behind,
+    "changed through a view beside it": changed_beside,
+    "changed in pieces": changed_in_pieces,
     "dearer than the work": lambda y: y[:, 1:],
 }
 
@@ -456,6 +480,8 @@ def test_a_row_of_the_published_softmax_knows_its_number() -> None:
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
     *_, softmax = (n for n in narrowed.module.graph.nodes if "published_softmax" in str(n.target))
     assert softmax.kwargs["first"] == config.text - 1 and softmax.meta["val"].shape[2] == 1
+    again = narrow(softmax, Range(2, 0, 1))  # as where its readers were narrowed once more
+    assert again is not None and again.kwargs["first"] == config.text - 1
 
 
 def test_a_site_that_nothing_reads_any_more_is_said(caplog: pytest.LogCaptureFixture) -> None:
