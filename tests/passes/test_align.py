@@ -96,7 +96,7 @@ def test_a_part_of_a_stream_is_not_aligned() -> None:
     cut = next(n for n in walk.source.graph.nodes if n.target is torch.ops.aten.cat.default)
     kind = walk.annotation.axis(Dim(cut, 1))
     assert isinstance(kind, Tokens)
-    parts = Tokens(tuple(dataclasses.replace(s, whole=False) for s in kind.segments))
+    parts = Tokens(tuple(s._replace(whole=False) for s in kind.segments))
     with pytest.MonkeyPatch.context() as patch:
         assert walk.aligner.whole_streams(walk, Dim(cut, 1), cut, ["image"]) == kind
         patch.setattr(walk.annotation, "axis", lambda dim: parts)
