@@ -68,7 +68,7 @@ def compile_one(name: str) -> Result:
         program = capture(model.eval(), inputs, outputs=list(architecture.outputs) or None)
         annotation = annotate(program.module, dict(program.streams))
         result["streams"] = dict(annotation.streams)
-        attentions = locate(program.module, annotation)
+        attentions = locate(program.module, annotation, program.inputs)
     except Exception as error:  # whatever a model does: the page says what
         return {**result, "error": describe(error)}
     result["sites"] = [

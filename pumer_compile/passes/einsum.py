@@ -72,7 +72,8 @@ def _product(node: fx.Node) -> _Product | None:
         operands, (a, b), own = operands[::-1], (b, a), own[::-1]
     row, column = own[0][-1], own[1][-1]
     lead = "".join(x for x in dict.fromkeys(a + b) if x in result and x not in (row, column))
-    return _Product(*operands, a, b, lead, row, column, summed[0], result)
+    left, right = operands
+    return _Product(left, right, a, b, lead, row, column, summed[0], result)
 
 
 def _letters(equation: str, operands: list[fx.Node]) -> tuple[list[str], str] | None:

@@ -104,6 +104,7 @@ def find(graph: fx.Graph) -> Plans:
     for node in reversed(graph.nodes):
         if node.op in ("placeholder", "get_attr") or _is_piece(node):
             continue  # pieces go with what divides
+        # Pieces are views, also of a part, and would follow a change; they are left alone as all else that may change.
         if node not in shared and node.target in PIECES:
             _narrow_pieces(node, wants, plans)
         elif node not in shared and (wanted := wants.get(node)) is not None:

@@ -363,7 +363,7 @@ class _Reduce(_Emitter):
     def _keys(self, walk: Rewriter, stream: str) -> fx.Node:
         """Keys of a stream, `[batch, heads, tokens, head_size]`: this site's, or the nearest self-attention's."""
         site = self.attention
-        if stream not in site.key_axis.streams:
+        if stream not in site.key_axis.streams or walk.history.at(site.key_dim).get(stream, 0) != self._epoch(stream):
             site = self._nearest_self_attention(walk, stream)
         span = walk.history.span(site.key_axis, stream, walk.history.at(site.key_dim))
         if site.key is not None:

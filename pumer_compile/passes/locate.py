@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor, fx
 
@@ -273,7 +273,7 @@ class _Scores:
 
     product: fx.Node
     scores: fx.Node
-    added: Addends = Addends()
+    added: Addends = field(default_factory=Addends)
     unusual: str = ""
 
 

@@ -11,11 +11,13 @@ from torch import Tensor, nn
 
 from pumer_compile import capture
 from pumer_compile.errors import AxisError
+from pumer_compile.passes.axes import Dim, Tokens
 from pumer_compile.reduce import reduce_graph
 from pumer_compile.reducers import AlignAxis
 from tests.helpers import combine
-from tests.models import Config, Fusion, inputs_for, make, reduced_states, schedule
+from tests.models import Config, Fusion, highest, inputs_for, make, reduced, reduced_states, schedule
 from tests.passes.walks import BASE, SITES
+from tests.passes.walks import walk as walked
 
 
 class Skip(Fusion):
@@ -73,6 +75,43 @@ def test_maps_are_composed_over_several_reducers(monkeypatch: pytest.MonkeyPatch
         rows.append((state.x + combine(before[b], members)).amax(0))
     with torch.no_grad():
         torch.testing.assert_close(module(**inputs), torch.stack(rows).float(), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("mask", ["expanded", "bool"])
+def test_a_mask_is_aligned_anew_for_every_reducer(mask: str) -> None:
+    """One mask for all layers, whose rows are alike: each layer takes it at its own tokens."""
+    config = dataclasses.replace(BASE, mask=mask, layers=3, patch_mask=True, head=highest)
+    model, inputs = make(config), inputs_for(config)
+    module = reduce_graph(capture(model, inputs), schedule("safe", (0, 1), prune=4, merge={"image": 3, "text": 1}))
+    sites = {0: (4, 3, 1), 1: (4, 3, 1)}
+    with torch.no_grad():
+        expected, _ = reduced(model, inputs, sites, "safe")
+        torch.testing.assert_close(module(**inputs), expected.float(), atol=1e-5, rtol=0)
+
+
+def test_a_part_of_a_stream_is_not_aligned() -> None:
+    """A map is of a whole stream. Cuts of reduced tokens are refused before; this is asked again where a map is
+    applied."""
+    walk, _ = walked(BASE, schedule("paper", (0,)))
+    cut = next(n for n in walk.source.graph.nodes if n.target is torch.ops.aten.cat.default)
+    kind = walk.annotation.axis(Dim(cut, 1))
+    assert isinstance(kind, Tokens)
+    parts = Tokens(tuple(s._replace(whole=False) for s in kind.segments))
+    with pytest.MonkeyPatch.context() as patch:
+        assert walk.aligner.whole_streams(walk, Dim(cut, 1), cut, ["image"]) == kind
+        patch.setattr(walk.annotation, "axis", lambda dim: parts)
+        with pytest.raises(AxisError, match=r"cannot be aligned.*whole streams"):
+            walk.aligner.whole_streams(walk, Dim(cut, 1), cut, ["image"])
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_tokens_in_front_are_not_aligned(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every sample keeps other tokens, so a table without a batch dimension has no room for them; one sample is no
+    exception."""
+    monkeypatch.setattr(Skip, "old", lambda m, x: m.table[0], raising=False)
+    config = dataclasses.replace(BASE, batch=batch)
+    with pytest.raises(AxisError, match=r"dimension 0 of .* cannot be aligned"):
+        reduce_graph(capture(make(config, kind=Skip), inputs_for(config)), schedule("paper", (0,)))
 
 
 def test_positions_are_gathered_after_pruning(monkeypatch: pytest.MonkeyPatch) -> None:

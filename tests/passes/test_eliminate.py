@@ -20,6 +20,7 @@ from pumer_compile import Program, capture, reduce
 from pumer_compile.errors import PlanError
 from pumer_compile.passes.eliminate import drop_dead, eliminate
 from pumer_compile.passes.insert import reducers_of
+from pumer_compile.passes.narrow import Range, narrow
 from pumer_compile.passes.pipeline import PASSES, State, run_passes
 from tests.helpers import count_op
 from tests.models import Config, Fusion, highest, inputs_for, make, program, reduced, schedule
@@ -113,6 +114,7 @@ FOLLOWED: dict[str, tuple[int, Callable[[Tensor], Any]]] = {
     ),
 }
 
+
 # Whatever works along the tokens, reads them all, or may change them; and what would cost more than it saves.
 LEFT: dict[str, Callable[[Tensor], Any]] = {
     "all are an output": lambda y: (y, y[:, 0]),
@@ -182,6 +184,34 @@ def test_what_is_read_or_not_understood_stays(name: str) -> None:
     captured = between(LEFT[name])
     with pytest.raises(PlanError, match="found nothing to leave out"):
         reduce(captured, "lossless")
+
+
+def changed_behind(y: Tensor) -> Tensor:
+    same = y.clone()
+    y.add_(1)
+    return (same @ torch.ones(WIDTH, 2 * WIDTH))[:, 0]
+
+
+def changed_beside(y: Tensor) -> Tensor:
+    same = y.clone()
+    y.view(y.shape[0], TOKENS, 4, -1).add_(1)
+    return (same @ torch.ones(WIDTH, 2 * WIDTH))[:, 0]
+
+
+@pytest.mark.parametrize("body", [changed_behind, changed_beside])
+def test_a_second_name_of_what_is_changed_stays_one(body: Callable[[Tensor], Tensor]) -> None:
+    """`contiguous` gives a value itself, which is changed with it; of a part it would give a copy, as it was before."""
+    captured = between(body)
+    module = copy_of(captured)
+    for node in module.graph.find_nodes(op="call_function", target=aten.clone.default):
+        node.target = aten.contiguous.default  # tracing leaves out what does nothing
+    module.recompile()
+    inputs = dict(captured.inputs)
+    with torch.no_grad():
+        expected = module(**inputs)
+        assert (expected - captured.module(**inputs)).abs().max() > 0.1
+        eliminate(module)
+        torch.testing.assert_close(module(**inputs), expected, atol=1e-4, rtol=0)
 
 
 # Colliding sizes: tokens as many as features, as heads, as samples; one sample.
@@ -456,6 +486,8 @@ def test_a_row_of_the_published_softmax_knows_its_number() -> None:
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
     *_, softmax = (n for n in narrowed.module.graph.nodes if "published_softmax" in str(n.target))
     assert softmax.kwargs["first"] == config.text - 1 and softmax.meta["val"].shape[2] == 1
+    again = narrow(softmax, Range(2, 0, 1))  # as where its readers were narrowed once more
+    assert again is not None and again.kwargs["first"] == config.text - 1
 
 
 def test_a_site_that_nothing_reads_any_more_is_said(caplog: pytest.LogCaptureFixture) -> None:

@@ -277,10 +277,6 @@ def test_what_is_only_reshaped_into_a_mask_reads_like_it() -> None:
 
 UNUSUAL = {
     "causal": (lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, is_causal=True), "is_causal"),
-    "grouped": (
-        lambda q, k, v, m: F.scaled_dot_product_attention(q, k[:, :1], v[:, :1], enable_gqa=True),
-        "enable_gqa",
-    ),
     "scaled after the mask": (
         lambda q, k, v, m: ((scores(q, k) + additive(m)) * 0.5).softmax(-1) @ v,
         "after the mask",

@@ -93,6 +93,26 @@ def out_rows(captured: Program, wanted: Schedule, name: str = "layers.0.attentio
     return [int(values(n)[0].shape[1]) for n in linears if n.args[1].target == name]
 
 
+def test_a_projection_of_tokens_from_before_a_reducer_stays() -> None:
+    """A tower whose second attention asks for what came before its first: its output is aligned, and the map of the
+    second reducer is of the tokens that are left."""
+
+    class Beside(Images):
+        def forward(self, pixel_values: Tensor) -> Tensor:
+            before = self.start(pixel_values)
+            x = before + self.layers[0].attention(before, None)
+            x = x + self.layers[1].attention(before, None, x)
+            return self.conclude(x)
+
+    config = Config(mask="none", layers=2)
+    captured = capture(make(config, kind=Beside), {"pixel_values": inputs_for(config)["pixel_values"]})
+    wanted = Schedule(method="tome", sites=[{"at": f"vision.{i}", "merge": {"image": 4}} for i in (0, 1)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(postpone, "_pays", lambda saved, *_: saved > 0)
+        maps = compared(captured, wanted)
+    assert set(maps) == {"reducer.vision_0.image_map"}
+
+
 # --- what is postponed ----------------------------------------------------------------------------------------------
 
 
