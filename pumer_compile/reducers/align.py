@@ -68,7 +68,7 @@ class AlignAxis(nn.Module):
             # The share of true ones is a sum of rounded fractions: compare with half a token less than all.
             return result > 1 - 0.5 / sum(tokens for tokens, _ in self.pieces)
         if self.mode == "gather":
-            return result.round().to(dtype)
+            return result.to(dtype)  # exact: each row of the maps has one 1
         if self.mode == "log_mean_exp":
             # A token of masked ones has log(0): the dtype's lowest value masks without making a row NaN.
             return result.log().to(dtype).clamp(min=torch.finfo(dtype).min)

@@ -63,6 +63,9 @@ LITERALS = {
     "view": (aten.view.default, [X], lambda x: (x, [2, 7, 4, 2]), {(1, 0), (1, 1), (1, 2), (1, 3)}),
     "view with -1": (aten.view.default, [X], lambda x: (x, [2, -1, 8]), {(1, 0), (1, 2)}),
     "reshape": (aten.reshape.default, [X], lambda x: (x, [14, 8]), {(1, 0), (1, 1)}),
+    "unflatten": (aten.unflatten.int, [X], lambda x: (x, 1, [1, 7]), {(2, 0), (2, 1)}),
+    "unflatten with -1": (aten.unflatten.int, [X], lambda x: (x, 2, [-1, 4]), {(2, 1)}),
+    "narrow all": (aten.narrow.default, [X], lambda x: (x, 1, 0, 7), {(3, None)}),
     "expand": (aten.expand.default, ["1 text:7 1"], lambda x: (x, [2, 7, -1]), {(1, 0), (1, 1)}),
     "new_ones": (aten.new_ones.default, [X], lambda x: (x, [2, 7]), {(1, 0), (1, 1)}),
 }
@@ -72,8 +75,11 @@ LITERALS = {
 def test_literals(name: str) -> None:
     target, specs, arguments, expected = LITERALS[name]
     result = build(target, specs, arguments)
-    found = {(c.arg, c.item) for c in result.annotation.constraints[result.node] if isinstance(c, Literal)}
-    assert found == expected
+    literals = [c for c in result.annotation.constraints[result.node] if isinstance(c, Literal)]
+    assert {(c.arg, c.item) for c in literals} == expected
+    for c in literals:
+        given = result.node.args[c.arg]
+        assert (given if c.item is None else given[c.item]) in (result.node.meta["val"].shape[c.result.index], -1)
 
 
 @pytest.mark.parametrize(
@@ -163,6 +169,66 @@ def test_counting_over_a_part_does_not() -> None:
     result = finish(builder, builder.call(aten.index.Tensor, x, [rows, some]), [x])
     assert result.axes() == [["2", "6"]]
     assert result.said_of_tokens() == {"Opaque"}
+
+
+def index_by(builder: Builder, x: fx.Node, index: fx.Node) -> Any:
+    return finish(builder, builder.call(aten.index.Tensor, x, [None, index]), [x])
+
+
+def test_counting_from_another_number_does_not() -> None:
+    builder = Builder()
+    x = builder.seeded("2 text:7", 0)
+    shifted = builder.call(aten.add.Tensor, builder.call(aten.arange.default, 7), -1)
+    result = index_by(builder, x, shifted)
+    assert result.axes() == [["2", "7"]]
+    assert result.said_of_tokens() == {"Opaque"}
+
+
+def test_counting_in_rows_does_not() -> None:
+    builder = Builder()
+    x = builder.seeded("2 text:14", 0)
+    result = index_by(builder, x, builder.call(aten.view.default, builder.call(aten.arange.default, 14), [2, 7]))
+    assert result.axes() == [["2", "2", "7"]]
+    assert result.said_of_tokens() == {"Opaque"}
+
+
+@pytest.mark.parametrize("goes", ["stretched", "squeezed"])
+def test_one_token_may_go(goes: str) -> None:
+    """The first token beside all others, or alone: its axis is followed no further, and that is no error."""
+    builder = Builder()
+    x = builder.seeded(X, 0)
+    first = builder.call(aten.slice.Tensor, x, 1, 0, 1)
+    others = builder.seeded("2 5 8", 1)
+    if goes == "stretched":
+        node = builder.call(aten.add.Tensor, first, others)
+    else:
+        node = builder.call(aten.squeeze.dim, first, 1)
+    result = finish(builder, node, [first, others])
+    assert [str(a) for a in result.annotation.axes(first)] == ["2", "[text:1]", "8"]
+    assert result.axes() == [["2", "5", "8"] if goes == "stretched" else ["2", "8"]]
+    assert result.said_of_tokens() == {"Reduce"}
+
+
+# --- what is summed over together -----------------------------------------------------------------------------------
+
+SUMMED = {
+    "linear": {((0, 2), (1, 1))},
+    "matmul over tokens": {((0, 3), (1, 2))},
+    "addmm": {((1, 1), (2, 0))},
+    "einsum over tokens": {((0, 3), (1, 1))},
+    "sdpa": {((0, 3), (1, 3)), ((1, 2), (2, 2))},
+    "cross_entropy": {((0, 0), (1, 0)), ((0, 2), (1, 1))},
+}
+
+
+@pytest.mark.parametrize("name", SUMMED)
+def test_what_is_summed_over_together_is_not_aligned(name: str) -> None:
+    """A value from before a reducer beside one from behind it: the map of neither makes the sum right."""
+    target, specs, arguments, *_ = CASES[name]
+    result = build(target, specs, arguments)
+    ends = [(c.a, c.b) for c in result.annotation.constraints[result.node] if isinstance(c, Same) and not c.aligns]
+    named = {tuple(sorted((result.inputs.index(d.node), d.index) for d in pair)) for pair in ends}
+    assert named == SUMMED[name]
 
 
 # --- several outputs ----------------------------------------------------------------------------------------

@@ -142,3 +142,10 @@ def test_the_result_has_the_precision_of_the_queries(dtype: torch.dtype) -> None
         torch.testing.assert_close(
             found.double().expand_as(wanted), wanted, atol=1e-2 if dtype == torch.half else 1e-6, rtol=0
         )
+
+
+def test_a_key_of_less_than_one_token_counts_as_one() -> None:
+    """Padding has size 0, and the mask hides it; a logarithm below 0 would hide it a second time."""
+    like, sizes = torch.zeros(1, 2, 3, 4), torch.tensor([[0.0, 0.5, 1.0, 4.0]])
+    bias = SizeBias()(None, like, sizes)
+    torch.testing.assert_close(bias.flatten(), torch.tensor([0.0, 0.0, 0.0, math.log(4)]))

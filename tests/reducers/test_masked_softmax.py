@@ -159,3 +159,15 @@ def test_autograd_keeps_the_result_alone() -> None:
         out = PublishedMaskedSoftmax()(scores, torch.ones(2, 7))
     assert [tuple(t.shape) for t in kept] == [(2, 3, 7, 7), (2, 3, 7, 1)]
     assert kept[0].data_ptr() == out.data_ptr()
+
+
+def test_gradients_where_the_largest_score_is_masked() -> None:
+    """What is left of a row is then of the order of epsilon, which the gradient must know of; by hand, the maximum a
+    constant."""
+    scores = torch.tensor([[0.0, 1.0, 9.0], [2.0, 0.5, 10.0]]).view(1, 1, 2, 3).requires_grad_()
+    factors = torch.tensor([[1.0, -2.0, 3.0], [0.5, 1.5, -1.0]])
+    found = PublishedMaskedSoftmax()(scores, torch.tensor([[1.0, 1.0, 0.0]]))
+    x = (scores.double() - scores.double().amax(-1, keepdim=True).detach()).exp() * torch.tensor([1.0, 1.0, 0.0])
+    wanted = (x + 1e-6 / 3) / (x.sum(-1, keepdim=True) + 1e-6)
+    ours, theirs = (torch.autograd.grad((out * factors).sum(), scores)[0] for out in (found, wanted))
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)

@@ -85,6 +85,12 @@ def test_first_largest_of_nothing_but_minus_infinity() -> None:
     assert there.tolist() == [[True, False, False]]
 
 
+def test_first_largest_of_what_is_no_number() -> None:
+    """Nothing equals it, and still each row must select one."""
+    scores = torch.tensor([[1.0, float("nan"), 2.0], [3.0, 1.0, 2.0]])
+    assert first_largest(scores)[1].tolist() == [[False, False, True], [True, False, False]]
+
+
 @given(scores(), st.data())
 def test_of_a_tie_the_one_named_comes_first(values: Tensor, data: st.DataObject) -> None:
     order = data.draw(st.permutations(range(values.shape[1])))

@@ -488,3 +488,34 @@ def test_merges_compare_on_the_forced_pruning() -> None:
         assert own == match(keys, 3)
     assert torch.equal(comparison.own.kept, free.kept)
     assert comparison.differs.all()
+
+
+def near_ties() -> dict[str, Tensor]:
+    """A site whose scores half precision cannot tell apart."""
+    g = torch.Generator().manual_seed(0)
+    tokens = torch.randn(2, 12, 6, generator=g)
+    keys = torch.ones(2, 2, 12, 4) + 1e-3 * torch.randn(2, 2, 12, 4, generator=g)
+    attention = (torch.ones(2, 2, 5, 12) + 1e-4 * torch.randn(2, 2, 5, 12, generator=g)) / 12
+    return {"tokens": tokens, "keys": keys, "weights": torch.ones(2, 12), "attention": attention}
+
+
+@pytest.mark.parametrize("semantics", SEMANTICS)
+def test_autocast_reaches_neither_decisions_nor_features(semantics: str) -> None:
+    reducer, site = image_reducer(semantics, 12, 9, 3), near_ties()
+    wanted = reducer(**site, text_weights=torch.ones(2, 5))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = reducer(**site, text_weights=torch.ones(2, 5))
+    for name, a, b in zip(Reduction._fields, found, wanted, strict=True):
+        assert a.dtype == b.dtype and torch.equal(a, b), name
+
+
+def test_a_comparison_has_no_gradient() -> None:
+    """Autograd would hold on to the attention that decisions are made from."""
+    reducer, site = image_reducer("paper", 12, 9, 3), near_ties()
+    site = {name: value.requires_grad_() for name, value in site.items()}
+    own = Decisions(*reducer(**site, text_weights=torch.ones(2, 5))[3:6])
+    other = Decisions(own.kept.flip(1), own.source, own.target)
+    with forced_decisions(reducer, {"": other}) as forcings:
+        reducer(**site, text_weights=torch.ones(2, 5))
+    assert forcings[""].comparison.margin.max() > 0
+    assert not forcings[""].comparison.margin.requires_grad
