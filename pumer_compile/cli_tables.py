@@ -61,7 +61,7 @@ def column_of(names: Sequence[str], width: int) -> tuple[str, list[str]]:
     prefix, short = without_common_prefix(names)
     above = ["", *short]
     cells = ["" if name == above[i] else wrapped(name, width) for i, name in enumerate(short)]
-    return f" (in {prefix})" if prefix else "", cells
+    return f"\n(in {prefix})" if prefix else "", cells
 
 
 # --- plans ------------------------------------------------------------------------------------------------------------
@@ -144,14 +144,16 @@ def summary(report: Any) -> str:
     """A passed report in a few words: how many samples, the decisions, the largest error of an output that counts."""
     parts = [f"{report.samples} samples"]
     if report.reducers:
+        ends = max((row.samples for row in report.outputs if row.against == "end_to_end"), default=0)
+        parts[0] += f", {ends} of them end to end"
         differ = sum(row.differ for row in report.reducers)
         ties = sum(row.near_ties for row in report.reducers)
         alike = "all alike" if not differ else f"{differ} differ, {ties} of them near-ties"
-        parts.append(f"decisions of {len(report.reducers)} reducers {alike}")
+        parts.append(f"decisions of {len(report.reducers)} reducers: {alike}")
     errors = [row.max_abs for row in report.outputs if row.judged and row.samples]
     if errors:
         parts.append(f"largest error {max(errors):.1e}")
-    return ", ".join(parts)
+    return "; ".join(parts)
 
 
 def print_report(report: Any, *, whole: bool = True) -> None:
@@ -183,6 +185,9 @@ def _print_outputs(report: Any) -> None:
     title = f"Outputs against eager PyTorch ({report.dtype}, {report.provider}){where}"
     table = make_table(title, ["output"], columns, gap=1)
     for name, row in zip(names, report.outputs, strict=True):
+        if row.samples == 0 and row.finite:
+            table.add_row(name, row.against.replace("_", " "), "0", "", "", "", "", "not\ncompared")
+            continue
         verdict = ("pass" if row.passed else "FAIL") if row.judged or not row.finite else "reported"
         errors = (f"{row.max_abs:.2e}\n{row.mean_abs:.2e}", f"{row.max_rel:.2e}\n{row.max_norm:.2e}")
         against = row.against.replace("_", " ")

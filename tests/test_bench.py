@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+import pumer_compile as pumer
 import pumer_compile.bench as bench_module
 from pumer_compile import Engine
 from pumer_compile.bench import BenchReport, Comparison, Measurement, alternate, bench
@@ -18,6 +19,7 @@ from pumer_compile.errors import ExportError, UsageError
 from pumer_compile.files import sha256_file
 from tests.commands import artifact, done, feed, refused
 from tests.fake_tensorrt import engine_of, install
+from tests.passes.test_prompt import prompts, talker
 
 OPEN = ("--dynamic-batch",)
 
@@ -91,18 +93,35 @@ def test_inputs_of_ones_own(tmp_path: Path, no_memory: list[Any], monkeypatch: p
 
 
 def test_made_up_inputs(no_memory: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    path = artifact("--dtype", "float16", "--with-decisions")
-    made = bench_module._made_up(Engine(path).manifest)
+    """Whole texts and images in the artifact's dtypes, of words that the model has."""
+    fed: list[dict[str, torch.Tensor]] = []
+    real = Engine.__call__
+
+    def noted(engine: Engine, **inputs: torch.Tensor) -> Any:
+        fed.append(inputs)
+        return real(engine, **inputs)
+
+    monkeypatch.setattr(Engine, "__call__", noted)
+    bench([artifact("--dtype", "float16", "--with-decisions")], iterations=1, warmup=0)
+    (made,) = fed
     assert {name: (tuple(t.shape), t.dtype) for name, t in made.items()} == {
         "input_ids": ((2, 12), torch.int64),
         "attention_mask": ((2, 12), torch.int64),
         "pixel_values": ((2, 3, 96, 96), torch.float16),
         "pixel_mask": ((2, 96, 96), torch.int64),
     }
-    assert made["attention_mask"].all() and set(made["input_ids"].unique().tolist()) == {0, 1}
-    types = {"inputs": {"token_type_ids": {"shape": [2, 3], "dtype": "int64"}, "m": {"shape": [2], "dtype": "bool"}}}
-    others = bench_module._made_up(types)
-    assert others["token_type_ids"].tolist() == [[0] * 3] * 2 and others["m"].tolist() == [True, True]
+    assert made["attention_mask"].all() and made["pixel_mask"].all()
+    assert 0 <= int(made["input_ids"].min()) and int(made["input_ids"].max()) < 60 and made["pixel_values"].std() > 0.5
+
+
+def test_made_up_prompts_have_their_image_where_the_artifact_has_it(tmp_path: Path, no_memory: list[Any]) -> None:
+    """And no placeholder elsewhere: the artifact refuses any other prompt."""
+    path = tmp_path / "prompt.onnx"
+    program = pumer.capture(talker(), prompts(3, 5))
+    pumer.export(pumer.reduce(program, pumer.Schedule(method="vispruner", budget=6)), path, verify=False)
+    report = bench([path], iterations=1, warmup=0)
+    assert [(row.batch, len(row.milliseconds)) for row in report.measurements] == [(2, 1)]
+    assert report.settings["inputs"] == "made up"
 
 
 def test_turns_are_reversed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -78,13 +78,18 @@ def many_outputs() -> ParityReport:
         for name in ["logits", *(f"past_key_values.{i}.{part}" for i in range(24) for part in ("key", "value"))]
         for against in ("forced", "end_to_end", "unreduced")
     ]
-    reducers = [ReducerReport(f"reducer.cross_modal_{i}.image", 6, differ=i, near_ties=i) for i in range(2)]
-    return ParityReport("m.onnx", "float32", "CPUExecutionProvider", "", 6, True, reducers, outputs, ["a note"])
+    outputs.append(OutputReport("rest", "end_to_end", False, 1e-4, 1e-4))
+    reducers = [ReducerReport(f"reducer.cross_modal_{i}.image", samples=6, differ=i, near_ties=i) for i in range(2)]
+    found = ParityReport("m.onnx", "float32", "CPUExecutionProvider", samples=6, decisions_compared=True)
+    found.reducers, found.outputs, found.notes = reducers, outputs, ["a note"]
+    return found
 
 
 def test_a_report_in_one_line(screen: io.StringIO) -> None:
     report = many_outputs()
-    assert summary(report) == "6 samples, decisions of 2 reducers 1 differ, 1 of them near-ties, largest error 3.0e-06"
+    assert summary(report) == (
+        "6 samples, 6 of them end to end; decisions of 2 reducers: 1 differ, 1 of them near-ties; largest error 3.0e-06"
+    )
     print_report(report, whole=False)
     assert screen.getvalue() == "note: a note\n"
 
@@ -96,6 +101,8 @@ def test_tables_fit_80_columns_and_cut_nothing(screen: io.StringIO) -> None:
     assert "(in reducer)" in screen.getvalue() and "cross_modal_0.image" in screen.getvalue()
     names = "".join(line[:15].strip() for line in lines)
     assert "past_key_values.0.key" in names and "past_key_values.23.value" in names
+    (rest,) = [i for i, line in enumerate(lines) if line.startswith("rest")]
+    assert " ".join(lines[rest].split() + lines[rest + 1].split()) == "rest end to end 0 not compared"
     assert screen.getvalue().count("reported") == 2 * 49 and "max, mean" in screen.getvalue()
     # A name stands at the first of its three rows.
     assert sum(line.startswith("logits") for line in lines) == 1
@@ -171,7 +178,7 @@ def test_a_passed_parity_is_one_sentence() -> None:
     out = done("parity", artifact(), "--model", folder()).out
     said = " ".join(out.split())
     assert said.startswith(f"{artifact()} agrees with eager PyTorch (pumer, semantics reference; float32, CPUExecution")
-    assert re.search(r": \d+ samples, decisions of 2 reducers .*, largest error \d\.\de-\d\d\.$", said)
+    assert re.search(r": \d+ samples, decisions of 2 reducers: .*; largest error \d\.\de-\d\d\.$", said)
     assert "verdict" in done("parity", artifact(), "--model", folder(), "-v").out
 
 
