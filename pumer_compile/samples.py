@@ -330,6 +330,7 @@ class Samples:
         padded: whether masks have padding at all.
         seed: of everything.
         captured: inputs as they were captured: constants that are too large to be written down.
+        size: of the batches that iteration gives; None is the captured one.
 
     Attributes:
         drawn: samples so far.
@@ -344,6 +345,7 @@ class Samples:
     padded: bool = True
     seed: int = 0
     captured: Mapping[str, Tensor] = field(default_factory=dict)
+    size: int | None = None
     drawn: int = 0
     read: dict[str, set[int]] = field(default_factory=dict)
 
@@ -373,7 +375,7 @@ class Samples:
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         while True:
-            yield self.batch()
+            yield self.batch(self.size)
 
     def notes(self) -> list[str]:
         """What a reader of a report should know of these samples: how much of a vocabulary they have read."""
@@ -485,6 +487,7 @@ def proof_sizes(captured: int, dynamic: bool, profiles: Sequence[Profile]) -> tu
 
 def proof_batches(samples: Samples, sizes: Sequence[int]) -> list[dict[str, Tensor]]:
     """A batch of every size, and at least two batches and `EXTREMES` samples."""
+    samples.size = sizes[0]  # what an artifact takes, for further ones as well
     made = [samples.batch(size) for size in sizes]
     while len(made) < 2 or samples.drawn < EXTREMES:
         made.append(samples.batch(sizes[0]))

@@ -246,12 +246,24 @@ def test_samples_of_the_user_are_part_of_the_proof(tmp_path: Path, reduced: Redu
         pumer.export(reduced, tmp_path / "model.onnx", samples=samples)
 
 
-@pytest.mark.parametrize(("padding", "batches"), [(True, 3), (False, 4)])
-def test_a_proof_takes_no_batch_twice(tmp_path: Path, padding: bool, batches: int) -> None:
-    model = tiny_vilt()
-    program = pumer.capture(model, make_inputs(model, batch=2, padding=padding))
-    report = pumer.export(pumer.reduce(program, schedule()), tmp_path / "model.onnx").report
-    assert report is not None and report.samples == 2 * batches
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_proof_takes_no_batch_twice(
+    tmp_path: Path, converted: OnnxBuild, dynamic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, given = tiny_vilt(), []
+    program = pumer.capture(model, make_inputs(model, batch=2), dynamic_batch=dynamic)
+
+    def noted(session: Any, eager: Any, unreduced: Any, batches: Any, *rest: Any, **more: Any) -> Any:
+        given.extend([*batches, next(iter(more["more"]))])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pumer_compile.exporters.check", noted)
+    with pytest.raises(KeyboardInterrupt):
+        pumer.export(pumer.reduce(program, schedule()), tmp_path / "model.onnx")
+    firsts = [float(batch["pixel_values"].flatten()[0]) for batch in given]
+    assert len(set(firsts)) == len(firsts)
+    sizes = [len(batch["pixel_values"]) for batch in given]
+    assert sizes == ([2, 2, 1, 3, 2] if dynamic else [2, 2, 2, 2])
 
 
 # --- Interrupted ------------------------------------------------------------------------------------------------------

@@ -250,6 +250,7 @@ def test_the_command_keeps_outputs(saved: Path, tmp_path: Path) -> None:
         (POOLED, "forced"),
         (POOLED, "end_to_end"),
         (POOLED, "unreduced"),
+        (POOLED, "model"),
     ]
     assert pumer.parity(path, vilt(), inputs(seed=8)).passed
 

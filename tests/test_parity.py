@@ -410,6 +410,7 @@ def test_the_artifact_of_a_plain_compilation_can_be_proved_again(tmp_path: Path)
         ("logits", "forced", True),
         ("logits", "end_to_end", True),
         ("logits", "unreduced", False),
+        ("logits", "model", True),
     ]
     for row in report["outputs"]:
         assert {"max_abs", "mean_abs", "max_rel", "mean_rel", "cosine", "top1", "atol", "rtol", "finite"} <= set(row)

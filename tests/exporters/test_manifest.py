@@ -106,7 +106,7 @@ def test_how_it_was_made(manifest: dict[str, Any]) -> None:
 def test_the_proof(manifest: dict[str, Any]) -> None:
     report = json.loads(artifact().with_name("report.json").read_text(encoding="utf-8"))
     assert manifest["parity"] == report
-    assert report["passed"] and report["decisions_compared"] and report["samples"] == 6
+    assert report["passed"] and report["decisions_compared"] and report["samples"] >= 6
     assert [row["name"] for row in report["reducers"]] == [
         "reducer.cross_modal_0.text",
         "reducer.cross_modal_0.image",

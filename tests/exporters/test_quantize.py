@@ -168,12 +168,12 @@ def test_what_others_read_too_stays_exact(norm: str, tmp_path: Path) -> None:
 def test_the_report(artifacts: Any, mode: str) -> None:
     report = json.loads(artifacts(mode).with_name("report.json").read_text(encoding="utf-8"))
     assert report["passed"] and report["decisions_compared"] and report["dtype"] == "int8"
-    assert [row["samples"] for row in report["reducers"]] == [6, 6]
+    assert [row["samples"] for row in report["reducers"]] == [report["samples"]] * 2 and report["samples"] >= 6
     assert not any(row["judged"] or row["fault"] for row in report["reducers"])
     image = report["reducers"][1]
     assert 0 < image["differ"] and 0 < image["flipped"] < image["chosen"]
     forced = report["outputs"][0]
-    assert forced["against"] == "forced" and forced["judged"] and forced["samples"] == 6
+    assert forced["against"] == "forced" and forced["judged"] and forced["samples"] == report["samples"]
     assert 1e-4 < forced["max_norm"] <= forced["norm"] == 0.1
     screen = artifacts(mode).with_name("screen.txt").read_text(encoding="utf-8")
     assert "reported" in screen and f"{image['flipped'] / image['chosen']:.2%}" in screen

@@ -176,7 +176,7 @@ def test_several_profiles_in_one_engine(tmp_path: Path) -> None:
     result = done(folder(layers=1), "--schedule", schedule(), "-o", path, *profiles)
     manifest = read_manifest(path)
     assert manifest["profiles"] == ["batch=1:2:4", "batch=4:8:32"] and manifest["dynamic_batch"]
-    assert manifest["parity"]["samples"] == 1 + 2 + 4 + 8
+    assert manifest["parity"]["samples"] >= 1 + 2 + 4 + 8
     assert "not proved at a batch of 32" in " ".join(result.out.split())
 
 
@@ -198,7 +198,7 @@ def test_profiles_of_an_onnx_model(tmp_path: Path) -> None:
     for value in (*onnx.load(str(path)).graph.input, *onnx.load(str(path)).graph.output):
         assert value.type.tensor_type.shape.dim[0].dim_param == "batch"
     manifest = read_manifest(path)
-    assert manifest["profiles"] == ["batch=1:3:5"] and manifest["parity"]["samples"] == 1 + 3 + 5
+    assert manifest["profiles"] == ["batch=1:3:5"] and manifest["parity"]["samples"] >= 1 + 3 + 5
 
 
 @pytest.mark.parametrize(

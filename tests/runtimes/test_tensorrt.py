@@ -277,8 +277,9 @@ def test_parity_runs_the_engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     library = install(monkeypatch, profiles=[(3, 4, 8)])
     path = engine_of(artifact(*OPEN), tmp_path, profiles=["batch=3:4:8"])
     report = pumer.parity(path, folder())
-    assert report.passed and report.provider == "tensorrt-rtx" and report.samples == 9
-    assert library.calls.count(("run", 3)) == 3  # the captured batch of 2 is in no profile
+    assert report.passed and report.provider == "tensorrt-rtx" and report.samples >= 3 + 4 + 8
+    # The captured batch of 2 is in no profile.
+    assert {size for what, size in library.calls if what == "run"} == {3, 4, 8}
     assert not report.decisions_compared and any("--with-decisions" in note for note in report.notes)
 
 
