@@ -496,9 +496,10 @@ def main() -> None:
         )
         for mutant in row.missed:
             print(f"  {mutant.kind}: {mutant.what} ({mutant.changes} of {row.judges})", flush=True)
-    if not arguments.only:
-        with atomic_path(RESULTS) as temporary:
-            temporary.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n", encoding="utf-8")
+        if not arguments.only:  # after each, so that what was measured is there when a long run is cut off
+            with atomic_path(RESULTS) as temporary:
+                text = json.dumps({"machine": machine(), "rows": rows}, indent=1)
+                temporary.write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -188,8 +188,7 @@ def _print_outputs(report: Any) -> None:
         if row.samples == 0 and row.finite:
             table.add_row(name, row.against.replace("_", " "), "0", "", "", "", "", "not\ncompared")
             continue
-        verdict = ("pass" if row.passed else "FAIL") if row.judged or not row.finite else "reported"
         errors = (f"{row.max_abs:.2e}\n{row.mean_abs:.2e}", f"{row.max_rel:.2e}\n{row.max_norm:.2e}")
         against = row.against.replace("_", " ")
-        table.add_row(name, against, str(row.samples), *errors, f"{row.cosine:.6f}", f"{row.top1:.1%}", verdict)
+        table.add_row(name, against, str(row.samples), *errors, f"{row.cosine:.6f}", f"{row.top1:.1%}", row.verdict)
     console.print(table)
