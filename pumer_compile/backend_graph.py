@@ -323,7 +323,8 @@ def _as_in(lowered: fx.GraphModule, values: Sequence[Any]) -> tuple[Any, ...]:
 def _without_padding(value: Tensor, cut: Cut, missing: int | SymInt) -> Tensor:
     """A tensor of its own: a view would have other strides than the model's output, and whether it is contiguous would
     be a guard on the text's length."""
-    kept = torch.arange(cut.stop - missing, device=value.device)
+    own: Any = cut.stop - missing
+    kept = torch.arange(own, device=value.device)
     if cut.stop < value.shape[cut.dim]:
         kept = torch.cat([kept, torch.arange(cut.stop, int(value.shape[cut.dim]), device=value.device)])
     return value.index_select(cut.dim, kept)

@@ -52,6 +52,7 @@ def plan_padding(graph: DynamoGraph, length: int, fill: int) -> Padding | None:
         _check_only_text(graph, symbol, padded)
         _check_path(graph, symbol, length)
         values = {a.name: fill if a is ids[0] else 0 for a in padded}
+        assert isinstance(size, SymInt)
         return Padding(length, values, symbol, names, seen=size.node.hint)
     if size != length:
         raise UsageError(
@@ -206,7 +207,8 @@ def _origins(target: Any, padding: Padding, loss: fx.Node) -> Iterator[str]:
         elif node.target in overloads("where"):
             stack += node.args[1:]
         elif node.target in overloads("cat stack"):
-            stack += list(node.args[0])
+            parts: Any = node.args[0]
+            stack += parts
         elif node.target in _MOVES:
             stack.append(node.args[0])
         elif found := _reached(node, padding):

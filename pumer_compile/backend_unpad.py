@@ -142,7 +142,7 @@ def output_cuts(
     shown = _flat(graph.module.graph)
     for number, (ours, theirs) in enumerate(zip(_flat(lowered.graph), shown, strict=True)):
         size = theirs.meta.get("example_value") if isinstance(theirs, fx.Node) else theirs
-        if _follows(size, graph):
+        if isinstance(size, SymInt | SymFloat) and _follows(size, graph):
             raise UsageError(
                 f"The function returns a number ({size.node.expr}) that follows the text's length, which "
                 f"text_length={_padding(graph).length} fixes. Compute it outside of the compiled function."

@@ -225,7 +225,8 @@ def _changed(path: Path) -> UsageError:
 
 
 def _sealing(value: str) -> bytes:
-    return onnx.ModelProto(metadata_props=[onnx.StringStringEntryProto(key=SEAL, value=value)]).SerializeToString()
+    entry = onnx.StringStringEntryProto(key=SEAL, value=value)
+    return bytes(onnx.ModelProto(metadata_props=[entry]).SerializeToString())
 
 
 def _sealed_part(path: Path, seal: bytes) -> str:
