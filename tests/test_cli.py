@@ -532,11 +532,8 @@ def test_the_tables_of_a_compilation(tmp_path: Path) -> None:
         "unreduced",
     ):
         assert word in result.out
-    assert (
-        result.out.count("pass ") + result.out.count("pass\n") == 4
-        and "reported" in result.out
-        and "FAIL" not in result.out
-    )
+    verdicts = [line.split()[-1] for line in result.out.splitlines() if line.split()[-1:] in (["pass"], ["reported"])]
+    assert verdicts.count("pass") >= 4 and "reported" in verdicts and "FAIL" not in result.out
 
 
 def test_verbose_says_what_each_pass_did_and_dump_graph_writes_it(tmp_path: Path) -> None:
