@@ -601,7 +601,7 @@ def main(arguments: list[str] | None = None) -> None:
     # A polite kill unwinds, so that temporary files go with it; no kill can touch the artifact itself.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     given = list(sys.argv[1:] if arguments is None else arguments)
-    commands = {command.name for command in app.registered_commands}
+    commands = {str(command.name) for command in app.registered_commands}
     if given and given[0] not in commands | {"--help", "--version"}:
         mistyped = _mistyped(given, commands)
         if mistyped is not None:

@@ -29,7 +29,8 @@ ScheduleName = Annotated[
         "--schedule",
         "-s",
         metavar="SCHEDULE",
-        help="YAML file, preset name, or `none`.",
+        help="YAML file, `none`, or a preset: vilt-vqa, vilt-nlvr2, vilt-ve, vilt-irtr, meter-vqa, meter-ve, "
+        "meter-nlvr2, meter-irtr, meter-vqa-tower, meter-ve-tower, lossless.",
         rich_help_panel=WHAT,
     ),
 ]

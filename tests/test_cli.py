@@ -450,10 +450,9 @@ def test_help_has_examples(command: list[str]) -> None:
         f"pumer-compile {command[0]} " if command[1:] or command in (["parity"], ["plan"]) else "pumer-compile MODEL"
     )
     assert example in text
-    assert "--schedule" in text or command == ["parity"]
+    assert command == ["parity"] or ("--schedule" in text and all(name in text for name in PRESETS))
     if not command:
         assert all(name in text for name in ("compile", "parity", "plan", "Exit codes"))
-        assert all(name in text for name in PRESETS)
 
 
 @pytest.mark.parametrize("command", [[], ["parity"], ["plan"]], ids=" ".join)
@@ -533,11 +532,8 @@ def test_the_tables_of_a_compilation(tmp_path: Path) -> None:
         "unreduced",
     ):
         assert word in result.out
-    assert (
-        result.out.count("pass ") + result.out.count("pass\n") == 4
-        and "reported" in result.out
-        and "FAIL" not in result.out
-    )
+    verdicts = [line.split()[-1] for line in result.out.splitlines() if line.split()[-1:] in (["pass"], ["reported"])]
+    assert verdicts.count("pass") >= 4 and "reported" in verdicts and "FAIL" not in result.out
 
 
 def test_verbose_says_what_each_pass_did_and_dump_graph_writes_it(tmp_path: Path) -> None:

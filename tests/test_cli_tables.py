@@ -178,7 +178,9 @@ def test_a_passed_parity_is_one_sentence() -> None:
     out = done("parity", artifact(), "--model", folder()).out
     said = " ".join(out.split())
     assert said.startswith(f"{artifact()} agrees with eager PyTorch (pumer, semantics reference; float32, CPUExecution")
-    assert re.search(r": \d+ samples, decisions of 2 reducers: .*; largest error \d\.\de-\d\d\.$", said)
+    assert re.search(
+        r": \d+ samples, \d+ of them end to end; decisions of 2 reducers: .*; largest error \d\.\de-\d\d\.$", said
+    )
     assert "verdict" in done("parity", artifact(), "--model", folder(), "-v").out
 
 

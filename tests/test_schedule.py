@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from pumer_compile.errors import ScheduleError, UsageError
-from pumer_compile.schedule import PRESETS, Merge, Schedule, Site, as_trained
+from pumer_compile.schedule import PRESETS, Merge, Schedule, Site, as_trained, trained_with
 
 EXAMPLE = """
 method: pumer                 # pumer | tome | vispruner
@@ -136,6 +137,17 @@ def test_semantics_of_the_models_training(given: dict, trained: object, semantic
     found = as_trained(schedule, configs[: 3 if trained else 1])
     assert (found.semantics, found.resolve()) == (semantics, schedule.resolve())
     assert (found is schedule) == (semantics == schedule.semantics)
+
+
+def test_the_example_says_how_its_model_was_trained() -> None:
+    """`finetune_reduced.py` writes it into config.json, so that who compiles the model need not know."""
+    example = Path(__file__).parents[1] / "examples" / "easy_vqa"
+    config = json.loads((example / "model_paper" / "config.json").read_text(encoding="utf-8"))
+    trained, unsaid = trained_with([SimpleNamespace(**config)]), Schedule(layers=(0,), prune=0.5)
+    assert trained is not None and trained.sha256 == Schedule.load(example / "schedule.yaml").sha256
+    assert as_trained(unsaid, [SimpleNamespace(**config)]).semantics == "reference"
+    plain = json.loads((example / "model" / "config.json").read_text(encoding="utf-8"))
+    assert as_trained(unsaid, [SimpleNamespace(**plain)]) is unsaid
 
 
 def test_methods_of_one_meaning_take_nothing_from_the_model() -> None:
