@@ -14,7 +14,7 @@ from torch import Tensor
 from .errors import UsageError
 from .exporters.manifest import read_manifest
 from .exporters.session import open_session
-from .plan import check_prompts
+from .plan import check_prompts, without_constants
 from .runtimes.base import Runtime, TensorSpec
 
 
@@ -114,7 +114,7 @@ class Engine:
         """
         check_prompts(self.manifest, inputs)
         fixed = {*(self.manifest.get("fixed_inputs") or {}), *(self.manifest.get("unpadded_inputs") or ())}
-        inputs = {name: tensor for name, tensor in inputs.items() if name not in fixed}
+        inputs = {name: t for name, t in without_constants(self.manifest, inputs).items() if name not in fixed}
         unknown = [name for name in inputs if name not in self.inputs]
         if unknown:
             raise UsageError(

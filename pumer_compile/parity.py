@@ -31,7 +31,7 @@ from .loading import LoadedModel, load_model
 from .outputs import output_nodes
 from .parity_report import TOLERANCES, OutputReport, ParityReport, ReducerReport, Tolerance
 from .passes.insert import reducers_of
-from .plan import PromptPlace, check_prompts
+from .plan import PromptPlace, check_prompts, without_constants
 from .reduce import reduce
 from .reducers import StreamReducer, forced_decisions, noted_decisions
 from .reducers.reducer import Comparison, Decisions
@@ -77,6 +77,7 @@ def parity(
     batches = _batches(samples, loaded, manifest)
     for batch in batches:
         check_prompts(manifest, batch)
+    batches = [without_constants(manifest, batch) for batch in batches]
     program = capture(
         loaded,
         batches[0],
