@@ -370,7 +370,7 @@ class Stateful(nn.Module):
 
 def test_attributes_set_while_tracing_are_put_back():
     model = Stateful(fail=True).train()
-    with pytest.raises(CaptureError, match="RuntimeError: on purpose"):
+    with pytest.raises(UsageError, match="RuntimeError: on purpose"):
         capture(model, {"x": torch.zeros(2, 3)})
     assert (model.calls, model.last, model.table, model.training) == (0, None, {"x": 1}, True)
 
