@@ -2,16 +2,21 @@
 
 BIN := .venv/bin
 STAMP := .venv/.installed
+# A second environment, of the newest versions that pip finds; torch alone is the pinned one.
+NEWEST := .venv-newest/bin
+NEWEST_STAMP := .venv-newest/.installed
+NEWEST_TESTS := tests/test_capture.py tests/test_loading.py tests/test_generation.py tests/test_oracle_llava.py
 BENCHMARK ?= benchmarks.performance
 # Test processes: one for each core.
 JOBS ?= auto
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test test-newest lint bench clean
 
 help:
 	@echo "make demo   compile a fine-tuned ViLT to a reduced ONNX model, run it and prove it"
 	@echo "make test   run the tests"
+	@echo "make test-newest  a few of them on the newest versions that pip finds"
 	@echo "make lint   ruff and mypy"
 	@echo "make bench  measure full-size ViLT-B/32 and METER beside their peers (about an hour)"
 	@echo "make clean  remove .venv and everything generated"
@@ -22,6 +27,11 @@ demo: $(STAMP)
 test: $(STAMP)
 	@echo "==> pytest"
 	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
+
+test-newest: $(NEWEST_STAMP)
+	@echo "==> pytest on what pip finds today"
+	@$(NEWEST)/python -m pip list --format=freeze 2>/dev/null | grep -E '^(torch|transformers|onnx|onnxscript|onnxruntime)=='
+	@$(NEWEST)/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS) $(NEWEST_TESTS)
 
 lint: $(STAMP)
 	@echo "==> ruff check"
@@ -38,19 +48,29 @@ bench: $(STAMP)
 # The stamp is written last, so an interrupted set-up is done again. torch is named beside the package, so that pip
 # decides on the pinned one at once and never looks at a newer build with its gigabytes of CUDA packages. Constraints
 # in the environment, unlike those of -c, bind the build of the package too.
-$(STAMP): pyproject.toml constraints.txt
+define venv
 	@python=; for candidate in $(PYTHON) python3.11 python3; do \
 	    if $$candidate -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
 	        python=$$candidate; break; \
 	    fi; \
 	done; \
 	if [ -z "$$python" ]; then echo "error: Python 3.11 or newer is needed; name it with make PYTHON=..." >&2; exit 1; fi; \
-	echo "==> setting up .venv with $$($$python --version): a few minutes, once" && \
-	$$python -m venv --clear .venv
+	echo "==> setting up $(1) with $$($$python --version): a few minutes, once" && \
+	$$python -m venv --clear $(1)
+endef
+
+$(STAMP): pyproject.toml constraints.txt
+	$(call venv,.venv)
 	@PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install -qq --disable-pip-version-check \
 	    "$$(grep '^torch==' constraints.txt)" -e ".[cpu,rtx,openvino,dev]"
 	@touch $@
 
+$(NEWEST_STAMP): pyproject.toml constraints.txt
+	$(call venv,.venv-newest)
+	@$(NEWEST)/python -m pip install -qq --disable-pip-version-check \
+	    "$$(grep '^torch==' constraints.txt)" -e ".[cpu,dev]"
+	@touch $@
+
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-newest build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -23,7 +23,7 @@ from .exporters.manifest import artifact_bytes, library_versions, read_manifest,
 from .files import atomic_path, sha256_file
 from .inputs import read_arrays
 from .memory import memory_in_a_process, synchronize
-from .plan import PromptPlace
+from .plan import PromptPlace, check_prompts
 from .runtimes.base import fitted
 from .samples import Samples, kinds_of, resized_batch
 
@@ -251,7 +251,9 @@ def _from_file(path: Path, manifest: Mapping[str, Any]) -> dict[str, Tensor]:
     missing = [name for name in manifest["inputs"] if name not in arrays]
     if missing:
         raise UsageError(f"{path} has no array {missing[0]}; it has {', '.join(arrays)}.")
-    return {name: torch.from_numpy(arrays[name]) for name in manifest["inputs"]}
+    given = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    check_prompts(manifest, given)
+    return {name: given[name] for name in manifest["inputs"]}
 
 
 # --- What it runs on --------------------------------------------------------------------------------------------------

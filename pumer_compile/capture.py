@@ -31,6 +31,7 @@ from .errors import CaptureError, PumerError, UsageError
 from .inputs import (
     check_exported_inputs,
     check_inputs,
+    constant_inputs,
     describe_inputs,
     example_inputs,
     explain_inputs,
@@ -54,7 +55,8 @@ class Program:
     and device; their batch is 2 where the batch is dynamic and the sample had a batch of 1. `outputs` are the
     names that were asked for; with any, the module returns a dictionary of them. `fixed` are inputs whose numbers the
     model looked at while it was traced (the sizes of images that are cut into crops): the graph is for these alone and
-    does not read them. `unpadded` are those of them that are masks, of ones.
+    does not read them. `unpadded` are those of them that are masks, of ones. `constant` are inputs that the model takes
+    as well, and the value that, everywhere in them, is as good as leaving them out (token types of zeros).
     """
 
     module: fx.GraphModule
@@ -66,6 +68,7 @@ class Program:
     outputs: tuple[str, ...] = ()
     fixed: tuple[str, ...] = ()
     unpadded: tuple[str, ...] = ()
+    constant: dict[str, int] = field(default_factory=dict)
 
 
 def capture(
@@ -137,13 +140,14 @@ def _from_module(model: nn.Module, inputs: Mapping[str, Tensor], dynamic_batch: 
             graph = plain_graph_module(exported)
             _refuse_training(graph, "Make it follow self.training")
             fixed = _without_numbers(graph, fixed_inputs(exported), sample)
+            constant = constant_inputs(model, sample)
         except PumerError:
             raise
         except Exception as error:
             raise _failure(model, sample, dynamic_batch, error) from error
     # On the meta device (a plan of a model too large to hold) ids are kept: they say where an image stands in a prompt.
     kept = {n: inputs[n] if t.is_meta and not t.is_floating_point() else t for n, t in sample.items()}
-    return Program(graph, kept, dynamic_batch, model, fixed=fixed)
+    return Program(graph, kept, dynamic_batch, model, fixed=fixed, constant=constant)
 
 
 def set_for_inference(model: nn.Module) -> None:

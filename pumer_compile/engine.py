@@ -15,7 +15,7 @@ from .errors import UsageError
 from .exporters.base import Session
 from .exporters.manifest import read_manifest
 from .exporters.session import open_session
-from .plan import check_prompts
+from .plan import check_prompts, without_constants
 from .runtimes.base import Runtime, TensorSpec, as_tensors, to_numpy
 
 
@@ -129,7 +129,7 @@ class Engine:
         tensors = as_tensors(inputs)
         check_prompts(self.manifest, tensors)
         fixed = self._fixed()
-        tensors = {name: tensor for name, tensor in tensors.items() if name not in fixed}
+        tensors = {name: t for name, t in without_constants(self.manifest, tensors).items() if name not in fixed}
         unknown = [name for name in tensors if name not in self.inputs]
         if unknown:
             raise UsageError(

@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
 from torch.utils._pytree import tree_leaves, tree_unflatten
 from transformers import PreTrainedModel
+from transformers.exporters.utils import get_leaf_tensors
 
 from .errors import CaptureError, UsageError
 from .loading import LoadedModel, first_line
@@ -184,6 +185,71 @@ def explain_inputs(model: nn.Module, sample: Mapping[str, Tensor]) -> str:
         if key in accepted and key not in sample and instead not in sample:
             return f"{key}, which its forward takes too, was not given"
     return ""
+
+
+# What processors make besides, by the convention of its name: the inputs it goes with, the dimension of theirs that it
+# lacks, and the values by which it may say no more than its absence.
+_CONSTANT = {
+    "attention_mask": (("input_ids",), None, (1,)),
+    "token_type_ids": (("input_ids",), None, (0,)),
+    "pixel_mask": (("pixel_values",), -3, (1,)),
+    "visual_attention_mask": (("visual_embeds", "visual_feats"), -1, (1,)),
+    "visual_token_type_ids": (("visual_embeds", "visual_feats"), -1, (0, 1)),
+}
+
+
+def constant_inputs(model: nn.Module, sample: Mapping[str, Tensor]) -> dict[str, int]:
+    """Inputs that the model takes and the sample lacks, with the value that, everywhere in them, changes nothing.
+
+    The model shows it: it runs in eager PyTorch without each and with it. Nothing is found on the meta device.
+    """
+    shapes = {name: shape for name in _CONSTANT if name in forward_inputs(model) and (shape := _shape(name, sample))}
+    if not shapes or any(tensor.is_meta for tensor in sample.values()):
+        return {}
+    without = _eager(model, sample)
+    found: dict[str, int] = {}
+    for name, shape in shapes.items():
+        for value in _CONSTANT[name][2]:
+            given = torch.full(shape, value, device=next(iter(sample.values())).device)
+            if name not in found and without and _alike(without, _eager(model, {**sample, name: given})):
+                found[name] = value
+    return found
+
+
+def _shape(name: str, sample: Mapping[str, Tensor]) -> list[int]:
+    """Of an input that the sample lacks; [] where it has it, or nothing that it goes with."""
+    beside, lacking, _ = _CONSTANT[name]
+    other = next((sample[other] for other in beside if other in sample), None)
+    if name in sample or other is None or other.ndim < 2:
+        return []
+    shape = list(other.shape)
+    if lacking is not None:
+        del shape[lacking]
+    return shape
+
+
+def _eager(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a model gives for inputs, by name; nothing where it refuses them. A random order is always the same."""
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        try:
+            return dict(get_leaf_tensors(model(**inputs)))
+        except Exception:  # a model may raise anything
+            return {}
+
+
+def _alike(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(_close(value, other[name]) for name, value in one.items())
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    """Whether two results differ by no more than rounding."""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    if not one.is_floating_point() or one.numel() == 0:
+        return torch.equal(one, other)
+    limit = 100 * torch.finfo(one.dtype).eps
+    return torch.allclose(one.double(), other.double(), rtol=limit, atol=limit * max(1.0, float(one.abs().max())))
 
 
 # --- Exported programs --------------------------------------------------------------------------------------

@@ -7,11 +7,11 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.utils._pytree import tree_leaves, tree_structure, tree_unflatten
 from transformers.exporters.utils import get_leaf_tensors
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from .errors import UsageError
 
@@ -38,14 +38,32 @@ def join_features(module: fx.GraphModule) -> None:
     place."""
     named = output_nodes(module)
     for kind in ("image", "video", "audio"):
-        parts = [named[n] for n in named if re.fullmatch(rf"{kind}_hidden_states\.\d+", n)]
-        users = parts[0].users if len(parts) > 1 else ()
-        joined = next((u for u in users if u.target is torch.ops.aten.cat.default and u.args == (parts,)), None)
+        parts = [named[n] for n in named if re.fullmatch(rf"{kind}_hidden_states(\.\d+)?", n)]
+        users = parts[0].users if parts else ()
+        joined = next((user for user in users if _joins(user, parts)), None)
         if joined is not None:
-            instead = {**dict.fromkeys(parts), parts[0]: joined}
-            output = module.graph.output_node()
-            output.args = fx.map_arg(output.args, lambda node, by=instead: by.get(node, node))
-            module.recompile()
+            while len(joined.users) == 1 and _same(user := next(iter(joined.users)), joined):
+                joined = user  # what the text takes, as models before 5.24 gave
+            _give_instead(module, {**dict.fromkeys(parts), parts[0]: joined})
+
+
+def _joins(node: fx.Node, parts: list[fx.Node]) -> bool:
+    along = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+    return bool(node.target is torch.ops.aten.cat.default and node.args[0] == parts and along == 0)
+
+
+def _give_instead(module: fx.GraphModule, instead: Mapping[fx.Node, fx.Node | None]) -> None:
+    """Return other nodes, or nothing, in place of some."""
+    output = module.graph.output_node()
+    output.args = fx.map_arg(output.args, lambda node: instead.get(node, node))
+    module.recompile()
+
+
+def _same(node: fx.Node, source: fx.Node) -> bool:
+    """Whether a node is a cast of another that changes nothing."""
+    given, made = source.meta.get("val"), node.meta.get("val")
+    casts = getattr(node.target, "overloadpacket", None) is torch.ops.aten.to
+    return casts and isinstance(given, Tensor) and isinstance(made, Tensor) and given.dtype == made.dtype
 
 
 def drop_unasked(module: fx.GraphModule) -> None:
@@ -55,8 +73,7 @@ def drop_unasked(module: fx.GraphModule) -> None:
     unasked = {node for name, node in named.items() if _TOWER.match(name)}
     unasked -= {node for name, node in named.items() if not _TOWER.match(name)}
     if unasked:
-        output = module.graph.output_node()
-        output.args = fx.map_arg(output.args, lambda node: None if node in unasked else node)
+        _give_instead(module, dict.fromkeys(unasked))
         module.graph.eliminate_dead_code()
         module.recompile()
 

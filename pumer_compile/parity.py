@@ -26,7 +26,7 @@ from .exporters.session import comparable_decisions, twin_of
 from .loading import LoadedModel, load_model
 from .parity_check import check, check_tolerances
 from .parity_report import ParityReport
-from .plan import PromptPlace, check_prompts
+from .plan import PromptPlace, check_prompts, without_constants
 from .reduce import reduce
 from .replay import Recorder, check_recording
 from .samples import Kinds, Samples, captured_batch, describe_samples, kinds_of, proof_batches, proof_sizes
@@ -71,6 +71,7 @@ def parity(
     batches, drawn = _batches(given, manifest)
     for batch in batches:
         check_prompts(manifest, batch)
+    batches = [without_constants(manifest, batch) for batch in batches]
     check_model(manifest, loaded)
     engine = Engine(path, provider=provider)
     program = _recaptured(loaded, batches[0], manifest)

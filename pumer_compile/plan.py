@@ -114,12 +114,23 @@ def check_prompts(manifest: Mapping[str, Any], inputs: Mapping[str, Tensor]) -> 
                 f"The artifact was compiled with --no-padding, and {name} has padding (zeros). Compile it without, or "
                 "give it samples of full length."
             )
+    for name, value in (manifest.get("constant_inputs") or {}).items():
+        if name in inputs and not bool((inputs[name] == value).all()):
+            raise UsageError(
+                f"The artifact was compiled without {name}, which is as good as {value} in every place, and was given "
+                f"other values. Compile it with {name} among its inputs (--inputs)."
+            )
     blocks: dict[tuple[str, int], list[tuple[int, int]]] = {}
     for place in (manifest.get("plan") or {}).get("prompts", ()):
         blocks.setdefault((place["input"], place["placeholder"]), []).append((place["start"], place["stop"]))
     for (name, placeholder), places in blocks.items():
         if name in inputs:
             _check_places(name, inputs[name], placeholder, places)
+
+
+def without_constants(manifest: Mapping[str, Any], inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Inputs without those that `check_prompts` found to say nothing."""
+    return {name: tensor for name, tensor in inputs.items() if name not in (manifest.get("constant_inputs") or {})}
 
 
 def _check_places(name: str, ids: Tensor, placeholder: int, places: list[tuple[int, int]]) -> None:

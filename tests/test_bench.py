@@ -37,6 +37,17 @@ def no_memory(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return asked
 
 
+@pytest.mark.parametrize("kind", [0, 1])
+def test_inputs_as_a_processor_makes_them(kind: int, no_memory: list[Any], tmp_path: Path) -> None:
+    given = feed()
+    np.savez(tmp_path / "inputs.npz", **given, token_type_ids=np.full_like(given["input_ids"], kind))
+    if kind:
+        with pytest.raises(UsageError, match="compiled without token_type_ids, which is as good as 0"):
+            bench([artifact()], iterations=1, warmup=0, inputs=tmp_path / "inputs.npz")
+    else:
+        assert bench([artifact()], iterations=1, warmup=0, inputs=tmp_path / "inputs.npz").measurements
+
+
 def test_two_artifacts_in_turn(tmp_path: Path) -> None:
     """With everything: memory in processes of their own, JSON, a table."""
     paths, out = (artifact(), artifact(*OPEN)), tmp_path / "bench.json"

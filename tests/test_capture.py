@@ -370,7 +370,7 @@ class Stateful(nn.Module):
 
 def test_attributes_set_while_tracing_are_put_back():
     model = Stateful(fail=True).train()
-    with pytest.raises(CaptureError, match="RuntimeError: on purpose"):
+    with pytest.raises(UsageError, match="RuntimeError: on purpose"):
         capture(model, {"x": torch.zeros(2, 3)})
     assert (model.calls, model.last, model.table, model.training) == (0, None, {"x": 1}, True)
 
@@ -419,6 +419,53 @@ def test_it_is_quiet_and_restores_verbosity(capfd):
         capture(tiny_vilt(), vilt_inputs(), dynamic_batch=True)
     out, err = capfd.readouterr()
     assert (out, err, caught, messages) == ("", "", [], [])
+
+
+# --- What processors make besides
+
+
+class Typed(nn.Module):
+    """Takes token types, whose absence is `absent`; a mask, whose absence is ones, or something that a mask is not."""
+
+    def __init__(self, absent, masked=True):
+        super().__init__()
+        self.words, self.types = nn.Embedding(20, 8), nn.Embedding(2, 8)
+        self.absent, self.masked = absent, masked
+
+    def forward(self, input_ids, attention_mask=None, token_type_ids=None):
+        hidden = self.words(input_ids)
+        if token_type_ids is not None:
+            hidden = hidden + self.types(token_type_ids)
+        elif self.absent is not None:
+            hidden = hidden + self.types(torch.full_like(input_ids, self.absent))
+        if attention_mask is None:
+            return {"scores": hidden.mean(1) * (1 if self.masked else 2)}
+        weights = attention_mask[..., None].float()
+        return {"scores": (hidden * weights).sum(1) / weights.sum(1)}
+
+
+def test_inputs_that_say_nothing_where_they_are_constant():
+    ids = torch.randint(0, 20, (2, 5))
+    for model, constant in [
+        (Typed(0), {"attention_mask": 1, "token_type_ids": 0}),
+        (Typed(None, masked=False), {}),  # zeros are a type of their own, and a mask of ones is not none
+        (Typed(1), {"attention_mask": 1}),
+    ]:
+        assert capture(model, {"input_ids": ids}).constant == constant
+    given = {"input_ids": ids, "token_type_ids": torch.ones_like(ids)}
+    assert capture(Typed(0), given).constant == {"attention_mask": 1}  # what is an input is never dropped
+    exported = torch.export.export(Typed(0), (), {"input_ids": ids})
+    assert capture(exported).constant == {}
+    with torch.device("meta"):
+        assert capture(Typed(0), {"input_ids": torch.zeros(2, 5, dtype=torch.int64)}).constant == {}
+
+
+def test_the_random_order_of_patches_hides_nothing():
+    inputs, model = vilt_inputs(), tiny_vilt(ViltModel)
+    del inputs["pixel_mask"]
+    state = torch.get_rng_state()
+    program = capture(model, inputs)
+    assert program.constant == {"token_type_ids": 0, "pixel_mask": 1} and torch.equal(torch.get_rng_state(), state)
 
 
 # --- Kinds of models

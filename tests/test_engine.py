@@ -59,10 +59,32 @@ def test_inner_values() -> None:
 
 def test_a_keyword_that_it_does_not_take() -> None:
     engine, given = pumer.Engine(artifact()), tensors()
-    with pytest.raises(UsageError, match="takes no input token_type_ids; it takes input_ids, attention_mask"):
-        engine(**given, token_type_ids=given["input_ids"])
+    with pytest.raises(UsageError, match="takes no input image_embeds; it takes input_ids, attention_mask"):
+        engine(**given, image_embeds=given["input_ids"])
     # `run` is what parity uses, whose batches belong to the model.
-    assert list(engine.run({**given, "token_type_ids": given["input_ids"]})) == ["logits"]
+    assert list(engine.run({**given, "image_embeds": given["input_ids"]})) == ["logits"]
+
+
+def test_what_a_processor_makes_besides() -> None:
+    """ViLT's gives token types, which are zeros for one text; they are compared with, and nothing else is dropped."""
+    engine, given = pumer.Engine(artifact()), tensors()
+    assert engine.manifest["constant_inputs"] == {"token_type_ids": 0}
+    zeros = torch.zeros_like(given["input_ids"])
+    expected = engine(**given)["logits"]
+    assert torch.equal(engine(**given, token_type_ids=zeros)["logits"], expected)
+    other = zeros.clone()
+    other[1, -1] = 1
+    for call in (lambda: engine(**given, token_type_ids=other), lambda: engine.run({**given, "token_type_ids": other})):
+        with pytest.raises(UsageError, match="compiled without token_type_ids, which is as good as 0 in every place"):
+            call()
+
+
+def test_proofs_of_what_a_processor_makes_besides() -> None:
+    zeros = torch.zeros_like(tensors()["input_ids"])
+    report = pumer.parity(artifact(), folder(), {**tensors(), "token_type_ids": zeros})
+    assert report.passed and report.samples == 2
+    with pytest.raises(UsageError, match="compiled without token_type_ids"):
+        pumer.parity(artifact(), folder(), {**tensors(), "token_type_ids": zeros + 1})
 
 
 def test_numpy_arrays_are_taken_as_they_are() -> None:

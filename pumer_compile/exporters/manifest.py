@@ -90,6 +90,7 @@ def make_manifest(
         "fixed_inputs": {n: program.inputs[n].tolist() for n in program.fixed if n not in program.unpadded},
         "unpadded_inputs": list(program.unpadded),
         "samples": {n: kind.to_dict() for n, kind in describe_samples(program, plan.prompts if plan else ()).items()},
+        "constant_inputs": dict(program.constant),
         "outputs": outputs,
         "decisions": decisions,
         "dynamic_batch": program.dynamic_batch,
