@@ -125,7 +125,7 @@ class _Inliner:
             setting, block, given = call.args[:4], call.args[4], call.args[5:]
             state = state.under(call, setting)
         else:
-            enabled, block, *given = call.args
+            enabled, block, given = call.args[0], call.args[1], call.args[2:]
             state = replace(state, gradients=bool(enabled))
         assert isinstance(block, fx.Node)
         body = attribute(block)
@@ -268,7 +268,8 @@ class _Fakes:
             args, kwargs = fx.map_arg((self.node.args, dict(self.node.kwargs)), given.__getitem__)
             for device, dtype, enabled, *_ in settings:
                 stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False))
-            watch = stack.enter_context(_Watch())
+            watch = _Watch()
+            stack.enter_context(watch)
             self.node.target(*args, **kwargs, **more)  # type: ignore[operator]  # an operator, as it is watched
         return watch
 
@@ -286,7 +287,7 @@ class _Watch(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.computed: list[tuple[Any, ...]] = []
         self.casts: dict[int, torch.dtype] = {}
 

@@ -76,8 +76,8 @@ class Annotation:
         open_ones = [leaf.size for leaf in leaves if not isinstance(leaf.size, int)]
         if open_ones and any(leaf in self._names for leaf in leaves):
             raise AxisError(
-                f"Dimension {dim.index} of {describe(dim.node)} indexes tokens, {open_ones[0]} of them or among them: a "
-                "number that depends on data or on the batch. Tokens that are reduced have a fixed number."
+                f"Dimension {dim.index} of {describe(dim.node)} indexes tokens, {open_ones[0]} of them, a number that "
+                "depends on data or on the batch; the number of tokens must be fixed."
             )
         return self._kind(axis)
 
