@@ -308,7 +308,8 @@ class _Fakes:
             args, kwargs = fx.map_arg((self.node.args, dict(self.node.kwargs)), given.__getitem__)
             for device, dtype, enabled, *_ in settings:
                 stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False))
-            watch: _Watch = stack.enter_context(_Watch())
+            watch = _Watch()
+            stack.enter_context(watch)
             self.node.target(*args, **kwargs, **more)  # type: ignore[operator]  # an operator, as it is watched
         return watch
 

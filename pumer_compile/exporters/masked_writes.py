@@ -59,7 +59,8 @@ def index_put(
 ) -> Tensor:
     """`x[indices] = values`, out of place."""
     if not any(index is not None and index.dtype == torch.bool for index in indices):
-        return aten.index_put.default(x, indices, values, accumulate)
+        put: Tensor = aten.index_put.default(x, indices, values, accumulate)
+        return put
     if len(indices) > 1 or accumulate:
         raise ExportError(
             f"{described} writes where a mask is true, and "

@@ -481,7 +481,9 @@ def _check_valid(bare: onnx.ModelProto, large: Mapping[str, onnx_ir.TensorProtoc
     try:
         onnx.checker.check_model(checked, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise ExportError(f"The exported model is not valid ONNX: {' '.join(str(error).split())}") from error
+        said = " ".join(str(error).split())
+        newer = " More operators take bfloat16 from opset 22 on (--opset 22)." if "bfloat16" in said else ""
+        raise ExportError(f"The exported model is not valid ONNX: {said}{newer}") from error
 
 
 def _write_inline(bare: onnx.ModelProto, large: Mapping[str, onnx_ir.TensorProtocol], path: Path) -> None:

@@ -39,7 +39,9 @@ from .axes import (
     unify,
 )
 from .graph import after_attention, ancestors, depends_on_input, describe, operator_name, values
-from .rules import rule_for
+from .rules import node_arg, rule_for, straight_from_input
+
+_LOOKUP = torch.ops.aten.embedding.default
 
 
 @dataclass
@@ -74,8 +76,8 @@ class Annotation:
         open_ones = [leaf.size for leaf in leaves if not isinstance(leaf.size, int)]
         if open_ones and any(leaf in self._names for leaf in leaves):
             raise AxisError(
-                f"Dimension {dim.index} of {describe(dim.node)} indexes tokens, {open_ones[0]} of them or among them: "
-                "a number that depends on data or on the batch. Tokens that are reduced have a fixed number."
+                f"Dimension {dim.index} of {describe(dim.node)} indexes tokens, {open_ones[0]} of them, a number that "
+                "depends on data or on the batch; the number of tokens must be fixed."
             )
         return self._kind(axis)
 
@@ -133,8 +135,10 @@ def annotate(module: fx.GraphModule, streams: dict[str, str] | None = None) -> A
         AxisError: axes that cannot be followed.
     """
     annotation = Annotation()
+    kinds = _kinds(module.graph)
     for node in module.graph.nodes:
-        _constrain(annotation, node, streams or {})
+        _constrain(annotation, node, streams or {}, seeds=node not in kinds)
+    _seed_others(annotation, kinds)
     _check_separate_texts(annotation)
     _name_streams(annotation)
     for node in module.graph.nodes:
@@ -146,8 +150,25 @@ def _sizes(node: fx.Node, output: int = 0) -> tuple[Size, ...]:
     return tuple(values(node)[output].shape)
 
 
-def _constrain(annotation: Annotation, node: fx.Node, streams: dict[str, str]) -> None:
-    """Give every dimension of `node` an axis and apply what its rule says."""
+def _kinds(graph: fx.Graph) -> list[fx.Node]:
+    """The lookups in smaller tables than that of the words: of kinds and positions, or of another text."""
+    found = [node for node in graph.nodes if node.target is _LOOKUP and straight_from_input(node_arg(node, 1))]
+    lookups = {node: _sizes(node_arg(node, 0))[0] for node in found}
+    most = max((size for size in lookups.values() if isinstance(size, int)), default=0)
+    return [node for node, size in lookups.items() if size != most]
+
+
+def _seed_others(annotation: Annotation, lookups: list[fx.Node]) -> None:
+    """Ids that are looked up in a smaller table are text, but for those of tokens that are known to be others'."""
+    for node in lookups:
+        for seed in (c for c in annotation.constraints[node] if isinstance(c, Seed)):
+            leaves = [leaf for dim in seed.dims for leaf in annotation._axes[dim].leaves()]
+            if all(leaf.stream in (None, seed.stream) for leaf in leaves):
+                _apply(annotation._axes, seed)
+
+
+def _constrain(annotation: Annotation, node: fx.Node, streams: dict[str, str], *, seeds: bool) -> None:
+    """Give every dimension of `node` an axis and apply what its rule says; its seeds only where `seeds`."""
     for output, value in enumerate(values(node)):
         for index, size in enumerate(value.shape):
             annotation._axes[Dim(node, index, output)] = Axis(size)
@@ -158,6 +179,8 @@ def _constrain(annotation: Annotation, node: fx.Node, streams: dict[str, str]) -
         constraints.append(Seed((Dim(node, index),), streams[str(node.target)]))
     annotation.constraints[node] = constraints
     for constraint in constraints:
+        if isinstance(constraint, Seed) and not seeds:
+            continue
         try:
             _apply(annotation._axes, constraint)
         except AxisConflict as error:
@@ -265,7 +288,7 @@ def _check_separate_texts(annotation: Annotation) -> None:
     seen: dict[object, tuple[fx.Node, set[Axis]]] = {}
     for node, constraints in annotation.constraints.items():
         for seed in constraints:
-            if not isinstance(seed, Seed) or node.target is not torch.ops.aten.embedding.default:
+            if not isinstance(seed, Seed) or node.target is not _LOOKUP:
                 continue
             table, ids = node.args[0], seed.dims[0]
             assert isinstance(table, fx.Node)

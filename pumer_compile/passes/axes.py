@@ -294,9 +294,15 @@ def _join(x: Axis, y: Axis) -> None:
 
 
 def cut(leaf: Axis, at: int) -> tuple[Axis, Axis]:
-    """Divide a leaf into its first `at` positions and the rest."""
-    assert isinstance(leaf.size, int) and 0 < at < leaf.size
-    first, rest = Axis(at), Axis(leaf.size - at)
+    """Divide a leaf into its first `at` positions and the rest.
+
+    Raises:
+        AxisConflict: it has no number of positions, or not so many.
+    """
+    size = _number(leaf)
+    if not 0 < at < size:
+        raise AxisConflict(f"an axis of {size} is cut at {at}")
+    first, rest = Axis(at), Axis(size - at)
     first.stream = rest.stream = leaf.stream
     leaf.parts = (first, rest)
     return first, rest
@@ -307,17 +313,21 @@ def cut_axis(axis: Axis, start: int, stop: int) -> list[Axis]:
     for at in (start, stop):
         position = 0
         for leaf in axis.leaves():
-            assert isinstance(leaf.size, int)
-            if position < at < position + leaf.size:
+            if position < at < position + _number(leaf):
                 cut(leaf, at - position)
-            position += leaf.size
+            position += _number(leaf)
     chosen, position = [], 0
     for leaf in axis.leaves():
-        assert isinstance(leaf.size, int)
-        if start <= position and position + leaf.size <= stop:
+        if start <= position and position + _number(leaf) <= stop:
             chosen.append(leaf)
-        position += leaf.size
+        position += _number(leaf)
     return chosen
+
+
+def _number(leaf: Axis) -> int:
+    if isinstance(leaf.size, int):
+        return leaf.size
+    raise AxisConflict(f"an axis is cut whose size, {leaf.size}, depends on data or on the batch")
 
 
 def reshape_groups(sources: Sequence[Size], results: Sequence[Size]) -> Iterable[tuple[range, range]]:

@@ -409,14 +409,14 @@ def embedding(node: fx.Node) -> Iterator[Constraint]:
     rank = len(shape(ids))
     yield from keep_dims(ids, node, ((i, i) for i in range(rank)))
     yield Same(Dim(weight, 1), Dim(node, rank))
-    if rank and _straight_from_input(ids):
+    if rank and straight_from_input(ids):
         yield Seed((Dim(ids, rank - 1),), "text")
 
 
 _UNCHANGED = {*overloads("to clone contiguous alias detach view reshape _to_copy"), aten.slice.Tensor}
 
 
-def _straight_from_input(node: fx.Node) -> bool:
+def straight_from_input(node: fx.Node) -> bool:
     """Whether a value is an input, whole or cut, under another shape or dtype."""
     while node.op == "call_function" and node.target in _UNCHANGED:
         node = node_arg(node, 0)
@@ -540,7 +540,7 @@ def linear(node: fx.Node) -> Iterator[Constraint]:
     yield Same(Dim(x, rank - 1), Dim(weight, len(shape(weight)) - 1), aligns=False)
     if len(shape(weight)) == 2:
         yield Same(Dim(weight, 0), Dim(node, rank - 1))
-    if rank == 3 and _straight_from_input(x):
+    if rank == 3 and straight_from_input(x):
         # A feature matrix, one row for each region or patch of an image.
         yield Seed((Dim(x, 1),), "image")
 

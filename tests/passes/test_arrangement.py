@@ -78,6 +78,29 @@ def test_it_computes_the_same(move: Mover, image: int, batch: int) -> None:
     assert targets.count(with_separators) == (1 if image == 10 else 0)
 
 
+class ReadFirst(Mosaic):
+    """Features that something reads before they fill placeholders: the model's check of their number, or an output."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, pixel_values: Tensor) -> dict[str, Tensor]:
+        features = self.move(self.projector(self.tower(pixel_values)), self.end)
+        largest = features.flatten().amax()
+        words = self.words(input_ids)
+        prompt = words.masked_scatter((input_ids == IMAGE).unsqueeze(-1).expand_as(words), features)
+        return {"logits": self.read(prompt, attention_mask), "largest": largest}
+
+
+@pytest.mark.parametrize(("move", "image"), [(side_by_side, 8), (with_ends, 10)])
+def test_features_that_are_read_before_they_are_scattered(move: Mover, image: int) -> None:
+    model, inputs = ReadFirst(move).eval(), prompts(image)
+    prompt = spell_out(pumer.capture(model, inputs).module, inputs)
+    assert prompt is not None
+    for given_inputs in (inputs, prompts(image, seed=5)):
+        with torch.no_grad():
+            found, wanted = prompt.module(**given_inputs), model(**given_inputs)
+        torch.testing.assert_close(found["logits"], wanted["logits"])
+        torch.testing.assert_close(found["largest"], wanted["largest"])
+
+
 def test_where_each_place_comes_from() -> None:
     inputs = prompts(10)
     prompt = spell_out(pumer.capture(mosaic(with_ends), inputs).module, inputs)
