@@ -287,6 +287,27 @@ def test_what_is_neither_is_refused_by_name(name: str, fused: bool) -> None:
     assert "no known mask" in message and "masked_fill, where" in message
 
 
+class Tower(Adds):
+    """A text tower whose scores get something unknown, before attention that has no mask."""
+
+    def forward(self, ids: Tensor, pixels: Tensor, mask: Tensor, given: Tensor) -> Tensor:
+        words, image = self.words(ids), self.patches(pixels).flatten(2).transpose(1, 2)
+        h = words.unsqueeze(1)
+        words = words + F.scaled_dot_product_attention(h, h, h, attn_mask=given[..., :7, :7]).squeeze(1)
+        x = torch.cat([words, image], 1)
+        h = x.unsqueeze(1)
+        return (x + self.out(F.scaled_dot_product_attention(h, h, h).squeeze(1))).amax(1)
+
+
+def test_whether_tokens_are_padding_is_not_guessed_from_an_earlier_attention() -> None:
+    """Of words, which it is over; the image's tokens are all real."""
+    program = capture(Tower(None), numbers())
+    with pytest.raises(LocateError, match=r"Whether the attention text\.0 .* hides padding cannot be told"):
+        reduce_graph(program, schedule("safe", (0,), merge={"image": 2, "text": 1}))
+    reduce_graph(program, schedule("paper", (0,), merge={"image": 2, "text": 1}))
+    reduce_graph(program, schedule("safe", (0,), merge={"image": 2}))
+
+
 def test_scores_replaced_by_an_ordinary_number_are_no_masked_scores() -> None:
     class Filled(Adds):
         def forward(self, ids: Tensor, pixels: Tensor, mask: Tensor, given: Tensor) -> Tensor:
