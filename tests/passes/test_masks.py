@@ -249,6 +249,13 @@ def test_a_floating_point_mask_is_told_by_its_numbers_or_its_name() -> None:
     assert not addends(lambda m, mask, given: given, given=direct, sample=False).masks
 
 
+def test_a_constant_that_hides_is_a_mask_and_no_padding() -> None:
+    """As models with windows write it."""
+    attention = addends(lambda m, mask, given: torch.eye(13)[None, None] * -100.0)
+    (mask,) = attention.masks
+    assert mask.kind == "additive" and mask.by_query and not mask.of_input
+
+
 BIASES = {
     "learned": lambda m, mask, given: m.table,
     "learned, of a part": lambda m, mask, given: m.table.expand(2, 2, -1, -1)[:, :1],
@@ -269,6 +276,7 @@ def test_a_bias_is_no_mask(name: str, fused: bool) -> None:
 UNKNOWN = {
     "numbers of an input": lambda m, mask, given: given,
     "a soft mask": lambda m, mask, given: (1 - given.sigmoid()) * -1e4,
+    "low, but not to nothing": lambda m, mask, given: (1 - wide(mask)) * -60.0,
     "not low enough": lambda m, mask, given: (1 - wide(mask)) * -9.0,
     "a bias with a mask baked in": lambda m, mask, given: m.baked,
     "a learned bias beside them": lambda m, mask, given: m.table + given,
