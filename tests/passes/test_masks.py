@@ -249,6 +249,11 @@ def test_a_floating_point_mask_is_told_by_its_numbers_or_its_name() -> None:
     assert not addends(lambda m, mask, given: given, given=direct, sample=False).masks
 
 
+def test_an_integer_input_may_be_1_where_the_sample_is_0() -> None:
+    attention = addends(lambda m, mask, given: wide(mask) * 3.0, mask=torch.zeros(2, 13, dtype=torch.int64))
+    assert not attention.masks and "no known mask" in attention.unusual
+
+
 def test_a_constant_that_hides_is_a_mask_and_no_padding() -> None:
     """As models with windows write it."""
     attention = addends(lambda m, mask, given: torch.eye(13)[None, None] * -100.0)
@@ -280,6 +285,11 @@ UNKNOWN = {
     "not low enough": lambda m, mask, given: (1 - wide(mask)) * -9.0,
     "a bias with a mask baked in": lambda m, mask, given: m.baked,
     "a learned bias beside them": lambda m, mask, given: m.table + given,
+    "a learned bias and a mask, scaled": lambda m, mask, given: (m.table + (1 - wide(mask)) * -1e4) * 0.5,
+    "a mask taken away": lambda m, mask, given: m.table - (1 - wide(mask)) * 1e4,
+    "a mask added twice over": lambda m, mask, given: torch.add(m.table, (1 - wide(mask)) * -1e4, alpha=2),
+    "a bias filled in place": lambda m, mask, given: m.table.clone().masked_fill_(wide(mask) == 0, -1e4),
+    "a filled bias, scaled": lambda m, mask, given: m.table.masked_fill(wide(mask) == 0, -1e4) * 0.5,
     "a mask beside them": lambda m, mask, given: given + (1 - wide(mask)) * -1e4,
 }
 
