@@ -312,9 +312,9 @@ class MaskReader:
 
 
 def _few(value: Tensor) -> Tensor | None:
-    """The different numbers of a value; None of many, and where one is no number."""
+    """The different numbers of a value; None of many. What is no number is neither 0 nor low, and no mask."""
     found = value.detach().cpu().unique()
-    return None if len(found) > _MANY or bool(found.isnan().any()) else found
+    return None if len(found) > _MANY else found
 
 
 def _filled(node: fx.Node) -> float | None:

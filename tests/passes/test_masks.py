@@ -288,7 +288,7 @@ UNKNOWN = {
     "a learned bias and a mask, scaled": lambda m, mask, given: (m.table + (1 - wide(mask)) * -1e4) * 0.5,
     "a mask taken away": lambda m, mask, given: m.table - (1 - wide(mask)) * 1e4,
     "a mask added twice over": lambda m, mask, given: torch.add(m.table, (1 - wide(mask)) * -1e4, alpha=2),
-    "a bias filled in place": lambda m, mask, given: m.table.clone().masked_fill_(wide(mask) == 0, -1e4),
+    "a bias filled in place": lambda m, mask, given: m.table.repeat(2, 1, 1, 1).masked_fill_(wide(mask) == 0, -1e4),
     "a filled bias, scaled": lambda m, mask, given: m.table.masked_fill(wide(mask) == 0, -1e4) * 0.5,
     "a mask beside them": lambda m, mask, given: given + (1 - wide(mask)) * -1e4,
 }
@@ -326,13 +326,27 @@ def test_whether_tokens_are_padding_is_not_guessed_from_an_earlier_attention() -
     reduce_graph(program, schedule("safe", (0,), merge={"image": 2}))
 
 
-def test_scores_replaced_by_an_ordinary_number_are_no_masked_scores() -> None:
-    class Filled(Adds):
-        def forward(self, ids: Tensor, pixels: Tensor, mask: Tensor, given: Tensor) -> Tensor:
-            x = torch.cat([self.words(ids), self.patches(pixels).flatten(2).transpose(1, 2)], 1)
-            scores = (x @ x.transpose(-1, -2)).masked_fill(mask[:, None] == 0, 0.0)
-            return (x + self.out(scores.softmax(-1) @ x)).amax(1)
+class Changes(Adds):
+    """Does something else to its scores than adding to them."""
 
-    module = capture(Filled(None), numbers()).module
+    def forward(self, ids: Tensor, pixels: Tensor, mask: Tensor, given: Tensor) -> Tensor:
+        x = torch.cat([self.words(ids), self.patches(pixels).flatten(2).transpose(1, 2)], 1)
+        scores = self.added(self, x @ x.transpose(-1, -2), mask[:, None])
+        return (x + self.out(scores.softmax(-1) @ x)).amax(1)
+
+
+@pytest.mark.parametrize(
+    ("change", "known"),
+    [
+        (lambda m, scores, mask: scores.masked_fill(mask == 0, 0.0), False),
+        (lambda m, scores, mask: torch.where(mask == 0, 1.0, scores), False),
+        (lambda m, scores, mask: torch.add(scores, (1 - mask) * 1e4, alpha=-1), False),
+        (lambda m, scores, mask: scores * mask, False),
+        (lambda m, scores, mask: scores.masked_fill(m.table[0] > 1, -1e4), True),  # learned: among the scores
+    ],
+)
+def test_what_else_is_done_to_scores_is_no_mask(change, known: bool) -> None:
+    module = capture(Changes(change), numbers()).module
     (attention,) = locate(module, annotate(module), numbers())
-    assert not attention.masks and "no known mask" in attention.unusual
+    assert not attention.masks
+    assert ("no known mask" in attention.unusual) == (not known)
