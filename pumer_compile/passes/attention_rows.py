@@ -39,7 +39,7 @@ def attention_rows(walk: Rewriter, attention: Attention, rows: tuple[int, int], 
     given = argument(attention.context, 3, "attn_mask")
     mask = [walk.used.get((attention.context, given), walk.env[given])] if isinstance(given, fx.Node) else []
     scale = attention.context.kwargs.get("scale")
-    module = TextRowsAttention(scale if isinstance(scale, float) else None, rows)
+    module = TextRowsAttention(float(scale) if isinstance(scale, int | float) else None, rows)
     return walk.call_module(name, module, query, for_each_query_head(walk, attention, attention.key), *mask)
 
 

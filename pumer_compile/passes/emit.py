@@ -85,7 +85,7 @@ class _Emitter:
         return None
 
     def _from_mask(self, walk: Rewriter, stream: str, reader: Attention) -> fx.Node | None:
-        if NOT_KNOWN in reader.unusual:
+        if NOT_KNOWN in reader.unusual and stream in reader.key_axis.streams:
             raise LocateError(
                 f"Whether the attention {reader.described} hides padding cannot be told, because {reader.unusual}. "
                 "Hide keys with a boolean mask (masked_fill, where), or add 0 and -inf; or use semantics `paper`, "
@@ -257,9 +257,14 @@ class _Reduce(_Emitter):
         if not self._plan(walk):
             return
         # Algorithm 1 knows no mask: semantics `paper` carries none.
-        carries = self.insertions.schedule.semantics != "paper"
+        carries, modality = self.insertions.schedule.semantics != "paper", walk.annotation.modality
         readers = self._readers()
-        weights = {s: self.weights(walk, s, self._epoch(s), readers) if carries else None for s in attention.streams}
+        votes = any(reducer.pruner is not None for reducer in self.site.reducers.values())
+        read = {s for s in attention.streams if s in self.site.reducers or (votes and modality[s] == "text")}
+        weights = {
+            s: self.weights(walk, s, self._epoch(s), readers) if carries and s in read else None
+            for s in attention.streams
+        }
         reduced = {s: r.tokens_after for s, r in self.site.reducers.items() if s in axis.streams}
         linears = postpone.projections(walk, carrier, dim, reduced)
         pieces = {} if linears else self._pieces(walk, walk.env[carrier], dim)

@@ -163,13 +163,13 @@ def last_query_site(
             f"model has {len(layers)}: {few}."
         )
     attention = layers[wanted - 1]
-    _check_prompt(attention, images)
+    _check_prompt(annotation, attention, images)
     _check_masks(attentions[attentions.index(attention) :])
     return SiteInsertion(attention, Site(at=attention.site), images=images)
 
 
-def _check_prompt(attention: Attention, images: tuple[str, ...]) -> None:
-    _check_reducible(attention)
+def _check_prompt(annotation: Annotation, attention: Attention, images: tuple[str, ...]) -> None:
+    _check_reducible(annotation, attention)
     *_, last = attention.query_axis.segments
     if last.stream != "text":
         raise LocateError(
@@ -184,13 +184,21 @@ def _check_prompt(attention: Attention, images: tuple[str, ...]) -> None:
         )
 
 
-def _check_reducible(attention: Attention) -> None:
+def _check_reducible(annotation: Annotation, attention: Attention) -> None:
     if attention.carrier is None:
         raise LocateError(f"Site {attention.described} has no residual value to reduce: {attention.no_carrier}.")
     if len(shape(attention.query)) != 4:
         raise LocateError(
             f"Site {attention.described} has queries of shape {list(shape(attention.query))}; a reducer reads "
             "[batch, heads, tokens, head size]. Use a model whose attention keeps heads in a dimension of their own."
+        )
+    carrier = attention.carrier
+    batches = [Dim(carrier, i) for i, axis in enumerate(annotation.axes(carrier)[:2]) if not isinstance(axis, Tokens)]
+    first, second = (any(annotation.same(Dim(attention.query, i), b) for b in batches) for i in (0, 1))
+    if second and not first:
+        raise LocateError(
+            f"Site {attention.described} has queries of shape {list(shape(attention.query))} with the heads before the "
+            "batch; a reducer reads [batch, heads, tokens, head size]. Exchange the two in the model."
         )
 
 
@@ -238,7 +246,7 @@ def check_site(annotation: Annotation, attention: Attention, site: Site) -> None
             f"Site {attention.described} is attention of learned queries, {attention.query_axis}, to "
             f"{attention.key_axis}: there is no stream of tokens to carry on. Choose a site before it."
         )
-    _check_reducible(attention)
+    _check_reducible(annotation, attention)
     parts = [s for axis in (attention.query_axis, attention.key_axis) for s in axis.segments if not s.whole]
     if parts:
         raise LocateError(

@@ -147,9 +147,9 @@ class MaskReader:
             return Addends(parts.masks, parts.biases, (node, *parts.sums))
         if parts is not None and parts.unknown:
             return Addends(unknown=parts.unknown)
-        if depends_on_parameter(node) or (not depends_on_input(node) and not self._hides_somewhere(node)):
-            return Addends(biases=(node,))
-        return Addends(unknown=node.name)
+        learned = depends_on_parameter(node)
+        hides = self._holds_mask(node) if learned else depends_on_input(node) or self._hides_somewhere(node)
+        return Addends(unknown=node.name) if hides else Addends(biases=(node,))
 
     def hides(self, fill: object) -> bool:
         """Whether a number, or every number that a value may hold, hides a score that it is put in the place of."""
@@ -198,6 +198,22 @@ class MaskReader:
         """Whether a constant holds numbers that hide, among others that do not: a bias and a mask in one."""
         constant = constant_value(node)
         return constant is None or constant.is_meta or bool((constant <= -1e4).any())
+
+    def _holds_mask(self, node: fx.Node) -> bool:
+        """Whether a learned bias is mixed with a mask in another way than a sum: scaled with it, say."""
+        pending, seen = [node], {node}
+        while pending:
+            current = pending.pop()
+            if current.target in MASKED_FILL | WHERE and any(map(self.hides, current.args[1:])):
+                return True
+            for x in current.all_input_nodes if is_pointwise(current) or current.target in STRETCHES | _MOVES else ():
+                if depends_on_parameter(x):
+                    pending.extend([] if x in seen else [x])
+                    seen.add(x)
+                elif depends_on_input(x) and (found := self.possible(x)) is not None:
+                    if bool((found.abs() >= -HIDES).any()):
+                        return True
+        return False
 
     # --- the numbers that a value may hold ----------------------------------------------------------------------
 
@@ -296,9 +312,9 @@ class MaskReader:
 
 
 def _few(value: Tensor) -> Tensor | None:
-    """The different numbers of a value; None of many, and where one is no number."""
+    """The different numbers of a value; None of many. What is no number is neither 0 nor low, and no mask."""
     found = value.detach().cpu().unique()
-    return None if len(found) > _MANY or bool(found.isnan().any()) else found
+    return None if len(found) > _MANY else found
 
 
 def _filled(node: fx.Node) -> float | None:

@@ -195,6 +195,31 @@ def test_anything_else_is_left_alone(name: str) -> None:
 # --- what stands in the way -----------------------------------------------------------------------------------------
 
 
+def heads_before_the_batch(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+    return ((q @ k.transpose(-1, -2) / 2).softmax(-1) @ v).transpose(0, 1)
+
+
+def in_groups(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Groups of heads in a dimension of their own."""
+    q = q.unflatten(1, (-1, 2))
+    weights = (torch.einsum("bghqd,bgkd->bghqk", q, k[:, :2]) / 2).softmax(-1)
+    return torch.einsum("bghqk,bgkd->bghqd", weights, v[:, :2]).flatten(1, 2)
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        (heads_before_the_batch, r"queries of shape \[4, 2, 18, 4\] with the heads before the batch"),
+        (in_groups, r"queries of shape \[2, 2, 2, 18, 4\]; a reducer reads"),
+    ],
+)
+def test_other_orders_of_batch_and_heads_are_refused(how, says: str) -> None:
+    captured = capture(other(how, 4), inputs_for(SMALL))
+    with pytest.raises(LocateError, match=says):
+        reduce_graph(captured, schedule("safe", (0,), merge={"image": 2}))
+
+
 def softmax_first(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """Keys in front: no softmax over the last dimension."""
     scores = torch.einsum("bhqd,bhkd->bhkq", q, k) / 2

@@ -249,6 +249,18 @@ def test_a_floating_point_mask_is_told_by_its_numbers_or_its_name() -> None:
     assert not addends(lambda m, mask, given: given, given=direct, sample=False).masks
 
 
+def test_an_integer_input_may_be_1_where_the_sample_is_0() -> None:
+    attention = addends(lambda m, mask, given: wide(mask) * 3.0, mask=torch.zeros(2, 13, dtype=torch.int64))
+    assert not attention.masks and "no known mask" in attention.unusual
+
+
+def test_a_constant_that_hides_is_a_mask_and_no_padding() -> None:
+    """As models with windows write it."""
+    attention = addends(lambda m, mask, given: torch.eye(13)[None, None] * -100.0)
+    (mask,) = attention.masks
+    assert mask.kind == "additive" and mask.by_query and not mask.of_input
+
+
 BIASES = {
     "learned": lambda m, mask, given: m.table,
     "learned, of a part": lambda m, mask, given: m.table.expand(2, 2, -1, -1)[:, :1],
@@ -269,9 +281,15 @@ def test_a_bias_is_no_mask(name: str, fused: bool) -> None:
 UNKNOWN = {
     "numbers of an input": lambda m, mask, given: given,
     "a soft mask": lambda m, mask, given: (1 - given.sigmoid()) * -1e4,
+    "low, but not to nothing": lambda m, mask, given: (1 - wide(mask)) * -60.0,
     "not low enough": lambda m, mask, given: (1 - wide(mask)) * -9.0,
     "a bias with a mask baked in": lambda m, mask, given: m.baked,
     "a learned bias beside them": lambda m, mask, given: m.table + given,
+    "a learned bias and a mask, scaled": lambda m, mask, given: (m.table + (1 - wide(mask)) * -1e4) * 0.5,
+    "a mask taken away": lambda m, mask, given: m.table - (1 - wide(mask)) * 1e4,
+    "a mask added twice over": lambda m, mask, given: torch.add(m.table, (1 - wide(mask)) * -1e4, alpha=2),
+    "a bias filled in place": lambda m, mask, given: m.table.repeat(2, 1, 1, 1).masked_fill_(wide(mask) == 0, -1e4),
+    "a filled bias, scaled": lambda m, mask, given: m.table.masked_fill(wide(mask) == 0, -1e4) * 0.5,
     "a mask beside them": lambda m, mask, given: given + (1 - wide(mask)) * -1e4,
 }
 
@@ -287,13 +305,48 @@ def test_what_is_neither_is_refused_by_name(name: str, fused: bool) -> None:
     assert "no known mask" in message and "masked_fill, where" in message
 
 
-def test_scores_replaced_by_an_ordinary_number_are_no_masked_scores() -> None:
-    class Filled(Adds):
-        def forward(self, ids: Tensor, pixels: Tensor, mask: Tensor, given: Tensor) -> Tensor:
-            x = torch.cat([self.words(ids), self.patches(pixels).flatten(2).transpose(1, 2)], 1)
-            scores = (x @ x.transpose(-1, -2)).masked_fill(mask[:, None] == 0, 0.0)
-            return (x + self.out(scores.softmax(-1) @ x)).amax(1)
+class Tower(Adds):
+    """A text tower whose scores get something unknown, before attention that has no mask."""
 
-    module = capture(Filled(None), numbers()).module
+    def forward(self, ids: Tensor, pixels: Tensor, mask: Tensor, given: Tensor) -> Tensor:
+        words, image = self.words(ids), self.patches(pixels).flatten(2).transpose(1, 2)
+        h = words.unsqueeze(1)
+        words = words + F.scaled_dot_product_attention(h, h, h, attn_mask=given[..., :7, :7]).squeeze(1)
+        x = torch.cat([words, image], 1)
+        h = x.unsqueeze(1)
+        return (x + self.out(F.scaled_dot_product_attention(h, h, h).squeeze(1))).amax(1)
+
+
+def test_whether_tokens_are_padding_is_not_guessed_from_an_earlier_attention() -> None:
+    """Of words, which it is over; the image's tokens are all real."""
+    program = capture(Tower(None), numbers())
+    with pytest.raises(LocateError, match=r"Whether the attention text\.0 .* hides padding cannot be told"):
+        reduce_graph(program, schedule("safe", (0,), merge={"image": 2, "text": 1}))
+    reduce_graph(program, schedule("paper", (0,), merge={"image": 2, "text": 1}))
+    reduce_graph(program, schedule("safe", (0,), merge={"image": 2}))
+
+
+class Changes(Adds):
+    """Does something else to its scores than adding to them."""
+
+    def forward(self, ids: Tensor, pixels: Tensor, mask: Tensor, given: Tensor) -> Tensor:
+        x = torch.cat([self.words(ids), self.patches(pixels).flatten(2).transpose(1, 2)], 1)
+        scores = self.added(self, x @ x.transpose(-1, -2), mask[:, None])
+        return (x + self.out(scores.softmax(-1) @ x)).amax(1)
+
+
+@pytest.mark.parametrize(
+    ("change", "known"),
+    [
+        (lambda m, scores, mask: scores.masked_fill(mask == 0, 0.0), False),
+        (lambda m, scores, mask: torch.where(mask == 0, 1.0, scores), False),
+        (lambda m, scores, mask: torch.add(scores, (1 - mask) * 1e4, alpha=-1), False),
+        (lambda m, scores, mask: scores * mask, False),
+        (lambda m, scores, mask: scores.masked_fill(m.table[0] > 1, -1e4), True),  # learned: among the scores
+    ],
+)
+def test_what_else_is_done_to_scores_is_no_mask(change, known: bool) -> None:
+    module = capture(Changes(change), numbers()).module
     (attention,) = locate(module, annotate(module), numbers())
-    assert not attention.masks and "no known mask" in attention.unusual
+    assert not attention.masks
+    assert ("no known mask" in attention.unusual) == (not known)
