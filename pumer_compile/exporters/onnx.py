@@ -46,6 +46,7 @@ from .manifest import KEY, seal_onnx
 from .masked_writes import spell_out_masked_writes
 from .quantize import QuantizeMode, calibration_batches, check_environment, check_options, quantize_onnx
 from .session import OnnxSession, twin_of
+from .small_numbers import keep_small_numbers
 
 log = logging.getLogger("pumer_compile")
 
@@ -146,6 +147,8 @@ class ReduceStep(DynamoExporter):
             exported, self.output_names, self.decision_names = reduced_export(
                 program, self.schedule, config.dynamic_shapes
             )
+        else:
+            keep_small_numbers(exported)
         return exported
 
 
@@ -190,6 +193,7 @@ def reduced_export(
     spell_out_masked_writes(twin)
     read = {name: tensor for name, tensor in program.inputs.items() if name not in program.fixed}
     exported = torch.export.export(twin, args=(), kwargs=read, dynamic_shapes=dynamic_shapes, strict=False)
+    keep_small_numbers(exported)
     return exported, names, decisions
 
 
