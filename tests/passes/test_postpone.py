@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 
 import pumer_compile as pumer
 from pumer_compile import Program, Schedule, capture, reduce
+from pumer_compile.errors import LocateError
 from pumer_compile.passes import postpone
 from pumer_compile.passes.graph import values
 from pumer_compile.passes.pipeline import State
@@ -111,6 +112,20 @@ def test_a_projection_of_tokens_from_before_a_reducer_stays() -> None:
         patch.setattr(postpone, "_pays", lambda saved, *_: saved > 0)
         maps = compared(captured, wanted)
     assert set(maps) == {"reducer.vision_0.image_map"}
+
+
+def test_keys_from_before_a_reducer_say_nothing_of_the_tokens_behind_it() -> None:
+    class Behind(Images):
+        def forward(self, pixel_values: Tensor) -> Tensor:
+            before = self.start(pixel_values)
+            x = before + self.layers[0].attention(before, None)
+            return self.conclude(x + self.layers[1].attention(x, None, before))
+
+    config = Config(mask="none", layers=2)
+    captured = capture(make(config, kind=Behind), {"pixel_values": inputs_for(config)["pixel_values"]})
+    wanted = Schedule(method="tome", sites=[{"at": f"vision.{i}", "merge": {"image": 4}} for i in (0, 1)])
+    with pytest.raises(LocateError, match="no self-attention over the image before it whose keys tell"):
+        passed(captured, wanted)
 
 
 # --- what is postponed ----------------------------------------------------------------------------------------------
