@@ -418,7 +418,8 @@ class Samples:
 
     def _word(self, name: str, kind: InputKind) -> int:
         if not self._words.get(name):
-            words = _ordinary(kind)
+            placeholders = {place.placeholder for place in self.prompts if place.input == name}
+            words = [word for word in _ordinary(kind) if word not in placeholders]
             order = torch.randperm(len(words), generator=self._generator)
             self._words[name] = [words[i] for i in order.tolist()]
         word = self._words[name].pop()

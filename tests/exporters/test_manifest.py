@@ -251,8 +251,8 @@ def test_an_onnx_file_beside_the_manifest_of_another_is_refused(tmp_path: Path) 
     """Whole in itself, but not the one that was written with the manifest; and a changed one likewise."""
     path = tmp_path / "model.onnx"
     with_manifest(onnx.load(str(artifact())), inner_manifest(artifact()), path)
-    beside = tmp_path / "manifest.json"
-    beside.write_bytes(artifact().with_name("manifest.json").read_bytes())
+    beside = tmp_path / "model.onnx.manifest.json"
+    beside.write_bytes(artifact().with_name(beside.name).read_bytes())
     with pytest.raises(UsageError, match=r"not the file that .*manifest\.json describes: its SHA-256 differs"):
         read_manifest(path)
     path.write_bytes(artifact().read_bytes())

@@ -287,7 +287,7 @@ def test_parity_compares_the_decisions_that_an_engine_gives(monkeypatch: pytest.
     install(monkeypatch)
     report = pumer.parity(engine_of(artifact("--with-decisions"), tmp_path), folder())
     assert report.passed and report.decisions_compared and report.provider == "tensorrt-rtx"
-    assert [row.samples for row in report.reducers] == [6, 6]
+    assert [row.samples for row in report.reducers] == [report.samples] * 2 and report.samples >= 6
 
 
 def test_a_format_that_nothing_runs(tmp_path: Path) -> None:
