@@ -5,6 +5,7 @@ The oracle aligns with lists of members, one sample at a time; it shares no code
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -80,6 +81,22 @@ class Biased(Fusion):
         return self.classify(self.last(x).amax(1))
 
 
+class Shared(Biased):
+    """One sum of bias and mask for all layers."""
+
+    def forward(self, input_ids: Tensor, pixel_values: Tensor, attention_mask: Tensor, patch_mask: Tensor) -> Tensor:
+        x = self.embed(input_ids, pixel_values)
+        opened = self.tokens_open(x, attention_mask, patch_mask)[:, None, None, :]
+        both = self.bias + (1.0 - opened.to(x.dtype)) * torch.finfo(x.dtype).min
+        for layer in self.layers:
+            attention, normed = layer.attention, layer.norm1(x)
+            q, k, v = (attention.split(m(normed)) for m in (attention.q, attention.k, attention.v))
+            context = F.scaled_dot_product_attention(q, k, v, attn_mask=both)
+            x = x + attention.out(context.transpose(1, 2).flatten(2))
+            x = x + layer.mlp(layer.norm2(x))
+        return self.classify(self.last(x).amax(1))
+
+
 def averaged(bias: Tensor, members: list[list[int]], sizes: list[float]) -> Tensor:
     """`[heads, queries, keys]` of new tokens: the mean over the members of each."""
     rows = torch.zeros(len(members), bias.shape[-1])
@@ -150,6 +167,16 @@ def test_biases_and_masks_follow_a_reducer_as_what_they_are(
             torch.testing.assert_close(module(**given), by_hand(model, given, semantics), atol=2e-5, rtol=0)
     reads = [m for m in module.modules() if isinstance(m, TokenWeights)]
     assert bool(reads) == (how != "fused bias" and semantics != "paper")
+
+
+def test_one_sum_for_all_layers_follows_into_each() -> None:
+    config = dataclasses.replace(SMALL, layers=3)
+    model, inputs = make(config, kind=Shared), inputs_for(config)
+    prune, image, text = BUDGETS
+    wanted = schedule("safe", (0,), prune=prune, merge={"image": image, "text": text})
+    module = reduce_graph(capture(model, inputs), wanted)
+    with torch.no_grad():
+        torch.testing.assert_close(module(**inputs), by_hand(model, inputs, "safe"), atol=2e-5, rtol=0)
 
 
 def test_the_ways_to_write_it_are_one_model(monkeypatch: pytest.MonkeyPatch) -> None:

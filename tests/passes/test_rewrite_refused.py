@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pumer_compile import capture
 from pumer_compile.errors import AxisError, NoRuleError
 from pumer_compile.reduce import reduce_graph
-from tests.models import Head, program, schedule
+from tests.models import Config, Fusion, Head, inputs_for, make, program, schedule
 from tests.passes.walks import BASE, compared
 
 
@@ -203,3 +204,27 @@ def test_positions_of_a_stream_that_is_not_reduced_are_fine(head: Head) -> None:
     torch.testing.assert_close(found[name], expected[name], atol=1e-5, rtol=1e-5)
     if name != "position_of_largest":
         assert (unreduced[name] - expected[name]).abs().max() > 1e-3
+
+
+def test_a_sum_is_divided_by_one_over_its_own_tokens() -> None:
+    class Mixed(Fusion):
+        def forward(self, input_ids: Tensor, pixel_values: Tensor, attention_mask: Tensor) -> Tensor:
+            x = self.layers[0](self.embed(input_ids, pixel_values), None)
+            return x[:, self.config.text :].sum(1) / attention_mask.sum(1, keepdim=True)
+
+    config = Config(layers=1)
+    with pytest.raises(AxisError, match="not divided by a sum over the same reduced tokens"):
+        reduce_graph(capture(make(config, kind=Mixed), inputs_for(config)), schedule("paper", (0,), prune=4))
+
+
+def test_what_was_before_a_reducer_is_not_changed_in_place() -> None:
+    class Changed(Fusion):
+        def forward(self, input_ids: Tensor, pixel_values: Tensor) -> Tensor:
+            before = self.embed(input_ids, pixel_values)
+            x, kept = self.layers[0](before, None), before.tanh()
+            kept.add_(x)
+            return kept.amax(1)
+
+    config = Config(layers=1, mask="none")
+    with pytest.raises(AxisError, match="changes its input in place"):
+        reduce_graph(capture(make(config, kind=Changed), inputs_for(config)), schedule("paper", (0,), prune=4))
