@@ -94,13 +94,13 @@ def test_plain_module(semantics: str, config: Config) -> None:
 
 
 def test_co_attention() -> None:
-    """METER's published vectors; text and image stay apart in it."""
-    model = load_model(METER).model
+    """METER's published vectors; text and image stay apart in it. In float64, see `test_oracle_meter.DTYPES`."""
+    model = load_model(METER).model.double()
     arrays = {name: torch.from_numpy(array) for name, array in np.load(METER / "inputs.npz").items()}
     inputs = {"input_ids": arrays["input_ids_padded"], "attention_mask": arrays["attention_mask"]}
     with torch.no_grad():
         fast = compiled(model, "meter-vqa", semantics="reference")
-        found = fast(**inputs, pixel_values=arrays["pixel_values"].float()).logits
+        found = fast(**inputs, pixel_values=arrays["pixel_values"].double()).logits
     assert np.abs(found.numpy() - np.load(METER / "expected.npz")["vqa-0246.padded"]).max() <= 1e-5
 
 

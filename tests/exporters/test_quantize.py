@@ -16,7 +16,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from pumer_compile.errors import ExportError
+from pumer_compile.errors import UsageError
 from pumer_compile.exporters import OnnxOptions
 from pumer_compile.exporters.manifest import read_manifest
 from pumer_compile.exporters.onnx import build_onnx, save_onnx
@@ -233,7 +233,7 @@ def test_heads_are_quantized_too(mode: Any, bias: bool, attributes: dict[str, in
 def test_a_scaled_product_stays_what_it_is() -> None:
     model = gemm(True, alpha=0.5)
     assert linear_layers(model) == []
-    with pytest.raises(ExportError, match="no linear layer"):
+    with pytest.raises(UsageError, match="no linear layer"):
         quantize_onnx(model, "dynamic", {"x": torch.zeros(3, 64)})
     assert [node.op_type for node in model.graph] == ["Gemm"]
 

@@ -63,7 +63,8 @@ def test_inputs_that_do_not_fit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     for change, words in (
         ({"input_ids": given["input_ids"][:, :5]}, r"input_ids has shape \[2, 5\].*\[2, 12\]"),
         ({"input_ids": given["input_ids"].float()}, "input_ids is float32; the artifact takes int64"),
-        ({"token_type_ids": given["input_ids"]}, "takes no input token_type_ids"),
+        ({"token_type_ids": given["input_ids"]}, "compiled without token_type_ids"),
+        ({"image_embeds": given["input_ids"]}, "takes no input image_embeds"),
     ):
         with pytest.raises(UsageError, match=words):
             engine(**(given | change))
@@ -279,7 +280,7 @@ def test_parity_runs_the_engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     report = pumer.parity(path, folder())
     assert report.passed and report.provider == "tensorrt-rtx" and report.samples >= 3 + 4 + 8
     # The captured batch of 2 is in no profile.
-    assert {size for what, size in library.calls if what == "run"} == {3, 4, 8}
+    assert {call[1] for call in library.calls if call[0] == "run"} == {3, 4, 8}
     assert not report.decisions_compared and any("--with-decisions" in note for note in report.notes)
 
 
