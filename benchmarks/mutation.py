@@ -13,17 +13,21 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import numpy as np
 import onnx
+import torch
 from onnx import ModelProto, NodeProto, helper, numpy_helper
 
 import pumer_compile as pumer
@@ -367,6 +371,7 @@ class Row:
 def measure(case: Case, count: int, seed: int) -> Row:
     """Mutate one artifact."""
     start = time.perf_counter()
+    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         model = load_model(ORACLES / case.folder)
@@ -486,23 +491,29 @@ def main() -> None:
     parser.add_argument("--mutations", type=int, default=100, help="of each artifact")
     parser.add_argument("--only", action="append", help="artifacts by name; nothing is written")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="artifacts at a time, one core each")
     arguments = parser.parse_args()
-    rows = []
-    for case in CASES:
-        if arguments.only and case.name not in arguments.only:
-            continue
-        row = measure(case, arguments.mutations, arguments.seed)
-        rows.append(asdict(row))
-        print(
-            f"{row.name}: {len(row.changing)} give other outputs, {len(row.missed)} pass, {row.seconds:.0f} s",
-            flush=True,
-        )
-        for mutant in row.missed:
-            print(f"  {mutant.kind}: {mutant.what} ({mutant.changes} of {row.judges})", flush=True)
-        if not arguments.only:  # after each, so that what was measured is there when a long run is cut off
-            with atomic_path(RESULTS) as temporary:
-                text = json.dumps({"machine": machine(), "rows": rows}, indent=1)
-                temporary.write_text(text + "\n", encoding="utf-8")
+    chosen = [case for case in CASES if not arguments.only or case.name in arguments.only]
+    rows: dict[str, dict[str, Any]] = {}
+    with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
+        work = [pool.submit(measure, case, arguments.mutations, arguments.seed) for case in chosen]
+        for done in as_completed(work):
+            row = done.result()
+            rows[row.name] = asdict(row)
+            _say(row)
+            if not arguments.only:  # after each, so that what was measured is there when a long run is cut off
+                measured = [rows[case.name] for case in chosen if case.name in rows]
+                with atomic_path(RESULTS) as temporary:
+                    text = json.dumps({"machine": machine(), "rows": measured}, indent=1)
+                    temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def _say(row: Row) -> None:
+    print(
+        f"{row.name}: {len(row.changing)} give other outputs, {len(row.missed)} pass, {row.seconds:.0f} s", flush=True
+    )
+    for mutant in row.missed:
+        print(f"  {mutant.kind}: {mutant.what} ({mutant.changes} of {row.judges})", flush=True)
 
 
 if __name__ == "__main__":

@@ -246,6 +246,19 @@ def test_samples_of_the_user_are_part_of_the_proof(tmp_path: Path, reduced: Redu
         pumer.export(reduced, tmp_path / "model.onnx", samples=samples)
 
 
+def test_samples_hold_what_a_processor_makes_besides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Token types of zeros, with which ViLT is as without; others are refused."""
+    model = tiny_vilt(num_hidden_layers=1)
+    captured = pumer.capture(model, make_inputs(model, batch=2))
+    sample = make_inputs(model, batch=2, seed=1)
+    sample["token_type_ids"] = torch.zeros_like(sample["input_ids"])
+    report = pumer.export(captured, tmp_path / "model.onnx", samples=[sample]).report
+    assert report is not None and report.passed and report.samples == 4
+    sample["token_type_ids"] += 1
+    with pytest.raises(UsageError, match="token_type_ids"):
+        pumer.export(captured, tmp_path / "model.onnx", samples=[sample])
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_a_proof_takes_no_batch_twice(
     tmp_path: Path, converted: OnnxBuild, dynamic: bool, monkeypatch: pytest.MonkeyPatch

@@ -19,7 +19,7 @@ from ..files import publish, sha256_file
 from ..outputs import artifact_outputs
 from ..parity_check import check, check_tolerances
 from ..parity_report import ParityReport
-from ..plan import PromptPlace
+from ..plan import PromptPlace, check_prompts, without_constants
 from ..reduce import Reduced
 from ..samples import Samples, captured_batch, describe_samples, proof_batches, proof_sizes, resized_batch
 from .base import Options, Profile, Writer
@@ -172,6 +172,10 @@ def _prove(
     eager, unreduced, model = _eager(reduced)
     program = reduced.program if isinstance(reduced, Reduced) else reduced
     prompts = reduced.plan.prompts if isinstance(reduced, Reduced) else ()
+    if samples is not None:
+        for sample in samples:
+            check_prompts(manifest, sample)
+        samples = [without_constants(manifest, sample) for sample in samples]
     batches, drawn, clipped = _proof_batches(program, samples, writer.options.profiles, prompts)
     report = check(
         Engine.over(evidence.session, manifest),
