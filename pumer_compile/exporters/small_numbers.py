@@ -15,11 +15,11 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 
 aten = torch.ops.aten
-_NEUTRAL = {
+_NEUTRAL: dict[Any, float] = {
     aten.add.Tensor: 0.0, aten.add.Scalar: 0.0, aten.sub.Tensor: 0.0, aten.sub.Scalar: 0.0,
     aten.mul.Tensor: 1.0, aten.mul.Scalar: 1.0, aten.div.Tensor: 1.0, aten.div.Scalar: 1.0,
 }  # fmt: skip
-_TENSOR = {
+_TENSOR: dict[Any, Any] = {
     aten.add.Scalar: aten.add.Tensor, aten.sub.Scalar: aten.sub.Tensor,
     aten.mul.Scalar: aten.mul.Tensor, aten.div.Scalar: aten.div.Tensor,
 }  # fmt: skip
