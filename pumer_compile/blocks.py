@@ -201,6 +201,8 @@ class _Inliner:
         new.meta = {k: v for k, v in node.meta.items() if k in ("nn_module_stack", "stack_trace")}
         with torch.no_grad():
             new.meta["val"] = target(values(node)[0], *more)
+        if target is not aten.detach.default and node in self._learned and _differentiable(new):
+            self._learned.add(new)
         return new
 
 

@@ -93,6 +93,7 @@ def capture(
     sha256: str | None = None
     if isinstance(model, LoadedModel):
         sha256, model = model.sha256, model.source
+    inputs = None if inputs is None else _apart(inputs)
     if isinstance(model, ExportedProgram):
         program = _from_exported(model, inputs, dynamic_batch)
     else:
@@ -115,6 +116,15 @@ def capture(
         drop_unasked(program.module)
     program = replace(program, streams=dict(streams or {}), checkpoint_sha256=sha256, outputs=tuple(outputs or ()))
     return program if padding else _without_padding(program)
+
+
+def _apart(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """One tensor for each input: a trace takes one that is given twice (`labels=ids`) for one input."""
+    apart: dict[str, Tensor] = {}
+    for name, tensor in inputs.items():
+        again = isinstance(tensor, Tensor) and any(tensor is other for other in apart.values())
+        apart[name] = tensor.clone() if again else tensor
+    return apart
 
 
 def _without_padding(program: Program) -> Program:

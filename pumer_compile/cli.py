@@ -412,6 +412,7 @@ def plan_(
         print_plan(reduced.plan, reduced.schedule)
         say(f"Fixed shapes: {shapes({name: tensor.shape for name, tensor in program.inputs.items()})}.")
         asked = f" --semantics {semantics}" if semantics else ""
+        asked += f" --inputs {inputs}" if inputs else ""
         say(f"Next: pumer-compile {model} --schedule {schedule}{asked} -o model.onnx")
 
 

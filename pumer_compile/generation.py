@@ -31,7 +31,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from .capture import left_as_found, set_for_inference
 from .errors import ExportError, ParityError, UsageError
 from .exporters.manifest import read_manifest, read_sealed, seal_onnx
-from .exporters.onnx import DEFAULT_OPSET, append_metadata, quiet_torch_onnx, save_onnx
+from .exporters.onnx import DEFAULT_OPSET, append_metadata, save_onnx, torch_onnx
 from .exporters.session import OnnxSession
 from .files import check_writable, publish
 from .outputs import lasting_names
@@ -64,7 +64,7 @@ def export_decode(model: PreTrainedModel, inputs: Mapping[str, Tensor], path: st
     path = Path(path)
     check_writable(path)
     _check(model, inputs)
-    with left_as_found(model), quiet_torch_onnx(), torch.no_grad():
+    with left_as_found(model), torch_onnx(), torch.no_grad():
         set_for_inference(model)
         parts = decompose_for_generation(model, dict(inputs))
         if "decode" not in parts:

@@ -109,6 +109,21 @@ def output_nodes(module: fx.GraphModule) -> dict[str, fx.Node]:
     return {name or f"output_{i}": nodes[id(marker)] for i, (name, marker) in enumerate(named.items())}
 
 
+def model_outputs(given: Any) -> dict[str, Tensor]:
+    """The tensors of what a model itself returns, by the names that artifacts have for them; features that it gives
+    image by image are joined."""
+    named: dict[str, Tensor] = get_leaf_tensors(given)
+    if _of_transformers(given):
+        lasting = lasting_names(named)
+        named = {lasting[name]: tensor for name, tensor in named.items()}
+    found = {name or f"output_{i}": tensor for i, (name, tensor) in enumerate(named.items())}
+    for kind in ("image", "video", "audio"):
+        parts = [t for n, t in found.items() if re.fullmatch(rf"{kind}_hidden_states\.\d+", n)]
+        if parts and f"{kind}_hidden_states" not in found and len({tuple(t.shape[1:]) for t in parts}) == 1:
+            found[f"{kind}_hidden_states"] = torch.cat(parts)
+    return found
+
+
 def artifact_outputs(module: fx.GraphModule, inputs: Collection[str]) -> list[str]:
     """The names that an artifact gives the outputs of a graph module: a graph may not name an output like an input."""
     return [f"output.{name}" if name in inputs else name for name in output_nodes(module)]

@@ -23,7 +23,7 @@ from .errors import UsageError
 from .exporters.base import Session
 from .inputs import describe_inputs
 from .loading import first_line
-from .outputs import artifact_outputs, output_nodes
+from .outputs import artifact_outputs, model_outputs, output_nodes
 from .parity_report import TOLERANCES, OutputReport, ParityReport, ReducerReport, Tolerance
 from .passes.insert import reducers_of
 from .reducers import StreamReducer, forced_decisions, noted_decisions
@@ -301,7 +301,7 @@ class _Comparison:
         if given.shape != wanted.shape:
             return f"output {name} has shape {list(given.shape)}, and {list(wanted.shape)} in eager PyTorch"
         floating = np.issubdtype(wanted.dtype, np.floating)
-        allowed = {"float32", self.default.output_dtype} if floating else {str(wanted.dtype)}
+        allowed = {str(wanted.dtype), *(("float32", self.default.output_dtype) if floating else ())}
         if str(given.dtype) not in allowed:
             return f"output {name} is {given.dtype}, and {wanted.dtype} in eager PyTorch"
         return ""
@@ -369,18 +369,18 @@ class _Comparison:
         """The captured graph against the model's own forward."""
         with left_as_found(model):
             set_for_inference(model)
-            given = _running(lambda: get_leaf_tensors(model(**_in_its_dtype(model, batch))), "The model", batch)
-        own = {name or f"output_{i}": leaf for i, (name, leaf) in enumerate(given.items())}
-        pairs = zip(captured.values(), output_nodes(self.unreduced), strict=True)
-        graph = {name: value for value, name in pairs}
-        missing = [name for name in graph if name not in own or own[name].shape != graph[name].shape]
+            given = _running(lambda: model(**_in_its_dtype(model, batch)), "The model", batch)
+        own = model_outputs(given)
+        graph = dict(zip(output_nodes(self.unreduced), captured.values(), strict=True))
+        # Features of several images may be side by side in one and below one another in the other.
+        missing = [name for name in graph if name not in own or own[name].numel() != graph[name].size]
         if missing:
             self._note_fault(
                 f"the captured graph gives an output {missing[0]} {list(graph[missing[0]].shape)}, and the model's own "
                 f"forward gives {', '.join(f'{n} {list(t.shape)}' for n, t in own.items())}"
             )
         compared = {name: value for name, value in graph.items() if name not in missing}
-        wanted = {name: own[name].float().numpy() for name in compared}
+        wanted = {name: own[name].float().reshape(compared[name].shape).numpy() for name in compared}
         self._outputs("model", True, compared, wanted, tolerance=TOLERANCES["float32"])
 
     def _note_fault(self, fault: str) -> None:
@@ -400,14 +400,13 @@ class _Comparison:
             known = [o for o in self.report.outputs if (o.name, o.against) == (name, against)]
             if not known:
                 known = [self._output(name, against, judged, tolerance)]
+                if not np.issubdtype(eager[name].dtype, np.floating) and self.atol is None and self.rtol is None:
+                    known[0].atol = known[0].rtol = 0.0  # whole numbers are right or wrong
                 self.report.outputs.append(known[0])
             wanted = eager[name].astype(np.float32)
-            # An output without the batch in front (a learned scale, say) is one sample.
-            per_sample = value.ndim > 0 and rows is not None and value.shape[0] == len(rows)
-            if per_sample:
-                known[0].add(value[rows], wanted[rows])
-            else:
-                known[0].add(np.atleast_1d(value), np.atleast_1d(wanted))
+            found = _of_rows(value, rows)
+            if found is not None:
+                known[0].add(found, _of_rows(wanted, rows))
 
     def _output(self, name: str, against: str, judged: bool, tolerance: Tolerance | None) -> OutputReport:
         if tolerance is not None:
@@ -420,6 +419,16 @@ class _Comparison:
 
 def _unknown(name: str, eager: Arrays) -> str:
     return "" if name in eager else f"the artifact gives an output {name}, and the model gives {', '.join(eager)}"
+
+
+def _of_rows(value: np.ndarray[Any, Any], rows: np.ndarray[Any, Any] | None) -> Any:
+    """What an output says of some samples (None: of all), `[samples, ...]`; None where these cannot be told apart."""
+    if rows is None or rows.all():
+        return np.atleast_1d(value)
+    if value.ndim == 0 or value.shape[0] != len(rows):
+        return None  # without the batch in front: of samples that chose otherwise as well
+    pairs = value.ndim > 1 and value.shape[1] == len(rows)  # of every sample with every other (`logits_per_text`)
+    return value[rows][:, rows] if pairs else value[rows]
 
 
 def _of(tolerance: float | Mapping[str, float] | None, name: str, default: float) -> float:

@@ -38,13 +38,14 @@ class Tolerance:
     output_dtype: str = "float32"
 
 
-# Shares that differ, measured on sound artifacts of random weights: float16 up to 19% and bfloat16 up to 21% of a kept
-# set (VisPruner in its published order, whose steps carry a near-tie on: benchmarks/results/vispruner_flips.json).
+# Shares that differ, measured on sound artifacts of random weights, most with VisPruner in its published order, whose
+# steps carry a near-tie on: float32 1.2% (9 of 768, all in one image), float16 up to 19% and bfloat16 up to 21% of a
+# kept set (benchmarks/results/vispruner_flips.json).
 TOLERANCES = {
-    "float32": Tolerance(atol=1e-4, rtol=1e-4, norm=math.inf, tie=1e-5, share=0.01, end_to_end=True),
-    "float16": Tolerance(atol=2e-2, rtol=2e-2, norm=5e-3, tie=1e-2, share=0.3, output_dtype="float16"),
+    "float32": Tolerance(atol=1e-4, rtol=1e-4, norm=math.inf, tie=1e-5, share=0.05, end_to_end=True),
+    "float16": Tolerance(atol=2e-2, rtol=2e-2, norm=5e-3, tie=3e-2, share=0.3, output_dtype="float16"),
     # Eight times coarser than float16, by its three bits less of precision.
-    "bfloat16": Tolerance(atol=1.6e-1, rtol=1.6e-1, norm=4e-2, tie=8e-2, share=0.3),
+    "bfloat16": Tolerance(atol=1.6e-1, rtol=1.6e-1, norm=4e-2, tie=2.4e-1, share=0.3),
     # Reducers choose by what quantized layers give them, so other choices are to be expected and are only reported.
     # The norm is about twice the largest error measured with the artifact's choices forced: 5.4e-2 on small models of
     # random weights, 2.5e-2 on the demo's.
@@ -170,6 +171,9 @@ class OutputReport:
         """Take in one batch, `[samples, ...]` each."""
         count = artifact.shape[0]
         if count == 0:
+            return
+        if artifact.size == 0:  # nothing in any sample: of one shape is all that they can be
+            self.samples += count
             return
         a, e = (x.reshape(count, -1).astype(np.float64) for x in (artifact, eager))
         # What both say is infinite (a score of padding) is alike.

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 # Constants larger than this are not written into a manifest.
 LARGEST_CONSTANT = 2**16
 _WORDS = ("input_ids", "decoder_input_ids")
-_STRUCTURED = ("position", "type", "row", "col", "segment", "index", "indices")
+_STRUCTURED = ("position", "type", "row", "col", "segment", "index", "indices", "box")
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def describe_samples(program: Program, prompts: Sequence[PromptPlace] = ()) -> K
             found[name] = InputKind("constant", values=_constant(tensor), **about)
         elif padding is not None:
             found[name] = InputKind("mask", **about, **padding, step=_patch(program) if padding["axes"] == 2 else 1)
-        elif tensor.is_floating_point():
+        elif tensor.is_floating_point() and not _is_structured(name, tensor):
             found[name] = InputKind("noise", **about, **_noise(tensor, indexes=name in tables))
         elif _is_words(name, tensor, tables):
             found[name] = InputKind("ids", **about, **_words(name, tensor, tables, special, program))
@@ -198,7 +198,8 @@ def _is_integer(node: fx.Node) -> bool:
 
 def _padding(name: str, tensor: Tensor, batched: bool) -> dict[str, Any] | None:
     """How a mask is padded, where it is one: on which side, and over how many last dimensions."""
-    if not name.endswith("mask") or "position" in name or not batched or tensor.is_meta:
+    # PyTorch's `key_padding_mask` is true where padding is.
+    if not name.endswith("mask") or "position" in name or "padding" in name or not batched or tensor.is_meta:
         return None
     values = tensor.long()
     if not bool(((values == 0) | (values == 1)).all()) or not tensor.equal(values.to(tensor.dtype)):
@@ -235,10 +236,20 @@ def _noise(tensor: Tensor, *, indexes: bool) -> dict[str, Any]:
         return {**(_noise(tensor[..., rest], indexes=False) if rest else {}), "columns": columns}
     values = tensor.double()
     low, high = float(values.min()), float(values.max())
+    if low == high:
+        return {}  # a dummy, such as a black image
     if 0 <= low and high <= 1:
         return {"low": low, "high": high, "uniform": True}
     spread = float(values.std()) if values.numel() > 1 else 0.0
     return {"low": low, "high": high, "mean": float(values.mean()), "std": spread or 1.0}
+
+
+def _is_structured(name: str, tensor: Tensor) -> bool:
+    """Whether floating-point numbers stand for something: corners of boxes, or masks that are added to scores."""
+    if tensor.is_meta:
+        return False
+    hides = bool((tensor <= -1e4).any()) or not bool(torch.isfinite(tensor).all())
+    return "box" in name or hides
 
 
 def _is_words(name: str, tensor: Tensor, tables: Mapping[str, int]) -> bool:

@@ -64,6 +64,19 @@ class Frozen(nn.Module):
         return self.trained(x) * torch.cat(parts[::-1], -1)
 
 
+class Both(nn.Module):
+    """Frozen under autocast: casts stand between the parameters and what they make."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen, self.trained = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+            hidden = self.frozen(x)
+        return self.trained(hidden.float()) * x
+
+
 class Changed(nn.Module):
     """What is changed in place without gradients keeps those it had."""
 
@@ -102,7 +115,7 @@ def gradients(module: nn.Module, model: nn.Module, x: Tensor) -> dict[str, Tenso
 
 
 @pytest.mark.parametrize("batch", [False, True])
-@pytest.mark.parametrize("model", [Blocks, Frozen, Changed])
+@pytest.mark.parametrize("model", [Blocks, Frozen, Both, Changed])
 def test_values_and_gradients(model: type[nn.Module], batch: bool) -> None:
     torch.manual_seed(0)
     eager = model().eval()

@@ -789,3 +789,16 @@ def test_a_model_that_cannot_be_traced():
     with pytest.raises(CaptureError, match=r"could not trace Branch with the inputs x float32\[2, 3\]: \w+: ") as error:
         capture(Branch(), {"x": torch.zeros(2, 3)})
     assert error.value.__cause__ is not None and len(one_paragraph(error)) < 700
+
+
+def test_one_tensor_for_two_inputs_is_two_inputs() -> None:
+    """A trace tells inputs apart by the object: `labels=ids` would be read in the place of the ids."""
+
+    class Two(nn.Module):
+        def forward(self, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            return ids - 2 * labels
+
+    ids = torch.tensor([[3, 1, 2]])
+    program = capture(Two(), {"ids": ids, "labels": ids})
+    other = torch.tensor([[5, 5, 9]])
+    assert program.module(ids=ids, labels=other).equal(ids - 2 * other)

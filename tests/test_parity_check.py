@@ -128,6 +128,54 @@ def test_half_precision_may_give_half_precision(reduced: Reduced) -> None:
     assert "is float16, and float32" in judged(reduced, halved).failures()
 
 
+def test_whole_numbers_are_right_or_wrong() -> None:
+    class Counting(Fusion):
+        def finish(self, x: Tensor, text: int) -> Any:
+            answer = super().finish(x, text)
+            return {"answer": answer, "match": answer.argmax(-1) + 30000}
+
+    reduced = pumer.reduce(program(CONFIG, Counting), schedule(layers=(0,)))
+    assert judged(reduced).passed
+
+    def one_more(given: Arrays) -> Arrays:
+        return {**given, "match": given["match"] + 1}
+
+    for dtype in ("float32", "float16"):
+        assert "output match (forced) differs" in judged(reduced, one_more, dtype=dtype).failures()
+    assert judged(reduced, one_more, atol=1.0).passed
+
+
+def test_an_output_with_nothing_in_it() -> None:
+    class Empty(Fusion):
+        def finish(self, x: Tensor, text: int) -> Any:
+            return {"answer": super().finish(x, text), "match": x[:, :0]}
+
+    assert judged(pumer.reduce(program(CONFIG, Empty), schedule(layers=(0,)))).passed
+
+
+def test_an_output_that_mixes_samples_is_held_against_those_that_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of pairs of samples (`logits_per_text`), those that both chose alike; of all in one, only where all did."""
+
+    class Pairs(Fusion):
+        def finish(self, x: Tensor, text: int) -> Any:
+            answer = super().finish(x, text)
+            return {"answer": answer @ answer.T, "match": answer.sum()}
+
+    reduced = pumer.reduce(program(CONFIG, Pairs), schedule(layers=(0,)))
+
+    def another(given: Arrays) -> Arrays:
+        given[f"{IMAGE}.kept"][0, [0, 1]] = given[f"{IMAGE}.kept"][0, [1, 0]]
+        given["answer"][0] += 1  # as a sample that chose otherwise would
+        given["answer"][:, 0] += 1
+        given["match"] += 1
+        return given
+
+    loosen(monkeypatch)
+    rows = {row.name: row for row in judged(reduced, another).outputs if row.against == "end_to_end"}
+    assert rows["answer"].passed and rows["answer"].samples == 2
+    assert rows["match"].verdict == "not compared"
+
+
 # --- The model's own forward ------------------------------------------------------------------------------------------
 
 

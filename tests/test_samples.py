@@ -39,7 +39,16 @@ class Reader(nn.Module):
         for name, table in (("token_type_ids", self.kinds), ("row_ids", self.rows)):
             if name in given:
                 x = x + table(given[name]).sum((1, 2))
-        for name in ("attention_mask", "image_position_mask", "boxes", "pixel_values"):
+        others = (
+            "attention_mask",
+            "image_position_mask",
+            "places",
+            "boxes",
+            "bbox",
+            "key_padding_mask",
+            "pixel_values",
+        )
+        for name in others:
             if name in given:
                 x = x + given[name].float().mean()
         return x
@@ -91,10 +100,10 @@ def test_numbers_that_stand_for_something_stay_as_captured() -> None:
 
 def test_places_stay_between_their_bounds_and_pixels_keep_their_spread() -> None:
     torch.manual_seed(0)
-    found = described(boxes=torch.rand(2, 6, 4), pixel_values=5 + 2 * torch.randn(2, 1, 3, 3, 8, 8))
-    assert found["boxes"].uniform and found["pixel_values"].shape == (2, 1, 3, 3, 8, 8)
+    found = described(places=torch.rand(2, 6, 4), pixel_values=5 + 2 * torch.randn(2, 1, 3, 3, 8, 8))
+    assert found["places"].uniform and found["pixel_values"].shape == (2, 1, 3, 3, 8, 8)
     batch = Samples(found).batch(50)
-    assert 0 <= batch["boxes"].min() and batch["boxes"].max() <= 1
+    assert 0 <= batch["places"].min() and batch["places"].max() <= 1
     assert 4.8 < batch["pixel_values"].mean() < 5.2 and 1.8 < batch["pixel_values"].std() < 2.2
 
 
@@ -118,6 +127,23 @@ def test_numbers_inside_of_features_stay_as_captured() -> None:
     batch = Samples(kinds_of(written)).batch(3)["flattened_patches"]
     assert batch[:2, :, :2].equal(patches[..., :2]) and batch[2, :, :2].equal(patches[0, :, :2])
     assert not batch[..., 2:].eq(batch[..., 2:].round()).any()
+
+
+def test_a_dummy_is_no_picture() -> None:
+    """Captured on black images, a proof would see no other."""
+    for dummy in (torch.zeros(2, 3, 4, 4), torch.ones(2, 3, 4, 4)):
+        kinds = described(pixel_values=dummy)
+        assert 0.5 < float(Samples(kinds).batch(20)["pixel_values"].std()) < 1.5
+
+
+def test_boxes_and_masks_that_are_added_stay_as_captured() -> None:
+    boxes = torch.tensor([[[10.0, 20.0, 200.0, 300.0]], [[5.0, 5.0, 60.0, 90.0]]])
+    hides = torch.zeros(2, 1, 5).masked_fill(torch.arange(5) > 2, float("-inf"))
+    kinds = described(boxes=boxes, bbox=boxes.long(), attention_mask=hides, key_padding_mask=hides[:, 0] < 0)
+    batch = Samples(kinds_of(json.loads(json.dumps({"samples": {n: k.to_dict() for n, k in kinds.items()}})))).batch()
+    for name, captured in (("boxes", boxes), ("bbox", boxes.long()), ("attention_mask", hides)):
+        assert batch[name].equal(captured)
+    assert batch["key_padding_mask"].equal(hides[:, 0] < 0)
 
 
 def test_inputs_without_the_batch_keep_their_size() -> None:

@@ -46,7 +46,7 @@ from .manifest import KEY, seal_onnx
 from .masked_writes import spell_out_masked_writes
 from .quantize import QuantizeMode, calibration_batches, check_environment, check_options, quantize_onnx
 from .session import OnnxSession, twin_of
-from .small_numbers import keep_small_numbers
+from .small_numbers import small_numbers_kept
 
 log = logging.getLogger("pumer_compile")
 
@@ -147,8 +147,6 @@ class ReduceStep(DynamoExporter):
             exported, self.output_names, self.decision_names = reduced_export(
                 program, self.schedule, config.dynamic_shapes
             )
-        else:
-            keep_small_numbers(exported)
         return exported
 
 
@@ -193,7 +191,6 @@ def reduced_export(
     spell_out_masked_writes(twin)
     read = {name: tensor for name, tensor in program.inputs.items() if name not in program.fixed}
     exported = torch.export.export(twin, args=(), kwargs=read, dynamic_shapes=dynamic_shapes, strict=False)
-    keep_small_numbers(exported)
     return exported, names, decisions
 
 
@@ -243,7 +240,7 @@ def build_onnx(program: Program, schedule: Schedule | None, options: OnnxOptions
     calibration = () if options.calibration is None else calibration_batches(options.calibration, program)
     shapes = dynamic_shapes(program)
     try:
-        with quiet_torch_onnx():
+        with torch_onnx():
             if isinstance(program.model, PreTrainedModel):
                 build = _through_transformers(program, program.model, schedule, shapes, options)
             else:
@@ -528,15 +525,16 @@ def append_metadata(path: Path, metadata: Mapping[str, str]) -> None:
 
 
 @contextmanager
-def quiet_torch_onnx() -> Iterator[None]:
-    """torch.onnx prints its progress and its libraries warn about their own; errors still raise."""
+def torch_onnx() -> Iterator[None]:
+    """torch.onnx prints its progress and its libraries warn about their own; errors still raise. Small numbers stay
+    (`small_numbers.py`)."""
     names = ("torch.onnx", "torch.onnx._internal.exporter._registration", "onnxscript", "onnx_ir")
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     try:
         for logger in loggers:
             logger.setLevel(logging.ERROR)
-        with quiet(), contextlib.redirect_stdout(io.StringIO()) as printed:
+        with quiet(), small_numbers_kept(), contextlib.redirect_stdout(io.StringIO()) as printed:
             yield
         log.debug("torch.onnx: %s", printed.getvalue())
     finally:

@@ -34,7 +34,7 @@ from ..runtimes.tensorrt import TensorRtSession
 from .base import Profile
 from .lean import PAYS
 from .manifest import make_manifest, read_manifest, sidecar
-from .onnx import DEFAULT_OPSET, OnnxBuild, ReducedOnnxExporter, named, polished, quiet_torch_onnx
+from .onnx import DEFAULT_OPSET, OnnxBuild, ReducedOnnxExporter, named, polished, torch_onnx
 from .tensorrt import EngineBuild, EngineOptions, EngineWriter
 
 FORMAT = "tensorrt"
@@ -116,7 +116,7 @@ class TensorRtExporter(ReducedOnnxExporter):
         inputs = dict(sample_inputs)
         if config.profiles:
             inputs, config.dynamic_shapes = symbolic_batch(inputs)
-        with quiet_torch_onnx():
+        with torch_onnx():
             converted, metadata = super().export_program(model, inputs, config)
         names = self.output_names or [str(value.name) for value in converted.graph.outputs]
         build = polished(

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from .axes import same_size
 from .graph import depends_on_input, values
-from .masks import ADD, RESHAPES, is_pointwise
+from .masks import ADD, KEEPS_VALUES, RESHAPES, is_pointwise
 from .rules import argument, aten, broadcast, list_arg, overloads, shape, wrap
 
 _PASSES = RESHAPES | {aten.squeeze.dim, aten.unsqueeze.default}
@@ -23,10 +23,12 @@ _LENGTHS = frozenset({aten.linalg_vector_norm.default, *overloads("norm")})
 _STATISTICS = _LENGTHS | {*overloads("mean sum var std var_mean std_mean")}
 _QUOTIENTS = frozenset(overloads("div"))
 _PRODUCTS = _QUOTIENTS | {*overloads("mul")}
-_LINEAR_IN_NORMS = _PRODUCTS | {*overloads("add sub rsub neg to _to_copy alias contiguous clone type_as")}
+_LINEAR_IN_NORMS = (
+    _PRODUCTS | KEEPS_VALUES | {*overloads("add sub rsub neg to _to_copy alias contiguous clone type_as")}
+)
 _IN_NORMS = (
     _LINEAR_IN_NORMS
-    | {*overloads("pow square sqrt rsqrt reciprocal clamp clamp_min maximum expand expand_as")}
+    | {*overloads("pow square sqrt rsqrt reciprocal clamp clamp_min maximum expand expand_as unsqueeze squeeze")}
     | {operator.getitem}
 )
 """What a norm over features is written with."""

@@ -306,8 +306,11 @@ class MaskReader:
         if sample is None:
             return flags if not dtype.is_floating_point or "mask" in str(node.target) else None
         found = _few(sample)
-        if found is None or dtype.is_floating_point:
-            return found
+        if found is None:
+            return None
+        if dtype.is_floating_point:
+            # One number says nothing of what others the input may hold: a bias may be zeros in a sample.
+            return found if len(found) > 1 or "mask" in str(node.target) else None
         return flags if bool(((found == 0) | (found == 1)).all()) else None
 
 

@@ -40,6 +40,11 @@ def centred_twice(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return (x - x.mean(-1, keepdim=True)) * torch.rsqrt(variance + 1e-5) * weight + bias
 
 
+def unsqueezed(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    centred = F.dropout(x - x.mean(-1).unsqueeze(-1), 0.1, training=False)
+    return centred / (centred.pow(2).mean(-1).unsqueeze(-1) + 1e-5).sqrt() * weight + bias
+
+
 def by_moments(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     variance, mean = torch.var_mean(x, -1, correction=0, keepdim=True)
     return (x - mean) / (variance + 1e-5).sqrt() * weight + bias
@@ -55,12 +60,13 @@ SPELLINGS = {
     "layer norm": lambda x, weight, bias: F.layer_norm(x, x.shape[-1:], weight, bias),
     "centred once": centred_once,
     "centred twice": centred_twice,
+    "unsqueezed": unsqueezed,
     "by moments": by_moments,
     "rms norm": lambda x, weight, bias: F.rms_norm(x, x.shape[-1:], weight, 1e-5),
     "llama": llama,
     "unit length": lambda x, weight, bias: F.normalize(x, dim=-1) * weight,
 }
-LAYER_NORMS = ("layer norm", "centred once", "centred twice", "by moments")
+LAYER_NORMS = ("layer norm", "centred once", "centred twice", "unsqueezed", "by moments")
 
 
 class Normed(Fusion):

@@ -17,6 +17,7 @@ from pumer_compile import capture
 from pumer_compile.errors import LocateError
 from pumer_compile.passes.annotate import annotate
 from pumer_compile.passes.locate import locate
+from pumer_compile.passes.masks import MaskReader
 from pumer_compile.reduce import reduce_graph
 from pumer_compile.reducers import TokenWeights
 from tests.models import WEIGHTED, Config, Fusion, State, _probabilities, _reduce, inputs_for, make, schedule
@@ -274,6 +275,20 @@ def test_a_floating_point_mask_is_told_by_its_numbers_or_its_name() -> None:
     assert addends(lambda m, mask, given: mask, mask=direct).masks
     assert addends(lambda m, mask, given: mask, mask=direct, sample=False).masks
     assert not addends(lambda m, mask, given: given, given=direct, sample=False).masks
+
+
+def test_zeros_of_a_sample_prove_no_mask() -> None:
+    """A bias may well be zeros where it is captured."""
+
+    class Given(nn.Module):
+        def forward(self, bias: Tensor, attention_mask: Tensor) -> Tensor:
+            return bias + attention_mask
+
+    given = {"bias": torch.zeros(2, 1, 4, 4), "attention_mask": torch.zeros(2, 1, 4, 4)}
+    graph = capture(Given(), given).module.graph
+    bias, mask = graph.find_nodes(op="placeholder")
+    reader = MaskReader(given)
+    assert reader.addends(bias).unknown == "bias" and [m.node for m in reader.addends(mask).masks] == [mask]
 
 
 def test_an_integer_input_may_be_1_where_the_sample_is_0() -> None:
