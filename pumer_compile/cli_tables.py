@@ -144,8 +144,7 @@ def summary(report: Any) -> str:
     """A passed report in a few words: how many samples, the decisions, the largest error of an output that counts."""
     parts = [f"{report.samples} samples"]
     if report.reducers:
-        ends = max((row.samples for row in report.outputs if row.against == "end_to_end"), default=0)
-        parts[0] += f", {ends} of them end to end"
+        parts[0] += f", {report.end_to_end} of them end to end"
         differ = sum(row.differ for row in report.reducers)
         ties = sum(row.near_ties for row in report.reducers)
         alike = "all alike" if not differ else f"{differ} differ, {ties} of them near-ties"
