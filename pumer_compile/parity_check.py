@@ -21,6 +21,7 @@ from transformers.exporters.utils import get_leaf_tensors
 from .capture import batch_inputs, left_as_found, set_for_inference
 from .errors import UsageError
 from .exporters.base import Session
+from .frontends import in_fixed_order
 from .inputs import describe_inputs
 from .loading import first_line
 from .outputs import artifact_outputs, model_outputs, output_nodes
@@ -367,7 +368,7 @@ class _Comparison:
 
     def _model(self, model: nn.Module, batch: Mapping[str, Tensor], captured: Arrays) -> None:
         """The captured graph against the model's own forward."""
-        with left_as_found(model):
+        with left_as_found(model), in_fixed_order():
             set_for_inference(model)
             given = _running(lambda: model(**_in_its_dtype(model, batch)), "The model", batch)
         own = model_outputs(given)

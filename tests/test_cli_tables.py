@@ -144,7 +144,7 @@ def test_a_compilation_says_a_few_lines_and_what_comes_next(tmp_path: Path) -> N
     path = tmp_path / "m.onnx"
     out = done(folder(layers=1), "--schedule", "lossless", "-o", path, "--batch", 2, "--dynamic-batch").out
     said = " ".join(out.split())
-    assert "verdict" not in out and "cosine" not in out and len(out.splitlines()) < 10
+    assert "verdict" not in out and "cosine" not in out and len(out.splitlines()) < 15
     assert re.match(
         rf"Wrote {path} \([\d.]+ kB\) and {path}.manifest.json; proved against eager PyTorch: \d+ samples", said
     )

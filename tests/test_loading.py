@@ -435,7 +435,7 @@ def test_the_oracle_folder_loads():
 
 def test_no_hub_even_for_a_name_that_is_a_repository(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    refused(UsageError, "does not exist", "dandelin/vilt-b32-finetuned-vqa")
+    refused(UsageError, "There is no path", "dandelin/vilt-b32-finetuned-vqa")
 
 
 def test_a_file_that_cannot_be_read(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -38,7 +39,7 @@ def test_polygraphy_replays_what_was_saved(options: tuple[str, ...], tmp_path: P
     assert sorted(snapshot(tmp_path)) == ["in.json", "out.json"]
     replayed = replay(path, tmp_path)
     assert replayed.returncode == 0, replayed.stdout + replayed.stderr
-    assert "Passed: 3/3 iterations" in replayed.stdout
+    assert re.search(r"Passed: (\d+)/\1 iterations", replayed.stdout)
 
     from polygraphy.comparator import RunResults
     from polygraphy.json import load_json, save_json

@@ -8,10 +8,12 @@ name that a config.json gives.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 from transformers.exporters.utils import register_patch
@@ -28,6 +30,20 @@ for _frontend in FRONTENDS:
     if _frontend.TARGET not in _registered:
         register_patch("dynamo", _frontend.TARGET)(_frontend.patch)
         _registered.add(_frontend.TARGET)
+
+
+@contextlib.contextmanager
+def in_fixed_order() -> Iterator[None]:
+    """Within the block models run with the rewrites that give tokens in another order than the models do (ViLT's
+    patches come at random, as many as the largest image of a batch has): what a graph is compared with by token."""
+    with contextlib.ExitStack() as stack:
+        for frontend in FRONTENDS:
+            if getattr(frontend, "FIXES_ORDER", False):
+                path, _, name = frontend.TARGET.rpartition(".")
+                module, _, owner = path.rpartition(".")
+                target = getattr(importlib.import_module(module), owner)
+                stack.enter_context(mock.patch.object(target, name, frontend.patch(getattr(target, name))))
+        yield
 
 
 def install_for_dynamo(active: Callable[[], bool]) -> None:

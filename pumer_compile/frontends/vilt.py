@@ -28,6 +28,7 @@ from torch import Tensor
 from ..errors import CaptureError
 
 TARGET = "transformers.models.vilt.modeling_vilt.ViltEmbeddings.visual_embed"
+FIXES_ORDER = True
 
 
 def nearest_indices(size: int, target: int) -> list[int]:

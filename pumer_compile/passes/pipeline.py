@@ -154,7 +154,10 @@ def _check_alive(insertions: Insertions, reduced: fx.GraphModule) -> None:
 
 
 def _check_reduces(state: State, insertions: Insertions) -> None:
-    """Some token must go; separators between crops are dropped by a selection, and count."""
+    """Some token must go. Separators between crops are dropped by a selection, and count; and the published VisPruner
+    has a meaning with a budget of all tokens (every one is kept, which `visual` says)."""
+    if state.schedule.method == "vispruner":
+        return
     separated = any(mark.separated is not None for mark in state.prompt.marks) if state.prompt else False
     if all(plan.before == plan.after for _, plan in insertions.done) and not separated:
         _, plan = insertions.done[0]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import pumer_compile as pumer
 from pumer_compile import Schedule
-from pumer_compile.errors import AxisError, PlanError
+from pumer_compile.errors import AxisError
 from pumer_compile.passes.annotate import annotate
 from pumer_compile.passes.axes import Dim
 from pumer_compile.passes.prompt import spell_out, visual_tokens, with_separators
@@ -166,10 +166,6 @@ def test_any_cut_of_a_picture(high: int, wide: int, cut: int, ends: bool, budget
     )
     shown = [min(4, 2 * max(0, min(2, 2 * (row + 1) - cut))) for row in range(high) for _ in range(wide)]
     kept = sum(min(budget, tokens) for tokens in shown)
-    if kept == sum(shown) and not ends:  # what ends the rows would go
-        with pytest.raises(PlanError, match="would reduce nothing"):
-            pumer.reduce(captured, wanted)
-        return
     found = pumer.reduce(captured, wanted)
     with torch.no_grad():
         assert found.module(**inputs)["logits"].shape[1] == 8 + kept

@@ -137,7 +137,6 @@ LEFT: dict[str, Callable[[Tensor], Any]] = {
     "features": lambda y: y[..., 0] + y[..., 2],
     "features of tokens": lambda y: y[..., 0] + y[:, 0, 0].unsqueeze(-1),
     "causal": lambda y: attend(y, torch.ones(y.shape[0], TOKENS, WIDTH), is_causal=True)[:, 0],
-    "random": lambda y: F.dropout(y, 0.5, training=True)[:, 0] * 0,
     "other dtypes joined": lambda y: torch.cat([torch.zeros(2, 1, WIDTH, dtype=torch.int64), y], 1)[:, 3],
     "changed in place": lambda y: y.add_(1)[:, 0],
     "changed through a view": lambda y: y[:, 0].add_(1) + y[:, 0],

@@ -261,8 +261,6 @@ class Branch(Fusion):
                     y = F.dropout(y, 0.3, training=False)
                 case "dropout of nothing":
                     y = F.dropout(y, 0.0, training=True)
-                case "dropout":
-                    y = F.dropout(y, 1e-12, training=True)
                 case "the same dtype":
                     y = y.to(torch.float32).contiguous()
                 case "read twice":
@@ -292,7 +290,7 @@ def test_what_changes_nothing_may_stand_between(kind: str) -> None:
 
 
 @pytest.mark.usefixtures("cheap")
-@pytest.mark.parametrize("kind", ["dropout", "read twice", "scaled", "another dtype", "alpha"])
+@pytest.mark.parametrize("kind", ["read twice", "scaled", "another dtype", "alpha"])
 def test_whatever_else_stands_between_keeps_the_projection(kind: str) -> None:
     assert branch(kind) == {}
 

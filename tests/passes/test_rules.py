@@ -29,7 +29,7 @@ def test_axes(name: str) -> None:
 def test_every_rule_has_a_case() -> None:
     """Rules by name; some have tests of their own, below and (the marks of a prompt) in test_prompt.py and
     test_arrangement.py."""
-    own = {"filled", "arange", "getitem", "sym_size", "conv2d", "_visual_tokens", "_with_separators"}
+    own = {"filled", "arange", "getitem", "sym_size", "conv2d", "_visual_tokens", "_with_separators", "rearranged"}
     covered = {rule_for(build(*case[:3]).node).__name__ for case in CASES.values()}
     assert covered | own == {function.__name__ for function in _RULES.values()}
 

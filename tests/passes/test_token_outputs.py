@@ -86,7 +86,7 @@ def test_outputs_with_an_entry_for_each_token_are_refused(name: str) -> None:
     assert "outputs: restored" in message
     assert "outputs: reduced" in message
     assert "text" in message
-    assert caught.value.exit_code == 1
+    assert caught.value.exit_code == 2
     assert "\n" not in message
 
 
