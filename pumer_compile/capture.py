@@ -93,7 +93,7 @@ def capture(
     sha256: str | None = None
     if isinstance(model, LoadedModel):
         sha256, model = model.sha256, model.source
-    inputs = None if inputs is None else _apart(inputs)
+    inputs = _apart(inputs) if isinstance(inputs, Mapping) else inputs
     if isinstance(model, ExportedProgram):
         program = _from_exported(model, inputs, dynamic_batch)
     else:
