@@ -456,7 +456,7 @@ class _Proof:
                     more=samples,
                 )
         except PumerError as error:
-            return str(error)
+            return str(error).replace(f"{self.mutated.parent}/", "")
         return "" if report.passed else report.failures()
 
     def _run(self, batch: Any) -> Any:

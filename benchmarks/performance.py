@@ -40,7 +40,7 @@ from transformers import PreTrainedModel
 import pumer_compile as pumer
 from benchmarks.common import machine, published
 from benchmarks.torch_compile import traceable
-from pumer_compile.exporters.onnx import OnnxOptions, Target, quiet_torch_onnx
+from pumer_compile.exporters.onnx import OnnxOptions, Target, torch_onnx
 from pumer_compile.files import atomic_path
 from pumer_compile.frontends.meter import MeterConfig, MeterForQuestionAnswering
 from pumer_compile.inputs import make_inputs
@@ -218,7 +218,7 @@ def peers(
         return
     for name, fusions in (("transformers onnx", None), ("transformers onnx fused", "cpu")):
         path = folder / f"{name.replace(' ', '-')}.onnx"
-        with quiet_torch_onnx():
+        with torch_onnx():
             exported = OnnxExporter().export(model, dict(inputs), OnnxConfig(ort_fusions=fusions))
         OnnxExporter.save_program(exported.program, path)
         yield name, onnx_contender(path, inputs, whole)
