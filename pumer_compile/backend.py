@@ -177,7 +177,7 @@ def _reduced(graph: DynamoGraph, options: Options, schedule: Schedule | None, wh
         raise UsageError(f"options['streams'] names the input {unknown[0]!r}, but there are {', '.join(inputs)}.")
     state = State(lowered, schedule or default_schedule([0]), dict(inputs), dict(options.streams))
     with enable_python_dispatcher():  # which shapes with an open batch need
-        if state.schedule.method == "lossless":
+        if state.schedule.exact:
             return graph.restore(_lossless(state, where), cuts=_cuts(graph, state))
         _find_attentions(state)
         if schedule is None:
@@ -226,7 +226,7 @@ def _find_attentions(state: State) -> None:
 def _check_sites(state: State) -> None:
     """Some site of the schedule must be here; a schedule that is met in part is an error of the passes."""
     assert state.attentions is not None
-    sites = [site.at for site in state.schedule.resolve()]
+    sites = state.schedule.addresses
     if not {attention.site for attention in state.attentions} & set(sites):
         try:
             choose(state.attentions, sites[0])
@@ -373,9 +373,10 @@ def _default(state: State) -> Schedule:
     if not layers:
         raise _NothingReduced("No attention in it goes from text to image, which the default schedule is for.")
     schedule = default_schedule(layers)
+    chosen = ", ".join(address.rpartition(".")[2] for address in schedule.addresses)
     message = (
         "No schedule was given, and the model's configuration has no pumer_schedule: taking semantics safe, prune "
-        f"0.1, merge image 0.3 and text 0.2 at the cross-modal layers {', '.join(map(str, schedule.layers or ()))} "
+        f"0.1, merge image 0.3 and text 0.2 at the cross-modal layers {chosen} "
         f"of {', '.join(map(str, layers))}."
     )
     _say_once(message)

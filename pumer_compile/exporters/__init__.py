@@ -270,7 +270,7 @@ def _eager(reduced: Reduced | Program) -> tuple[Any, Any, Any]:
 
     program = reduced.program if isinstance(reduced, Reduced) else reduced
     exact = in_precision(program, "float32")
-    if not isinstance(reduced, Reduced) or reduced.schedule.method == "lossless":
+    if not isinstance(reduced, Reduced) or reduced.schedule.exact:
         return exact.module, exact.module, exact.model  # what is exact is judged against the model itself
     if exact is program:
         return reduced.module, program.module, exact.model

@@ -86,11 +86,11 @@ class Rewriter:
 
     def run(
         self,
-        after: dict[fx.Node, Callable[[Rewriter], None]],
+        after: dict[fx.Node, Callable[[Rewriter], fx.Node | None]],
         instead: dict[fx.Node, Callable[[Rewriter], fx.Node | None]],
     ) -> fx.GraphModule:
-        """Copy the graph, with something else `instead` of some nodes (None: the node itself after all) and something
-        more `after` some."""
+        """Copy the graph, with something else `instead` of some nodes (None: the node itself after all), and with what
+        follows `after` some (None: nothing), which is read in their place from there on."""
         for node in self.source.graph.nodes:
             self._origin = node
             new = instead[node](self) if node in instead else None
@@ -100,8 +100,9 @@ class Rewriter:
                 self.visit(node)
             if _is_feature(node, self._features):
                 self._features.add(node)
-            if node in after:
-                after[node](self)
+            follows = after[node](self) if node in after else None
+            if follows is not None:
+                self.env[node] = follows
         self._check_totals()
         return self._finish()
 
@@ -111,9 +112,17 @@ class Rewriter:
         """Emit an operator."""
         return self._mark(self.graph.call_function(target, arguments))
 
-    def item(self, node: fx.Node, index: int) -> fx.Node:
-        """Emit one output of a node."""
-        return self.call(operator.getitem, node, index)
+    def field(self, node: fx.Node, of: type[Any], name: str) -> fx.Node:
+        """Emit a field of the named tuple that a node gives."""
+        return self.call(operator.getitem, node, of._fields.index(name))
+
+    def follow_batch(self, dim: Dim) -> None:
+        """The batch dimension of a reduced value; alignment maps follow that of the first one."""
+        self.batch = self.batch or dim
+
+    def note_probabilities(self, context: fx.Node, probabilities: fx.Node) -> None:
+        """A fused attention was written out: its probabilities, before they are rounded to the model's dtype."""
+        self.probabilities[context] = probabilities
 
     def call_module(self, name: str, module: nn.Module, *arguments: fx.Node | None) -> fx.Node:
         """Emit a call of an inserted module, kept under `name`."""
@@ -139,19 +148,18 @@ class Rewriter:
             self.history.record(dim, epochs)
         return new
 
-    def pieces(self, captured: fx.Node, dim: int, value: fx.Node | None = None) -> dict[str, fx.Node]:
-        """The segments of a value (None: the captured one's newest) along a captured one's dimension, by stream
-        (`learned.<i>` for tokens of no stream)."""
-        value = value or self.env[captured]
+    def pieces(self, captured: fx.Node, dim: int, value: fx.Node) -> list[tuple[str, fx.Node]]:
+        """The segments of a value with a captured one's dimension, in order, each with its stream (`learned.<i>` for
+        tokens of no stream)."""
         axis, epochs = self.annotation.axis(Dim(captured, dim)), self.history.at(Dim(captured, dim))
         assert isinstance(axis, Tokens)
         if len(axis.segments) == 1:
-            return {axis.segments[0].stream or "learned.0": value}
-        result, start = {}, 0
+            return [(axis.segments[0].stream or "learned.0", value)]
+        result, start = [], 0
         for index, segment in enumerate(axis.segments):
             stop = start + self.history.length(segment, epochs)
-            name = segment.stream or f"learned.{index}"
-            result[name] = self.call(aten.slice.Tensor, value, dim, start, stop)
+            part = self.call(aten.slice.Tensor, value, dim, start, stop)
+            result.append((segment.stream or f"learned.{index}", part))
             start = stop
         return result
 

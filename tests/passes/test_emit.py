@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import pumer_compile as pumer
-from pumer_compile.passes.insert import reducers_of
 from pumer_compile.reduce import reduce_graph
+from pumer_compile.reducers import reducers_of
 from tests.models import Config, Fusion, highest, inputs_for, make
 from tests.models import schedule as budgets
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import pumer_compile as pumer
 from pumer_compile import Schedule
 from pumer_compile.errors import LocateError, PlanError, ScheduleError
-from pumer_compile.passes.insert import reducers_of
+from pumer_compile.reducers import reducers_of
 from pumer_compile.reducers.last_query import LastQueryReducer
 from tests.fastv import places_left, rows_of
 from tests.models import Config, program

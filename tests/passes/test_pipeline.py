@@ -17,7 +17,7 @@ from pumer_compile.errors import PumerError, VerifyError
 from pumer_compile.passes.pipeline import PASSES, Pass, State, run_passes
 from pumer_compile.reduce import reduce_graph, with_decisions
 from pumer_compile.reducers import AlignAxis, forced_decisions
-from pumer_compile.reducers.reducer import Decisions
+from pumer_compile.reducers.base import Decisions
 from tests import models
 from tests.helpers import count_op
 from tests.models import (

@@ -11,11 +11,11 @@ from torch import Tensor, fx
 
 from pumer_compile import Schedule, capture
 from pumer_compile.passes.annotate import annotate
-from pumer_compile.passes.emit import actions_after, actions_instead
-from pumer_compile.passes.insert import cross_modal_layers, plan_insertions
+from pumer_compile.passes.insert import plan_insertions
 from pumer_compile.passes.locate import locate, mask_kinds
 from pumer_compile.passes.rewrite import Rewriter
 from pumer_compile.reduce import reduce_graph
+from pumer_compile.rewrite.sites import cross_modal_layers
 from tests.models import Config, Fusion, Head, inputs_for, make, program, reduced, schedule
 
 BASE = Config(mask="none", layers=2)
@@ -30,7 +30,7 @@ def walk(config: Config, wanted: Schedule) -> tuple[Rewriter, fx.GraphModule]:
     attentions = locate(module, annotation)
     insertions = plan_insertions(annotation, attentions, wanted)
     rewriter = Rewriter(module, annotation, mask_kinds(attentions), layers=cross_modal_layers(attentions))
-    return rewriter, rewriter.run(actions_after(insertions), actions_instead(insertions))
+    return rewriter, rewriter.run(insertions.after, insertions.instead)
 
 
 class ManyHeads(Fusion):
