@@ -449,7 +449,7 @@ def check_component(component: str | None, outputs: str | None, schedule: Schedu
     if schedule is not None and not schedule.before_prompt:
         from .methods import METHODS
 
-        there = " and ".join(f"`method: {name}`" for name, method in METHODS.items() if method.before_prompt)
+        there = " and ".join(f"`method: {name}`" for name, found in METHODS.items() if found.before_prompt)
         raise UsageError(
             f"`method: {schedule.method}` does nothing before the prompt, so it does not go with --component vision. "
             f"What does: {there}."

@@ -25,6 +25,12 @@ if TYPE_CHECKING:
 TokenOutputs = Literal["refused", "reduced", "restored"]
 
 
+METHODS: dict[str, type[Method]] = {}
+"""Every method by its name."""
+PRESETS: dict[str, Method] = {}
+"""Every method's presets by their names."""
+
+
 class Method(BaseModel):
     """A reduction schedule: a method and its keys. `Schedule(method="fastv", ...)` is the class of that method.
 
@@ -63,6 +69,15 @@ class Method(BaseModel):
     method: str = "pumer"
     semantics: str = "reference"
     outputs: TokenOutputs = "refused"
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        """A class whose `method` is a name is a method; one without is what several share."""
+        for name in get_args(cls.model_fields["method"].annotation):
+            if name in METHODS:
+                raise ValueError(f"`method: {name}` is {METHODS[name].__module__}.{METHODS[name].__qualname__} already")
+            METHODS[name] = cls
+            PRESETS.update((preset, cls(**keys)) for preset, keys in cls.presets.items())
 
     def __new__(cls, /, **data: Any) -> Method:
         """An object of the class that `method:` names."""
@@ -166,8 +181,6 @@ class Method(BaseModel):
         Raises:
             ScheduleError: neither a file nor a preset, not YAML, or not a valid schedule.
         """
-        from . import PRESETS
-
         if semantics is not None:
             return cls.load(source).with_semantics(semantics)
         if isinstance(source, Method):

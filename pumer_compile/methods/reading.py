@@ -49,7 +49,7 @@ def class_of(keys: Mapping[str, Any], name: str) -> type[Method]:
     Raises:
         ScheduleError: there is no such method.
     """
-    from . import METHODS
+    from .base import METHODS
 
     given = keys.get("method", "pumer")
     found = METHODS.get(given) if isinstance(given, str) else None
@@ -133,7 +133,7 @@ def _other_choice(key: str, given: object, method: type[Method]) -> str:
 
 def _unknown_key(place: tuple[int | str, ...], method: type[Method]) -> str:
     """A key that there is not, or that another method has."""
-    from . import METHODS
+    from .base import METHODS
     from .budgets import Merge, SiteBudget
 
     *outer, key = place

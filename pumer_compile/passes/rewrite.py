@@ -120,6 +120,10 @@ class Rewriter:
         """The batch dimension of a reduced value; alignment maps follow that of the first one."""
         self.batch = self.batch or dim
 
+    def name_outputs(self, names: list[str]) -> None:
+        """The outputs have other names than those of the captured graph."""
+        self.output_names = names
+
     def note_probabilities(self, context: fx.Node, probabilities: fx.Node) -> None:
         """A fused attention was written out: its probabilities, before they are rounded to the model's dtype."""
         self.probabilities[context] = probabilities

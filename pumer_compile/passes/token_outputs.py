@@ -71,7 +71,7 @@ def _restore(walk: Rewriter) -> fx.Node:
             flags[f"{name}.kept" + (f"_{dim.index}" if number else "")] = walk.call(aten.gt.Scalar, there, 0.5)
         named[name] = value
     named.update(flags)
-    walk.output_names = list(named)
+    walk.name_outputs(list(named))
     result: fx.Node = walk.graph.output(tuple(named.values()))
     return result
 
