@@ -18,13 +18,13 @@ import torch
 from torch import Tensor, fx, nn
 from transformers.exporters.utils import get_leaf_tensors
 
+from .analysis.outputs import artifact_outputs, model_outputs, output_nodes
 from .capture import batch_inputs, left_as_found, set_for_inference
 from .errors import UsageError
 from .exporters.base import Session
 from .frontends import in_fixed_order
 from .inputs import describe_inputs
 from .loading import first_line
-from .outputs import artifact_outputs, model_outputs, output_nodes
 from .parity_report import TOLERANCES, OutputReport, ParityReport, ReducerReport, Tolerance
 from .reducers import Reducer, forced_decisions, noted_decisions, reducers_of
 from .reducers.base import Comparison, Decisions

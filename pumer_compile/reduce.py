@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import fx, nn
 
+from .analysis.nodes import copied
+from .analysis.outputs import output_nodes, set_outputs
 from .capture import Program
-from .outputs import output_nodes, set_outputs
-from .passes.graph import copied
 from .passes.pipeline import History, State, passes_of, run_passes
 from .plan import Plan
 from .reducers import Reduction, reducers_of

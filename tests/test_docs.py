@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import pumer_compile as pumer
+from pumer_compile.analysis import rules
 from pumer_compile.errors import NoRuleError, ScheduleError
 from pumer_compile.methods import METHODS
-from pumer_compile.passes import rules
 from tests.models import Config, inputs_for
 from tests.test_oracle_llava import model, program, tensors
 from tests.visual import logits_by_hand, visual_cues
@@ -99,5 +99,5 @@ def test_a_wrong_key_of_the_method_on_the_page_is_refused(method: dict[str, Any]
         pumer.Schedule(method="longest", budget=3, layer=1)
     with pytest.raises(ScheduleError, match="`method: longest` needs a `budget`, the image tokens to keep"):
         pumer.Schedule(method="longest")
-    with pytest.raises(ValueError, match="`method: fastv` is .* already"):
+    with pytest.raises(ValueError, match=r"`method: fastv` is .* already"):
         type("Other", (METHODS["fastv"],), {})

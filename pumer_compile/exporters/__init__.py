@@ -13,10 +13,10 @@ from typing import Any
 
 from torch import Tensor
 
+from ..analysis.outputs import artifact_outputs
 from ..capture import Program
 from ..errors import ParityError, UsageError
 from ..files import publish, sha256_file
-from ..outputs import artifact_outputs
 from ..parity_check import check, check_tolerances
 from ..parity_report import ParityReport
 from ..plan import PromptPlace, check_prompts, without_constants

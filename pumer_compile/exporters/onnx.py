@@ -32,11 +32,11 @@ from transformers.exporters.configs import OnnxConfig
 from transformers.exporters.exporter_dynamo import DynamoExporter
 from transformers.exporters.exporter_onnx import OnnxExporter
 
+from ..analysis.outputs import artifact_outputs, renames_outputs, without_inputs
 from ..capture import Program, batch_inputs, capture, left_as_found, set_for_inference
 from ..errors import ExportError, UsageError
 from ..files import content_name, sha256_file
 from ..loading import quiet
-from ..outputs import artifact_outputs, renames_outputs, without_inputs
 from ..reduce import reduce_graph, with_decisions
 from ..runtimes.ort import check_provider
 from ..schedule import Schedule

@@ -11,7 +11,7 @@ from ..errors import LocateError, PlanError
 from .base import Method
 
 if TYPE_CHECKING:
-    from ..passes.locate import Attention
+    from ..analysis.attention import Attention
     from ..reducers import Reducer
     from ..rewrite.sites import LocatedGraph, Site, Stream
 

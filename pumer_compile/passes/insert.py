@@ -8,16 +8,16 @@ from functools import partial
 
 from torch import fx
 
+from ..analysis.annotate import Annotation
+from ..analysis.attention import Attention
 from ..errors import LocateError
 from ..methods.base import Method
 from ..plan import SitePlan
 from ..rewrite.carried_weights import CarriedWeights
 from ..rewrite.insert_reducer import InsertReducer
+from ..rewrite.rewriter import Rewriter
 from ..rewrite.sites import LocatedGraph, Site
-from .annotate import Annotation
-from .locate import Attention
 from .prompt import Mark
-from .rewrite import Rewriter
 
 Action = Callable[[Rewriter], fx.Node | None]
 

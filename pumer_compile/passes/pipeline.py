@@ -12,21 +12,21 @@ from pathlib import Path
 
 from torch import Tensor, fx
 
+from ..analysis.annotate import Annotation, annotate
+from ..analysis.attention import Attention, locate, mask_kinds
+from ..analysis.nodes import ancestors, describe, values
+from ..analysis.propagate import propagate
 from ..errors import AxisError, PlanError, PumerError, VerifyError
 from ..methods.base import Method
 from ..plan import Plan
+from ..rewrite.rewriter import Rewriter, keep_buffers_transient
 from ..rewrite.sites import cross_modal_layers
-from .annotate import Annotation, annotate
-from .einsum import spell_out_einsum
+from ..rewrite.token_outputs import check_outputs, restoring
+from .absorb_single_query import one_query
 from .eliminate import eliminate
-from .graph import ancestors, describe, values
 from .insert import Insertions, plan_insertions
-from .locate import Attention, locate, mask_kinds
-from .one_query import one_query
+from .lower_einsum import spell_out_einsum
 from .prompt import Prompt, spell_out
-from .propagate import propagate
-from .rewrite import Rewriter, keep_buffers_transient
-from .token_outputs import check_outputs, restoring
 from .verify import verify
 
 log = logging.getLogger("pumer_compile")

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
+from ..analysis.attention import NOT_KNOWN, Attention
+from ..analysis.axes import Dim, Tokens
+from ..analysis.nodes import describe
+from ..analysis.rules import shape
 from ..errors import LocateError
-from ..passes.axes import Dim, Tokens
-from ..passes.graph import describe
-from ..passes.locate import NOT_KNOWN, Attention
-from ..passes.rewrite import Rewriter
-from ..passes.rules import shape
 from ..reducers import TokenWeights, UnitWeights
+from .rewriter import Rewriter
 
 
 @dataclass

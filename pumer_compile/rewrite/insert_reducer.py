@@ -8,18 +8,18 @@ from functools import partial
 
 from torch import fx
 
+from ..analysis.axes import Dim, Tokens
+from ..analysis.nodes import describe
+from ..analysis.rules import aten, shape
 from ..errors import LocateError
 from ..methods.base import Method
-from ..passes import postpone
-from ..passes.axes import Dim, Tokens
-from ..passes.graph import describe
-from ..passes.history import Epochs, Step
 from ..passes.prompt import Mark
-from ..passes.rewrite import Rewriter
-from ..passes.rules import aten, shape
 from ..plan import SitePlan
 from ..reducers import ApplyMap, Reducer, Reduction, Signal, WithSeparators
+from . import sink_projections as postpone
 from .carried_weights import CarriedWeights
+from .epochs import Epochs, Step
+from .rewriter import Rewriter
 from .signals import Place, read_signal
 from .sites import LocatedGraph, Site, Stream
 

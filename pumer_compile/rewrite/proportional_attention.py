@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import fx
 
+from ..analysis.attention import Attention
 from ..errors import LocateError
-from ..passes.locate import Attention
-from ..passes.rewrite import Rewriter
 from ..reducers import SizeBias
 from .carried_weights import CarriedWeights
+from .rewriter import Rewriter
 from .sites import LocatedGraph, Replacements
 
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from ..analysis.attention import Attention
+from ..analysis.axes import Dim
+from ..analysis.nodes import values
+from ..analysis.rules import aten, shape
 from ..errors import LocateError
-from ..passes.attention_rows import for_each_query_head
-from ..passes.axes import Dim
-from ..passes.graph import values
-from ..passes.history import Epochs
-from ..passes.locate import Attention
-from ..passes.rewrite import Rewriter, inside
-from ..passes.rules import aten, shape
 from ..reducers import PublishedMaskedSoftmax
+from .attention_rows import for_each_query_head
 from .carried_weights import CarriedWeights, key_streams
+from .epochs import Epochs
+from .rewriter import Rewriter, inside
 from .sites import LocatedGraph, Replacements, cross_modal_layers, repeated_module
 
 

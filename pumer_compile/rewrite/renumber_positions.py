@@ -7,12 +7,12 @@ from functools import partial
 import torch
 from torch import fx
 
+from ..analysis.axes import Dim, Tokens
+from ..analysis.nodes import values
+from ..analysis.rules import aten
 from ..errors import UsageError
-from ..passes.axes import Dim, Tokens
-from ..passes.graph import values
-from ..passes.rewrite import Rewriter
-from ..passes.rules import aten
 from .carried_weights import CarriedWeights
+from .rewriter import Rewriter
 from .sites import LocatedGraph, Replacements
 
 

@@ -7,16 +7,16 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
+from ..analysis.attention import NOT_KNOWN, Attention
+from ..analysis.nodes import ancestors, describe
+from ..analysis.rules import aten, shape
 from ..errors import LocateError
-from ..passes.attention_rows import attention_rows
-from ..passes.graph import ancestors, describe
-from ..passes.history import Epochs
-from ..passes.locate import NOT_KNOWN, Attention
 from ..passes.prompt import Mark
-from ..passes.rewrite import Rewriter
-from ..passes.rules import aten, shape
 from ..reducers import Signal
+from .attention_rows import attention_rows
 from .carried_weights import CarriedWeights
+from .epochs import Epochs
+from .rewriter import Rewriter
 from .sites import LocatedGraph, Site
 
 

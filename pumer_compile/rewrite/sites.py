@@ -8,20 +8,20 @@ from typing import TYPE_CHECKING
 
 from torch import fx
 
+from ..analysis.annotate import Annotation
+from ..analysis.attention import NOT_KNOWN, Attention, choose
+from ..analysis.axes import Dim, Tokens
+from ..analysis.nodes import ancestors, describe
+from ..analysis.rules import shape
 from ..errors import LocateError
-from ..passes.annotate import Annotation
-from ..passes.axes import Dim, Tokens
-from ..passes.graph import ancestors, describe
-from ..passes.locate import NOT_KNOWN, Attention, choose
 from ..passes.prompt import Mark
-from ..passes.rules import shape
 
 if TYPE_CHECKING:
     from ..methods.budgets import SiteBudget
-    from ..passes.rewrite import Rewriter
     from ..plan import SitePlan
     from ..reducers import Reducer
     from .carried_weights import CarriedWeights
+    from .rewriter import Rewriter
 
 Replacement = Callable[["Rewriter", "CarriedWeights"], fx.Node | None]
 """Writes something else in place of a captured node; None: the node itself after all."""

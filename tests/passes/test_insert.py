@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pumer_compile import Program, Schedule, capture
+from pumer_compile.analysis.annotate import annotate
+from pumer_compile.analysis.attention import Attention, locate
 from pumer_compile.errors import LocateError, PlanError, PumerError
 from pumer_compile.methods.pumer import stream_reducer
-from pumer_compile.passes.annotate import annotate
 from pumer_compile.passes.insert import Insertions, plan_insertions
-from pumer_compile.passes.locate import Attention, locate
 from pumer_compile.passes.pipeline import PASSES, State, run_passes
 from pumer_compile.reduce import reduce_graph
 from pumer_compile.reducers import reducers_of
