@@ -85,7 +85,7 @@ def compile_one(name: str) -> Result:
 def reduce_somehow(program: Any, annotation: Any, attentions: list[Any]) -> Result:
     """Reduce before a prompt where the image has a place in one, by the text where it asks the image in attention, else
     merge in the vision tower."""
-    from pumer_compile.passes.prompt import spell_out
+    from pumer_compile.analysis.prompts import spell_out
 
     try:
         prompt = spell_out(program.module, program.inputs)

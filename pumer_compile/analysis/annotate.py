@@ -187,7 +187,7 @@ def _constrain(annotation: Annotation, node: fx.Node, streams: dict[str, str], *
             raise AxisError(
                 f"The axes of {describe(node)} contradict each other: {error}. If two inputs carry tokens of "
                 "the same modality, name their streams (`streams={input: name}`); otherwise the rule of this "
-                "operator in passes/rules.py does not describe it."
+                "operator in analysis/rules.py does not describe it."
             ) from error
 
 
@@ -200,14 +200,14 @@ def _said(annotation: Annotation, node: fx.Node) -> list[Constraint]:
         raise AxisError(f"The axes of {describe(node)} cannot be followed: {error}.") from error
     except (AssertionError, IndexError, KeyError, TypeError, ValueError) as error:
         raise AxisError(
-            f"The rule of {describe(node)} in passes/rules.py does not know this form of it "
+            f"The rule of {describe(node)} in analysis/rules.py does not know this form of it "
             f"(of {', '.join(map(_shapes, node.all_input_nodes))}): "
             f"{type(error).__name__}: {error}."
         ) from error
     unknown = next((d for c in said for d in constraint_dims(c) if d not in annotation._axes), None)
     if unknown is not None:
         raise AxisError(
-            f"The rule of {describe(node)} in passes/rules.py does not know this form of it: it speaks of dimension "
+            f"The rule of {describe(node)} in analysis/rules.py does not know this form of it: it speaks of dimension "
             f"{unknown.index} of {unknown.node.name}, whose shape is {_shapes(unknown.node)}."
         )
     return said

@@ -54,7 +54,7 @@ class _FakeInterpreter(fx.Interpreter):
             first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
             raise VerifyError(
                 f"{describe(n)} cannot run on the reduced tokens: {first.strip()} A size that the rules did not follow "
-                "is written into the graph; the rule of this operator, or of one before it, is in passes/rules.py."
+                "is written into the graph; the rule of this operator, or of one before it, is in analysis/rules.py."
             ) from error
         self.values[n] = result
         # One multiply-add counts as two floating-point operations there.

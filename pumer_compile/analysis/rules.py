@@ -106,7 +106,7 @@ def ints_arg(node: fx.Node, position: int, name: str = "", default: Any = None) 
 
 def _unexpected(node: fx.Node, position: int, found: object, wanted: str) -> NoReturn:
     raise AxisError(
-        f"Argument {position} of {describe(node)} is {found!r}; its rule in passes/rules.py expects {wanted}."
+        f"Argument {position} of {describe(node)} is {found!r}; its rule in analysis/rules.py expects {wanted}."
     )
 
 

@@ -10,6 +10,7 @@ from torch import fx
 
 from ..analysis.annotate import Annotation
 from ..analysis.attention import Attention
+from ..analysis.prompts import Mark
 from ..errors import LocateError
 from ..methods.base import Method
 from ..plan import SitePlan
@@ -17,7 +18,6 @@ from ..rewrite.carried_weights import CarriedWeights
 from ..rewrite.insert_reducer import InsertReducer
 from ..rewrite.rewriter import Rewriter
 from ..rewrite.sites import LocatedGraph, Site
-from .prompt import Mark
 
 Action = Callable[[Rewriter], fx.Node | None]
 

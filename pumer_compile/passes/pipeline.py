@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from ..analysis.annotate import Annotation, annotate
 from ..analysis.attention import Attention, locate, mask_kinds
 from ..analysis.nodes import ancestors, describe, values
+from ..analysis.prompts import Prompt, spell_out
 from ..analysis.propagate import propagate
 from ..errors import AxisError, PlanError, PumerError, VerifyError
 from ..methods.base import Method
@@ -26,7 +27,6 @@ from .absorb_single_query import one_query
 from .eliminate import eliminate
 from .insert import Insertions, plan_insertions
 from .lower_einsum import spell_out_einsum
-from .prompt import Prompt, spell_out
 from .verify import verify
 
 log = logging.getLogger("pumer_compile")

@@ -63,7 +63,7 @@ def _check_shapes(module: fx.GraphModule, walk: Rewriter, found: dict[fx.Node, A
         if not agree:
             raise VerifyError(
                 f"{describe(captured)} has shape {list(value.shape)} after reduction, and the plan says "
-                f"{expected}. This is a defect of a rule in passes/rules.py."
+                f"{expected}. This is a defect of a rule in analysis/rules.py."
             )
         checked += any(walk.history.at(Dim(captured, i)) for i in range(value.dim()))
     return checked

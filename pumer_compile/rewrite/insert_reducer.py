@@ -10,10 +10,10 @@ from torch import fx
 
 from ..analysis.axes import Dim, Tokens
 from ..analysis.nodes import describe
+from ..analysis.prompts import Mark
 from ..analysis.rules import aten, shape
 from ..errors import LocateError
 from ..methods.base import Method
-from ..passes.prompt import Mark
 from ..plan import SitePlan
 from ..reducers import ApplyMap, Reducer, Reduction, Signal, WithSeparators
 from . import sink_projections as postpone

@@ -9,9 +9,9 @@ from torch import fx
 
 from ..analysis.attention import NOT_KNOWN, Attention
 from ..analysis.nodes import ancestors, describe
+from ..analysis.prompts import Mark
 from ..analysis.rules import aten, shape
 from ..errors import LocateError
-from ..passes.prompt import Mark
 from ..reducers import Signal
 from .attention_rows import attention_rows
 from .carried_weights import CarriedWeights

@@ -12,9 +12,9 @@ from ..analysis.annotate import Annotation
 from ..analysis.attention import NOT_KNOWN, Attention, choose
 from ..analysis.axes import Dim, Tokens
 from ..analysis.nodes import ancestors, describe
+from ..analysis.prompts import Mark
 from ..analysis.rules import shape
 from ..errors import LocateError
-from ..passes.prompt import Mark
 
 if TYPE_CHECKING:
     from ..methods.budgets import SiteBudget

@@ -14,9 +14,9 @@ import pumer_compile as pumer
 from pumer_compile import Schedule
 from pumer_compile.analysis.annotate import annotate
 from pumer_compile.analysis.axes import Dim
+from pumer_compile.analysis.prompts import spell_out, visual_tokens, with_separators
 from pumer_compile.errors import AxisError
-from pumer_compile.passes.prompt import spell_out, visual_tokens, with_separators
-from tests.passes.test_prompt import IMAGE, SCATTER, Talker
+from tests.analysis.test_prompts import IMAGE, SCATTER, Talker
 
 Mover = Callable[[Tensor, Tensor], Tensor]
 

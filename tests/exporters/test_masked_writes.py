@@ -15,8 +15,8 @@ import pumer_compile as pumer
 from pumer_compile.errors import ExportError
 from pumer_compile.exporters.onnx import OnnxOptions, build_onnx, reduced_export, save_onnx
 from tests import test_oracle_llava as llava
+from tests.analysis.test_prompts import IMAGE, Talker, prompts
 from tests.commands import onnx_outputs
-from tests.passes.test_prompt import IMAGE, Talker, prompts
 
 Tensors = dict[str, Tensor]
 Write = Callable[[Tensor, Tensor, Tensor], Tensor]
