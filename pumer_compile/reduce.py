@@ -14,7 +14,8 @@ from torch import fx, nn
 from .analysis.nodes import copied
 from .analysis.outputs import output_nodes, set_outputs
 from .capture import Program
-from .passes.pipeline import History, State, passes_of, run_passes
+from .passes.manager import History, State, run_passes
+from .passes.pipeline import COUNT, passes_of
 from .plan import Plan
 from .reducers import Reduction, reducers_of
 from .schedule import Schedule, as_trained
@@ -60,8 +61,7 @@ def reduce(program: Program, schedule: Schedule | str | os.PathLike[str], *, dum
     """
     schedule = schedule_for(program.model, schedule)
     state = State(program.module, schedule, dict(program.inputs), dict(program.streams))
-    history = run_passes(state, passes_of(schedule), dump=dump_graph)
-    assert state.reduced is not None and state.plan is not None
+    history = run_passes(state, passes_of(schedule) + COUNT, dump=dump_graph)
     state.reduced.train(program.module.training)
     return Reduced(state.reduced, state.plan, program, schedule, history)
 
@@ -98,8 +98,7 @@ def configs_of(model: nn.Module | None) -> Iterator[Any]:
 def reduce_graph(program: Program, schedule: Schedule) -> fx.GraphModule:
     """The reduced module alone, without a plan."""
     state = State(program.module, schedule, dict(program.inputs), dict(program.streams))
-    run_passes(state, tuple(step for step in passes_of(schedule) if step.name != "count"))
-    assert state.reduced is not None
+    run_passes(state, passes_of(schedule))
     return state.reduced
 
 

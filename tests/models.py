@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pumer_compile import Program, Schedule, capture
-from pumer_compile.passes.pipeline import PASSES, run_passes
-from pumer_compile.passes.pipeline import State as PassState
+from pumer_compile.passes.manager import State as PassState
+from pumer_compile.passes.manager import run_passes
+from pumer_compile.passes.pipeline import PASSES
 from tests.helpers import (
     combine,
     paper_counts,
@@ -249,7 +250,7 @@ def schedule(semantics: str = "reference", layers: tuple[int, ...] = (0, 1), **b
 def passed(captured: Program, wanted: Schedule, verified: bool = False) -> PassState:
     """What the passes make of a program: quickly, without counting or (unless asked) verifying."""
     state = PassState(captured.module, wanted, dict(captured.inputs), dict(captured.streams))
-    left_out = {"count"} if verified else {"verify", "eliminate", "one_query", "count"}
+    left_out = {"count"} if verified else {"verify", "eliminate", "absorb_single_query", "count"}
     run_passes(state, tuple(step for step in PASSES if step.name not in left_out))
     return state
 

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from ..errors import AxisError
 from .nodes import after_attention, describe, values
-from .rules import aten, overloads
+from .operators import aten, overloads
 
 SEPARATOR = -1
 

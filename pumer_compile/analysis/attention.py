@@ -14,11 +14,10 @@ from .axes import Dim, Fixed, Segment, Tokens
 from .carrier import carrier_of
 from .masks import ADD, KEEPS_VALUES, MASKED_FILL, RESHAPES, STRETCHES, WHERE, Addends, Mask, MaskReader, is_pointwise
 from .nodes import ancestors, depends_on_parameter, describe, module_path, operator_name, values
-from .rules import argument, aten, shape, wrap
+from .operators import ATTENTION, SOFTMAX, aten
+from .rules import argument, shape, wrap
 
 _PRODUCTS = {aten.matmul.default, aten.bmm.default}
-_SOFTMAX = {aten.softmax.int, aten._softmax.default}
-_SDPA = aten.scaled_dot_product_attention.default
 NOT_KNOWN = "no known mask"
 """What `Attention.unusual` says where something is added to scores that is neither a mask nor a bias."""
 
@@ -159,9 +158,9 @@ def choose(attentions: list[Attention], site: str) -> list[Attention]:
 def _match(
     node: fx.Node, annotation: Annotation, reader: MaskReader, counts: dict[str, int], earlier: list[Attention]
 ) -> Attention | None:
-    if node.target in _SOFTMAX:
+    if node.target in SOFTMAX:
         parts = _unfused(node, reader)
-    elif node.target is _SDPA:
+    elif node.target is ATTENTION:
         parts = _fused(node, reader)
     else:
         return None
@@ -368,21 +367,21 @@ def _in_the_way(module: fx.GraphModule, annotation: Annotation) -> list[str]:
     """What keeps each softmax and fused attention from being one over tokens, in a sentence each; the first three."""
     found: list[str] = []
     for node in module.graph.nodes:
-        why = _obstacle(node, annotation) if node.target in _SOFTMAX or node.target is _SDPA else ""
+        why = _obstacle(node, annotation) if node.target in SOFTMAX or node.target is ATTENTION else ""
         if why and why not in found:
             found.append(why)
     return found[:3]
 
 
 def _obstacle(node: fx.Node, annotation: Annotation) -> str:
-    parts = _fused(node, MaskReader()) if node.target is _SDPA else _unfused(node, MaskReader())
+    parts = _fused(node, MaskReader()) if node.target is ATTENTION else _unfused(node, MaskReader())
     if parts is not None:
         lost = _where_tokens_are_lost(parts.key_dim[0], annotation)
         return "" if lost is None else f" {describe(lost)} stands before an attention and mixes its tokens up."
     if wrap(argument(node, 1, "dim"), len(shape(node))) != len(shape(node)) - 1:
         return f" {describe(node)} is over dimension {argument(node, 1, 'dim')} of {list(shape(node))}."
     before = node
-    while before.target in _SOFTMAX or (before.target not in _PRODUCTS and is_pointwise(before)):
+    while before.target in SOFTMAX or (before.target not in _PRODUCTS and is_pointwise(before)):
         before = max(filter(values, before.all_input_nodes), key=lambda n: values(n)[0].dim())
     if before.op == "call_function" and before.target not in _PRODUCTS:
         return f" {describe(before)} stands before {describe(node)}, where a product of queries and keys was expected."

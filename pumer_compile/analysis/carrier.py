@@ -14,7 +14,8 @@ from torch import Tensor, fx
 from .axes import same_size
 from .masks import ADD, KEEPS_VALUES, RESHAPES, is_pointwise
 from .nodes import depends_on_input, values
-from .rules import argument, aten, broadcast, list_arg, overloads, shape, wrap
+from .operators import aten, overloads
+from .rules import argument, broadcast, list_arg, shape, wrap
 
 _PASSES = RESHAPES | {aten.squeeze.dim, aten.unsqueeze.default}
 _LINEAR = {aten.linear.default, aten.addmm.default, aten.matmul.default, aten.mm.default}

@@ -18,7 +18,7 @@ from torch.fx.node import map_aggregate
 
 from ..reducers.align import MaskKind
 from .axes import same_size
-from .narrow import draws_nothing
+from .dead_code import draws_nothing
 from .nodes import (
     attribute,
     constant_value,
@@ -27,7 +27,8 @@ from .nodes import (
     depends_on_parameter,
     values,
 )
-from .rules import argument, aten, overloads, rule_for, shape
+from .operators import aten, overloads
+from .rules import argument, rule_for, shape
 
 HIDES = -104.0
 """What is added to a score to hide it is this or lower: its exponential is 0 in float32."""

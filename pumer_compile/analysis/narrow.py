@@ -16,31 +16,20 @@ from torch.fx.node import map_aggregate
 from ..errors import AxisError
 from ..reducers import PublishedMaskedSoftmax
 from .axes import Concat, Constraint, Dim, Literal, Opaque, Reshape, Same, same_size
+from .dead_code import draws_nothing, is_mutable
 from .nodes import values
-from .rules import argument, aten, int_arg, ints_arg, node_arg, overloads, rule_for, shape, wrap
+from .operators import ATTENTION, DROPOUT, PIECES, PRODUCTS, SOFTMAX, aten, overloads
+from .rules import argument, int_arg, ints_arg, node_arg, rule_for, shape, wrap
 
-PIECES = frozenset(overloads("split split_with_sizes chunk unbind"))
-_SOFTMAX = frozenset({aten.softmax.int, aten._softmax.default, aten.log_softmax.int})
+_SOFTMAX = SOFTMAX | {aten.log_softmax.int}
 _SQUEEZE = frozenset(overloads("squeeze"))
-_DROPOUT = frozenset(overloads("dropout feature_dropout"))
 VIEWS = frozenset({aten.view.default, aten._unsafe_view.default})
-PRODUCTS = {
-    aten.linear.default: 0,
-    aten.matmul.default: 0,
-    aten.bmm.default: 0,
-    aten.mm.default: 0,
-    aten.addmm.default: 1,
-    aten.baddbmm.default: 1,
-}
-"""Matrix products, and which argument's last dimension is summed over."""
-_DETACH = aten.detach_.default
-ATTENTION = aten.scaled_dot_product_attention.default
 
 EXACT = (
     PIECES
     | _SOFTMAX
     | _SQUEEZE
-    | _DROPOUT
+    | DROPOUT
     | VIEWS
     | PRODUCTS.keys()
     | {ATTENTION, aten.einsum.default, aten.layer_norm.default, aten.rms_norm.default, aten.embedding.default}
@@ -276,17 +265,3 @@ def _with_size(given: Any, item: int | None, size: int) -> Any:
     sizes = list(given)
     sizes[item] = size
     return sizes
-
-
-def is_mutable(target: Any) -> bool:
-    """Whether an operator changes numbers of an input in place, which `detach_` does not."""
-    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable and target is not _DETACH
-
-
-def draws_nothing(node: fx.Node) -> bool:
-    """Whether an operator that may draw random numbers does not."""
-    if node.target is ATTENTION:
-        return bool(argument(node, 4, "dropout_p", 0.0) == 0.0)
-    if node.target in _DROPOUT:
-        return bool(argument(node, 2, "train") is False or argument(node, 1, "p") == 0.0)
-    return False

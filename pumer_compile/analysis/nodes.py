@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from .operators import ATTENTION, SOFTMAX
+
 
 def values(node: fx.Node) -> Sequence[Tensor]:
     """The tensors a node gives, with shapes and dtypes (fake tensors, or parameters); else ()."""
@@ -144,16 +146,9 @@ def depends_on_parameter(node: fx.Node) -> bool:
     return _reaches(node, lambda n: n.op == "get_attr" and isinstance(attribute(n), torch.nn.Parameter))
 
 
-_ATTENTION = {
-    torch.ops.aten.softmax.int,
-    torch.ops.aten._softmax.default,
-    torch.ops.aten.scaled_dot_product_attention.default,
-}
-
-
 def after_attention(node: fx.Node) -> bool:
     """Whether a value is computed from the output of any attention."""
-    return _reaches(node, lambda n: n.target in _ATTENTION)
+    return _reaches(node, lambda n: n.target in SOFTMAX or n.target is ATTENTION)
 
 
 def constant_value(node: fx.Node, inputs: Mapping[str, Tensor] | None = None) -> Tensor | None:

@@ -24,10 +24,11 @@ from ..plan import PromptPlace
 from .arrangement import SEPARATOR, Arrangement, arrangement
 from .axes import Constraint, Dim, Opaque, Same, Seed
 from .nodes import Emitter, ancestors, attribute, constant_value, copied, describe, module_path, values
-from .rules import aten, overloads, rule
+from .operators import ATTENTION, SOFTMAX, aten, overloads
+from .rules import rule
 
 _SCATTER = aten.masked_scatter.default
-_ATTENTION = {aten.softmax.int, aten._softmax.default, aten.scaled_dot_product_attention.default}
+_ATTENTION = SOFTMAX | {ATTENTION}
 # What may stand between tower and prompt where tokens of several rows become one stream: each token by itself.
 _BY_TOKEN = {
     *overloads(
@@ -114,7 +115,9 @@ class Prompt:
     places: list[PromptPlace]
 
 
-def spell_out(captured: fx.GraphModule, inputs: Mapping[str, Tensor], *, in_tower: bool = True) -> Prompt | None:
+def lower_masked_scatter(
+    captured: fx.GraphModule, inputs: Mapping[str, Tensor], *, in_tower: bool = True
+) -> Prompt | None:
     """The graph with its prompts spelled out; None where nothing is scattered into one.
 
     Args:

@@ -34,8 +34,8 @@ from .axes import (
     same_size,
 )
 from .nodes import describe, values
+from .operators import aten, overloads
 
-aten = torch.ops.aten
 Rule = Callable[[fx.Node], Iterable[Constraint]]
 _RULES: dict[Any, Rule] = {}
 
@@ -62,11 +62,6 @@ def rule_for(node: fx.Node) -> Rule | None:
         # PyTorch itself tags operators that act on each element alone.
         return pointwise
     return found
-
-
-def overloads(packets: str) -> list[Any]:
-    """Every overload of space-separated ATen operators; unknown names are errors."""
-    return [getattr(p, o) for name in packets.split() for p in [getattr(aten, name)] for o in p.overloads()]
 
 
 # --- helpers ------------------------------------------------------------------------------------------------

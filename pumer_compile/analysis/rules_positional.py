@@ -13,21 +13,8 @@ from torch import fx
 
 from .axes import Constraint, Dim, Opaque, Reduce, Same, Seed, same_size
 from .nodes import values
-from .rules import (
-    _reduced,
-    argument,
-    aten,
-    broadcast,
-    int_arg,
-    keep_dims,
-    list_arg,
-    node_arg,
-    overloads,
-    rule,
-    shape,
-    tensors,
-    wrap,
-)
+from .operators import aten, overloads
+from .rules import _reduced, argument, broadcast, int_arg, keep_dims, list_arg, node_arg, rule, shape, tensors, wrap
 
 
 def by_position(node: fx.Node, x: fx.Node, moved: Iterable[int]) -> Iterator[Constraint]:

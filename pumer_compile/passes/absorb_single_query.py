@@ -1,4 +1,4 @@
-"""One query: keys and values are not computed for attention that has a single query.
+"""Absorb single query: key and value projections go into a single query (weight absorption).
 
     q @ (x @ Wk)^T  =  (q @ Wk^T) @ x^T          p @ (x @ Wv)  =  (p @ x) @ Wv
 
@@ -6,8 +6,8 @@ Where a classifier reads one token, the last layer has one query (`eliminate`), 
 value of every token for it. The right sides have the same result, but that sums are rounded in another order. What is
 written as matrix products is found; a fused attention is left alone.
 
-No reshape is written: onnxscript's optimizer merges one around a product into it by sizes, and gets the batch for the
-heads where the two are one number.
+No reshape is written: onnxscript's optimizer folds reshape-matmul-reshape by size, and confuses batch with heads when
+they are equal.
 
 That a product reads the heads of a linear layer is told by running the views between the two on numbers, not by sizes.
 """
@@ -20,12 +20,13 @@ import torch
 from torch import Tensor, fx
 
 from ..analysis.axes import Size, same_size
+from ..analysis.cost import SMALL_PRODUCTS
+from ..analysis.dead_code import drop_dead, may_be_changed
 from ..analysis.nodes import Emitter, values
-from ..analysis.rules import aten, node_arg, shape
-from .eliminate import drop_dead, may_be_changed
+from ..analysis.operators import aten
+from ..analysis.rules import node_arg, shape
+from .manager import Pass, ReducedGraph, State
 
-WORTH = 2
-"""How many times fewer multiply-adds it must be: small products run at half the speed of large ones."""
 _VIEWS = frozenset(
     {aten.view.default, aten.reshape.default, aten.transpose.int, aten.permute.default, aten.contiguous.default}
 )
@@ -56,10 +57,10 @@ class _Heads:
     def pays(self) -> bool:
         """Whether the other order is much less work."""
         heads, size, tokens, width = self.sizes
-        return tokens * width * heads * size > WORTH * heads * width * (size + tokens)
+        return tokens * width * heads * size > SMALL_PRODUCTS * heads * width * (size + tokens)
 
 
-def one_query(module: fx.GraphModule) -> int:
+def absorb_single_query(module: fx.GraphModule) -> int:
     """Reorder the products of attention with one query, in place.
 
     Args:
@@ -181,3 +182,15 @@ def _parts(found: _Heads) -> tuple[fx.Node, fx.Node, fx.Node | None]:
     bias = rest[0] if rest else found.linear.kwargs.get("bias")
     assert isinstance(states, fx.Node) and isinstance(weight, fx.Node) and (bias is None or isinstance(bias, fx.Node))
     return states, weight, bias
+
+
+class AbsorbSingleQuery(Pass):
+    """Reorders the products of attention with one query."""
+
+    name = "absorb_single_query"
+    requires = (ReducedGraph,)
+    optional = True
+
+    def run(self, state: State) -> int:
+        """See `Pass`; counts products."""
+        return absorb_single_query(state.reduced)

@@ -10,39 +10,41 @@ demand is a range gives that range only; values it shares with readers of more a
 
 from __future__ import annotations
 
+import copy
+import logging
 import operator
 from collections.abc import Iterator, Sequence
 from functools import partial
-from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 
-from ..analysis.axes import Size, same_size
+from ..analysis.axes import same_size
+from ..analysis.cost import multiply_adds, numbers, pays
+from ..analysis.dead_code import drop_dead, may_be_changed
 from ..analysis.narrow import (
-    ATTENTION,
-    PIECES,
-    PRODUCTS,
     VIEWS,
     Cut,
     Narrow,
     Range,
     birth,
-    draws_nothing,
-    is_mutable,
     leaves,
     narrow,
     positions,
 )
 from ..analysis.nodes import describe, values
+from ..analysis.operators import ATTENTION, PIECES, PRODUCTS, aten, overloads
 from ..analysis.propagate import propagate
-from ..analysis.rules import aten, node_arg, overloads, shape
-from ..errors import VerifyError
+from ..analysis.rules import shape
+from ..errors import PlanError, VerifyError
+from ..rewrite.rewriter import keep_buffers_transient
+from ..rewrite.sites import Insertions
+from .manager import Pass, ReducedGraph, State
 
-MULTIPLY_ADDS_PER_COPY = 64
-"""What copying one number costs: about the arithmetic a processor does meanwhile."""
+log = logging.getLogger("pumer_compile")
+
 _NEW = frozenset(overloads("new_zeros new_ones new_full new_empty"))
 _WORK = PRODUCTS.keys() | {ATTENTION, aten.einsum.default, *overloads("conv1d conv2d conv3d")}
 Plans = dict[fx.Node, Narrow]
@@ -85,12 +87,6 @@ def _outputs(module: fx.GraphModule) -> list[fx.Node]:
 
 def _called(module: fx.GraphModule) -> set[str]:
     return {str(node.target) for node in module.graph.nodes if node.op == "call_module"}
-
-
-def drop_dead(graph: fx.Graph) -> None:
-    """Remove nodes that nothing reads, a fused attention without dropout among them (which fx keeps, because with
-    dropout it would draw random numbers)."""
-    graph.eliminate_dead_code(is_impure_node=lambda node: node.is_impure() and not draws_nothing(node))
 
 
 # --- backward: what is wanted -----------------------------------------------------------------------------------
@@ -164,30 +160,6 @@ def _narrow_pieces(node: fx.Node, wants: dict[fx.Node, Range | None], plans: Pla
         plans.update({piece: Narrow(plan.range, piece.args, piece.kwargs) for piece in pieces})
 
 
-_SAME_STORAGE = {"to", "contiguous", "reshape", "flatten", "dropout", "feature_dropout", "type_as", "_unsafe_view"}
-"""Operators that may give their input, or a view of it, though their schema does not say so."""
-
-
-def may_be_changed(graph: fx.Graph) -> set[fx.Node]:
-    """Values that share memory with one that is changed in place; they are left as they are."""
-    found: set[fx.Node] = set()
-    stack = [x for node in graph.nodes if is_mutable(node.target) for x in (node, *node.all_input_nodes)]
-    while stack:
-        node = stack.pop()
-        if node not in found:
-            found.add(node)
-            stack.extend(node.all_input_nodes if _may_alias(node) else [])
-            stack.extend(user for user in node.users if _may_alias(user))
-    return found
-
-
-def _may_alias(node: fx.Node) -> bool:
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return node.target is operator.getitem
-    returns = node.target._schema.returns
-    return any(r.alias_info for r in returns) or node.target.overloadpacket.__name__ in _SAME_STORAGE
-
-
 # --- what is worth it -------------------------------------------------------------------------------------------
 
 
@@ -203,8 +175,8 @@ def worth_it(plans: Plans) -> Plans:
             for leaf in leaves((plans[node].args, plans[node].kwargs))
             if isinstance(leaf, Cut) and (leaf.node not in plans or plans[leaf.node].range != leaf.range)
         }
-        copied = sum(_numbers(cut.node) // shape(cut.node)[cut.range.dim] * cut.range.length for cut in cuts)
-        if saved > MULTIPLY_ADDS_PER_COPY * copied:
+        copied = sum(numbers(cut.node) // shape(cut.node)[cut.range.dim] * cut.range.length for cut in cuts)
+        if pays(saved, copied=copied):
             kept.update({node: plans[node] for node in region})
     return kept
 
@@ -235,26 +207,6 @@ def _regions(plans: Plans) -> Iterator[set[fx.Node]]:
                 region.add(node)
                 stack.extend([*node.all_input_nodes, *node.users])
         yield region
-
-
-def _numbers(node: fx.Node) -> int:
-    """Size of a value; an open batch counts as 1, here and in products alike."""
-    return prod(map(_number, shape(node)))
-
-
-def _number(size: Size) -> int:
-    return size if isinstance(size, int) else 1
-
-
-def multiply_adds(node: fx.Node) -> int:
-    """Of a matrix product or fused attention, for one sample of an open batch; 0 of any other operator."""
-    if node.target is ATTENTION:
-        query, key = node_arg(node, 0), node_arg(node, 1)
-        return _number(shape(key)[-2]) * (_numbers(query) + _numbers(node))
-    if node.target not in PRODUCTS:
-        return 0
-    left = node_arg(node, PRODUCTS[node.target])
-    return _numbers(node) * _number(shape(left)[-1])
 
 
 # --- forward: emitting ------------------------------------------------------------------------------------------
@@ -326,3 +278,55 @@ def _check(module: fx.GraphModule, before: list[tuple[str, Sequence[Tensor]]]) -
                 f"The output {name} ({describe(node)}) was {[list(v.shape) for v in old]} and is "
                 f"{[list(v.shape) for v in new]} without its dead tokens. This is a defect of passes/eliminate.py."
             )
+
+
+# --- the passes -------------------------------------------------------------------------------------------------------
+
+
+class Eliminate(Pass):
+    """Leaves out of a reduced graph what nothing reads."""
+
+    name = "eliminate"
+    requires = (ReducedGraph, Insertions)
+    optional = True
+
+    def run(self, state: State) -> int:
+        """See `Pass`; counts narrowed and removed nodes."""
+        matches = eliminate(state.reduced)
+        called = _called(state.reduced)
+        for site, _ in state.insertions.done:
+            if not any(name.startswith(f"reducer.{site.attention.name}.") for name in called):
+                log.warning(
+                    "Site %s has no effect: nothing reads the tokens it reduces. Leave it out.", site.attention.site
+                )
+        return matches
+
+
+class EliminateAlone(Pass):
+    """The same without reducers: on a copy of the captured graph, which shares its parameters."""
+
+    name = "eliminate"
+    ensures = (ReducedGraph,)
+
+    def run(self, state: State) -> int:
+        """See `Pass`; counts narrowed and removed nodes.
+
+        Raises:
+            PlanError: there is nothing to leave out.
+        """
+        graph, new = fx.Graph(), dict[fx.Node, fx.Node]()
+        for node in state.captured.graph.nodes:
+            new[node] = graph.node_copy(node, new.__getitem__)
+        graph.set_codegen(copy.copy(state.captured.graph._codegen))
+        reduced = fx.GraphModule(state.captured, graph, class_name="ReducedModule")
+        keep_buffers_transient(reduced, state.captured)
+        state.add(ReducedGraph(reduced))
+        matches = eliminate(reduced)
+        if matches == 0:
+            raise PlanError(
+                f"`method: {state.method.method}` found nothing to leave out: it looked for values that no output "
+                "needs, such as the last layer's tokens beside the one that a classifier reads, and this model's "
+                "outputs need everything. Keep fewer outputs (--outputs, capture(outputs=...)), name a schedule that "
+                "reduces tokens, or compile with `none`."
+            )
+        return matches

@@ -14,11 +14,11 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
 from ..analysis.axes import same_size
-from ..analysis.narrow import ATTENTION, is_mutable
+from ..analysis.dead_code import drop_dead, is_mutable, may_be_changed
 from ..analysis.nodes import attribute, values
-from ..analysis.rules import argument, aten, overloads
+from ..analysis.operators import ATTENTION, aten, overloads
+from ..analysis.rules import argument
 from ..errors import UsageError
-from .eliminate import drop_dead, may_be_changed
 
 _ADD, _MULTIPLY = frozenset(overloads("add add_")), frozenset(overloads("mul mul_"))
 _FILL = frozenset(overloads("masked_fill masked_fill_"))

@@ -14,7 +14,9 @@ from torch import fx
 
 from ..analysis.axes import same_size
 from ..analysis.nodes import Emitter, depends_on_input
-from ..analysis.rules import argument, aten, list_arg, shape
+from ..analysis.operators import aten
+from ..analysis.rules import argument, list_arg, shape
+from .manager import Pass, State
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class _Product:
     result: str
 
 
-def spell_out_einsum(captured: fx.GraphModule) -> tuple[fx.GraphModule, int]:
+def lower_einsum(captured: fx.GraphModule) -> tuple[fx.GraphModule, int]:
     """A copy of a captured graph with `matmul` in place of each einsum of two values that is one, and how many there
     were; the graph itself where there is none. Einsums with parameters (projections) stay."""
     if not any(map(_product, captured.graph.nodes)):
@@ -109,3 +111,15 @@ def _arranged(emit: Emitter, value: fx.Node, letters: str, wanted: str) -> fx.No
         if letter not in letters:
             value = emit(aten.unsqueeze.default, value, index)
     return value
+
+
+class LowerEinsum(Pass):
+    """Writes einsums that are matrix products as `matmul`."""
+
+    name = "einsum"
+    optional = True
+
+    def run(self, state: State) -> int:
+        """See `Pass`; counts einsums."""
+        state.captured, matches = lower_einsum(state.captured)
+        return matches

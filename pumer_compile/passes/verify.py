@@ -9,10 +9,12 @@ from torch import Tensor, fx
 
 from ..analysis.axes import Dim, same_size
 from ..analysis.nodes import describe, values
+from ..analysis.operators import aten
 from ..analysis.propagate import propagate
-from ..analysis.rules import aten
 from ..errors import VerifyError
 from ..rewrite.rewriter import Rewriter
+from ..rewrite.token_outputs import check_outputs
+from .manager import Pass, ReducedGraph, State
 
 FORBIDDEN = {
     packet
@@ -67,3 +69,16 @@ def _check_shapes(module: fx.GraphModule, walk: Rewriter, found: dict[fx.Node, A
             )
         checked += any(walk.history.at(Dim(captured, i)) for i in range(value.dim()))
     return checked
+
+
+class Verify(Pass):
+    """Checks the reduced graph, and the outputs that a schedule refuses."""
+
+    name = "verify"
+    requires = (Rewriter, ReducedGraph)
+
+    def run(self, state: State) -> int:
+        """See `Pass`; counts values past a reducer."""
+        if state.method.outputs == "refused":
+            check_outputs(state.rewriter)
+        return verify(state.reduced, state.rewriter)

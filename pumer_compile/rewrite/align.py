@@ -12,7 +12,8 @@ from torch import fx
 from ..analysis.axes import Dim, Same, Tokens, same_size
 from ..analysis.masks import alike_for_queries
 from ..analysis.nodes import describe, values
-from ..analysis.rules import aten, shape
+from ..analysis.operators import aten
+from ..analysis.rules import shape
 from ..errors import AxisError, SiteError
 from ..reducers import AlignAxis
 from ..reducers.align import AlignMode

@@ -8,7 +8,8 @@ from torch import fx
 from ..analysis.attention import Attention
 from ..analysis.axes import same_size
 from ..analysis.nodes import values
-from ..analysis.rules import argument, aten, shape
+from ..analysis.operators import aten
+from ..analysis.rules import argument, shape
 from ..errors import LocateError
 from ..reducers import TextRowsAttention
 from .rewriter import Rewriter

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 from torch import fx
 
 from ..analysis.axes import Dim, Tokens
 from ..analysis.nodes import describe
+from ..analysis.operators import aten
 from ..analysis.prompts import Mark
-from ..analysis.rules import aten, shape
+from ..analysis.rules import shape
 from ..errors import LocateError
 from ..methods.base import Method
 from ..plan import SitePlan
@@ -21,9 +22,7 @@ from .carried_weights import CarriedWeights
 from .epochs import Epochs, Step
 from .rewriter import Rewriter
 from .signals import Place, read_signal
-from .sites import LocatedGraph, Site, Stream
-
-Action = Callable[[Rewriter], fx.Node | None]
+from .sites import Action, LocatedGraph, Site, Stream
 
 
 class InsertReducer:

@@ -8,7 +8,8 @@ from torch import fx
 from ..analysis.attention import Attention
 from ..analysis.axes import Dim
 from ..analysis.nodes import values
-from ..analysis.rules import aten, shape
+from ..analysis.operators import aten
+from ..analysis.rules import shape
 from ..errors import LocateError
 from ..reducers import PublishedMaskedSoftmax
 from .attention_rows import for_each_query_head

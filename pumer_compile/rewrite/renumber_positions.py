@@ -9,7 +9,7 @@ from torch import fx
 
 from ..analysis.axes import Dim, Tokens
 from ..analysis.nodes import values
-from ..analysis.rules import aten
+from ..analysis.operators import aten
 from ..errors import UsageError
 from .carried_weights import CarriedWeights
 from .rewriter import Rewriter

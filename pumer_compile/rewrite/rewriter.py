@@ -31,11 +31,12 @@ from ..analysis.axes import (
     Tokens,
     Total,
 )
+from ..analysis.dead_code import drop_dead
 from ..analysis.nodes import ancestors, attribute, content_inputs, depends_on_parameter, describe, module_path, values
+from ..analysis.operators import aten, overloads
 from ..analysis.outputs import set_output_names
-from ..analysis.rules import aten, overloads, shape
+from ..analysis.rules import shape
 from ..errors import AxisError, SiteError
-from ..passes.eliminate import drop_dead
 from ..reducers.align import MaskKind
 from .align import Aligner
 from .epochs import Epochs, History

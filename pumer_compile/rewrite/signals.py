@@ -9,8 +9,9 @@ from torch import fx
 
 from ..analysis.attention import NOT_KNOWN, Attention
 from ..analysis.nodes import ancestors, describe
+from ..analysis.operators import aten
 from ..analysis.prompts import Mark
-from ..analysis.rules import aten, shape
+from ..analysis.rules import shape
 from ..errors import LocateError
 from ..reducers import Signal
 from .attention_rows import attention_rows

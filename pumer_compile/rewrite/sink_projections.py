@@ -14,10 +14,11 @@ from collections.abc import Callable
 from torch import fx
 
 from ..analysis.axes import Dim, Tokens
-from ..analysis.narrow import draws_nothing
+from ..analysis.cost import pays
+from ..analysis.dead_code import draws_nothing, may_be_changed
 from ..analysis.nodes import values
-from ..analysis.rules import aten, node_arg, overloads, shape
-from ..passes.eliminate import MULTIPLY_ADDS_PER_COPY, may_be_changed
+from ..analysis.operators import aten, overloads
+from ..analysis.rules import node_arg, shape
 from .rewriter import Rewriter
 
 _SAME = frozenset(overloads("to alias contiguous"))
@@ -48,14 +49,9 @@ def projections(walk: Rewriter, carrier: fx.Node, dim: int, reduced: dict[str, i
             continue  # they would be read later than they are
         given, made = int(shape(node_arg(linear, 0))[-1]), int(shape(linear)[-1])
         copied = given * total if len(axis.segments) > 1 else 0
-        if _pays(fewer * given * made, maps * given, copied):
+        if pays(fewer * given * made, maps * given, copied):
             found[addend] = linear
     return found
-
-
-def _pays(saved: int, added: int, copied: int) -> bool:
-    """Whether it is less work, by multiply-adds that are saved and added and numbers that are copied."""
-    return saved > added + MULTIPLY_ADDS_PER_COPY * copied
 
 
 def reduced_sum(

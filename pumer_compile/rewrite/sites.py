@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 Replacement = Callable[["Rewriter", "CarriedWeights"], fx.Node | None]
 """Writes something else in place of a captured node; None: the node itself after all."""
 Replacements = dict[fx.Node, Replacement]
+Action = Callable[["Rewriter"], fx.Node | None]
+"""Writes what follows a captured node, or takes its place; None: nothing."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,26 @@ class Site:
     plan: SitePlan | None = None
     reducers: dict[str, Reducer] = field(default_factory=dict)
     passed: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass
+class Insertions:
+    """What the rewriter does beside copying nodes.
+
+    Attributes:
+        sites: in execution order.
+        after: what follows a captured node.
+        instead: what takes the place of one.
+    """
+
+    sites: list[Site]
+    after: dict[fx.Node, Action]
+    instead: dict[fx.Node, Action]
+
+    @property
+    def done(self) -> list[tuple[Site, SitePlan]]:
+        """Sites that were reduced, with their plans, in execution order."""
+        return [(site, site.plan) for site in self.sites if site.plan is not None]
 
 
 @dataclass(frozen=True)

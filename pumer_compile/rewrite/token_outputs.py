@@ -9,8 +9,9 @@ from torch import fx
 
 from ..analysis.axes import Dim, Fixed
 from ..analysis.nodes import describe, values
+from ..analysis.operators import aten
 from ..analysis.outputs import output_nodes
-from ..analysis.rules import aten, shape
+from ..analysis.rules import shape
 from ..errors import OutputsError
 from ..reducers import AlignAxis, UnitWeights
 from ..reducers.align import AlignMode

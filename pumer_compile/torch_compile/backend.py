@@ -18,11 +18,13 @@ from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.backends.registry import lookup_backend
 
-from ..analysis.annotate import annotate
+from ..analysis.annotate import Annotation, annotate
 from ..analysis.attention import choose
 from ..errors import LocateError, PlanError, UsageError, VerifyError
 from ..frontends import install_for_dynamo
-from ..passes.pipeline import LOSSLESS, PASSES, State, run_passes
+from ..passes.manager import State, run_passes
+from ..passes.pipeline import ANALYSE, EXACT, EXACT_ALONE, REDUCE
+from ..rewrite.rewriter import Rewriter
 from ..schedule import Merge, Schedule, as_trained, trained_with
 from . import dynamo
 from .causal_mask import spell_out_causal
@@ -43,10 +45,6 @@ from .unpadding import check_numbers, check_places, output_cuts, padded_streams
 log = logging.getLogger("pumer_compile")
 
 INNER = ("inductor", "aot_eager", "eager")
-
-_BEFORE_SITES = PASSES[: [step.name for step in PASSES].index("locate") + 1]
-# Not `count`: its multiply-adds would be for one batch size, and the batch may be open here.
-_FROM_SITES = tuple(step for step in PASSES[len(_BEFORE_SITES) :] if step.name != "count")
 
 
 @dataclass(frozen=True)
@@ -177,56 +175,56 @@ def _reduced(graph: DynamoGraph, options: Options, schedule: Schedule | None, wh
         raise UsageError(f"options['streams'] names the input {unknown[0]!r}, but there are {', '.join(inputs)}.")
     state = State(lowered, schedule or default_schedule([0]), dict(inputs), dict(options.streams))
     with enable_python_dispatcher():  # which shapes with an open batch need
-        if state.schedule.exact:
+        if state.method.exact:
             return graph.restore(_lossless(state, where), cuts=_cuts(graph, state))
         _find_attentions(state)
         if schedule is None:
-            state.schedule = _default(state)
-        if not reduces_prompts(state.schedule):
+            state.method = _default(state)
+        if not reduces_prompts(state.method):
             _check_sites(state)
-        run_passes(state, _FROM_SITES)
-    assert state.reduced is not None
+        # Not COUNT: its multiply-adds would be for one batch size, and the batch may be open here.
+        run_passes(state, REDUCE + EXACT)
     _say_counts(state, where)
-    return graph.restore(state.reduced, lowered if state.schedule.outputs == "restored" else None, _cuts(graph, state))
+    return graph.restore(state.reduced, lowered if state.method.outputs == "restored" else None, _cuts(graph, state))
 
 
 def _cuts(graph: DynamoGraph, state: State) -> dict[int, list[Cut]]:
     """The padding of texts that outputs hold; a padded graph that reads it elsewhere is refused."""
     if graph.padding is None:
         return {}
-    captured, annotation = state.captured, state.annotation or annotate(state.captured, state.streams)
+    captured, annotation = state.captured, state.find(Annotation) or annotate(state.captured, state.streams)
     streams = padded_streams(captured, annotation, graph.padding)
     check_places(annotation, graph.padding, streams)
-    history = state.walk.history if state.walk is not None else None
-    restored = state.schedule.outputs == "restored"
+    rewriter = state.find(Rewriter)
+    history = rewriter.history if rewriter is not None else None
+    restored = state.method.outputs == "restored"
     return output_cuts(graph, captured, annotation, history, streams, restored=restored)
 
 
 def _lossless(state: State, where: str) -> fx.GraphModule:
     try:
-        history = run_passes(state, tuple(step for step in LOSSLESS if step.name != "count"))
+        history = run_passes(state, EXACT_ALONE)
     except PlanError as error:
         raise _NothingReduced(str(error)) from error
-    assert state.reduced is not None
     log.info("torch.compile: %d operators narrowed or left out in %s", history.records[0].matches, where)
     return state.reduced
 
 
 def _find_attentions(state: State) -> None:
     try:
-        run_passes(state, _BEFORE_SITES)
+        run_passes(state, ANALYSE)
     except LocateError as error:
         raise _NothingReduced(str(error)) from error
     except VerifyError as error:
-        if state.annotation is None or state.annotation.streams:
+        annotation = state.find(Annotation)
+        if annotation is None or annotation.streams:
             raise
         raise _NothingReduced("It has attention, but no text or image tokens were found in it.") from error
 
 
 def _check_sites(state: State) -> None:
     """Some site of the schedule must be here; a schedule that is met in part is an error of the passes."""
-    assert state.attentions is not None
-    sites = state.schedule.addresses
+    sites = state.method.addresses
     if not {attention.site for attention in state.attentions} & set(sites):
         try:
             choose(state.attentions, sites[0])
@@ -235,9 +233,8 @@ def _check_sites(state: State) -> None:
 
 
 def _say_counts(state: State, where: str) -> None:
-    assert state.annotation is not None and state.walk is not None
     before = state.annotation.streams
-    counts = {s: [before[s], *(step.after for step in steps)] for s, steps in state.walk.history.steps.items()}
+    counts = {s: [before[s], *(step.after for step in steps)] for s, steps in state.rewriter.history.steps.items()}
     text = ", ".join(f"{stream} {' -> '.join(map(str, numbers))}" for stream, numbers in counts.items())
     log.info("torch.compile: %s tokens in %s", text, where)
 
@@ -366,7 +363,6 @@ def default_schedule(layers: Sequence[int]) -> Schedule:
 
 
 def _default(state: State) -> Schedule:
-    assert state.attentions is not None and state.annotation is not None
     modality = state.annotation.modality
     by_text = (a for a in state.attentions if a.cross_modal and "text" in map(modality.get, a.query_axis.streams))
     layers = sorted({int(a.site.rpartition(".")[2]) for a in by_text})

@@ -15,7 +15,7 @@ from torch import SymInt, Tensor, fx
 
 from ..analysis import rules
 from ..analysis.nodes import content_inputs, describe
-from ..analysis.rules import overloads
+from ..analysis.operators import overloads
 from ..errors import UsageError
 from .lowering import Argument, DynamoGraph, Padding, open_size
 

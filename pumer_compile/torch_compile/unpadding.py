@@ -15,7 +15,8 @@ from torch import SymFloat, SymInt, Tensor, fx
 from ..analysis.annotate import Annotation
 from ..analysis.axes import Dim, Fixed, Reduce, Select, Slice, Tokens
 from ..analysis.nodes import depends_on_parameter, describe, values
-from ..analysis.rules import argument, overloads
+from ..analysis.operators import overloads
+from ..analysis.rules import argument
 from ..errors import UsageError
 from ..rewrite.epochs import Epochs, History
 from .lowering import Cut, DynamoGraph, Padding, open_size

@@ -18,7 +18,7 @@ def compared(captured: Program, batch: int | None = None) -> Reduced:
     """The program without its dead tokens, after its outputs were compared on the captured inputs and, where the batch
     is open, on another number of samples."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "one_query", lambda module: 0)  # has tests of its own
+        patch.setattr(pipeline, "absorb_single_query", lambda module: 0)  # has tests of its own
         result = reduce(captured, "lossless")
     same(captured, result.module, dict(captured.inputs))
     if batch is not None:

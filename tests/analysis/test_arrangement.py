@@ -14,7 +14,7 @@ import pumer_compile as pumer
 from pumer_compile import Schedule
 from pumer_compile.analysis.annotate import annotate
 from pumer_compile.analysis.axes import Dim
-from pumer_compile.analysis.prompts import spell_out, visual_tokens, with_separators
+from pumer_compile.analysis.prompts import lower_masked_scatter, visual_tokens, with_separators
 from pumer_compile.errors import AxisError
 from tests.analysis.test_prompts import IMAGE, SCATTER, Talker
 
@@ -68,7 +68,7 @@ def mosaic(move: Mover, projector: nn.Module | None = None) -> Mosaic:
 def test_it_computes_the_same(move: Mover, image: int, batch: int) -> None:
     model, inputs = mosaic(move), prompts(image, batch)
     whole = pumer.capture(model, inputs)
-    prompt = spell_out(whole.module, inputs)
+    prompt = lower_masked_scatter(whole.module, inputs)
     assert prompt is not None
     for arranged in (inputs, prompts(image, batch, seed=5)):
         with torch.no_grad():
@@ -92,7 +92,7 @@ class ReadFirst(Mosaic):
 @pytest.mark.parametrize(("move", "image"), [(side_by_side, 8), (with_ends, 10)])
 def test_features_that_are_read_before_they_are_scattered(move: Mover, image: int) -> None:
     model, inputs = ReadFirst(move).eval(), prompts(image)
-    prompt = spell_out(pumer.capture(model, inputs).module, inputs)
+    prompt = lower_masked_scatter(pumer.capture(model, inputs).module, inputs)
     assert prompt is not None
     for given_inputs in (inputs, prompts(image, seed=5)):
         with torch.no_grad():
@@ -103,7 +103,7 @@ def test_features_that_are_read_before_they_are_scattered(move: Mover, image: in
 
 def test_where_each_place_comes_from() -> None:
     inputs = prompts(10)
-    prompt = spell_out(pumer.capture(mosaic(with_ends), inputs).module, inputs)
+    prompt = lower_masked_scatter(pumer.capture(mosaic(with_ends), inputs).module, inputs)
     assert prompt is not None
     (mark,) = prompt.marks
     assert mark.order == (0, 1, 4, 5, 2, 3, 6, 7)  # crop * 4 + token
@@ -227,7 +227,7 @@ class Placed(nn.Module):
 def test_what_is_refused(move: Mover, image: int, projector: nn.Module | None, words: str) -> None:
     inputs = prompts(image)
     with pytest.raises(AxisError, match=words):
-        spell_out(pumer.capture(mosaic(move, projector), inputs).module, inputs)
+        lower_masked_scatter(pumer.capture(mosaic(move, projector), inputs).module, inputs)
 
 
 def test_one_image_in_two_blocks_is_refused() -> None:
@@ -236,4 +236,4 @@ def test_one_image_in_two_blocks_is_refused() -> None:
     ids = inputs["input_ids"].clone()
     ids[:, 2], ids[:, 6] = IMAGE, 1
     with pytest.raises(AxisError, match="one image into several blocks"):
-        spell_out(whole.module, {**inputs, "input_ids": ids})
+        lower_masked_scatter(whole.module, {**inputs, "input_ids": ids})

@@ -13,7 +13,7 @@ import pumer_compile as pumer
 from pumer_compile import Program, Schedule
 from pumer_compile.analysis.annotate import annotate
 from pumer_compile.analysis.axes import Dim
-from pumer_compile.analysis.prompts import spell_out, visual_tokens
+from pumer_compile.analysis.prompts import lower_masked_scatter, visual_tokens
 from pumer_compile.errors import AxisError, LocateError, PlanError, ScheduleError
 from tests.models import Config, program
 from tests.visual import select
@@ -141,7 +141,7 @@ def reduced(model: nn.Module, inputs: Tensors, budget: int, **more: Any) -> Any:
 def test_it_computes_the_same(before: int, after: int, batch: int) -> None:
     model, inputs = talker(), prompts(before, after, batch)
     whole = captured(model, inputs)
-    prompt = spell_out(whole.module, inputs)
+    prompt = lower_masked_scatter(whole.module, inputs)
     assert prompt is not None and len(prompt.marks) == 1
     for arrangement in (inputs, prompts(before, after, batch, seed=5)):
         with torch.no_grad():
@@ -151,7 +151,7 @@ def test_it_computes_the_same(before: int, after: int, batch: int) -> None:
 def test_what_changes_in_the_graph() -> None:
     whole = captured(talker(), prompts(3, 5))
     before = [n.target for n in whole.module.graph.nodes]
-    prompt = spell_out(whole.module, prompts(3, 5))
+    prompt = lower_masked_scatter(whole.module, prompts(3, 5))
     assert prompt is not None
     after = [n.target for n in prompt.module.graph.nodes]
     assert before.count(SCATTER) == 1 and after.count(SCATTER) == 0
@@ -166,7 +166,7 @@ def test_what_changes_in_the_graph() -> None:
 
 def test_a_model_without_a_prompt_is_left_alone() -> None:
     whole = program(Config(layers=1))
-    assert spell_out(whole.module, whole.inputs) is None
+    assert lower_masked_scatter(whole.module, whole.inputs) is None
 
 
 def test_a_scatter_that_is_no_image_is_left_alone() -> None:
@@ -181,7 +181,7 @@ def test_a_scatter_that_is_no_image_is_left_alone() -> None:
 
     inputs = {"input_ids": prompts(3, 5)["input_ids"], "rows": torch.randn(32, 8)}
     whole = captured(Patching().eval(), inputs)
-    assert spell_out(whole.module, inputs) is None
+    assert lower_masked_scatter(whole.module, inputs) is None
 
 
 # Text as long as the heads, the head size, the batch, the budget, or the image itself.
@@ -191,7 +191,7 @@ PLACES = [(4, 4, (4, 4)), (8, 8, (4, 4)), (2, 2, (2, 2)), (16, 16, (4, 4))]
 @pytest.mark.parametrize(("before", "after", "grid"), PLACES)
 def test_axes_by_provenance(before: int, after: int, grid: tuple[int, int]) -> None:
     inputs = prompts(before, after, grid=grid)
-    prompt = spell_out(captured(talker(), inputs).module, inputs)
+    prompt = lower_masked_scatter(captured(talker(), inputs).module, inputs)
     assert prompt is not None
     annotation = annotate(prompt.module)
     image = grid[0] * grid[1]
@@ -230,13 +230,13 @@ def test_prompts_that_are_refused(change: Any, words: str) -> None:
     ids = inputs["input_ids"].clone()
     change(ids)
     with pytest.raises(AxisError, match=words):
-        spell_out(whole.module, {**inputs, "input_ids": ids})
+        lower_masked_scatter(whole.module, {**inputs, "input_ids": ids})
 
 
 def test_features_without_a_projector_are_refused() -> None:
     inputs = prompts(3, 5)
     with pytest.raises(AxisError, match="no projector between"):
-        spell_out(captured(talker(learned=False), inputs).module, inputs)
+        lower_masked_scatter(captured(talker(learned=False), inputs).module, inputs)
 
 
 # --- The selection in it ----------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from pumer_compile import Schedule
 from pumer_compile.analysis.annotate import annotate
 from pumer_compile.analysis.attention import locate
 from pumer_compile.errors import AxisError, LocateError, PumerError
-from pumer_compile.passes.pipeline import Pass, State, run_passes
+from pumer_compile.passes.manager import Pass, State, run_passes
 
 aten = torch.ops.aten
 NO_SHAPE = (AssertionError, IndexError, RuntimeError, TypeError, ValueError)
@@ -166,15 +166,17 @@ def test_what_a_pass_does_not_foresee_names_its_node() -> None:
     module = grown(0)
     wanted = next(n for n in module.graph.nodes if n.target is aten.embedding.default)
 
-    def broken(state: State) -> int:
-        for node in state.captured.graph.nodes:
-            if node is wanted:
-                raise RuntimeError("nobody knows\nlines of a graph")
-        return 1
+    class Broken(Pass):
+        name = "broken"
 
-    step = Pass("broken", ("captured",), (), broken)
+        def run(self, state: State) -> int:
+            for node in state.captured.graph.nodes:
+                if node is wanted:
+                    raise RuntimeError("nobody knows\nlines of a graph")
+            return 1
+
     state = State(module, Schedule(method="lossless"), {}, {})
     words = rf"^Pass broken met something it does not know at aten.embedding.default \(node {wanted.name}\): "
     with pytest.raises(PumerError, match=words + "RuntimeError: nobody knows. Compile") as error:
-        run_passes(state, (step,))
+        run_passes(state, (Broken(),))
     assert isinstance(error.value.__cause__, RuntimeError) and "lines of a graph" not in str(error.value)

@@ -11,7 +11,8 @@ from torch import Tensor, fx
 
 from pumer_compile.analysis.annotate import Annotation, annotate
 from pumer_compile.analysis.axes import Dim, Literal, Opaque, Reduce, Same, Seed, Select, Slice
-from pumer_compile.analysis.rules import _RULES, argument, overloads, rule, rule_for, wrap
+from pumer_compile.analysis.operators import overloads
+from pumer_compile.analysis.rules import _RULES, argument, rule, rule_for, wrap
 from pumer_compile.errors import NoRuleError
 from tests.analysis.rule_cases import CASES, Builder, P, T, X, build, finish
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pumer_compile import Program, Schedule, capture
 from pumer_compile.errors import PlanError, PumerError
-from pumer_compile.passes.pipeline import tokens_after_layers
+from pumer_compile.passes.count import tokens_after_layers
 from pumer_compile.reducers import SizeBias
 from tests.helpers import groups, match
 from tests.models import Attention, Config, Fusion, Layer, Staged, describe, inputs_for, make, passed, reduced
@@ -123,7 +123,7 @@ def check(config: Config, kind: type[Fusion], counts: dict[int, int], verified: 
         assert (model(**inputs) - expected).abs().max() > 1e-4
     tokens = config.image if kind is Images else config.text
     left = [tokens - sum(n for i, n in counts.items() if i <= layer) for layer in range(config.layers)]
-    found = tokens_after_layers(state.attentions, state.insertions, state.walk)
+    found = tokens_after_layers(state.attentions, state.insertions, state.rewriter)
     assert found == {f"{group}.{i}": {modality: n} for i, n in enumerate(left)}
     return samples
 

@@ -19,10 +19,12 @@ from torch import Tensor, fx, nn
 
 import pumer_compile as pumer
 from pumer_compile import Program, capture, reduce
+from pumer_compile.analysis.cost import SMALL_PRODUCTS
 from pumer_compile.analysis.nodes import values
 from pumer_compile.analysis.propagate import propagate
-from pumer_compile.passes.absorb_single_query import WORTH, one_query
-from pumer_compile.passes.pipeline import PASSES, State, passes_of, run_passes
+from pumer_compile.passes.absorb_single_query import absorb_single_query
+from pumer_compile.passes.manager import State, run_passes
+from pumer_compile.passes.pipeline import COUNT, PASSES, passes_of
 from pumer_compile.schedule import Schedule
 from tests import commands
 from tests.analysis.narrowing import copy_of
@@ -77,7 +79,7 @@ def attention(model: nn.Module | None = None, dynamic: bool = False, **sizes: in
 def compared(captured: Program, gradients: bool = True) -> tuple[int, fx.GraphModule]:
     """How many products are reordered, after outputs and gradients were compared."""
     module = copy_of(captured)
-    count = one_query(module)
+    count = absorb_single_query(module)
     module.graph.lint()
     given = dict(captured.inputs)
     results = []
@@ -177,7 +179,7 @@ def test_what_follows_may_view_the_product(after: Views) -> None:
 def test_new_operators_know_their_values_and_where_they_come_from() -> None:
     captured = attention()
     module = copy_of(captured)
-    one_query(module)
+    absorb_single_query(module)
     given = {str(n.target): values(n)[0] for n in module.graph.nodes if n.op == "placeholder"}
     found, _ = propagate(module, given)
     for node in module.graph.nodes:
@@ -198,7 +200,7 @@ def test_more_queries_stay(queries: int) -> None:
 @pytest.mark.parametrize("tokens", [9, 16, 17, 64])
 def test_few_tokens_stay(tokens: int) -> None:
     """What is saved must be worth smaller products."""
-    pays = tokens * SIZE > WORTH * (tokens + SIZE)
+    pays = tokens * SIZE > SMALL_PRODUCTS * (tokens + SIZE)
     assert compared(attention(tokens=tokens))[0] == (2 if pays else 0)
 
 
@@ -284,7 +286,7 @@ def test_a_default_device_without_numbers() -> None:
     captured = attention()
     module = copy_of(captured)
     with torch.device("meta"):
-        assert one_query(module) == 2
+        assert absorb_single_query(module) == 2
 
 
 @st.composite
@@ -307,7 +309,7 @@ def test_random_layouts(drawn: tuple[dict[str, int], bool, tuple[int, ...], bool
 
     model = Attend(lambda y: ordered(y).transpose(-1, -2), ordered, heads, size, bias)
     count, _ = compared(attention(model, **sizes))
-    pays = queries == 1 and tokens * size > WORTH * (tokens + size)
+    pays = queries == 1 and tokens * size > SMALL_PRODUCTS * (tokens + size)
     assert count <= (2 if pays else 0)
     if right and pays:
         assert count == (1 if tokens == size else 2)
@@ -319,7 +321,7 @@ def test_random_layouts(drawn: tuple[dict[str, int], bool, tuple[int, ...], bool
 def without(captured: Program, wanted: Schedule) -> State:
     """What the other passes make."""
     state = State(captured.module, wanted, dict(captured.inputs), {})
-    run_passes(state, tuple(step for step in passes_of(wanted) if step.name != "one_query"))
+    run_passes(state, tuple(step for step in passes_of(wanted) + COUNT if step.name != "absorb_single_query"))
     return state
 
 
@@ -333,8 +335,7 @@ def test_the_last_layer_of_an_encoder(norm: str) -> None:
     config = Config(layers=2, norm=norm, mask="expanded")
     captured = doubled(config)
     result, state = reduce(captured, "lossless"), without(captured, Schedule.load("lossless"))
-    assert [(r.name, r.matches) for r in result.history.records][1:] == [("one_query", 2), ("count", 1)]
-    assert state.reduced is not None and state.plan is not None
+    assert [(r.name, r.matches) for r in result.history.records][1:] == [("absorb_single_query", 2), ("count", 1)]
     with torch.no_grad():
         found, expected = result.module(**captured.inputs), state.reduced(**captured.inputs)
     torch.testing.assert_close(found, expected, atol=1e-10, rtol=0)
@@ -353,7 +354,7 @@ def test_behind_reducers(semantics: str, form: str) -> None:
     captured = program(Config(layers=2, form=form))
     result, state = reduce(captured, schedule(semantics, (0,))), without(captured, schedule(semantics, (0,)))
     counts = {r.name: r.matches for r in result.history.records}
-    assert counts.get("one_query", 0) == (2 if form == "unfused" or semantics == "reference" else 0)
+    assert counts.get("absorb_single_query", 0) == (2 if form == "unfused" or semantics == "reference" else 0)
     with torch.no_grad():
         given = inputs_for(Config(), seed=5)
         torch.testing.assert_close(result.module(**given), state.reduced(**given), atol=1e-5, rtol=0)
@@ -366,7 +367,7 @@ def test_keys_of_the_last_layer_that_a_reducer_reads_stay() -> None:
     for sites, products in (((first,), 2), ((first, {"at": "cross_modal.1", "merge": {"text": 1}}), 0)):
         wanted = Schedule(semantics="safe", sites=sites)
         result, state = reduce(captured, wanted), without(captured, wanted)
-        assert {r.name: r.matches for r in result.history.records}.get("one_query", 0) == products
+        assert {r.name: r.matches for r in result.history.records}.get("absorb_single_query", 0) == products
         with torch.no_grad():
             found, expected = (m(**captured.inputs) for m in (result.module, state.reduced))
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
@@ -375,8 +376,9 @@ def test_keys_of_the_last_layer_that_a_reducer_reads_stay() -> None:
 
 def test_a_head_that_reads_every_token_leaves_it_out() -> None:
     result = reduce(program(Config(layers=2, head=highest)), schedule("safe", (0,)))
-    assert "one_query" not in [r.name for r in result.history.records]
-    assert [step.name for step in PASSES][-2:] == ["one_query", "count"]
+    assert "absorb_single_query" not in [r.name for r in result.history.records]
+    names = [step.name for step in PASSES]
+    assert names.index("eliminate") < names.index("absorb_single_query") < names.index("count")
 
 
 def test_gradients_are_those_of_the_model() -> None:
@@ -386,7 +388,7 @@ def test_gradients_are_those_of_the_model() -> None:
     expected = {name: p.grad for name, p in model.named_parameters()}
     model.zero_grad(set_to_none=True)
     result = reduce(capture(model, given_), "lossless")
-    assert result.history.records[1].name == "one_query"
+    assert result.history.records[1].name == "absorb_single_query"
     result.module(**given_).square().sum().backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name], atol=1e-6, rtol=1e-5, msg=name)
@@ -396,7 +398,7 @@ def test_under_torch_compile() -> None:
     config = Config(layers=2)
     model, given_, wanted = make(config), inputs_for(config), schedule("safe", (0,))
     expected = reduce(capture(model, given_), wanted)
-    assert "one_query" in [r.name for r in expected.history.records]
+    assert "absorb_single_query" in [r.name for r in expected.history.records]
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="pumer", options={"schedule": wanted, "inner": "eager"}, dynamic=False)
     with torch.no_grad():
@@ -407,7 +409,7 @@ def test_under_torch_compile() -> None:
 def test_onnx_of_vilt(tmp_path: Path) -> None:
     given_ = {**text_inputs(2), **image_inputs([(96, 96), (64, 96)], (96, 96))}
     result = reduce(capture(tiny_vilt(), given_), "lossless")
-    assert ("one_query", 2) in [(r.name, r.matches) for r in result.history.records]
+    assert ("absorb_single_query", 2) in [(r.name, r.matches) for r in result.history.records]
     done = pumer.export(result, tmp_path / "few.onnx")
     assert done.report is not None
     assert done.report.passed
@@ -424,7 +426,7 @@ def test_onnx_of_meter_with_its_decisions(tmp_path: Path) -> None:
         capture(tiny_meter(vit_width=40, hidden_size=48), meter_inputs(2, length=12)),
         Schedule(semantics="reference", sites=sites),
     )
-    assert {r.name: r.matches for r in result.history.records}["one_query"] > 0
+    assert {r.name: r.matches for r in result.history.records}["absorb_single_query"] > 0
     done = pumer.export(result, tmp_path / "meter.onnx", with_decisions=True)
     assert done.report is not None
     assert done.report.passed

@@ -17,10 +17,12 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
 from pumer_compile import Program, capture, reduce
+from pumer_compile.analysis.dead_code import drop_dead
 from pumer_compile.analysis.narrow import Range, narrow
 from pumer_compile.errors import PlanError
-from pumer_compile.passes.eliminate import drop_dead, eliminate
-from pumer_compile.passes.pipeline import PASSES, State, run_passes
+from pumer_compile.passes.eliminate import eliminate
+from pumer_compile.passes.manager import State, run_passes
+from pumer_compile.passes.pipeline import PASSES
 from pumer_compile.reducers import reducers_of
 from tests.analysis.narrowing import compared, copy_of, last_layer, rows, same
 from tests.helpers import count_op
@@ -447,7 +449,7 @@ def test_reducers_read_whole_streams(semantics: str, form: str) -> None:
     """A site before the last layer: the same decisions and outputs with the pass as without it, at less cost."""
     config = Config(layers=2, mask="additive", form=form)
     states = []
-    for left_out in (("one_query",), ("eliminate", "one_query")):
+    for left_out in (("absorb_single_query",), ("eliminate", "absorb_single_query")):
         captured = program(config)
         state = State(captured.module, schedule(semantics, (0,)), dict(captured.inputs), {})
         run_passes(state, tuple(step for step in PASSES if step.name not in left_out))

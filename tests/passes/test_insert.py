@@ -16,7 +16,7 @@ from pumer_compile.analysis.attention import Attention, locate
 from pumer_compile.errors import LocateError, PlanError, PumerError
 from pumer_compile.methods.pumer import stream_reducer
 from pumer_compile.passes.insert import Insertions, plan_insertions
-from pumer_compile.passes.pipeline import PASSES, State, run_passes
+from pumer_compile.passes.manager import State, run_passes
 from pumer_compile.reduce import reduce_graph
 from pumer_compile.reducers import reducers_of
 from pumer_compile.rewrite.sites import LocatedGraph, Site, Stream, repeated_module
@@ -29,7 +29,7 @@ SEMANTICS = ("reference", "paper", "safe")
 def chosen(captured: Program, wanted: Schedule) -> Insertions:
     """What is known before the walk: the sites, in order."""
     annotation = annotate(captured.module, captured.streams)
-    return plan_insertions(annotation, locate(captured.module, annotation), wanted)
+    return plan_insertions(LocatedGraph(annotation, locate(captured.module, annotation)), wanted)
 
 
 def softmaxes(captured: Program, wanted: Schedule) -> list[Attention]:
@@ -43,8 +43,10 @@ def softmaxes(captured: Program, wanted: Schedule) -> list[Attention]:
 def planned(captured: Program, wanted: Schedule) -> Insertions:
     """With the plans and reducers that the walk makes."""
     state = State(captured.module, wanted, dict(captured.inputs), dict(captured.streams))
-    run_passes(state, tuple(step for step in PASSES if step.name not in ("verify", "eliminate", "one_query", "count")))
-    assert state.insertions is not None
+    run_passes(
+        state,
+        tuple(step for step in PASSES if step.name not in ("verify", "eliminate", "absorb_single_query", "count")),
+    )
     return state.insertions
 
 

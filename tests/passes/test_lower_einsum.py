@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pumer_compile import capture
 from pumer_compile.errors import LocateError
-from pumer_compile.passes.lower_einsum import spell_out_einsum
+from pumer_compile.passes.lower_einsum import lower_einsum
 from pumer_compile.reduce import reduce_graph
 from tests.helpers import count_op
 from tests.models import Config, Fusion, inputs_for, make, reduced, schedule
@@ -180,7 +180,7 @@ def operands(equation: str) -> dict[str, Tensor]:
 def test_a_product_is_written_as_one(equation: str) -> None:
     inputs = operands(equation)
     captured = torch.export.export(Einsum(equation), (), inputs, strict=False).module()
-    module, count = spell_out_einsum(captured)
+    module, count = lower_einsum(captured)
     assert count == 1
     assert count_op(module, aten.einsum.default) == 0 and count_op(captured, aten.einsum.default) == 1
     torch.testing.assert_close(module(**inputs), captured(**inputs), atol=1e-5, rtol=0)
@@ -189,7 +189,7 @@ def test_a_product_is_written_as_one(equation: str) -> None:
 @pytest.mark.parametrize("name", NO_PRODUCTS)
 def test_anything_else_is_left_alone(name: str) -> None:
     captured = torch.export.export(Einsum(NO_PRODUCTS[name]), (), operands(NO_PRODUCTS[name]), strict=False).module()
-    assert spell_out_einsum(captured) == (captured, 0)
+    assert lower_einsum(captured) == (captured, 0)
 
 
 # --- what stands in the way -----------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from torch import Tensor, nn
 
 from pumer_compile import Schedule, capture, reduce
 from pumer_compile.errors import PumerError, VerifyError
-from pumer_compile.passes.pipeline import PASSES, Pass, State, run_passes
+from pumer_compile.passes.manager import Pass, State, run_passes
+from pumer_compile.passes.pipeline import ANALYSE, PASSES
+from pumer_compile.plan import Plan
 from pumer_compile.reduce import reduce_graph, with_decisions
 from pumer_compile.reducers import AlignAxis, forced_decisions
 from pumer_compile.reducers.base import Decisions
@@ -314,7 +317,7 @@ def test_plan_and_history() -> None:
     assert site.multiply_adds[1] == 2 * 17 * width * 2 * width + last + width * 5 + reducers
 
     records = result.history.records
-    names = ["annotate", "locate", "insert", "rewrite", "verify", "eliminate", "one_query", "count"]
+    names = ["annotate", "locate", "insert", "rewrite", "verify", "eliminate", "absorb_single_query", "count"]
     assert [r.name for r in records] == names
     # Two streams, two attentions, one site of two reducers.
     assert [r.matches for r in records][:4] == [2, 2, 1, 2]
@@ -474,14 +477,19 @@ def test_a_pass_without_what_it_requires() -> None:
         run_passes(state(), tuple(step for step in PASSES if step.name == "locate"))
 
 
+def made(name: str, run: Callable[[State], int], **facts: Any) -> Pass:
+    """A pass of a function."""
+    kind = type("Made", (Pass,), {"name": name, "run": lambda self, s: run(s), **facts})
+    return kind()
+
+
 def test_a_pass_that_breaks_its_promise() -> None:
-    idle = Pass("idle", (), ("plan",), lambda s: 1)
-    with pytest.raises(VerifyError, match="Pass idle did not give plan"):
-        run_passes(state(), (idle,))
+    with pytest.raises(VerifyError, match="Pass idle did not give Plan"):
+        run_passes(state(), (made("idle", lambda s: 1, ensures=(Plan,)),))
 
 
 def test_a_pass_that_matches_nothing() -> None:
-    nothing = Pass("nothing", (), (), lambda s: 0)
+    nothing = made("nothing", lambda s: 0)
     with pytest.raises(VerifyError, match="Pass nothing matched nothing"):
         run_passes(state(), (nothing,))
 
@@ -497,7 +505,7 @@ def test_a_pass_that_leaves_a_broken_graph() -> None:
         return 1
 
     with pytest.raises(RuntimeError, match="used before it has been defined"):
-        run_passes(state(), (Pass("spoil", (), (), spoil),))
+        run_passes(state(), (made("spoil", spoil),))
 
 
 def test_every_pass_leaves_its_graph(tmp_path: Path) -> None:
@@ -510,7 +518,7 @@ def test_every_pass_leaves_its_graph(tmp_path: Path) -> None:
         "4_rewrite.py",
         "5_verify.py",
         "6_eliminate.py",
-        "7_one_query.py",
+        "7_absorb_single_query.py",
         "8_count.py",
     ]
     first, last = ((tmp_path / "graphs" / files[i]).read_text() for i in (0, -1))
@@ -519,13 +527,13 @@ def test_every_pass_leaves_its_graph(tmp_path: Path) -> None:
 
 
 def test_a_pass_that_may_match_nothing() -> None:
-    nothing = Pass("nothing", (), (), lambda s: 0, optional=True)
+    nothing = made("nothing", lambda s: 0, optional=True)
     assert run_passes(state(), (nothing,)).records == []
 
 
 def test_passes_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "pumer_compile"):
-        run_passes(state(), PASSES[:4])  # einsums and prompts: nothing to do, not recorded
+        run_passes(state(), ANALYSE)  # einsums and prompts: nothing to do, not recorded
     assert [r.getMessage().split(":")[0] for r in caplog.records] == ["pass annotate", "pass locate"]
     assert "2 matches" in caplog.text
 

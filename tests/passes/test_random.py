@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pumer_compile import Schedule, capture
-from pumer_compile.passes.pipeline import tokens_after_layers
+from pumer_compile.passes.count import tokens_after_layers
 from tests.models import Config, inputs_for, make, passed, reduced
 from tests.pairs import CoAttention, Oracle, PairConfig
 
@@ -75,7 +75,7 @@ def test_one_sequence(data: st.DataObject) -> None:
     with torch.no_grad():
         expected, counts = reduced(model, inputs, {layer: site}, semantics)
         torch.testing.assert_close(state.reduced(**inputs), expected, atol=2e-5, rtol=0)
-    found = tokens_after_layers(state.attentions, state.insertions, state.walk)
+    found = tokens_after_layers(state.attentions, state.insertions, state.rewriter)
     assert [tuple(tokens.values()) for tokens in found.values()] == counts
 
 
@@ -99,5 +99,5 @@ def test_pairs(data: st.DataObject) -> None:
     with torch.no_grad():
         expected, counts = Oracle(model, {pair: site}, semantics)(inputs)
         torch.testing.assert_close(state.reduced(**inputs), expected, atol=2e-5, rtol=0)
-    found = tokens_after_layers(state.attentions, state.insertions, state.walk)
+    found = tokens_after_layers(state.attentions, state.insertions, state.rewriter)
     assert [(found[f"cross_modal.{2 * i}"]["text"], found[f"cross_modal.{2 * i}"]["image"]) for i in (0, 1)] == counts

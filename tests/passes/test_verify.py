@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from pumer_compile.errors import PumerError, VerifyError
-from pumer_compile.passes.pipeline import PASSES, State, run_passes
+from pumer_compile.passes.manager import State, run_passes
 from pumer_compile.passes.verify import FORBIDDEN, verify
 from pumer_compile.reduce import reduce_graph
 from tests.helpers import data_dependent
@@ -24,14 +24,17 @@ def rewritten(config: Config = CONFIG) -> State:
     """Everything up to the pass under test."""
     captured = program(config)
     state = State(captured.module, schedule("paper", (0,)), dict(captured.inputs), {})
-    run_passes(state, tuple(step for step in PASSES if step.name not in ("verify", "eliminate", "one_query", "count")))
+    run_passes(
+        state,
+        tuple(step for step in PASSES if step.name not in ("verify", "eliminate", "absorb_single_query", "count")),
+    )
     return state
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "symbolic"])
 def test_a_good_graph_passes_and_gets_its_new_values(dynamic: bool) -> None:
     state = rewritten(Config(mask="none", layers=2, dynamic=dynamic))
-    assert verify(state.reduced, state.walk) > 10
+    assert verify(state.reduced, state.rewriter) > 10
     sizes = {
         n.meta["val"].shape[1] for n in state.reduced.graph.nodes if n.target is aten.linear.default and "val" in n.meta
     }
@@ -61,10 +64,10 @@ def test_a_slice_that_now_clamps_is_found() -> None:
         return x[:, text:].amax(1)
 
     state = rewritten(Config(mask="none", layers=2, head=head))
-    verify(state.reduced, state.walk)
+    verify(state.reduced, state.rewriter)
     change(state, aten.slice.Tensor, 3, 18)
     with pytest.raises(VerifyError) as caught:
-        verify(state.reduced, state.walk)
+        verify(state.reduced, state.rewriter)
     message = str(caught.value)
     assert "[2, 13, 32]" in message
     assert "[2, 14, 32]" in message
@@ -76,7 +79,7 @@ def test_a_literal_left_behind_is_an_error_in_words() -> None:
     state = rewritten()
     node = change(state, aten.view.default, 1, [2, 32, 4, 8])
     with pytest.raises(PumerError) as caught:
-        verify(state.reduced, state.walk)
+        verify(state.reduced, state.rewriter)
     assert node.name in str(caught.value) or "aten.view.default" in str(caught.value)
 
 
@@ -101,7 +104,7 @@ def test_forbidden_operators(operator: Callable[[Tensor], Tensor]) -> None:
         output.args = (state.reduced.graph.call_function(aten.add.Tensor, (logits, result)),)
     state.reduced.recompile()
     with pytest.raises(VerifyError, match="data-dependent shape or exports to wrong values"):
-        verify(state.reduced, state.walk)
+        verify(state.reduced, state.rewriter)
 
 
 def test_forbidden_operators_are_packets() -> None:

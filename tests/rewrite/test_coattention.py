@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pumer_compile import Program, Schedule, capture, reduce
 from pumer_compile.errors import LocateError, PlanError, PumerError
-from pumer_compile.passes.pipeline import tokens_after_layers
+from pumer_compile.passes.count import tokens_after_layers
 from pumer_compile.reduce import reduce_graph
 from pumer_compile.reducers import AlignAxis
 from tests.models import describe, inputs_for, make, passed, schedule
@@ -59,7 +59,7 @@ def check(config: PairConfig, semantics: str, sites: Sites, kind: type[CoAttenti
         expected, counts = Oracle(model, sites, semantics)(inputs)
         torch.testing.assert_close(state.reduced(**inputs), expected, atol=1e-5, rtol=0)
         assert (model(**inputs) - expected).abs().max() > 1e-4  # a reducer that does nothing would be seen
-    found = tokens_after_layers(state.attentions, state.insertions, state.walk)
+    found = tokens_after_layers(state.attentions, state.insertions, state.rewriter)
     step, first = (1, 0) if kind is Decoder else (2, int(kind is ImageFirst))
     layers = [found[f"cross_modal.{step * i + first}"] for i in range(config.layers)]
     assert [(layer["text"], layer["image"]) for layer in layers] == counts

@@ -21,7 +21,7 @@ import pumer_compile as pumer
 from pumer_compile import Program, Schedule, capture, reduce
 from pumer_compile.analysis.nodes import values
 from pumer_compile.errors import LocateError
-from pumer_compile.passes.pipeline import State
+from pumer_compile.passes.manager import State
 from pumer_compile.reduce import with_decisions
 from pumer_compile.reducers import ApplyMap
 from pumer_compile.rewrite import sink_projections as postpone

@@ -14,7 +14,7 @@ from pumer_compile import Program, Schedule, capture, reduce
 from pumer_compile.analysis.annotate import annotate
 from pumer_compile.analysis.attention import locate
 from pumer_compile.errors import AxisError, PumerError
-from pumer_compile.passes.pipeline import tokens_after_layers
+from pumer_compile.passes.count import tokens_after_layers
 from tests.helpers import combine, reduce_image, reduce_text
 from tests.models import Config, Fusion, Layer, attend, inputs_for, make, passed, reduced, schedule
 from tests.pairs import CoAttention, Oracle, PairConfig
@@ -84,7 +84,7 @@ def program(config: Config, kind: type[Fusion]) -> Program:
 
 
 def counts_of(state: Any) -> dict[str, tuple[int, ...]]:
-    found = tokens_after_layers(state.attentions, state.insertions, state.walk)
+    found = tokens_after_layers(state.attentions, state.insertions, state.rewriter)
     return {name: tuple(tokens.values()) for name, tokens in found.items()}
 
 

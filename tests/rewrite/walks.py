@@ -15,7 +15,7 @@ from pumer_compile.analysis.attention import locate, mask_kinds
 from pumer_compile.passes.insert import plan_insertions
 from pumer_compile.reduce import reduce_graph
 from pumer_compile.rewrite.rewriter import Rewriter
-from pumer_compile.rewrite.sites import cross_modal_layers
+from pumer_compile.rewrite.sites import LocatedGraph, cross_modal_layers
 from tests.models import Config, Fusion, Head, inputs_for, make, program, reduced, schedule
 
 BASE = Config(mask="none", layers=2)
@@ -28,7 +28,7 @@ def walk(config: Config, wanted: Schedule) -> tuple[Rewriter, fx.GraphModule]:
     module = program(config).module
     annotation = annotate(module)
     attentions = locate(module, annotation)
-    insertions = plan_insertions(annotation, attentions, wanted)
+    insertions = plan_insertions(LocatedGraph(annotation, attentions), wanted)
     rewriter = Rewriter(module, annotation, mask_kinds(attentions), layers=cross_modal_layers(attentions))
     return rewriter, rewriter.run(insertions.after, insertions.instead)
 

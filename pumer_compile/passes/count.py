@@ -1,0 +1,99 @@
+"""Count: the plan, with multiply-adds before and after each site."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+from torch import Tensor, fx
+
+from ..analysis.attention import Attention
+from ..analysis.nodes import ancestors
+from ..analysis.prompts import Prompt
+from ..analysis.propagate import propagate
+from ..plan import Plan
+from ..rewrite.rewriter import Rewriter
+from ..rewrite.sites import Insertions
+from .manager import Pass, ReducedGraph, State
+
+
+class Count(Pass):
+    """Gives the plan of a reduced graph."""
+
+    name = "count"
+    requires = (ReducedGraph,)
+    ensures = (Plan,)
+
+    def run(self, state: State) -> int:
+        """See `Pass`; counts sites."""
+        insertions, prompt = state.find(Insertions), state.find(Prompt)
+        if insertions is None:
+            batch = next(iter(state.inputs.values())).shape[0]
+            before, after = (_sections(m, state.inputs, 0, lambda node: -1) for m in (state.captured, state.reduced))
+            state.add(Plan((), sum(before) // batch, sum(after) // batch))
+            return 1
+        layers = tokens_after_layers(state.attentions, insertions, state.rewriter)
+        plan = count_plan(state.captured, state.reduced, insertions, state.inputs, layers)
+        state.add(dataclasses.replace(plan, prompts=tuple(prompt.places) if prompt else ()))
+        return len(plan.sites)
+
+
+def tokens_after_layers(
+    attentions: list[Attention], insertions: Insertions, walk: Rewriter
+) -> dict[str, dict[str, int]]:
+    """Tokens by stream after every attention node, by its address (and `@1` where its layer runs again)."""
+    after = {plan.name: plan.after for _, plan in insertions.done}
+    layers: dict[str, dict[str, int]] = {}
+    for attention in (a for a in attentions if a.query_axis.streams):
+        counts: dict[str, int] = {}
+        for axis, dim in ((attention.query_axis, attention.query_dim), (attention.key_axis, attention.key_dim)):
+            # A prompt has text on both sides of an image.
+            present: dict[str, int] = {}
+            for segment in axis.segments:
+                if segment.stream:
+                    length = walk.history.length(segment, walk.history.at(dim))
+                    present[segment.stream] = present.get(segment.stream, 0) + length
+            counts.update(present)
+        name = attention.site + (f"@{attention.call}" if attention.call else "")
+        layers[name] = {**counts, **after.get(name, {})}
+    return layers
+
+
+def count_plan(
+    captured: fx.GraphModule,
+    reduced: fx.GraphModule,
+    insertions: Insertions,
+    inputs: dict[str, Tensor],
+    layers: dict[str, dict[str, int]],
+) -> Plan:
+    """The plan with one sample's multiply-adds before and after, in total and from each site to the next."""
+    batch = next(iter(inputs.values())).shape[0]
+    carriers = [site.attention.carrier for site, _ in insertions.done]
+    prefixes = tuple(f"reducer.{site.attention.name}." for site, _ in insertions.done)
+    before = _sections(captured, inputs, len(carriers), lambda node: carriers.index(node) if node in carriers else -1)
+    after = _sections(reduced, inputs, len(carriers), lambda node: _site_of(node, prefixes))
+    sites = [
+        dataclasses.replace(plan, multiply_adds=(before[i + 1] // batch, after[i + 1] // batch))
+        for i, (_, plan) in enumerate(insertions.done)
+    ]
+    return Plan(tuple(sites), sum(before) // batch, sum(after) // batch, layers)
+
+
+def _site_of(node: fx.Node, prefixes: tuple[str, ...]) -> int:
+    """The site whose reducers a node calls, or -1."""
+    called = str(node.target) if node.op == "call_module" else ""
+    return next((i for i, prefix in enumerate(prefixes) if called.startswith(prefix)), -1)
+
+
+def _sections(
+    module: fx.GraphModule, inputs: dict[str, Tensor], sites: int, opens: Callable[[fx.Node], int]
+) -> list[int]:
+    """Multiply-adds of the whole batch before the first site, and from each site to the next. `opens` gives the site
+    that a node belongs to, or -1; a site whose reducers nothing reads has none. A captured attention that no output
+    needs is not counted: no runtime computes it."""
+    _, counts = propagate(module, inputs)
+    totals, section, live = [0] * (sites + 1), 0, ancestors(module.graph.output_node())
+    for node in module.graph.nodes:
+        section = max(section, opens(node) + 1)
+        totals[section] += counts.get(node, 0) if node in live else 0
+    return totals

@@ -1,0 +1,24 @@
+"""Prompt: replace the scatter of image features by an explicit `cat`, and mark the image tokens."""
+
+from __future__ import annotations
+
+from ..analysis.prompts import lower_masked_scatter
+from .manager import Pass, State
+
+
+class MarkPrompt(Pass):
+    """Gives the prompts of a language model, for methods that reduce in one; others find the graph as captured."""
+
+    name = "prompt"
+    optional = True
+
+    def run(self, state: State) -> int:
+        """See `Pass`; counts blocks of image tokens."""
+        if not state.method.needs_prompt:
+            return 0
+        prompt = lower_masked_scatter(state.captured, state.inputs, in_tower=state.method.reads_tower)
+        if prompt is None:
+            return 0
+        state.add(prompt)
+        state.captured = prompt.module
+        return len(prompt.marks)
