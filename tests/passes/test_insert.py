@@ -17,6 +17,7 @@ from pumer_compile.errors import LocateError, PlanError, PumerError
 from pumer_compile.methods.pumer import stream_reducer
 from pumer_compile.passes.insert import Insertions, plan_insertions
 from pumer_compile.passes.manager import State, run_passes
+from pumer_compile.passes.pipeline import ANALYSE, REDUCE
 from pumer_compile.reduce import reduce_graph
 from pumer_compile.reducers import reducers_of
 from pumer_compile.rewrite.sites import LocatedGraph, Site, Stream, repeated_module

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from pumer_compile.errors import PumerError, VerifyError
 from pumer_compile.passes.manager import State, run_passes
+from pumer_compile.passes.pipeline import ANALYSE, REDUCE
 from pumer_compile.passes.verify import FORBIDDEN, verify
 from pumer_compile.reduce import reduce_graph
 from tests.helpers import data_dependent
