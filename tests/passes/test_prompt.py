@@ -259,7 +259,9 @@ class Chosen(Talker):
 @pytest.mark.parametrize("method", ["vispruner", "fastv"])
 def test_features_whose_number_is_open_are_refused(method: str, flat: bool) -> None:
     keys = {"layer": 1} if method == "fastv" else {}
-    with pytest.raises(AxisError, match=r"node masked_scatter, at .*py:\d+.*whose number depends on data.*compile a part"):
+    with pytest.raises(
+        AxisError, match=r"node masked_scatter, at .*py:\d+.*whose number depends on data.*compile a part"
+    ):
         pumer.reduce(captured(Chosen(flat), prompts(3, 5)), Schedule(method=method, budget=4, **keys))
 
 
