@@ -120,6 +120,31 @@ def test_a_mask_and_a_bias_in_one_are_aligned_anew_for_every_reducer() -> None:
     torch.testing.assert_close(found[0], found[1], atol=1e-6, rtol=0)
 
 
+class CutText(Fusion):
+    """Without the first word: cut before old and new tokens meet, or after."""
+
+    late = True
+
+    def forward(self, input_ids: Tensor, pixel_values: Tensor) -> Tensor:
+        old = self.embed(input_ids, pixel_values)
+        x = self.layers[0](old, None)
+        y = (x + old.tanh())[:, 1:] if self.late else x[:, 1:] + old.tanh()[:, 1:]
+        return y.amax(1)
+
+
+def test_a_part_of_a_stream_that_no_reducer_changes_stands_beside_one_that_is_aligned() -> None:
+    config = dataclasses.replace(BASE, layers=1)
+    model, inputs = make(config, kind=CutText), inputs_for(config)
+    found = []
+    for late in (True, False):
+        model.late = late  # type: ignore[assignment]  # a plain attribute
+        module = reduce_graph(capture(model, inputs), schedule("safe", (0,), prune=4))
+        assert sum(isinstance(m, AlignAxis) for m in module.modules()) == 1
+        with torch.no_grad():
+            found.append(module(**inputs))
+    torch.testing.assert_close(found[0], found[1], atol=1e-6, rtol=0)
+
+
 def test_a_part_of_a_stream_is_not_aligned() -> None:
     """A map is of a whole stream. Cuts of reduced tokens are refused before; this is asked again where a map is
     applied."""
