@@ -18,7 +18,8 @@ import random
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
@@ -368,21 +369,50 @@ class Row:
         return [m for m in self.changing if not m.refused]
 
 
-def measure(case: Case, count: int, seed: int) -> Row:
-    """Mutate one artifact."""
+def measure(case: Case, count: int, seed: int, journal: Path) -> Row:
+    """Mutate one artifact; mutants that `journal` has are taken from there, and each new one is written to it."""
     start = time.perf_counter()
+    found = [Mutant(**json.loads(line)) for line in journal.read_text().splitlines()] if journal.exists() else []
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
-        model = load_model(ORACLES / case.folder)
-        given = load_inputs(ORACLES / case.folder / "inputs.npz", model) if case.given else make_inputs(model, batch=2)
-        program = pumer.capture(model, given, outputs=list(case.outputs))
+        source = load_model(ORACLES / case.folder)
+        given = (
+            load_inputs(ORACLES / case.folder / "inputs.npz", source) if case.given else make_inputs(source, batch=2)
+        )
+        program = pumer.capture(source, given, outputs=list(case.outputs))
         reduced = program if case.schedule is None else pumer.reduce(program, case.schedule)
         manifest = pumer.export(reduced, path, options=case.options).manifest
         proof = _Proof(path, reduced, manifest)
         sound = onnx.load(str(path))
-        found = [proof.judge(*mutant) for mutant in mutants(sound, count, seed)]
+        for model, kind, what in list(mutants(sound, count, seed))[len(found) :]:
+            ended = Mutant(kind, what[:160], -1, True, "ends the process that runs it")
+            _begun(journal).write_text(json.dumps(asdict(ended)))
+            found.append(proof.judge(model, kind, what))
+            with journal.open("a") as file:
+                file.write(json.dumps(asdict(found[-1])) + "\n")
     return Row(case.name, JUDGES, time.perf_counter() - start, found)
+
+
+def _begun(journal: Path) -> Path:
+    """Where the mutant that is judged just now is written down, as one that ends the process."""
+    return journal.with_suffix(".begun")
+
+
+def surviving(case: Case, count: int, seed: int, folder: Path) -> Row:
+    """Mutate one artifact in a process of its own, and go on in another where a mutant ends it: onnxruntime may abort
+    instead of raising, and a mutant that does not run is refused."""
+    journal = folder / f"{CASES.index(case)}.jsonl"
+    while True:
+        _begun(journal).unlink(missing_ok=True)
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            try:
+                return pool.submit(measure, case, count, seed, journal).result()
+            except BrokenProcessPool:
+                if not _begun(journal).exists():  # it was no mutant
+                    raise
+        with journal.open("a") as file:
+            file.write(_begun(journal).read_text() + "\n")
 
 
 _RUN = _Comparison.run
@@ -495,8 +525,8 @@ def main() -> None:
     arguments = parser.parse_args()
     chosen = [case for case in CASES if not arguments.only or case.name in arguments.only]
     rows: dict[str, dict[str, Any]] = {}
-    with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
-        work = [pool.submit(measure, case, arguments.mutations, arguments.seed) for case in chosen]
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(arguments.jobs) as pool:
+        work = [pool.submit(surviving, case, arguments.mutations, arguments.seed, Path(folder)) for case in chosen]
         for done in as_completed(work):
             row = done.result()
             rows[row.name] = asdict(row)

@@ -510,12 +510,16 @@ def test_numbers_of_tokens_that_are_not_there(reduced: Reduced) -> None:
     def target(given: Arrays) -> None:
         given[f"{IMAGE}.target"][0, 0] = given[f"{IMAGE}.kept"].shape[1]
 
-    def source(given: Arrays) -> None:
+    def pruned(given: Arrays) -> None:
+        given[f"{IMAGE}.source"][0, 0] = given[f"{IMAGE}.kept"].shape[1]
+
+    def twice(given: Arrays) -> None:
         given[f"{IMAGE}.source"][1, 1] = given[f"{IMAGE}.source"][1, 0]
 
     assert f"but there are only {CONFIG.image}" in faulty(reduced, kept)
     assert "merges into tokens" in faulty(reduced, target) and "there are only 20" in faulty(reduced, target)
-    assert "merges the same token twice" in faulty(reduced, source)
+    assert "merges tokens" in faulty(reduced, pruned) and "there are only 20" in faulty(reduced, pruned)
+    assert "merges the same token twice" in faulty(reduced, twice)
 
 
 def test_a_fault_and_a_gap_of_one_batch_stay(reduced: Reduced) -> None:

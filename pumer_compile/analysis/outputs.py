@@ -137,6 +137,47 @@ def set_outputs(module: fx.GraphModule, outputs: Mapping[str, Any]) -> None:
     module.recompile()
 
 
+# What gives the value it takes, perhaps in other memory: converters leave these out.
+_AS_IT_IS = ("clone", "detach", "alias", "contiguous", "lift_fresh", "lift_fresh_copy", "positive", "dropout")
+
+
+def outputs_apart(module: fx.GraphModule) -> None:
+    """Let every output of a graph module be a value of its own; in place. In an artifact a value has one name, so one
+    that is an input, or is returned twice, is copied."""
+    output = module.graph.output_node()
+    taken = set(module.graph.find_nodes(op="placeholder"))
+
+    def apart(node: fx.Node) -> fx.Node:
+        value = _value_of(node)
+        if value not in taken:
+            taken.add(value)
+            return node
+        with module.graph.inserting_before(output):
+            return _copied(node)
+
+    output.args = fx.map_arg(output.args, apart)
+    module.recompile()
+
+
+def _value_of(node: fx.Node) -> fx.Node:
+    """The node whose value a node gives on."""
+    while node.op == "call_function" and node.all_input_nodes:
+        source, packet = node.all_input_nodes[0], getattr(node.target, "overloadpacket", None)
+        if not (getattr(packet, "__name__", "") in _AS_IT_IS or _same(node, source)):
+            break
+        node = source
+    return node
+
+
+def _copied(node: fx.Node) -> fx.Node:
+    """A copy in a form that no converter takes for the value itself: a join of one part."""
+    graph, value = node.graph, node.meta.get("val")
+    whole = not (isinstance(value, Tensor) and value.ndim == 0)
+    part = node if whole else graph.call_function(torch.ops.aten.unsqueeze.default, (node, 0))
+    joined = graph.call_function(torch.ops.aten.cat.default, ([part],))
+    return joined if whole else graph.call_function(torch.ops.aten.squeeze.dim, (joined, 0))
+
+
 def set_output_names(graph: fx.Graph, names: list[str]) -> None:
     """Say that the values a graph returns are those of a dictionary with these keys, in order."""
     codegen = graph._codegen

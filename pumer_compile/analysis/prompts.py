@@ -208,17 +208,18 @@ class _Scatter:
         Raises:
             AxisError: that is open, or its features do not fit there.
         """
-        if not all(isinstance(size, int) for n in (self.words, self.source) for size in values(n)[0].shape[:-1]):
+        given = values(self.source)[0]
+        if not all(isinstance(size, int) for size in (self.batch, self.length, *given.shape)):
             raise AxisError(
                 f"{describe(self.node)} scatters image features whose number depends on data; a prompt of one form has "
-                "a fixed number of them."
+                "a fixed number of them. Let the model keep all features of an image, with none chosen by a mask, or "
+                "compile a part without it (--component, --outputs)."
             )
         filled = constant_value(self.mask, self.inputs)
         if filled is None:
             raise AxisError(f"{describe(self.node)} fills places whose number is open; an image needs a fixed place.")
         blocks = _blocks(self.node, filled)
         places = sum(stop - start for start, stop in blocks)
-        given = values(self.source)[0]
         if given.numel() != self.batch * places * self.width:
             raise AxisError(
                 f"{describe(self.node)} fills {places} placeholders in each prompt, and the image features "
@@ -422,7 +423,7 @@ def _by_token(node: fx.Node, features: set[fx.Node]) -> bool:
 def _not_by_token(scatter: fx.Node, node: fx.Node) -> AxisError:
     return AxisError(
         f"{describe(node)} stands between the vision tower and {describe(scatter)}, where the tokens of several images "
-        "or crops meet; it is not known to look at each token by itself."
+        "or crops meet; it is not known to look at each token by itself. `method: fastv` reduces the tokens behind it."
     )
 
 

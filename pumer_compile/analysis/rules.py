@@ -142,7 +142,7 @@ def size_literals(node: fx.Node, arg: int, sizes: Any) -> Iterator[Constraint]:
 
 @rule(
     *overloads("to alias detach detach_ clone contiguous lift_fresh_copy lift_fresh dropout feature_dropout"),
-    *overloads("_to_copy __and__ __or__ type_as zeros_like ones_like full_like empty_like"),
+    *overloads("_to_copy __and__ __or__ type_as zeros_like ones_like full_like empty_like log_sigmoid"),
     *overloads("masked_fill masked_fill_ where expand_as copy_"),
 )
 def pointwise(node: fx.Node) -> Iterator[Constraint]:

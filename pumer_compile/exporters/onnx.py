@@ -32,7 +32,7 @@ from transformers.exporters.configs import OnnxConfig
 from transformers.exporters.exporter_dynamo import DynamoExporter
 from transformers.exporters.exporter_onnx import OnnxExporter
 
-from ..analysis.outputs import artifact_outputs, renames_outputs, without_inputs
+from ..analysis.outputs import artifact_outputs, outputs_apart, renames_outputs, without_inputs
 from ..capture import Program, batch_inputs, capture, left_as_found, set_for_inference
 from ..errors import ExportError, UsageError
 from ..files import content_name, sha256_file
@@ -188,6 +188,7 @@ def reduced_export(
     names = artifact_outputs(module, program.inputs)
     twin, decisions = with_decisions(module, names)
     without_inputs(twin, program.fixed)
+    outputs_apart(twin)
     spell_out_masked_writes(twin)
     read = {name: tensor for name, tensor in program.inputs.items() if name not in program.fixed}
     exported = torch.export.export(twin, args=(), kwargs=read, dynamic_shapes=dynamic_shapes, strict=False)
@@ -357,8 +358,16 @@ def _through_transformers(
             converted.graph.inputs, (n for n in program.inputs if n not in program.fixed), strict=True
         ):
             value.name = name
+    for value in converted.graph.inputs:
+        value.name = own_name(str(value.name), program)
     names = exporter.output_names or [str(value.name) for value in converted.graph.outputs]
     return named(converted, names, exporter.decision_names)
+
+
+def own_name(name: str, program: Program) -> str:
+    """The model's name for an input, which transformers' exporters call `input.<name>` where an output has its name."""
+    own = name.removeprefix("input.")
+    return own if name not in program.inputs and own in program.inputs else name
 
 
 def _through_torch(

@@ -22,7 +22,7 @@ from ..loading import quiet
 from ..runtimes.openvino import OpenVinoSession, load_openvino
 from ..schedule import Schedule
 from .base import Evidence, Options, Profile, Writer
-from .onnx import ReduceStep, dynamic_shapes, in_precision, reduced_export
+from .onnx import ReduceStep, dynamic_shapes, in_precision, own_name, reduced_export
 
 
 @dataclass(frozen=True)
@@ -124,6 +124,8 @@ def _through_transformers(
     with left_as_found(model):
         set_for_inference(model)
         converted, _ = exporter.export_program(model, dict(program.inputs), config)
+    for port in converted.inputs:
+        port.get_tensor().set_names({own_name(str(port.get_any_name()), program)})
     names = exporter.output_names or [str(port.get_any_name()) for port in converted.outputs]
     return converted, names, exporter.decision_names
 

@@ -115,6 +115,7 @@ CASES: dict[str, tuple[Any, list[str], Callable[..., tuple], list[str], set[str]
         set(),
     ),
     "gelu": (aten.gelu.default, [X], lambda x: (x,), [f"2 {T} 8"], set()),
+    "log_sigmoid": (aten.log_sigmoid.default, [X], lambda x: (x,), [f"2 {T} 8"], set()),
     "to": (aten.to.dtype, [X], lambda x: (x, torch.float16), [f"2 {T} 8"], set()),
     "clone": (aten.clone.default, [X], lambda x: (x,), [f"2 {T} 8"], set()),
     "contiguous": (aten.contiguous.default, [X], lambda x: (x,), [f"2 {T} 8"], set()),

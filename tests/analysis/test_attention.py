@@ -375,6 +375,27 @@ def test_sites_are_named_by_tower_and_counted_in_execution_order() -> None:
     assert all(a.carrier is not None for a in found)
 
 
+class SideBySide(nn.Module):
+    """Two attentions over the same words, written out in the model itself, which has no name for either."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(50, 16)
+        self.one, self.other = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.words(input_ids)
+        for linear in (self.one, self.other):
+            q = linear(self.words(input_ids)).unflatten(-1, (4, 4)).transpose(1, 2)
+            x = x + linear(F.scaled_dot_product_attention(q, q, q).transpose(1, 2).flatten(2))
+        return x.amax(1)
+
+
+def test_attentions_of_no_module_are_no_layer_that_runs_again() -> None:
+    found = located(capture(SideBySide().eval(), {"input_ids": torch.arange(14).view(2, 7)}))
+    assert [(a.site, a.call, a.module) for a in found] == [("text.0", 0, ""), ("text.1", 0, "")]
+
+
 def test_choose() -> None:
     found = located(towers())
     assert choose(found, "vision.0") == [found[1]]

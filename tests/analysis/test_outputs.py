@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import ViltModel
+from transformers import PretrainedConfig, PreTrainedModel, ViltModel
 from transformers.utils import ModelOutput
 
 import pumer_compile as pumer
@@ -382,3 +382,63 @@ def test_outputs_of_a_schedule() -> None:
     hashes = {mode: Schedule(outputs=mode, **BUDGETS).sha256 for mode in ("refused", "reduced", "restored")}
     assert len(set(hashes.values())) == 3
     assert hashes["refused"] == Schedule(**BUDGETS).sha256
+
+
+# --- inputs, values and constants as outputs, in artifacts ------------------------------------------------------------
+
+
+def give_again(mask: Tensor, y: Tensor) -> dict[str, Tensor]:
+    """Inputs and values, once and again, as they are and in forms that converters leave out."""
+    total = y.sum((1, 2))[0]
+    given = {"mask": mask, "again": mask.detach(), "y": y, "other": y, "cast": y.to(torch.float32), "whole": y.clone()}
+    return given | {"scalar": total, "the_scalar": total, "table": torch.ones(3)}
+
+
+class Plain(nn.Module):
+    """Gives what it takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, mask: Tensor, x: Tensor) -> dict[str, Tensor]:
+        return give_again(mask, self.linear(x))
+
+
+class OfTransformers(PreTrainedModel):
+    """The same, by way of transformers' exporters."""
+
+    config_class = PretrainedConfig
+
+    def __init__(self) -> None:
+        super().__init__(PretrainedConfig())
+        self.linear = nn.Linear(4, 4)
+        self.post_init()
+
+    def forward(self, mask: Tensor, x: Tensor) -> dict[str, Tensor]:
+        return give_again(mask, self.linear(x))
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".xml"])
+@pytest.mark.parametrize("model", [Plain, OfTransformers])
+def test_an_output_that_is_an_input_or_given_twice(model: type[nn.Module], suffix: str, tmp_path: Path) -> None:
+    if suffix == ".xml":
+        pytest.importorskip("openvino")
+    torch.manual_seed(0)
+    inputs = {"mask": torch.tensor([[1, 1, 0], [1, 0, 0]]), "x": torch.randn(2, 3, 4)}
+    # Without a schedule transformers converts its models alone; names of outputs bring our own graph in.
+    names = ("mask", "again", "y", "other", "cast", "whole", "scalar", "the_scalar", "table")
+    for outputs in ((), names) if model is OfTransformers else ((),):
+        module = model().eval()
+        program = capture(module, inputs, outputs=outputs)
+        exported = pumer.export(program, tmp_path / f"model{suffix}")
+        with torch.no_grad():
+            expected = module(**inputs)
+        engine = pumer.Engine(exported.path)
+        assert engine.inputs == ["mask", "x"]
+        given = engine.run(inputs)
+        engine.close()
+        assert list(given) == ["output.mask", *names[1:]]
+        for name in names:
+            found = np.asarray(given["output.mask" if name == "mask" else name])
+            assert found.shape == expected[name].shape and np.allclose(found, expected[name].numpy(), atol=1e-6), name

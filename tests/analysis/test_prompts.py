@@ -239,6 +239,32 @@ def test_features_without_a_projector_are_refused() -> None:
         lower_masked_scatter(captured(talker(learned=False), inputs).module, inputs)
 
 
+class Chosen(Talker):
+    """The features that a mask chooses, in rows or flat."""
+
+    def __init__(self, flat: bool) -> None:
+        super().__init__()
+        self.flat = flat
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, pixel_values: Tensor) -> dict[str, Tensor]:
+        features = self.projector(self.tower(pixel_values)).flatten(0, 1)
+        features = features[pixel_values.flatten(0, 2).sum(-1)[: len(features)] > -100]
+        words = self.words(input_ids)
+        mask = (input_ids == IMAGE).unsqueeze(-1).expand_as(words)
+        prompt = words.masked_scatter(mask, features.flatten() if self.flat else features)
+        return {"logits": self.read(prompt, attention_mask)}
+
+
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("method", ["vispruner", "fastv"])
+def test_features_whose_number_is_open_are_refused(method: str, flat: bool) -> None:
+    keys = {"layer": 1} if method == "fastv" else {}
+    with pytest.raises(
+        AxisError, match=r"node masked_scatter, at .*py:\d+.*whose number depends on data.*compile a part"
+    ):
+        pumer.reduce(captured(Chosen(flat), prompts(3, 5)), Schedule(method=method, budget=4, **keys))
+
+
 # --- The selection in it ----------------------------------------------------------------------------------------------
 
 

@@ -89,6 +89,62 @@ def test_a_mask_is_aligned_anew_for_every_reducer(mask: str) -> None:
         torch.testing.assert_close(module(**inputs), expected.float(), atol=1e-5, rtol=0)
 
 
+class Biased(Fusion):
+    """A mask and a learned bias in one, made once for all layers or for each."""
+
+    once = True
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        length = config.text + config.image
+        self.bias = nn.Parameter(torch.randn(1, config.heads, length, length))
+
+    def forward(self, input_ids: Tensor, pixel_values: Tensor, attention_mask: Tensor) -> Tensor:
+        x = self.embed(input_ids, pixel_values)
+        mask = self.mask(x, attention_mask, None)
+        both = mask + self.bias
+        for layer in self.layers:
+            x = layer(x, both if self.once else mask + self.bias)
+        return self.last(x).amax(1)
+
+
+def test_a_mask_and_a_bias_in_one_are_aligned_anew_for_every_reducer() -> None:
+    config = dataclasses.replace(BASE, mask="additive", layers=3)
+    model, inputs = make(config, kind=Biased), inputs_for(config)
+    found = []
+    for once in (True, False):
+        model.once = once  # type: ignore[assignment]  # a plain attribute
+        module = reduce_graph(capture(model, inputs), schedule("safe", (0, 1), prune=4))
+        with torch.no_grad():
+            found.append(module(**inputs))
+    torch.testing.assert_close(found[0], found[1], atol=1e-6, rtol=0)
+
+
+class CutText(Fusion):
+    """Without the first word: cut before old and new tokens meet, or after."""
+
+    late = True
+
+    def forward(self, input_ids: Tensor, pixel_values: Tensor) -> Tensor:
+        old = self.embed(input_ids, pixel_values)
+        x = self.layers[0](old, None)
+        y = (x + old.tanh())[:, 1:] if self.late else x[:, 1:] + old.tanh()[:, 1:]
+        return y.amax(1)
+
+
+def test_a_part_of_a_stream_that_no_reducer_changes_stands_beside_one_that_is_aligned() -> None:
+    config = dataclasses.replace(BASE, layers=1)
+    model, inputs = make(config, kind=CutText), inputs_for(config)
+    found = []
+    for late in (True, False):
+        model.late = late  # type: ignore[assignment]  # a plain attribute
+        module = reduce_graph(capture(model, inputs), schedule("safe", (0,), prune=4))
+        assert sum(isinstance(m, AlignAxis) for m in module.modules()) == 1
+        with torch.no_grad():
+            found.append(module(**inputs))
+    torch.testing.assert_close(found[0], found[1], atol=1e-6, rtol=0)
+
+
 def test_a_part_of_a_stream_is_not_aligned() -> None:
     """A map is of a whole stream. Cuts of reduced tokens are refused before; this is asked again where a map is
     applied."""

@@ -139,7 +139,19 @@ def chunked(x: Tensor, text: int) -> Tensor:
     return torch.cat([b, a], -1).amax(1)
 
 
+def summed_features(x: Tensor, text: int) -> Tensor:
+    """A sum over another axis than that of the tokens, divided by nothing."""
+    return (x * x.tanh().sum(-1, keepdim=True)).amax(1)
+
+
+def counted_mean(x: Tensor, text: int) -> Tensor:
+    """Tokens summed, and counted by a sum of ones, which no learned number is in."""
+    return x.sum(1) / torch.ones_like(x).sum(1)
+
+
 HEADS: tuple[Head, ...] = (
+    summed_features,
+    counted_mean,
     view_heads,
     batch_and_heads,
     parts,

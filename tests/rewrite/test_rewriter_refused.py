@@ -137,6 +137,12 @@ def positions(x: Tensor, text: int) -> Tensor:
     return (x * torch.arange(x.shape[1]).view(1, -1, 1)).amax(1)
 
 
+def pairs_in_a_row(x: Tensor, text: int) -> Tensor:
+    """Every token with every other: the same tokens on two dimensions of one reshape."""
+    batch, n, _ = x.shape
+    return ((x @ x.transpose(1, 2) / 32).flatten(1).view(batch, n, n) @ x).amax(1)
+
+
 REFUSED: dict[Head, tuple[str, str]] = {
     second_text: ("select", "only the first token of a stream keeps its place"),
     last_token: ("select", "only the first token of a stream keeps its place"),
@@ -166,6 +172,7 @@ REFUSED: dict[Head, tuple[str, str]] = {
     length_of_tokens: ("linalg_vector_norm", "position by position"),
     repeated_tokens: ("repeat_interleave", "position by position"),
     constants_without_batch: ("add", "cannot be aligned"),
+    pairs_in_a_row: ("view", "grid is gone"),
     positions: ("mul", "integers of merged tokens have no mean"),
 }
 
