@@ -32,7 +32,7 @@ from .backend_prompt import (
     scatters,
 )
 from .backend_text import plan_padding, with_labels
-from .backend_unpad import check_numbers, check_places, output_cuts, padded_streams
+from .backend_unpad import check_numbers, check_padding, output_cuts, padded_streams
 from .errors import LocateError, PlanError, UsageError, VerifyError
 from .frontends import install_for_dynamo
 from .passes.annotate import annotate
@@ -178,7 +178,7 @@ def _reduced(graph: DynamoGraph, options: Options, schedule: Schedule | None, wh
     state = State(lowered, schedule or default_schedule([0]), dict(inputs), dict(options.streams))
     with enable_python_dispatcher():  # which shapes with an open batch need
         if state.schedule.method == "lossless":
-            return graph.restore(_lossless(state, where), cuts=_cuts(graph, state))
+            return graph.restore(_lossless(state, where), cuts=_cuts(graph, state, lowered))
         _find_attentions(state)
         if schedule is None:
             state.schedule = _default(state)
@@ -187,19 +187,21 @@ def _reduced(graph: DynamoGraph, options: Options, schedule: Schedule | None, wh
         run_passes(state, _FROM_SITES)
     assert state.reduced is not None
     _say_counts(state, where)
-    return graph.restore(state.reduced, lowered if state.schedule.outputs == "restored" else None, _cuts(graph, state))
+    return graph.restore(
+        state.reduced, lowered if state.schedule.outputs == "restored" else None, _cuts(graph, state, lowered)
+    )
 
 
-def _cuts(graph: DynamoGraph, state: State) -> dict[int, list[Cut]]:
+def _cuts(graph: DynamoGraph, state: State, lowered: fx.GraphModule) -> dict[int, list[Cut]]:
     """The padding of texts that outputs hold; a padded graph that reads it elsewhere is refused."""
     if graph.padding is None:
         return {}
     captured, annotation = state.captured, state.annotation or annotate(state.captured, state.streams)
     streams = padded_streams(captured, annotation, graph.padding)
-    check_places(annotation, graph.padding, streams)
+    places = check_padding(graph, lowered)
     history = state.walk.history if state.walk is not None else None
     restored = state.schedule.outputs == "restored"
-    return output_cuts(graph, captured, annotation, history, streams, restored=restored)
+    return output_cuts(graph, captured, annotation, history, streams, places, restored=restored)
 
 
 def _lossless(state: State, where: str) -> fx.GraphModule:
