@@ -107,7 +107,7 @@ def follow_padding(padded: fx.GraphModule, short: fx.GraphModule, padding: Paddi
     """
     ours, theirs = list(padded.graph.nodes), list(short.graph.nodes)
     for a, b in zip(ours, theirs, strict=False):
-        if a.op != b.op or (a.op != "get_attr" and a.target != b.target):
+        if a.op != b.op or (a.op != "get_attr" and a.target != b.target and not _cuts_nothing(a, b)):
             raise UsageError(
                 f"The model takes another path for a text of {least} tokens than for one of {padding.length}: "
                 f"{describe(a)} becomes {describe(b)}. {_LATER}."
@@ -159,7 +159,7 @@ class _Walk:
             self._refuse(node, "reads the text's tokens")
         if not self._literals_agree(node) and not self._takes_sizes(node):
             self._refuse(node, "computes with the text's length")
-        handler = next((h for targets, h in _HANDLERS if node.target in targets), _Walk._by_rule)
+        handler = next((h for targets, h in _HANDLERS if theirs.target in targets), _Walk._by_rule)
         handler(self, node)
         for dim in following:
             if dim not in self.places:
@@ -182,7 +182,7 @@ class _Walk:
 
     def _takes_sizes(self, node: fx.Node) -> bool:
         """Whether the numbers that an operator is given are sizes or places, which are followed."""
-        if node.target in _CUTS:
+        if self.short[node].target in _CUTS:
             return True
         rule = rule_for(node)
         if rule is None or rule.__name__ not in _SIZED:
@@ -456,9 +456,9 @@ class _Walk:
         x, theirs = node.args[0], self.short[node]
         assert isinstance(x, fx.Node)
         rank = values(x)[0].dim()
-        name = node.target.overloadpacket.__name__  # type: ignore[union-attr]  # an operator
+        name = theirs.target.overloadpacket.__name__  # type: ignore[union-attr]  # an operator
         late = name in ("split", "split_with_sizes", "chunk")
-        dim = wrap(int_arg(node, 2 if late else 1, "dim", 0), rank)
+        dim = wrap(int_arg(theirs, 2 if late else 1, "dim", 0), rank)
         for d in (d for d in _dims(x) if d.index != dim and d in self.places):
             for output in range(len(values(node))):
                 moved = d.index - (name in ("select", "unbind") and d.index > dim)
@@ -584,15 +584,29 @@ class _Walk:
         assert isinstance(x, fx.Node)
         rule = rule_for(node)
         assert rule is not None
-        constraints = list(rule(node))
+        constraints = self._without_counting(node, list(rule(node)), list(rule(self.short[node])))
         self._carry(node, constraints)
         spent = [d for d in self._spent(node, constraints) if d in self.places]
-        for dim in spent:
+        for dim in (d for d in spent if d.node is x or not self._only_counts(node, d)):
             index = self._index_of(node, dim)
             if dim.node is not x or index is None or not self.places[dim].at_end or not self._in_text(index):
                 self._refuse_end(node)
         for dim in (d for d in _dims(node) if d in self.places):
             self.places[dim] = replace(self.places[dim], content=self._looked_up(node, dim, constraints), alike=False)
+
+    def _without_counting(self, node: fx.Node, long: list[Constraint], short: Sequence[Constraint]) -> list[Constraint]:
+        """What a rule says, without the places of numbers that count a dimension from its first entry to its last: what
+        is taken by them stays where it is."""
+        theirs = [(a.index, b.index) for a, b in _pairs(short) if a.node is self.short[node].args[0]]
+        pairs = [(a, b) for a, b in _pairs(long) if a.node is node.args[0] and (a.index, b.index) in theirs]
+        whole = {b for a, b in pairs if self._index_of(node, a) is not None}
+        return [c for c in long if not (isinstance(c, Same) and c.b in whole and c.a.node is not node.args[0])]
+
+    def _only_counts(self, node: fx.Node, dim: Dim) -> bool:
+        """Whether a dimension is of an index that is a constant: what it takes is checked where it is taken."""
+        return (
+            dim.node in self.constant and dim.node in list_arg(node, 1) if node.target is aten.index.Tensor else False
+        )
 
     def _index_of(self, node: fx.Node, dim: Dim) -> fx.Node | None:
         if node.target is not aten.index.Tensor:
@@ -732,6 +746,8 @@ def _codes(numbers: Sequence[Sequence[int]], sizes: Sequence[int]) -> Tensor:
 def _pieces(node: fx.Node, dim: int, late: bool, numbers: Iterable[int]) -> list[list[int]]:
     """The numbers that an operator takes of a dimension, for each of its outputs."""
     taken = torch.tensor(list(numbers), dtype=torch.int64)
+    if node.target is aten.alias.default:
+        return [taken.tolist()]
     arguments = list(node.args[1:])
     options = dict(node.kwargs)
     place = 1 if late else 0
@@ -742,6 +758,11 @@ def _pieces(node: fx.Node, dim: int, late: bool, numbers: Iterable[int]) -> list
     found = node.target(taken, *arguments, **options)  # type: ignore[operator]  # an operator
     pieces = found if isinstance(found, list | tuple) else [found]
     return [piece.reshape(-1).tolist() for piece in pieces]
+
+
+def _cuts_nothing(long: fx.Node, short: fx.Node) -> bool:
+    """Whether a slice takes everything in the longer graph, where it becomes an alias."""
+    return long.target is aten.alias.default and short.target is aten.slice.Tensor
 
 
 def _was_one(node: fx.Node, dim: Dim) -> bool:
