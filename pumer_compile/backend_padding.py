@@ -10,19 +10,40 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import prod
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from .backend_graph import Padding
+from .backend_places import (
+    CONVERSIONS,
+    Content,
+    Places,
+    are_flags,
+    carries,
+    codes,
+    common_content,
+    computed,
+    content_of,
+    counts_tokens,
+    cuts_nothing,
+    dims_of,
+    entries,
+    first_ones,
+    flat_leaves,
+    in_graph,
+    is_fake,
+    pieces_of,
+    same_pairs,
+    was_one,
+)
 from .errors import UsageError
 from .passes import positional as _positional  # noqa: F401  (importing it registers its rules)
-from .passes.axes import Concat, Constraint, Dim, Opaque, Reduce, Reshape, Same, Size, Total, constraint_dims
+from .passes.axes import Concat, Constraint, Dim, Opaque, Reduce, Reshape, Same, Total, constraint_dims
 from .passes.graph import attribute, constant_value, describe, values
-from .passes.masks import HIDES
 from .passes.rules import argument, aten, int_arg, list_arg, overloads, rule_for, wrap
 
 _LATER = "Leave text_length out and pad the texts outside of the model"
@@ -52,44 +73,6 @@ _WRITES = {*overloads("index_put index_put_")}
 _FILLED = {"zeros": 0.0, "ones": 1.0, "zeros_like": 0.0, "ones_like": 1.0, "new_zeros": 0.0, "new_ones": 1.0}
 
 
-@dataclass(frozen=True)
-class Content:
-    """What every entry of padding holds: `value`, or (not `exact`) that or less."""
-
-    value: float
-    exact: bool = True
-
-    @property
-    def hides(self) -> bool:
-        """Whether a softmax gives it no weight."""
-        return self.value <= HIDES
-
-
-@dataclass(frozen=True)
-class Places:
-    """A dimension that follows the text's length.
-
-    Attributes:
-        numbers: of each entry, its number in the dimension of the unpadded text; -1 of padding.
-        content: what padding holds, where that is known.
-        alike: whether all entries along the dimension are the same, so that any may count as padding.
-    """
-
-    numbers: tuple[int, ...]
-    content: Content | None = None
-    alike: bool = False
-
-    @property
-    def at_end(self) -> bool:
-        """Whether padding follows behind everything else."""
-        kept = self.kept
-        return self.numbers[:kept] == tuple(range(kept))
-
-    @property
-    def kept(self) -> int:
-        return sum(n >= 0 for n in self.numbers)
-
-
 def follow_padding(padded: fx.GraphModule, short: fx.GraphModule, padding: Padding, least: int) -> dict[Dim, Places]:
     """Follow the padding of texts through a graph.
 
@@ -107,7 +90,7 @@ def follow_padding(padded: fx.GraphModule, short: fx.GraphModule, padding: Paddi
     """
     ours, theirs = list(padded.graph.nodes), list(short.graph.nodes)
     for a, b in zip(ours, theirs, strict=False):
-        if a.op != b.op or (a.op != "get_attr" and a.target != b.target and not _cuts_nothing(a, b)):
+        if a.op != b.op or (a.op != "get_attr" and a.target != b.target and not cuts_nothing(a, b)):
             raise UsageError(
                 f"The model takes another path for a text of {least} tokens than for one of {padding.length}: "
                 f"{describe(a)} becomes {describe(b)}. {_LATER}."
@@ -131,7 +114,7 @@ class _Walk:
             if node.op == "placeholder" and node.target in self.padding.fill:
                 last = values(node)[0].dim() - 1
                 fill = Content(float(self.padding.fill[str(node.target)]))
-                self.places[Dim(node, last)] = Places(_prefix(self.least, self.padding.length), fill)
+                self.places[Dim(node, last)] = Places(first_ones(self.least, self.padding.length), fill)
             elif node.op == "get_attr" and not isinstance(attribute(node), torch.nn.Parameter):
                 self.constant.add(node)
             elif node.op == "call_function":
@@ -147,13 +130,15 @@ class _Walk:
         theirs = self.short[node]
         if len(values(node)) != len(values(theirs)):
             self._refuse(node, "cuts the text into as many pieces as its length says")
-        following = [d for d in _dims(node) if _count(d) != _count(_at(d, theirs))]
-        met = [d for x in dict.fromkeys(node.all_input_nodes) for d in _dims(x) if d in self.places]
+        following = [d for d in dims_of(node) if entries(d) != entries(in_graph(d, theirs))]
+        met = [d for x in dict.fromkeys(node.all_input_nodes) for d in dims_of(x) if d in self.places]
         if not met and not following and self._literals_agree(node):
             return
-        if any((_count(d) - _count(_at(d, theirs))) % (self.padding.length - self.least) for d in following):
+        if any((entries(d) - entries(in_graph(d, theirs))) % (self.padding.length - self.least) for d in following):
             self._refuse(node, "follows the text's length in another way than token by token")
         if node in self.constant and self._evaluated(node, following):
+            return
+        if node.target is aten._assert_tensor_metadata.default:
             return
         if not values(node) and node.target is not aten.sym_size.int:
             self._refuse(node, "reads the text's tokens")
@@ -164,7 +149,7 @@ class _Walk:
         for dim in following:
             if dim not in self.places:
                 self._refuse(node, f"gives a dimension ({dim.index}) that follows the text's length")
-        for dim in _dims(node):
+        for dim in dims_of(node):
             if dim in self.places and dim not in following:
                 self._refuse(node, "puts padding among other entries")
 
@@ -178,7 +163,7 @@ class _Walk:
     def _literals_agree(self, node: fx.Node) -> bool:
         theirs = self.short[node]
         mine = fx.map_arg((node.args, node.kwargs), lambda x: self.short[x])
-        return _flat(mine) == _flat((theirs.args, theirs.kwargs))
+        return flat_leaves(mine) == flat_leaves((theirs.args, theirs.kwargs))
 
     def _takes_sizes(self, node: fx.Node) -> bool:
         """Whether the numbers that an operator is given are sizes or places, which are followed."""
@@ -188,15 +173,17 @@ class _Walk:
         if rule is None or rule.__name__ not in _SIZED:
             return False
         behind = 1 + ("new_" in str(node.target))
-        other = (node.args[behind:], self.short[node].args[behind:]) if rule.__name__ == "filled" else ([], [])
-        return _flat(other[0]) == _flat(other[1])
+        if rule.__name__ != "filled":
+            return True
+        other = [flat_leaves((x.args[behind:], x.kwargs)) for x in (node, self.short[node])]
+        return other[0] == other[1]
 
     def _evaluated(self, node: fx.Node, following: Sequence[Dim]) -> bool:
         """Whether a value that no input and no parameter enters is, but for entries behind, that of a shorter text."""
         if len(values(node)) != 1:
             return False
         long, short = constant_value(node), constant_value(self.short[node])
-        if long is None or short is None or any(x.is_meta or _is_fake(x) for x in (long, short)):
+        if long is None or short is None or any(x.is_meta or is_fake(x) for x in (long, short)):
             return False
         if not torch.equal(long[tuple(slice(n) for n in short.shape)], short):
             return False
@@ -204,7 +191,7 @@ class _Walk:
         for dim in following:
             kept = short.shape[dim.index]
             behind = long.narrow(dim.index, kept, long.shape[dim.index] - kept)
-            self.places[dim] = Places(_prefix(kept, long.shape[dim.index]), _content_of(behind), alike)
+            self.places[dim] = Places(first_ones(kept, long.shape[dim.index]), content_of(behind), alike)
         return True
 
     def _known(self, value: Any, dim: int) -> Content | None:
@@ -217,8 +204,8 @@ class _Walk:
         found = self.places.get(Dim(value, rank - dim)) if dim <= rank else None
         if found is not None:
             return found.content
-        if value in self.constant and (constant := constant_value(value)) is not None and not _is_fake(constant):
-            return None if constant.is_meta else _content_of(constant)
+        if value in self.constant and (constant := constant_value(value)) is not None and not is_fake(constant):
+            return None if constant.is_meta else content_of(constant)
         return None
 
     # --- operators by their rules -----------------------------------------------------------------------------------
@@ -235,7 +222,7 @@ class _Walk:
         for dim in self._spent(node, constraints):
             if dim in self.places:
                 self._removed(node, dim, rule.__name__, constraints)
-        for dim in _dims(node):
+        for dim in dims_of(node):
             if dim in self.places:
                 found = self._content(node, dim, rule.__name__)
                 self.places[dim] = replace(self.places[dim], content=found)
@@ -258,7 +245,7 @@ class _Walk:
         old = self.places.get(dim, found)
         if old.numbers != found.numbers and not old.alike and not found.alike:
             self._refuse(node, "brings tokens together that stand at other places in a text of its own length")
-        content = _common([old.content, found.content])
+        content = common_content([old.content, found.content])
         self.places[dim] = replace(found if old.alike else old, content=content, alike=old.alike and found.alike)
 
     def _joined(self, parts: Sequence[Dim]) -> Places:
@@ -269,11 +256,11 @@ class _Walk:
             numbers += [n if n < 0 else n + offset for n in found.numbers]
             offset += found.kept
             contents += [found.content] if -1 in found.numbers else []
-        return Places(tuple(numbers), _common(contents))
+        return Places(tuple(numbers), common_content(contents))
 
     def _at(self, dim: Dim) -> Places:
         """The places of a dimension, with or without padding."""
-        return self.places.get(dim, Places(tuple(range(_count(dim)))))
+        return self.places.get(dim, Places(tuple(range(entries(dim)))))
 
     def _reshaped(self, node: fx.Node, sources: Sequence[Dim], results: Sequence[Dim]) -> Iterator[tuple[Dim, Places]]:
         """Places of the dimensions that others are reshaped to.
@@ -286,8 +273,8 @@ class _Walk:
             return
         given = [self._at(d) for d in sources]
         kept = [p.kept for p in given]
-        code = _codes([p.numbers for p in given], kept).reshape([_count(d) for d in results])
-        sizes = [_count(_at(d, theirs)) for d in results]
+        code = codes([p.numbers for p in given], kept).reshape([entries(d) for d in results])
+        sizes = [entries(in_graph(d, theirs)) for d in results]
         if prod(sizes) != prod(kept):
             self._refuse(node, "reshapes the text's tokens")
         own = code.clone()
@@ -297,9 +284,9 @@ class _Walk:
             place = torch.where(code >= 0, own // step % sizes[index], -1)
             others = [i for i in range(len(results)) if i != index]
             numbers.append(tuple((place.amax(others) if others else place).tolist()))
-        if not torch.equal(_codes(numbers, sizes).reshape(code.shape), code):
+        if not torch.equal(codes(numbers, sizes).reshape(code.shape), code):
             self._refuse(node, "reshapes the text's tokens so that they no longer stand in a dimension of their own")
-        content = _common([p.content for p in given if -1 in p.numbers])
+        content = common_content([p.content for p in given if -1 in p.numbers])
         for dim, found in zip(results, numbers, strict=True):
             if -1 in found:
                 yield dim, Places(found, content)
@@ -307,19 +294,19 @@ class _Walk:
     def _stretched(self, node: fx.Node, rule: str) -> None:
         """Dimensions that are made as long as the text: filled with a number, or with one entry again and again."""
         theirs = self.short[node]
-        for dim in _dims(node):
-            long, kept = _count(dim), _count(_at(dim, theirs))
+        for dim in dims_of(node):
+            long, kept = entries(dim), entries(in_graph(dim, theirs))
             if long == kept or dim in self.places:
                 continue
-            if rule == "filled" or (rule in ("expand", "repeat") and _was_one(node, dim)):
-                self.places[dim] = Places(_prefix(kept, long), alike=True)
+            if rule == "filled" or (rule in ("expand", "repeat") and was_one(node, dim)):
+                self.places[dim] = Places(first_ones(kept, long), alike=True)
 
     def _spent(self, node: fx.Node, constraints: Sequence[Constraint]) -> list[Dim]:
         """Dimensions of inputs that the node's own do not carry, or along which it works by position."""
-        carried = {d for c in constraints for d in constraint_dims(c) if _carries(c, node)}
+        carried = {d for c in constraints for d in constraint_dims(c) if carries(c, node)}
         opaque = {c.source for c in constraints if isinstance(c, Opaque | Reduce | Total)}
-        opaque |= {d for pair in _pairs(constraints) if all(d.node is not node for d in pair) for d in pair}
-        inputs = [d for x in dict.fromkeys(node.all_input_nodes) for d in _dims(x)]
+        opaque |= {d for pair in same_pairs(constraints) if all(d.node is not node for d in pair) for d in pair}
+        inputs = [d for x in dict.fromkeys(node.all_input_nodes) for d in dims_of(x)]
         outputs = 0 if node.target is not operator.getitem else int_arg(node, 1)
         inputs = [d for d in inputs if node.target is not operator.getitem or d.output == outputs]
         return [d for d in inputs if d not in carried or d in opaque]
@@ -357,13 +344,20 @@ class _Walk:
     def _below(self, node: fx.Node, dim: Dim) -> bool:
         """Whether padding is never the maximum; where its place is asked for, that padding does not move it."""
         found = self.places[dim]
-        flags = _are_flags(dim.node) and found.content == Content(0.0)
+        flags = found.content == Content(0.0) and node.target is not aten.max.dim
+        flags = flags and (are_flags(dim.node) or self._are_ids(dim.node))
         low = flags or (found.content is not None and found.content.value <= _LOWEST)
         return low and (node.target is aten.amax.default or node.target is aten.max.default or found.at_end)
 
+    def _are_ids(self, node: fx.Node) -> bool:
+        """Whether a value is ids of words, which are never negative."""
+        while node.target in CONVERSIONS:
+            node = node.all_input_nodes[0]
+        return node.op == "placeholder" and node.target in self.padding.ids
+
     def _sums_nothing(self, node: fx.Node, dim: Dim, constraints: Sequence[Constraint]) -> bool:
         """Whether what is summed over a dimension is zero in padding: a factor is."""
-        factors, pairs = {dim}, [p for p in _pairs(constraints) if all(d.node is not node for d in p)]
+        factors, pairs = {dim}, [p for p in same_pairs(constraints) if all(d.node is not node for d in p)]
         for _ in pairs:
             factors |= {d for pair in pairs if not factors.isdisjoint(pair) for d in pair}
         found = [self.places[d] for d in factors if d in self.places]
@@ -427,7 +421,7 @@ class _Walk:
         operands = [a for a in node.args if isinstance(a, fx.Node) and values(a)]
         known = {a: self._known(a, right) for a in operands}
         if known and all(c is not None and c.exact for c in known.values()):
-            return _computed(node, {a: c.value for a, c in known.items() if c is not None})
+            return computed(node, {a: c.value for a, c in known.items() if c is not None})
         given = [self._known(a, right) for a in node.args[:2]]
         first, second = [*given, None, None][:2]
         zero = Content(0.0)
@@ -459,7 +453,7 @@ class _Walk:
         name = theirs.target.overloadpacket.__name__  # type: ignore[union-attr]  # an operator
         late = name in ("split", "split_with_sizes", "chunk")
         dim = wrap(int_arg(theirs, 2 if late else 1, "dim", 0), rank)
-        for d in (d for d in _dims(x) if d.index != dim and d in self.places):
+        for d in (d for d in dims_of(x) if d.index != dim and d in self.places):
             for output in range(len(values(node))):
                 moved = d.index - (name in ("select", "unbind") and d.index > dim)
                 self._put(node, Dim(node, moved, output), self.places[d])
@@ -469,8 +463,8 @@ class _Walk:
         if any(isinstance(a, fx.Node) for a in node.args[1:]):
             self._refuse(node, "takes tokens by a number that is computed")
         found = self._at(source)
-        taken = _pieces(node, dim, late, found.numbers)
-        wanted = _pieces(theirs, dim, late, range(_count(Dim(self.short[x], dim))))
+        taken = pieces_of(node, dim, late, found.numbers)
+        wanted = pieces_of(theirs, dim, late, range(entries(Dim(self.short[x], dim))))
         for output, (mine, other) in enumerate(zip(taken, wanted, strict=True)):
             numbers = tuple(other.index(n) if n in other else -1 for n in mine)
             if [n for n in numbers if n >= 0] != list(range(len(other))):
@@ -490,7 +484,7 @@ class _Walk:
         x = node.args[0]
         assert isinstance(x, fx.Node)
         along = wrap(int_arg(node, 1), values(x)[0].dim())
-        for dim in (d for d in _dims(x) if d in self.places):
+        for dim in (d for d in dims_of(x) if d in self.places):
             found = self.places[dim]
             if dim.index == along and not (found.content is not None and found.content.hides):
                 self._refuse(node, "weighs the text's tokens without a mask that hides them")
@@ -501,7 +495,7 @@ class _Walk:
         x = node.args[0]
         assert isinstance(x, fx.Node)
         along = wrap(int_arg(node, 1), values(x)[0].dim())
-        for dim in (d for d in _dims(x) if d in self.places):
+        for dim in (d for d in dims_of(x) if d in self.places):
             found = self.places[dim]
             if dim.index == along and not found.at_end and found.content != Content(0.0):
                 self._refuse(node, "adds up tokens behind the text's")
@@ -511,7 +505,7 @@ class _Walk:
         x = node.args[0]
         assert isinstance(x, fx.Node)
         rank = values(x)[0].dim()
-        for dim in (d for d in _dims(x) if d in self.places):
+        for dim in (d for d in dims_of(x) if d in self.places):
             found = self.places[dim]
             if dim.index >= rank - 2 and not found.at_end:
                 self._refuse(node, "counts places behind the text's")
@@ -529,7 +523,7 @@ class _Walk:
             self._refuse(node, "takes the text's tokens for features")
         for x in (query, key, value, *([mask] if isinstance(mask, fx.Node) else [])):
             offset = rank - values(x)[0].dim()
-            for dim in (d for d in _dims(x) if d in self.places and d.index + offset < rank - 2):
+            for dim in (d for d in dims_of(x) if d in self.places and d.index + offset < rank - 2):
                 self._put(node, Dim(node, dim.index + offset), replace(self.places[dim], content=None, alike=False))
         if rows in self.places:
             self._put(node, Dim(node, rank - 2), replace(self.places[rows], content=None, alike=False))
@@ -566,7 +560,7 @@ class _Walk:
         if values(target)[0].dim() != len(samples):
             self._refuse(node, "has a probability for each class as its target")
         own = {Dim(scores, i): Dim(target, j) for j, i in enumerate(samples)}
-        rest = [d for x in node.all_input_nodes for d in _dims(x) if d not in own and d not in own.values()]
+        rest = [d for x in node.all_input_nodes for d in dims_of(x) if d not in own and d not in own.values()]
         if any(d in self.places for d in rest):
             self._refuse(node, "takes the text's tokens for classes")
         for j, (a, b) in enumerate(own.items()):
@@ -591,14 +585,14 @@ class _Walk:
             index = self._index_of(node, dim)
             if dim.node is not x or index is None or not self.places[dim].at_end or not self._in_text(index):
                 self._refuse_end(node)
-        for dim in (d for d in _dims(node) if d in self.places):
+        for dim in (d for d in dims_of(node) if d in self.places):
             self.places[dim] = replace(self.places[dim], content=self._looked_up(node, dim, constraints), alike=False)
 
     def _without_counting(self, node: fx.Node, long: list[Constraint], short: Sequence[Constraint]) -> list[Constraint]:
         """What a rule says, without the places of numbers that count a dimension from its first entry to its last: what
         is taken by them stays where it is."""
-        theirs = [(a.index, b.index) for a, b in _pairs(short) if a.node is self.short[node].args[0]]
-        pairs = [(a, b) for a, b in _pairs(long) if a.node is node.args[0] and (a.index, b.index) in theirs]
+        theirs = [(a.index, b.index) for a, b in same_pairs(short) if a.node is self.short[node].args[0]]
+        pairs = [(a, b) for a, b in same_pairs(long) if a.node is node.args[0] and (a.index, b.index) in theirs]
         whole = {b for a, b in pairs if self._index_of(node, a) is not None}
         return [c for c in long if not (isinstance(c, Same) and c.b in whole and c.a.node is not node.args[0])]
 
@@ -620,17 +614,17 @@ class _Walk:
 
     def _looked_up(self, node: fx.Node, dim: Dim, constraints: Sequence[Constraint]) -> Content | None:
         """What padding holds that is taken at its own places."""
-        sources = [a if b == dim else b for a, b in _pairs(constraints) if dim in (a, b)]
+        sources = [a if b == dim else b for a, b in same_pairs(constraints) if dim in (a, b)]
         found = [self.places[d].content for d in sources if d.node is node.args[0] and d in self.places]
-        return _common(found) if found else None
+        return common_content(found) if found else None
 
     def _in_text(self, index: fx.Node) -> bool:
         """Whether a computed number counts tokens from the front: it is never negative, or a count less a number."""
         if index in self.constant:
             found = constant_value(index)
-            if found is not None and not found.is_meta and not _is_fake(found):
+            if found is not None and not found.is_meta and not is_fake(found):
                 return bool(((found >= 0) & (found < self.least)).all())
-        return _counts(index)
+        return counts_tokens(index)
 
     def _pad(self, node: fx.Node) -> None:
         x, amounts = node.args[0], list_arg(node, 1)
@@ -639,7 +633,7 @@ class _Walk:
         constant = not late or argument(node, 2, "mode", "constant") == "constant"
         value = argument(node, 3 if late else 2, "value", 0) or 0
         rank = values(x)[0].dim()
-        for dim in (d for d in _dims(x) if d in self.places):
+        for dim in (d for d in dims_of(x) if d in self.places):
             at = 2 * (rank - 1 - dim.index)
             before, behind = (amounts[at], amounts[at + 1]) if at < len(amounts) else (0, 0)
             if (before or behind) and not (constant and self._literals_agree(node) and min(before, behind) >= 0):
@@ -662,7 +656,7 @@ class _Walk:
         one = prod(values(written)[0].shape) == 1 and not argument(node, 3, "accumulate", False)
         if not isinstance(mask, fx.Node) or values(mask)[0].dtype != torch.bool or not one:
             self._refuse(node, "writes at places of the text that are computed")
-        for dim in _dims(x):
+        for dim in dims_of(x):
             own = Dim(mask, dim.index) if dim.index < values(mask)[0].dim() else None
             found, chosen = self.places.get(dim), self.places.get(own) if own else None
             if found is None and chosen is None:
@@ -686,7 +680,7 @@ class _Walk:
         base = self.base[node]
         for other in [n for n, b in self.base.items() if b is base] + [base]:
             self.constant.discard(other)
-            for dim in _dims(other) if other is not node else ():
+            for dim in dims_of(other) if other is not node else ():
                 if dim in self.places:
                     self.places[dim] = replace(self.places[dim], content=None, alike=False)
 
@@ -704,151 +698,3 @@ _HANDLERS: list[tuple[set[Any], Callable[[_Walk, fx.Node], None]]] = [
 ]
 _KEEPS_LOW = {"to", "_to_copy", "clone", "contiguous", "alias", "detach", "dropout", "type_as"}
 _MAY_VIEW = {*overloads("reshape flatten contiguous to type_as dropout unflatten")}
-
-
-# --- values ---------------------------------------------------------------------------------------------------------
-
-
-def _dims(node: fx.Node) -> list[Dim]:
-    return [Dim(node, i, o) for o, v in enumerate(values(node)) for i in range(v.dim())]
-
-
-def _at(dim: Dim, node: fx.Node) -> Dim:
-    return Dim(node, dim.index, dim.output)
-
-
-def _count(dim: Dim) -> int:
-    """Entries of a dimension; of an open batch, as if it were 3."""
-    return _number(values(dim.node)[dim.output].shape[dim.index])
-
-
-def _number(size: Size) -> int:
-    if isinstance(size, int):
-        return size
-    expression = size.node.expr
-    return int(expression.subs({s: 3 for s in expression.free_symbols}))
-
-
-def _prefix(kept: int, size: int) -> tuple[int, ...]:
-    return (*range(kept), *[-1] * (size - kept))
-
-
-def _codes(numbers: Sequence[Sequence[int]], sizes: Sequence[int]) -> Tensor:
-    """Row-major numbers of the entries of several dimensions; -1 where one is padding."""
-    found = torch.zeros(1, dtype=torch.int64)
-    for own, size in zip(numbers, sizes, strict=True):
-        inner = torch.tensor(own, dtype=torch.int64)
-        both = (found[:, None] < 0) | (inner[None] < 0)
-        found = torch.where(both, -1, found[:, None] * size + inner[None]).reshape(-1)
-    return found
-
-
-def _pieces(node: fx.Node, dim: int, late: bool, numbers: Iterable[int]) -> list[list[int]]:
-    """The numbers that an operator takes of a dimension, for each of its outputs."""
-    taken = torch.tensor(list(numbers), dtype=torch.int64)
-    if node.target is aten.alias.default:
-        return [taken.tolist()]
-    arguments = list(node.args[1:])
-    options = dict(node.kwargs)
-    place = 1 if late else 0
-    if len(arguments) > place:
-        arguments[place] = 0
-    elif "dim" in options:
-        options["dim"] = 0
-    found = node.target(taken, *arguments, **options)  # type: ignore[operator]  # an operator
-    pieces = found if isinstance(found, list | tuple) else [found]
-    return [piece.reshape(-1).tolist() for piece in pieces]
-
-
-def _cuts_nothing(long: fx.Node, short: fx.Node) -> bool:
-    """Whether a slice takes everything in the longer graph, where it becomes an alias."""
-    return long.target is aten.alias.default and short.target is aten.slice.Tensor
-
-
-def _was_one(node: fx.Node, dim: Dim) -> bool:
-    """Whether a stretched dimension repeats one entry."""
-    (x,) = (x for x in node.all_input_nodes[:1])
-    index = dim.index - (values(node)[0].dim() - values(x)[0].dim())
-    return index < 0 or _count(Dim(x, index)) == 1
-
-
-def _pairs(constraints: Iterable[Constraint]) -> list[tuple[Dim, Dim]]:
-    return [(c.a, c.b) for c in constraints if isinstance(c, Same)]
-
-
-def _carries(constraint: Constraint, node: fx.Node) -> bool:
-    """Whether a constraint brings a dimension of an input to the node."""
-    if isinstance(constraint, Same):
-        return (constraint.a.node is node) != (constraint.b.node is node)
-    return isinstance(constraint, Concat | Reshape)
-
-
-def _common(contents: Sequence[Content | None]) -> Content | None:
-    found = set(contents)
-    if None in found or not found:
-        return None
-    if len(found) == 1:
-        return contents[0]
-    known = [c for c in contents if c is not None]
-    return Content(max(c.value for c in known), exact=False) if all(c.hides for c in known) else None
-
-
-def _content_of(value: Tensor) -> Content | None:
-    if value.numel() == 0 or value.is_complex():
-        return None
-    highest = float(value.max())
-    if bool((value == value.flatten()[0]).all()):
-        return Content(highest)
-    return Content(highest, exact=False) if highest <= HIDES else None
-
-
-def _computed(node: fx.Node, known: dict[fx.Node, float]) -> Content | None:
-    """What an operator on each element makes of known numbers."""
-    if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
-        return Content(0.0) if set(known.values()) == {0.0} else None
-
-    def number(x: fx.Node) -> Tensor:
-        return torch.tensor(known[x]).to(values(x)[0].dtype)
-
-    if any(x not in known for x in node.all_input_nodes):
-        return None
-    args, kwargs = fx.map_arg((node.args, node.kwargs), number)
-    cpu = torch.device("cpu")
-    args, kwargs = torch.utils._pytree.tree_map(lambda a: cpu if isinstance(a, torch.device) else a, (args, kwargs))
-    found = node.target(*args, **kwargs)  # type: ignore[operator]  # an operator
-    return _content_of(found) if isinstance(found, Tensor) else None
-
-
-def _are_flags(node: fx.Node) -> bool:
-    """Whether a value is true or false, or 1 or 0."""
-    while node.target in overloads("to _to_copy clone contiguous") and values(node)[0].dtype != torch.bool:
-        node = node.all_input_nodes[0]
-    return values(node)[0].dtype == torch.bool
-
-
-def _counts(node: fx.Node) -> bool:
-    """Whether a number that is computed counts from 0, or is such a number less a literal."""
-    name = getattr(getattr(node.target, "overloadpacket", None), "__name__", "")
-    inputs = [x for x in node.all_input_nodes if values(x)]
-    if name in ("argmax", "arange"):
-        return True
-    if node.op == "placeholder" or not inputs:
-        return False
-    if name in ("sub", "to", "_to_copy", "view", "unsqueeze", "squeeze", "expand", "clamp", "clamp_min", "reshape"):
-        return len(inputs) == 1 and _counts(inputs[0])
-    return name == "sum" and _are_flags_or_mask(inputs[0])
-
-
-def _are_flags_or_mask(node: fx.Node) -> bool:
-    """Whether a value is true or false, or an integer input as it is: a mask."""
-    while node.target in overloads("to _to_copy clone contiguous") and values(node)[0].dtype != torch.bool:
-        node = node.all_input_nodes[0]
-    return values(node)[0].dtype == torch.bool or (node.op == "placeholder" and not values(node)[0].is_floating_point())
-
-
-def _is_fake(value: Tensor) -> bool:
-    return isinstance(value, torch._subclasses.FakeTensor)
-
-
-def _flat(value: Any) -> list[Any]:
-    return list(torch.utils._pytree.tree_leaves(value))

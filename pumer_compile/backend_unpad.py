@@ -15,7 +15,8 @@ import torch
 from torch import SymFloat, SymInt, Tensor, fx
 
 from .backend_graph import Cut, DynamoGraph, Padding, open_size
-from .backend_padding import Places, follow_padding
+from .backend_padding import follow_padding
+from .backend_places import Places
 from .errors import CaptureError, UsageError
 from .passes.annotate import Annotation
 from .passes.axes import Dim, Tokens
