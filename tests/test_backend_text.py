@@ -258,7 +258,7 @@ REFUSED: dict[str, tuple[Tell, str]] = {
         r"aten.flip.* at .*test_backend_text.py:\d+\) .* Leave text_length out",
     ),
     "a mean of ids": (
-        lambda x, ids, labels, n: ids.float().mean(1),
+        lambda x, ids, labels, n: x[:, 0] + ids.float().mean(1, keepdim=True),
         r"aten.mean.dim .* averages over the text's tokens",
     ),
     "attention without a mask": (
