@@ -12,27 +12,25 @@ from collections.abc import Iterator
 from torch import Tensor, fx
 
 from .axes import same_size
-from .masks import ADD, KEEPS_VALUES, RESHAPES, is_pointwise
-from .nodes import depends_on_input, values
-from .operators import aten, overloads
+from .masks import ADD, RESHAPES, is_pointwise
+from .nodes import content_inputs, depends_on_input, values
+from .operators import aten
 from .rules import argument, broadcast, list_arg, shape, wrap
 
 _PASSES = RESHAPES | {aten.squeeze.dim, aten.unsqueeze.default}
 _LINEAR = {aten.linear.default, aten.addmm.default, aten.matmul.default, aten.mm.default}
-_NORMS = frozenset({aten.layer_norm.default, aten.rms_norm.default})
-_LENGTHS = frozenset({aten.linalg_vector_norm.default, *overloads("norm")})
-_STATISTICS = _LENGTHS | {*overloads("mean sum var std var_mean std_mean")}
-_QUOTIENTS = frozenset(overloads("div"))
-_PRODUCTS = _QUOTIENTS | {*overloads("mul")}
-_LINEAR_IN_NORMS = (
-    _PRODUCTS | KEEPS_VALUES | {*overloads("add sub rsub neg to _to_copy alias contiguous clone type_as")}
-)
-_IN_NORMS = (
-    _LINEAR_IN_NORMS
-    | {*overloads("pow square sqrt rsqrt reciprocal clamp clamp_min maximum expand expand_as unsqueeze squeeze")}
-    | {operator.getitem}
-)
-"""What a norm over features is written with."""
+_NORMS = {"layer_norm", "native_layer_norm", "rms_norm", "group_norm"}
+_MOVES = {
+    *("to", "_to_copy", "alias", "contiguous", "clone", "type_as", "detach", "dropout", "expand", "expand_as"),
+    *("unsqueeze", "squeeze", "view", "reshape", "_unsafe_view", "flatten", "unflatten", "view_as", "reshape_as"),
+}
+_SUMS = {"add", "sub", "rsub", "maximum", "minimum"}
+_KEEPS_SCALE = _MOVES | {"neg", "abs", "clamp", "clamp_min", "clamp_max"}
+_STATISTICS = {"mean": 1, "sum": 1, "amax": 1, "amin": 1, "std": 1, "var": 2, "norm": 1, "linalg_vector_norm": 1}
+"""Statistics of features, and the power of the features that they grow with."""
+_TWO_STATISTICS = {"var_mean": (2, 1), "std_mean": (1, 1)}
+_POWERS = {"square": 2.0, "sqrt": 0.5, "rsqrt": -0.5, "reciprocal": -1.0}
+_LINEAR_IN_NORMS = _MOVES | {"add", "sub", "rsub", "neg", "mul", "div", "mean", "sum"}
 
 
 def carrier_of(context: fx.Node) -> tuple[fx.Node | None, str]:
@@ -74,70 +72,166 @@ def _is_residual(add: fx.Node, branch: fx.Node) -> bool:
 
 
 def _after_norm(add: fx.Node) -> fx.Node:
-    """The carrier: the addition, or the norm that alone reads it (post-norm), with its weight and bias."""
+    """The carrier: the addition, or the norm that alone reads it (post-norm), with its weight and bias.
+
+    A norm is what scaling a token does not change: a function of each token alone, which multiplies the token with
+    statistics of its features. Whatever it is written with, the power of the token that a value grows with is followed,
+    and a norm has none left.
+    """
     found, node, normed = add, add, False
     while (following := _next_value(node)) is not None:
         region, last = following
-        if not region.isdisjoint(_statistics(region)) or last.target in _NORMS:
+        if region[last] == 0:
             if normed:
                 break  # a second norm, of what comes next
-            normed = last.target in _NORMS or _rescales(last, region)
-        elif not _is_linear(last, node):
+            normed = True
+        elif region[last] != 1 or not all(_is_linear(x, region) for x in region if x is not node):
             break
         node = last
         found = node if normed else found
     return found
 
 
-def _next_value(start: fx.Node) -> tuple[set[fx.Node], fx.Node] | None:
-    """The first value of the same shape through which everything goes that is computed from `start`, by operators that
-    norms are made of, and what is on the way there; None where there is none."""
-    region, waiting = {start}, {u for u in start.users if has_value(u)}
+Region = dict[fx.Node, float]
+"""What is computed from a token, and the power of the token that it grows with."""
+
+
+def _next_value(start: fx.Node) -> tuple[Region, fx.Node] | None:
+    """The first value of the same shape through which everything goes that is computed from `start`, each token alone,
+    and what is on the way there (itself among it); None where there is none."""
+    region: Region = {start: 1.0}
+    waiting = set(_readers(start))
     while waiting:
         node = min(waiting)  # in the order of the graph
         waiting.remove(node)
-        if not _by_token(node, region):
+        power = _power(node, region)
+        if power is None:
             return None
-        if not waiting and shape(node) == shape(start):
+        region[node] = power
+        if not waiting and _like(node, start):
             return region, node
-        region.add(node)
-        waiting.update(u for u in node.users if has_value(u))
+        waiting.update(_readers(node))
     return None
 
 
-def _by_token(node: fx.Node, region: set[fx.Node]) -> bool:
-    """Whether a value is computed for each token, from the region and parameters alike for all tokens, as in a norm."""
-    others = [x for x in node.all_input_nodes if x not in region]
+def _readers(node: fx.Node) -> Iterator[fx.Node]:
+    """What computes with a value; outputs of an operator that nothing reads are none of it."""
+    return (u for u in node.users if has_value(u) and (u.users or u.target is not operator.getitem))
+
+
+def _like(node: fx.Node, start: fx.Node) -> bool:
+    sizes, wanted = shape(node), shape(start)
+    return len(values(node)) == 1 and len(sizes) == len(wanted) and all(map(same_size, sizes, wanted))
+
+
+def _power(node: fx.Node, region: Region) -> float | None:
+    """The power of a token that a value grows with; None of what is not computed for each token alone, from parameters
+    alike for all tokens, or is no such power."""
+    others = [x for x in content_inputs(node) if x not in region]
     if any(depends_on_input(x) or not _alike_for_tokens(x) for x in others):
+        return None
+    name = _name(node)
+    first = node.args[0] if node.args else None
+    own = region.get(first) if isinstance(first, fx.Node) else None
+    given = [region[x] for x in node.args if isinstance(x, fx.Node) and x in region]
+    if node.target is operator.getitem and isinstance(first, fx.Node):
+        pair = _TWO_STATISTICS.get(_name(first))
+        return own if pair is None or own is None else own * pair[int(node.args[1] != 0)]
+    if name == "einsum":
+        return _einsum_power(node, region)
+    if name in ("mul", "div", *_SUMS) and not _aligned(node, region):
+        return None
+    if name == "mul":
+        return sum(given)
+    if name == "div":
+        second = node.args[1]
+        return (own or 0.0) - (region.get(second, 0.0) if isinstance(second, fx.Node) else 0.0)
+    if name in _SUMS:
+        return given[0] if len(set(given)) == 1 else None
+    if own is None or (len(given) != 1 and name not in _MOVES):
+        return None
+    assert isinstance(first, fx.Node)
+    if name in _NORMS:
+        return 0.0 if _normalises_features(node) else None
+    if name in _STATISTICS or name in _TWO_STATISTICS:
+        return own * _STATISTICS.get(name, 1) if _over_features(node, name) else None
+    if name in _POWERS or name == "pow":
+        power = _POWERS.get(name, node.args[1] if len(node.args) > 1 else None)
+        return own * power if isinstance(power, int | float) else None
+    rank = len(shape(next(iter(region))))
+    return own if name in _KEEPS_SCALE and _keeps_tokens(first, node, rank) else None
+
+
+def _name(node: fx.Node) -> str:
+    """The name of an operator, without the underscore that says it works in place."""
+    packet = getattr(node.target, "overloadpacket", None)
+    return str(packet.__name__).removesuffix("_") if packet is not None else ""
+
+
+def _einsum_power(node: fx.Node, region: Region) -> float | None:
+    """Of products that keep each token apart: `btd,btd->bt`, `btd,d->btd`."""
+    operands: list[fx.Node] = list_arg(node, 1)
+    left, _, right = str(node.args[0]).replace(" ", "").partition("->")
+    letters = left.split(",")
+    token = max(letters, key=len)
+    if "." in left or len(set(token)) != len(token) or right not in (token, token[:-1]):
+        return None
+    for own, x in zip(letters, operands, strict=True):
+        if own not in ((token, token[:-1]) if x in region else (token[-1],)):
+            return None
+    return sum(region.get(x, 0.0) for x in operands)
+
+
+def _aligned(node: fx.Node, region: Region) -> bool:
+    """Whether an operator meets each token with what is computed from itself: no dimension is shifted."""
+    inputs = [x for x in node.all_input_nodes if x in region]
+    return all(
+        len(shape(x)) == len(shape(node)) and all(map(same_size, shape(x)[:-1], shape(node)[:-1])) for x in inputs
+    )
+
+
+def _normalises_features(node: fx.Node) -> bool:
+    """Whether a norm is of the last dimension alone."""
+    if _name(node) == "group_norm":
+        return len(shape(node)) == 2
+    return len(list_arg(node, 1)) == 1
+
+
+def _over_features(node: fx.Node, name: str) -> bool:
+    """Whether a statistic is over the last dimension alone."""
+    position = 2 if name in ("norm", "linalg_vector_norm") else 1
+    asked, rank = argument(node, position, "dim"), len(shape(node.all_input_nodes[0]))
+    if isinstance(asked, bool) or not isinstance(asked, int | list | tuple):
         return False
-    if node.target in _NORMS:
-        return len(list_arg(node, 1)) == 1
-    if node.target in _STATISTICS:
-        asked = argument(node, 2 if node.target in _LENGTHS else 1, "dim")
-        dims, rank = [asked] if isinstance(asked, int) else asked, len(shape(node.all_input_nodes[0]))
-        return isinstance(dims, list | tuple) and [wrap(d, rank) for d in dims] == [rank - 1]
-    return node.target in _IN_NORMS
+    return [wrap(d, rank) for d in ([asked] if isinstance(asked, int) else asked)] == [rank - 1]
+
+
+def _keeps_tokens(x: fx.Node, node: fx.Node, rank: int) -> bool:
+    """Whether a moved value has the same tokens in the same order: statistics, rows of features that stay whole, or
+    groups of them (`rank`: dimensions of tokens and features)."""
+    before, after = shape(x), shape(node)
+    sizes, result = ([size for size in v if not same_size(size, 1)] for v in (before, after))
+    if len(sizes) == len(result) and all(map(same_size, sizes, result)):
+        return True
+    lead = min(len(before), len(after)) - 1
+    if len(before) == len(after) or lead >= rank - 1:
+        same = all(map(same_size, before[:lead], after[:lead]))
+        if same and (len(before) != len(after) or _name(node) in ("expand", "expand_as")):
+            return True  # features in groups, or a statistic for each feature
+    return same_size(before[-1], after[-1])
 
 
 def _alike_for_tokens(value: fx.Node) -> bool:
     return bool(values(value)) and all(same_size(size, 1) for size in shape(value)[:-1])
 
 
-def _statistics(region: set[fx.Node]) -> set[fx.Node]:
-    return {node for node in region if node.target in _STATISTICS}
-
-
-def _rescales(node: fx.Node, region: set[fx.Node]) -> bool:
-    """Whether a value is the product or quotient of two that are both computed from the tokens; else only their mean
-    is taken away."""
-    return node.target in _PRODUCTS and all(x in region for x in node.args[:2])
-
-
-def _is_linear(node: fx.Node, source: fx.Node) -> bool:
+def _is_linear(node: fx.Node, region: Region) -> bool:
     """Whether a value is a multiple of another one, moved: a mean of tokens comes through it."""
-    given = [x for x in node.args[:2] if x is source]
+    if _name(node) == "einsum":
+        return sum(x in region for x in list_arg(node, 1)) == 1
+    if _name(node) not in _LINEAR_IN_NORMS:
+        return False
+    factors = [x for x in node.args[:2] if isinstance(x, fx.Node) and x in region]
     return (
-        node.target in _LINEAR_IN_NORMS
-        and len(given) == 1
-        and (node.target not in _QUOTIENTS or node.args[0] is source)
+        _name(node) not in ("mul", "div") or factors == [node.args[0]] or (_name(node) == "mul" and len(factors) == 1)
     )

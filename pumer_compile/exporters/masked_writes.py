@@ -57,7 +57,8 @@ def _masked_scatter_(described: str, x: Tensor, mask: Tensor, source: Tensor) ->
 def index_put(
     described: str, x: Tensor, indices: Sequence[Tensor | None], values: Tensor, accumulate: bool = False
 ) -> Tensor:
-    """`x[indices] = values`, out of place."""
+    """`x[indices] = values`, out of place. Masks may be `uint8`, which a runtime would take for numbers of places."""
+    indices = [_truth(index) for index in indices]
     if not any(index is not None and index.dtype == torch.bool for index in indices):
         put: Tensor = aten.index_put.default(x, indices, values, accumulate)
         return put
@@ -79,6 +80,10 @@ def index_put(
 
 def _index_put_(described: str, x: Tensor, *arguments: Any, **options: Any) -> Tensor:
     return x.copy_(index_put(described, x, *arguments, **options))
+
+
+def _truth(index: Tensor | None) -> Tensor | None:
+    return index.to(torch.bool) if index is not None and index.dtype == torch.uint8 else index
 
 
 def _one(size: Any) -> bool:

@@ -40,7 +40,7 @@ from .prompts import (
     run_while_tracing,
     scatters,
 )
-from .unpadding import check_numbers, check_places, output_cuts, padded_streams
+from .unpadding import check_numbers, check_padding, output_cuts, padded_streams
 
 log = logging.getLogger("pumer_compile")
 
@@ -176,7 +176,7 @@ def _reduced(graph: DynamoGraph, options: Options, schedule: Schedule | None, wh
     state = State(lowered, schedule or default_schedule([0]), dict(inputs), dict(options.streams))
     with enable_python_dispatcher():  # which shapes with an open batch need
         if state.method.exact:
-            return graph.restore(_lossless(state, where), cuts=_cuts(graph, state))
+            return graph.restore(_lossless(state, where), cuts=_cuts(graph, state, lowered))
         _find_attentions(state)
         if schedule is None:
             state.method = _default(state)
@@ -185,20 +185,21 @@ def _reduced(graph: DynamoGraph, options: Options, schedule: Schedule | None, wh
         # Not COUNT: its multiply-adds would be for one batch size, and the batch may be open here.
         run_passes(state, REDUCE + EXACT)
     _say_counts(state, where)
-    return graph.restore(state.reduced, lowered if state.method.outputs == "restored" else None, _cuts(graph, state))
+    restored = lowered if state.method.outputs == "restored" else None
+    return graph.restore(state.reduced, restored, _cuts(graph, state, lowered))
 
 
-def _cuts(graph: DynamoGraph, state: State) -> dict[int, list[Cut]]:
+def _cuts(graph: DynamoGraph, state: State, lowered: fx.GraphModule) -> dict[int, list[Cut]]:
     """The padding of texts that outputs hold; a padded graph that reads it elsewhere is refused."""
     if graph.padding is None:
         return {}
     captured, annotation = state.captured, state.find(Annotation) or annotate(state.captured, state.streams)
     streams = padded_streams(captured, annotation, graph.padding)
-    check_places(annotation, graph.padding, streams)
+    places = check_padding(graph, lowered)
     rewriter = state.find(Rewriter)
     history = rewriter.history if rewriter is not None else None
     restored = state.method.outputs == "restored"
-    return output_cuts(graph, captured, annotation, history, streams, restored=restored)
+    return output_cuts(graph, captured, annotation, history, streams, places, restored=restored)
 
 
 def _lossless(state: State, where: str) -> fx.GraphModule:

@@ -48,7 +48,7 @@ class Argument:
 
 @dataclass(frozen=True)
 class Padding:
-    """Texts that are padded; see `backend_text.py`.
+    """Texts that are padded; see `padding.py`.
 
     Attributes:
         length: tokens.
@@ -169,7 +169,7 @@ class DynamoGraph:
         Args:
             reduced: from the passes.
             lowered: what they were given, where `reduced` returns other things beside its outputs.
-            cuts: the padding in its outputs, by their number (`backend_unpad.py`).
+            cuts: the padding in its outputs, by their number (`unpadding.py`).
 
         Raises:
             CaptureError: it cannot be traced.

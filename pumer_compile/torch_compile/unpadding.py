@@ -6,20 +6,22 @@ output has there from Dynamo's symbolic sizes. Where the two do not say which en
 
 from __future__ import annotations
 
+import dataclasses
 import operator
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import SymFloat, SymInt, Tensor, fx
 
 from ..analysis.annotate import Annotation
-from ..analysis.axes import Dim, Fixed, Reduce, Select, Slice, Tokens
-from ..analysis.nodes import depends_on_parameter, describe, values
-from ..analysis.operators import overloads
-from ..analysis.rules import argument
-from ..errors import UsageError
+from ..analysis.axes import Dim, Tokens
+from ..analysis.nodes import describe, values
+from ..errors import CaptureError, UsageError
 from ..rewrite.epochs import Epochs, History
+from .follow_padding import follow_padding
 from .lowering import Cut, DynamoGraph, Padding, open_size
+from .places import Places
 
 _LATER = "Leave text_length out and pad the texts outside of the model"
 
@@ -71,50 +73,49 @@ def check_numbers(graph: DynamoGraph) -> None:
             )
 
 
-def check_places(annotation: Annotation, padding: Padding, streams: set[str]) -> None:
-    """Nothing may be read from the end of a padded text, or averaged over it: padding would be read.
+OutputPlaces = Mapping[tuple[int, int], Places]
+"""Where padding is, by the number of an output and its dimension."""
+
+
+def check_padding(graph: DynamoGraph, lowered: fx.GraphModule) -> OutputPlaces:
+    """Nothing may read the padding of the texts; see `follow_padding.py`.
+
+    Args:
+        graph: Dynamo's, with its padding.
+        lowered: the graph for the passes.
+
+    Returns:
+        Where the outputs of `lowered` have padding.
 
     Raises:
-        UsageError: something is; the message names it.
+        UsageError: something reads it, or may; the message names it.
     """
-    for node, constraints in annotation.constraints.items():
-        for constraint in constraints:
-            if isinstance(constraint, Select | Slice) and _from_the_end(annotation, node, constraint, padding, streams):
-                raise UsageError(
-                    f"{describe(node)} takes tokens counted from the end of the text, where text_length="
-                    f"{padding.length} puts padding. {_LATER}, or take the last token by the attention mask."
-                )
-        if node.target in overloads("mean") and _averages(annotation, node, streams):
-            raise UsageError(
-                f"{describe(node)} averages over the text's tokens, and text_length={padding.length} would add padding "
-                f"to them. {_LATER}, or let the model leave padding out of the mean by the attention mask."
-            )
+    padding = _padding(graph)
+    least = _shortest(graph)
+    if least == padding.length:
+        return {}
+    graph.padding = dataclasses.replace(padding, length=least)
+    try:
+        short, _ = graph.lower()
+    except CaptureError as error:
+        raise UsageError(
+            f"What text_length={padding.length} would change cannot be told: {str(error).rstrip('.')} (with a text of "
+            f"{least} tokens). {_LATER}."
+        ) from error
+    finally:
+        graph.padding = padding
+    followed = follow_padding(lowered, short, padding, least)
+    outputs = enumerate(_flat(lowered.graph))
+    return {(n, d.index): places for n, output in outputs for d, places in followed.items() if d.node is output}
 
 
-def _from_the_end(
-    annotation: Annotation, node: fx.Node, taken: Select | Slice, padding: Padding, streams: set[str]
-) -> bool:
-    kind = annotation.axis(taken.source)
-    if not isinstance(kind, Tokens):
-        return False
-    position = taken.index if isinstance(taken, Select) else taken.start
-    literal = argument(node, taken.index_arg if isinstance(taken, Select) else taken.start_arg)
-    start = 0
-    for segment in kind.segments:
-        inside = position - start
-        if segment.stream in streams and 0 < inside < segment.length:
-            # A text of the call's own length has no such token when it is counted from the front.
-            return (isinstance(literal, int) and literal < 0) or inside >= padding.seen
-        start += segment.length
-    return False
-
-
-def _averages(annotation: Annotation, node: fx.Node, streams: set[str]) -> bool:
-    """Whether features are averaged over tokens of these streams."""
-    gone = [c.source for c in annotation.constraints[node] if isinstance(c, Reduce)]
-    kinds = [annotation.axis(dim) for dim in gone]
-    read = {s for kind in kinds if not isinstance(kind, Fixed) for s in kind.streams}
-    return not read.isdisjoint(streams) and depends_on_parameter(node)
+def _shortest(graph: DynamoGraph) -> int:
+    """Tokens of the shortest text, at least 2, that this graph of Dynamo's serves; Dynamo compiles again for others."""
+    padding, environment = _padding(graph), graph.mode.shape_env
+    expressions = [guard.expr for guard in environment.guards] if environment is not None else []
+    own = [e for e in expressions if e.free_symbols == {padding.symbol}]
+    served = (n for n in range(2, padding.length) if all(e.subs({padding.symbol: n}) != False for e in own))  # noqa: E712
+    return next(served, padding.length)
 
 
 def output_cuts(
@@ -123,6 +124,7 @@ def output_cuts(
     annotation: Annotation,
     history: History | None,
     streams: set[str],
+    places: OutputPlaces,
     *,
     restored: bool = False,
 ) -> dict[int, list[Cut]]:
@@ -134,6 +136,7 @@ def output_cuts(
         annotation: its axes.
         history: of its reducers; None where there are none.
         streams: from `padded_streams`.
+        places: from `check_padding`, of the first graph for the passes.
         restored: whether outputs have an entry for each original token, whatever was reduced.
 
     Raises:
@@ -157,6 +160,7 @@ def output_cuts(
             epochs = {} if restored or history is None else history.at(dim)
             cut = _cut(graph, annotation, history, dim, epochs, streams, length)
             if cut is not None:
+                _check_cut(graph, annotation, dim, streams, places.get((number, index)))
                 found.setdefault(number, []).append(cut)
     return found
 
@@ -190,6 +194,26 @@ def _cut(
         if segment in texts:
             break
     return Cut(dim.index, stop)
+
+
+def _check_cut(
+    graph: DynamoGraph, annotation: Annotation, dim: Dim, streams: set[str], followed: Places | None
+) -> None:
+    """What is cut from an output must be the padding that was followed to it, at the end of the text's tokens."""
+    kind = annotation.axis(dim)
+    if followed is None or followed.alike or not isinstance(kind, Tokens):
+        return
+    stop = 0
+    for segment in kind.segments:
+        stop += segment.length
+        if segment.stream in streams:
+            break
+    missing = [i for i, number in enumerate(followed.numbers) if number < 0]
+    if missing != list(range(stop - len(missing), stop)):
+        raise UsageError(
+            f"The output {describe(dim.node)} has padding of text_length={_padding(graph).length} between its tokens, "
+            f"in dimension {dim.index}. {_LATER}."
+        )
 
 
 def _padding(graph: DynamoGraph) -> Padding:

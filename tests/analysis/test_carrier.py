@@ -56,6 +56,56 @@ def llama(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return weight * h.to(x.dtype)
 
 
+def in_place(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    h = x - x.mean(-1, keepdim=True)
+    h /= (h.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt()
+    h *= weight
+    h += bias
+    return h
+
+
+def centred_in_place(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    h = x.clone()
+    h -= h.mean(-1, keepdim=True)
+    h.div_(h.var(-1, correction=0, keepdim=True).add_(1e-5).sqrt_())
+    return h.mul_(weight).add_(bias)
+
+
+def by_einsum(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    h = x - x.mean(-1, keepdim=True)
+    variance = torch.einsum("btd,btd->bt", h, h) / h.shape[-1]
+    return torch.einsum("btd,d->btd", h * (variance + 1e-5).rsqrt()[..., None], weight) + bias
+
+
+def by_deviation(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    deviation, mean = torch.std_mean(x, dim=-1, correction=0, keepdim=True)
+    return (x - mean) / (deviation.square() + 1e-5).sqrt() * weight + bias
+
+
+def by_length(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    h = x - x.mean(-1, keepdim=True)
+    length = torch.linalg.vector_norm(h, dim=-1, keepdim=True)
+    return h / (length**2 / h.shape[-1] + 1e-5) ** 0.5 * weight + bias
+
+
+def by_groups(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.group_norm(x.flatten(0, 1), 1, weight, bias).view(x.shape)
+
+
+def group_by_hand(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    h = x.view(*x.shape[:2], 1, -1)
+    h = (h - h.mean(-1, keepdim=True)) * (h.var(-1, correction=0, keepdim=True) + 1e-5).rsqrt()
+    return h.view(x.shape) * weight + bias
+
+
+def length_by_hand(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return x / x.pow(2).sum(-1, keepdim=True).sqrt().clamp_min(1e-12) * weight
+
+
+def root_mean_square(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return torch.einsum("btd,btd->bt", x, x).div(x.shape[-1]).add(1e-5).rsqrt().unsqueeze(-1).mul(x) * weight
+
+
 SPELLINGS = {
     "layer norm": lambda x, weight, bias: F.layer_norm(x, x.shape[-1:], weight, bias),
     "centred once": centred_once,
@@ -64,9 +114,30 @@ SPELLINGS = {
     "by moments": by_moments,
     "rms norm": lambda x, weight, bias: F.rms_norm(x, x.shape[-1:], weight, 1e-5),
     "llama": llama,
+    "in place": in_place,
+    "centred in place": centred_in_place,
+    "native": lambda x, weight, bias: torch.native_layer_norm(x, x.shape[-1:], weight, bias, 1e-5)[0],
+    "by einsum": by_einsum,
+    "by deviation": by_deviation,
+    "by length": by_length,
+    "of groups": by_groups,
+    "of groups by hand": group_by_hand,
+    "root mean square": root_mean_square,
+    "length by hand": length_by_hand,
     "unit length": lambda x, weight, bias: F.normalize(x, dim=-1) * weight,
 }
-LAYER_NORMS = ("layer norm", "centred once", "centred twice", "unsqueezed", "by moments")
+LAYER_NORMS = (
+    "layer norm",
+    "centred once",
+    "centred twice",
+    "unsqueezed",
+    "by moments",
+    "in place",
+    "centred in place",
+)
+LAYER_NORMS += ("native", "by einsum", "by deviation", "by length", "of groups", "of groups by hand")
+ALIKE = [LAYER_NORMS, ("rms norm", "llama", "root mean square"), ("unit length", "length by hand")]
+"""Spellings of one norm."""
 
 
 class Normed(Fusion):
@@ -109,15 +180,31 @@ def test_before_a_norm_that_others_pass_by_the_sum_is_the_carrier(
         assert any(u.target is torch.ops.aten.add.Tensor and carrier in u.args for u in carrier.users)
 
 
-def test_one_model_is_reduced_alike_however_its_norm_is_spelt(monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs, found = inputs_for(POST), []
-    for spelling in LAYER_NORMS:
-        _, program = normed(POST, spelling, monkeypatch)
-        module = reduce_graph(program, schedule("safe", (0,), prune=3, merge={"image": 3, "text": 1}))
+ONE_NORM = [(norms[0], other) for norms in ALIKE for other in norms[1:]]
+REDUCED: dict[str, tuple[nn.Module, nn.Module]] = {}
+
+
+def reduced_norm(spelling: str, monkeypatch: pytest.MonkeyPatch) -> tuple[nn.Module, nn.Module]:
+    """A model and its reduced module."""
+    if spelling not in REDUCED:
+        model, program = normed(POST, spelling, monkeypatch)
+        wanted = schedule("safe", (0,), prune=3, merge={"image": 3, "text": 1})
+        REDUCED[spelling] = model, reduce_graph(program, wanted)
+    return REDUCED[spelling]
+
+
+@pytest.mark.parametrize(("first", "other"), ONE_NORM)
+def test_one_model_is_reduced_alike_however_its_norm_is_spelt(
+    first: str, other: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (model, reduced), (spelt, found) = (reduced_norm(name, monkeypatch) for name in (first, other))
+    for seed in (1, 2):
+        inputs = inputs_for(POST, seed)
         with torch.no_grad():
-            found.append(module(**inputs))
-    for result in found[1:]:
-        torch.testing.assert_close(result, found[0], atol=1e-5, rtol=0)
+            wanted, plain = reduced(**inputs), model(**inputs)
+            torch.testing.assert_close(spelt(**inputs), plain, atol=1e-5, rtol=0)
+            assert (wanted - plain).abs().max() > 1e-4
+            torch.testing.assert_close(found(**inputs), wanted, atol=1e-5, rtol=0)
 
 
 class Behind(nn.Module):
@@ -141,7 +228,26 @@ def mixed(m: Behind, x: Tensor) -> Tensor:
     return (x - x.mean(1, keepdim=True)) / (x.pow(2).mean(1, keepdim=True) + 1e-5).sqrt()
 
 
+def changed_in_place(m: Behind, x: Tensor) -> Tensor:
+    """Grows with the token: no norm."""
+    h = x.clone()
+    h *= x.mean(-1, keepdim=True)
+    return h.sigmoid()
+
+
+def over_tokens_in_groups(m: Behind, x: Tensor) -> Tensor:
+    return F.group_norm(x, x.shape[1]) + F.group_norm(x.transpose(1, 2), 2).transpose(1, 2)
+
+
 BEHIND = {
+    "a multiple by its mean": (changed_in_place, "add"),
+    "a norm over tokens and features": (lambda m, x: F.group_norm(x, 1), "add"),
+    "channels over tokens": (over_tokens_in_groups, "add"),
+    "a variance over tokens": (lambda m, x: x / torch.einsum("btd,btd->bd", x, x).sqrt()[:, None], "add"),
+    "a norm of all": (lambda m, x: x / x.norm(dim=(1, 2), keepdim=True), "add"),
+    "a norm of all as one row": (lambda m, x: F.layer_norm(x.flatten(1), (13 * 8,)).view(x.shape), "add"),
+    "a norm beside the sum": (lambda m, x: (x + m.norm(x)).sigmoid(), "add"),
+    "a norm in place": (lambda m, x: x.div_(x.norm(dim=-1, keepdim=True)).sigmoid(), "div_"),
     "nothing": (lambda m, x: x.sigmoid(), "add"),
     "a norm": (lambda m, x: m.norm(x).sigmoid(), "layer_norm"),
     "a scaled norm": (lambda m, x: (m.norm(x.double().float()) * m.scale).sigmoid(), "mul"),

@@ -41,7 +41,16 @@ def assigned_one_row(words: Tensor, chosen: Tensor, rows: Tensor) -> Tensor:
     return words
 
 
+def assigned_by_bytes(words: Tensor, chosen: Tensor, rows: Tensor) -> Tensor:
+    """By masks of `uint8`, which PyTorch takes for truth values."""
+    words = words.clone()
+    words[chosen.to(torch.uint8)] = rows.flatten(0, 1)
+    words[(~chosen).to(torch.uint8)] = rows[0, :1]
+    return words
+
+
 WRITES: dict[str, Write] = {
+    "assigned by bytes": assigned_by_bytes,
     "a narrow mask": lambda words, chosen, rows: words.masked_scatter(chosen.unsqueeze(-1), rows),
     "a wide mask": lambda words, chosen, rows: words.masked_scatter(chosen.unsqueeze(-1).expand_as(words), rows),
     "a mask of elements": lambda words, chosen, rows: words.masked_scatter(chosen.unsqueeze(-1) & (words > 0), rows),

@@ -249,6 +249,22 @@ REFUSED: dict[str, tuple[Tell, str]] = {
         r"aten.mean.default .* averages over the text's tokens",
     ),
     "a mean by hand": (lambda x, ids, labels, n: x[:, :n].sum(1) / n, r"computes with the text's length"),
+    "pooled": (
+        lambda x, ids, labels, n: F.adaptive_avg_pool1d(x[:, :n].transpose(1, 2), 1),
+        r"aten.adaptive_avg_pool1d.* at .*test_padding.py:\d+\) computes one thing of all of the text's tokens",
+    ),
+    "turned around": (
+        lambda x, ids, labels, n: x[:, :n].flip(1)[:, 0],
+        r"aten.flip.* at .*test_padding.py:\d+\) .* Leave text_length out",
+    ),
+    "a mean of ids": (
+        lambda x, ids, labels, n: x[:, 0] + ids.float().mean(1, keepdim=True),
+        r"aten.mean.dim .* averages over the text's tokens",
+    ),
+    "attention without a mask": (
+        lambda x, ids, labels, n: F.scaled_dot_product_attention(x[:, :n], x[:, :n], x[:, :n])[:, 0],
+        r"aten.scaled_dot_product_attention.* attends to the text's tokens without a mask that hides them",
+    ),
     "a number": (lambda x, ids, labels, n: (x[:, 0], n * 3), r"The function returns a number \(3\*s\d+\) that follows"),
     "ids as labels": (
         lambda x, ids, labels, n: token_loss(x, ids),
