@@ -230,13 +230,15 @@ def compile_(
     quiet: opt.Quiet = False,
 ) -> None:
     """Compile MODEL to a reduced artifact (the default command)."""
-    from .exporters import check_exporter, export, exporter_options
     from .files import check_writable
-    from .parity_report import save_report
 
     check_writable(output)
     chosen = opt.load_schedule(schedule, semantics)
     opt.check_component(component, outputs, chosen)
+
+    from .exporters import check_exporter, export, exporter_options  # loads torch: nobody waits for that with a typo
+    from .parity_report import save_report
+
     options = exporter_options(
         output,
         dtype=dtype,
