@@ -21,14 +21,15 @@ from typing import TYPE_CHECKING, Any
 from .errors import PumerError
 
 if TYPE_CHECKING:
+    from .artifacts.engine import Engine
     from .capture import Program, capture
     from .distill import Teacher, distillation_loss
-    from .engine import Engine
-    from .exporters import Exported, OnnxOptions, OnnxSession, export
+    from .exporters import Exported, OnnxOptions, export
     from .parity import parity
     from .parity_report import ParityReport
     from .plan import Plan
     from .reduce import Reduced, reduce
+    from .runtimes.ort import OnnxSession
     from .schedule import Schedule
 
 __version__ = "0.1.0"
@@ -54,10 +55,10 @@ __all__ = [
 
 # Names are imported when they are first asked for (PEP 562): torch and transformers take seconds to load.
 _MODULES = {
-    "Engine": "engine",
+    "Engine": "artifacts.engine",
     "Exported": "exporters",
     "OnnxOptions": "exporters",
-    "OnnxSession": "exporters",
+    "OnnxSession": "runtimes.ort",
     "ParityReport": "parity_report",
     "Plan": "plan",
     "Program": "capture",

@@ -258,7 +258,9 @@ def compile_(
         version_compatible=version_compatible or None,
     )
     if triton_repository is not None:
-        _check_triton(triton_repository, output, options)
+        from .exporters.triton import check_compilation
+
+        check_compilation(triton_repository, output, options)
     open_batch = dynamic_batch or bool(profile)
     check_exporter(output, options, dynamic_batch=open_batch, verify=not no_verify)
     absolute, relative = opt.tolerance(atol), opt.tolerance(rtol)
@@ -308,7 +310,7 @@ def compile_(
 
 def _say_what_was_written(done: Any, reduced: Any) -> None:
     """Size, proof, meaning, shapes, gain, and what comes next."""
-    from .exporters.manifest import artifact_bytes
+    from .artifacts.manifest import artifact_bytes
 
     said = done.manifest
     if done.report is None:
@@ -343,8 +345,8 @@ def parity_(
     quiet: opt.Quiet = False,
 ) -> None:
     """Prove an artifact against the reduced model in eager PyTorch; exit code 3 when it fails."""
-    from .exporters.manifest import read_manifest, reduced_by
-    from .exporters.session import check_runtime
+    from .artifacts.manifest import read_manifest, reduced_by
+    from .artifacts.session import check_runtime
     from .files import check_writable
     from .inputs import load_inputs
     from .loading import load_model
@@ -481,19 +483,6 @@ def triton_(
 ) -> None:
     """Put an artifact into a model repository of Triton Inference Server."""
     _write_triton(repository, artifact.stem if name is None else name, artifact, max_batch_size)
-
-
-def _check_triton(repository: Path, output: Path, options: Any) -> None:
-    from .exporters.session import ENGINE_SUFFIXES
-    from .exporters.triton import check_covered, check_triton
-    from .tensorrt_library import load_library
-
-    builder = None
-    if output.suffix in ENGINE_SUFFIXES:
-        builder = options.builder or load_library().name
-        if options.profiles:
-            check_covered(output, options.profiles, max(profile.maximum for profile in options.profiles))
-    check_triton(repository, output.stem, output, builder)
 
 
 def _write_triton(repository: Path, name: str, artifact: Path, max_batch_size: int | None = None) -> None:

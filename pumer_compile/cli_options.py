@@ -12,7 +12,7 @@ import typer
 from .errors import UsageError
 
 if TYPE_CHECKING:
-    from .exporters.base import Profile
+    from .artifacts.profile import Profile
     from .schedule import Schedule
 
 # The groups of `--help`.
@@ -416,7 +416,7 @@ def tolerance(items: list[str] | None) -> float | Mapping[str, float] | None:
 
 def profiles(items: list[str] | None) -> tuple[Profile, ...] | None:
     """Batch sizes from `batch=1:8:32`."""
-    from .exporters.base import Profile
+    from .artifacts.profile import Profile
 
     return tuple(Profile.parse(item) for item in items) if items else None
 

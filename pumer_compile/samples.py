@@ -21,7 +21,7 @@ from .errors import UsageError
 from .plan import PromptPlace
 
 if TYPE_CHECKING:
-    from .exporters.base import Profile
+    from .artifacts.profile import Profile
 
 # Constants larger than this are not written into a manifest.
 LARGEST_CONSTANT = 2**16

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import pumer_compile as pumer
+from pumer_compile.artifacts.profile import Profile
 from pumer_compile.errors import UsageError
-from pumer_compile.exporters.base import Profile
 from pumer_compile.inputs import make_inputs
 from pumer_compile.plan import PromptPlace
 from pumer_compile.samples import (

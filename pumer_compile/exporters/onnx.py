@@ -32,20 +32,20 @@ from transformers.exporters.configs import OnnxConfig
 from transformers.exporters.exporter_dynamo import DynamoExporter
 from transformers.exporters.exporter_onnx import OnnxExporter
 
+from ..artifacts.manifest import KEY, seal_onnx
+from ..artifacts.session import twin_of
 from ..capture import Program, batch_inputs, capture, left_as_found, set_for_inference
 from ..errors import ExportError, UsageError
 from ..files import content_name, sha256_file
 from ..loading import quiet
 from ..outputs import artifact_outputs, renames_outputs, without_inputs
 from ..reduce import reduce_graph, with_decisions
-from ..runtimes.ort import check_provider
+from ..runtimes.ort import OnnxSession, check_provider
 from ..schedule import Schedule
 from .base import Evidence, Options, Precision, Writer
 from .lean import LEAN, PAYS, make_lean
-from .manifest import KEY, seal_onnx
 from .masked_writes import spell_out_masked_writes
 from .quantize import QuantizeMode, calibration_batches, check_environment, check_options, quantize_onnx
-from .session import OnnxSession, twin_of
 from .small_numbers import small_numbers_kept
 
 log = logging.getLogger("pumer_compile")
@@ -545,7 +545,6 @@ def torch_onnx() -> Iterator[None]:
 class OnnxWriter(Writer[OnnxOptions, OnnxBuild]):
     """Writes ONNX models, proved under onnxruntime on the CPU."""
 
-    suffixes: ClassVar[tuple[str, ...]] = (".onnx",)
     options_class: ClassVar[type[Options]] = OnnxOptions
 
     def check(self, *, dynamic_batch: bool, verify: bool) -> None:

@@ -15,13 +15,14 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedModel
 
+from ..artifacts.profile import Profile
 from ..capture import Program, batch_inputs, left_as_found, set_for_inference
 from ..errors import ExportError, UsageError
 from ..files import check_writable
 from ..loading import quiet
 from ..runtimes.openvino import OpenVinoSession, load_openvino
 from ..schedule import Schedule
-from .base import Evidence, Options, Profile, Writer
+from .base import Evidence, Options, Writer
 from .onnx import ReduceStep, dynamic_shapes, in_precision, reduced_export
 
 
@@ -152,7 +153,6 @@ def _shapes(program: Program, model: Any, profiles: Sequence[Profile]) -> dict[A
 class OpenVinoWriter(Writer[OpenVinoOptions, OpenVinoBuild]):
     """Writes OpenVINO models, proved on its CPU plugin in float32."""
 
-    suffixes: ClassVar[tuple[str, ...]] = (".xml",)
     options_class: ClassVar[type[Options]] = OpenVinoOptions
 
     def check_path(self, path: Path) -> None:

@@ -11,12 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import UsageError
-from .exporters.base import Session
-from .exporters.manifest import read_manifest
-from .exporters.session import open_session
-from .plan import check_prompts, without_constants
-from .runtimes.base import Runtime, TensorSpec, as_tensors, to_numpy
+from ..errors import UsageError
+from ..plan import check_prompts, without_constants
+from .manifest import read_manifest
+from .runtime import Runtime, TensorSpec, as_tensors, to_numpy
+from .session import Session, open_session
 
 
 class Engine:

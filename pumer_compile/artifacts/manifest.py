@@ -19,6 +19,7 @@ from ..plan import Plan
 from ..samples import describe_samples
 from ..schedule import Schedule
 from ..weights import read_weights
+from .formats import find_format
 
 KEY = "pumer_compile.manifest"
 SEAL = "pumer_compile.seal"
@@ -167,7 +168,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise UsageError(f"No artifact at {path}.")
-    manifest = _checked_inner(path) if path.suffix == ".onnx" else _beside(path)
+    known = find_format(path)
+    manifest = _checked_inner(path) if known is not None and known.embeds_manifest else _beside(path)
     if manifest.get("format") != FORMAT:
         raise UsageError(f"{path} has a manifest of format {manifest.get('format')}; this reads {FORMAT}.")
     return manifest

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import pumer_compile as pumer
+from pumer_compile.artifacts.runtime import TensorSpec
 from pumer_compile.errors import ExportError, UsageError
-from pumer_compile.runtimes.base import TensorSpec
 from tests.commands import artifact, feed, folder, inner_manifest, onnx_outputs, with_manifest
 
 OPEN = ("--dynamic-batch",)
