@@ -22,7 +22,7 @@ from .artifacts.manifest import read_manifest
 from .artifacts.profile import Profile
 from .artifacts.session import comparable_decisions, twin_of
 from .capture import Program, capture
-from .exporters.onnx import in_precision
+from .exporters.chain import in_precision
 from .loading import LoadedModel, load_model
 from .parity_check import check, check_tolerances
 from .parity_report import ParityReport

@@ -28,7 +28,8 @@ from ..reduce import Reduced
 from ..runtimes.ort import OnnxSession
 from ..samples import Samples, captured_batch, describe_samples, proof_batches, proof_sizes, resized_batch
 from .base import Options, Writer
-from .onnx import OnnxOptions, in_precision
+from .chain import in_precision
+from .onnx import OnnxOptions
 from .openvino import OpenVinoOptions
 from .tensorrt import EngineOptions
 

@@ -23,7 +23,7 @@ from ..loading import quiet
 from ..runtimes.openvino import OpenVinoSession, load_openvino
 from ..schedule import Schedule
 from .base import Evidence, Options, Writer
-from .onnx import ReduceStep, dynamic_shapes, in_precision, reduced_export
+from .chain import ReduceStep, dynamic_shapes, in_precision, reduced_export
 
 
 @dataclass(frozen=True)
@@ -119,8 +119,7 @@ def _through_transformers(
         """transformers' OpenVINO exporter with the reduction between capture and conversion."""
 
     exporter = ReducedOpenVinoExporter()  # type: ignore[no-untyped-call]
-    exporter.schedule, exporter.streams, exporter.outputs = schedule, dict(program.streams), tuple(program.outputs)
-    exporter.padding = not program.unpadded
+    exporter.follow(program, schedule)
     config = OpenVINOConfig(dynamic_shapes=dynamic_shapes(program), stateful=False)
     with left_as_found(model):
         set_for_inference(model)

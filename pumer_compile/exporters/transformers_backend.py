@@ -100,9 +100,6 @@ class TensorRtExporter(ReducedOnnxExporter):
     config_class = TensorRtConfig
     program_suffix = ".engine"
 
-    def __init__(self) -> None:
-        super().__init__(None)
-
     def export_program(  # type: ignore[override]  # every exporter has programs and a configuration of its own
         self, model: PreTrainedModel, sample_inputs: MutableMapping[str, Any], config: TensorRtConfig
     ) -> tuple[EngineProgram, Any]:

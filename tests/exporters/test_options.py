@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 import pumer_compile as pumer
-from pumer_compile.artifacts.formats import FORMATS, Format
+from pumer_compile.artifacts.formats import FORMATS, OPENVINO, Format
 from pumer_compile.artifacts.profile import Profile
 from pumer_compile.capture import Program
 from pumer_compile.errors import UsageError
 from pumer_compile.schedule import Schedule
-from tests.commands import refused, tensors
+from tests.commands import feed, refused
 from tests.tiny import tiny_vilt
 
 EACH = pytest.mark.parametrize("known", FORMATS, ids=lambda known: known.suffixes[0])
@@ -60,14 +61,14 @@ def test_every_flag_reaches_the_options_of_its_formats(
 
     def stop(path: Path, options: Any, **checks: Any) -> None:
         seen.append(options)
-        raise UsageError("far enough")
+        raise UsageError("This is far enough for the test.")
 
     monkeypatch.setattr("pumer_compile.exporters.check_exporter", stop)
     path = tmp_path / f"model{known.suffixes[0]}"
     for name, (flags, value) in FLAGS.items():
         message = refused(2, "MODEL", "--schedule", "none", "-o", path, *flags)
         if name in options_of(known):
-            assert message == "far enough" and getattr(seen[-1], name) == value
+            assert message == "This is far enough for the test." and getattr(seen[-1], name) == value
         else:
             assert "does not apply to" in message, message
 
@@ -78,7 +79,10 @@ class Arrived(Exception):
 
 @functools.cache
 def program() -> Program:
-    return pumer.capture(tiny_vilt(num_hidden_layers=2), tensors(), outputs=["logits"], padding=False)
+    inputs = {name: torch.from_numpy(array) for name, array in feed(batch=1).items()}
+    return pumer.capture(
+        tiny_vilt(num_hidden_layers=2), inputs, streams={"input_ids": "text"}, outputs=["logits"], padding=False
+    )
 
 
 @EACH
@@ -88,6 +92,9 @@ def test_what_was_captured_reaches_the_chain_of_every_writer(known: Format, monk
     def captured(model: nn.Module, inputs: Mapping[str, Any], **asked: Any) -> None:
         raise Arrived(asked)
 
+    if known is OPENVINO:
+        pytest.importorskip("openvino")
+        pytest.importorskip("transformers.exporters.exporter_openvino")
     monkeypatch.setattr("pumer_compile.exporters.chain.capture", captured)
     writer = known.load_writer()(known.load_writer().options_class())
     with pytest.raises(Arrived) as arrived:

@@ -15,11 +15,11 @@ import torch
 from google.protobuf import text_format
 
 import pumer_compile as pumer
+from pumer_compile.artifacts.formats import ONNX
 from pumer_compile.artifacts.runtime import TensorSpec
 from pumer_compile.errors import UsageError
 from pumer_compile.exporters import onnx as onnx_exporter
 from pumer_compile.exporters import triton
-from pumer_compile.artifacts.formats import ONNX
 from pumer_compile.exporters.triton import DEFAULT_MAX_BATCH, MARK, ServedModel, write_triton_repository
 from pumer_compile.files import sha256_file
 from tests.commands import artifact, done, feed, folder, inner_manifest, onnx_outputs, refused, schedule, snapshot
