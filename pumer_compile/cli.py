@@ -99,6 +99,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["--help", "-h"]},
 )
 log = logging.getLogger("pumer_compile")
 
@@ -583,8 +584,12 @@ def _mistyped(given: list[str], commands: set[str]) -> str | None:
     near = difflib.get_close_matches(word.lower(), sorted(commands), n=1, cutoff=0.7)
     if near:
         return f"There is no command {word!r} (and no model of that name); did you mean {near[0]}?"
-    if len(given) > 1 and not given[1].startswith("-"):  # `compile` takes one argument
-        return f"There is no command {word!r} (and no model of that name). Commands: {', '.join(sorted(commands))}."
+    # `compile` takes one argument, and never without options.
+    if len(given) == 1 or not given[1].startswith("-"):
+        return (
+            f"There is no command {word!r} (and no model of that name). Commands: {', '.join(sorted(commands))}; "
+            "`pumer-compile --help` shows them."
+        )
     return None
 
 
@@ -594,7 +599,7 @@ def main(arguments: list[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     given = list(sys.argv[1:] if arguments is None else arguments)
     commands = {str(command.name) for command in app.registered_commands}
-    if given and given[0] not in commands | {"--help", "--version"}:
+    if given and given[0] not in commands | {"--help", "-h", "--version"}:
         mistyped = _mistyped(given, commands)
         if mistyped is not None:
             _say_error(mistyped)
