@@ -123,9 +123,10 @@ def export(
         if report is not None and not report.passed:
             failed = path.with_name(f"{path.name}.failed")
             publish([(f, failed if f == files[-1] else writer.companion(f, failed)) for f in files])
+            advice = "raise --atol/--rtol only if the difference is acceptable for your task"
             raise ParityError(
                 f"Parity failed, so {path} was not written: {report.failures()}. The artifact is kept as {failed} for "
-                "inspection; raise --atol/--rtol only if the difference is acceptable for your task.",
+                f"inspection; {advice if report.only_too_far else 'no tolerance would let it pass'}.",
                 report,
             )
         beside = sidecar(path)
