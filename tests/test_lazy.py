@@ -83,6 +83,11 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
     assert loaded("import pumer_compile\npumer_compile.Schedule\n") == (0, [])
 
 
+def test_an_artifact_runs_without_what_compiles() -> None:
+    there = loaded("import pumer_compile\npumer_compile.Engine\nimport pumer_compile.runtimes.ort\n")[1]
+    assert "torch" in there and not {"transformers", "onnxscript"} & set(there)
+
+
 def test_every_public_name_is_there() -> None:
     assert set(pumer_compile.__all__) <= set(dir(pumer_compile))
     for name in pumer_compile.__all__:

@@ -1,4 +1,4 @@
-"""What an artifact says of itself: how it was made, from what, and whether it was proved."""
+"""What an artifact says of itself, read and checked; `exporters/manifest.py` writes it down."""
 
 from __future__ import annotations
 
@@ -10,15 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-from torch import Tensor
 
-from ..capture import Program
 from ..errors import UsageError
 from ..files import companion_of, sha256_file
-from ..plan import Plan
-from ..samples import describe_samples
 from ..schedule import Schedule
-from ..weights import read_weights
 from .formats import find_format
 
 KEY = "pumer_compile.manifest"
@@ -50,59 +45,6 @@ def library_versions() -> dict[str, str]:
     return found
 
 
-def make_manifest(
-    program: Program,
-    schedule: Schedule | None,
-    plan: Plan | None,
-    *,
-    inputs: list[str],
-    outputs: list[str],
-    decisions: list[str],
-    options: Mapping[str, Any],
-    parity: Mapping[str, Any],
-) -> dict[str, Any]:
-    """Everything needed to reproduce and to check an artifact.
-
-    Args:
-        program: captured.
-        schedule: None where nothing is reduced.
-        plan: its plan.
-        inputs, outputs, decisions: names in the artifact; decisions are outputs too, or inner values.
-        options: opset, dtype, target.
-        parity: the report, or `{"verified": false}`.
-    """
-    return {
-        "format": FORMAT,
-        "schedule": schedule.model_dump(mode="json", exclude_none=True) if schedule else None,
-        "schedule_sha256": schedule.sha256 if schedule else None,
-        "tokens": plan.tokens() if plan else None,
-        "plan": plan.to_dict() if plan else None,
-        "checkpoint_sha256": program.checkpoint_sha256,
-        "weights": read_weights(program.module),
-        "inputs": {
-            name: {"shape": list(tensor.shape), "dtype": _dtype(tensor, options)}
-            for name, tensor in ((name, program.inputs[name]) for name in inputs)
-        },
-        "unread_inputs": {
-            name: {"shape": list(tensor.shape), "dtype": _dtype(tensor, options)}
-            for name, tensor in program.inputs.items()
-            if name not in inputs
-        },
-        "fixed_inputs": {n: program.inputs[n].tolist() for n in program.fixed if n not in program.unpadded},
-        "unpadded_inputs": list(program.unpadded),
-        "samples": {n: kind.to_dict() for n, kind in describe_samples(program, plan.prompts if plan else ()).items()},
-        "constant_inputs": dict(program.constant),
-        "outputs": outputs,
-        "decisions": decisions,
-        "dynamic_batch": program.dynamic_batch,
-        "streams": program.streams,
-        "kept_outputs": list(program.outputs),
-        **options,
-        "versions": library_versions(),
-        "parity": dict(parity),
-    }
-
-
 def reduced_by(manifest: Mapping[str, Any]) -> str:
     """Method and semantics in words, such as `pumer, semantics safe`; `not reduced` where nothing is."""
     schedule = manifest.get("schedule")
@@ -131,15 +73,6 @@ def artifact_bytes(path: Path) -> int:
             companions = [path.with_name(name) for name in dict(said.get("companions", {}))]
             return total + sum(companion.stat().st_size for companion in companions if companion.is_file())
     return total
-
-
-def _dtype(tensor: Tensor, options: Mapping[str, Any]) -> str:
-    """What the artifact takes: floating-point inputs follow its own dtype, where it does not say otherwise."""
-    return (
-        str(options.get("input_dtype", options["dtype"]))
-        if tensor.is_floating_point()
-        else str(tensor.dtype).removeprefix("torch.")
-    )
 
 
 def seal_onnx(path: Path, companions: Mapping[str, Path] | None = None) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..artifacts.engine import Engine
 from ..artifacts.formats import FORMATS, find_format, suffixes
-from ..artifacts.manifest import make_manifest, sidecar
+from ..artifacts.manifest import sidecar
 from ..artifacts.profile import Profile
 from ..capture import Program
 from ..errors import ParityError, UsageError
@@ -29,6 +29,7 @@ from ..runtimes.ort import OnnxSession
 from ..samples import Samples, captured_batch, describe_samples, proof_batches, proof_sizes, resized_batch
 from .base import Options, Writer
 from .chain import in_precision
+from .manifest import make_manifest
 from .onnx import OnnxOptions
 from .openvino import OpenVinoOptions
 from .tensorrt import EngineOptions

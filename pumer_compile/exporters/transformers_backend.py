@@ -26,7 +26,7 @@ from transformers.exporters.configs import OnnxConfig
 from transformers.exporters.runners.base import ModelRunner
 from transformers.exporters.utils import onnx_inputs
 
-from ..artifacts.manifest import make_manifest, read_manifest, sidecar
+from ..artifacts.manifest import read_manifest, sidecar
 from ..artifacts.profile import Profile
 from ..capture import Program, symbolic_batch
 from ..errors import UsageError
@@ -34,6 +34,7 @@ from ..files import sha256_file
 from ..reduce import schedule_for
 from ..runtimes.tensorrt import TensorRtSession
 from .lean import PAYS
+from .manifest import make_manifest
 from .onnx import DEFAULT_OPSET, OnnxBuild, ReducedOnnxExporter, named, polished, torch_onnx
 from .tensorrt import EngineBuild, EngineOptions, EngineWriter
 
