@@ -224,6 +224,11 @@ def test_an_artifact_that_decides_otherwise_is_not_published(out: Path, reduced:
     assert out.read_bytes() == b"the old artifact"
 
 
+def test_a_tolerance_is_advised_where_it_would_do(out: Path, reduced: Reduced, converted: OnnxBuild) -> None:
+    with pytest.raises(ParityError, match="raise --atol/--rtol only if"):
+        pumer.export(reduced, out, atol=0, rtol=0)
+
+
 def test_without_a_proof(
     tmp_path: Path, reduced: Reduced, converted: OnnxBuild, monkeypatch: pytest.MonkeyPatch
 ) -> None:
