@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 def machine() -> dict[str, object]:
     """What the figures were measured on."""
-    from pumer_compile.exporters.manifest import library_versions
+    from pumer_compile.artifacts.manifest import library_versions
 
     models = [
         line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line

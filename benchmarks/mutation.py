@@ -33,10 +33,10 @@ from onnx import ModelProto, NodeProto, helper, numpy_helper
 
 import pumer_compile as pumer
 from benchmarks.common import machine
-from pumer_compile.engine import Engine
+from pumer_compile.artifacts.engine import Engine
+from pumer_compile.artifacts.session import twin_of
 from pumer_compile.errors import PumerError
 from pumer_compile.exporters import OnnxOptions, OnnxSession
-from pumer_compile.exporters.session import twin_of
 from pumer_compile.files import atomic_path
 from pumer_compile.inputs import load_inputs, make_inputs
 from pumer_compile.loading import load_model

@@ -11,16 +11,26 @@ outputs = pumer.Engine("model.onnx")(**inputs)  # runs any artifact
 ```
 """
 
-from .capture import Program, capture
-from .distill import Teacher, distillation_loss
-from .engine import Engine
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
 from .errors import PumerError
-from .exporters import Exported, OnnxOptions, OnnxSession, export
-from .parity import parity
-from .parity_report import ParityReport
-from .plan import Plan
-from .reduce import Reduced, reduce
-from .schedule import Schedule
+
+if TYPE_CHECKING:
+    from .artifacts.engine import Engine
+    from .capture import Program, capture
+    from .distill import Teacher, distillation_loss
+    from .exporters import Exported, OnnxOptions, export
+    from .parity import parity
+    from .parity_report import ParityReport
+    from .plan import Plan
+    from .reduce import Reduced, reduce
+    from .runtimes.ort import OnnxSession
+    from .schedule import Schedule
 
 __version__ = "0.1.0"
 
@@ -42,3 +52,48 @@ __all__ = [
     "parity",
     "reduce",
 ]
+
+# Names are imported when they are first asked for (PEP 562): torch and transformers take seconds to load.
+_MODULES = {
+    "Engine": "artifacts.engine",
+    "Exported": "exporters",
+    "OnnxOptions": "exporters",
+    "OnnxSession": "runtimes.ort",
+    "ParityReport": "parity_report",
+    "Plan": "plan",
+    "Program": "capture",
+    "Reduced": "reduce",
+    "Schedule": "schedule",
+    "Teacher": "distill",
+    "capture": "capture",
+    "distillation_loss": "distill",
+    "export": "exporters",
+    "parity": "parity",
+    "reduce": "reduce",
+}
+_SUBMODULES = ("exporters",)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        value = globals()[name] = getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
+        return value
+    if name in _SUBMODULES:
+        return importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_SUBMODULES})
+
+
+class _Package(ModuleType):
+    """The type of this module. Importing a submodule binds its name in the package, and three of them have the name of
+    a public function (`capture`, `parity`, `reduce`): that name stays the function's."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _MODULES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -15,16 +15,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .artifacts.engine import Engine
+from .artifacts.formats import format_of, takers
+from .artifacts.manifest import artifact_bytes, library_versions, read_manifest, reduced_by
+from .artifacts.profile import Profile
+from .artifacts.runtime import fitted
 from .capture import batch_inputs
-from .engine import Engine
 from .errors import UsageError
-from .exporters.base import Profile
-from .exporters.manifest import artifact_bytes, library_versions, read_manifest, reduced_by
 from .files import atomic_path, sha256_file
 from .inputs import read_arrays
 from .memory import memory_in_a_process, synchronize
 from .plan import PromptPlace, check_prompts
-from .runtimes.base import fitted
 from .samples import Samples, kinds_of, resized_batch
 
 FORMAT = 1
@@ -166,8 +167,7 @@ def bench(
     manifests = {path: read_manifest(Path(path)) for path in paths}
     sizes = sorted(set(batches)) or [_own_batch(manifests[paths[0]])]
     feeds = {size: _inputs(manifests, size, inputs) for size in sizes}
-    _check_provider(paths, provider)
-    how = {path: _options(path, provider, cuda_graph) for path in paths}
+    how = _options(paths, provider=provider, cuda_graph=cuda_graph)
     engines = {path: Engine(path, **how[path]) for path in paths}
     for engine in engines.values():
         for feed in feeds.values():
@@ -259,15 +259,14 @@ def _from_file(path: Path, manifest: Mapping[str, Any]) -> dict[str, Tensor]:
 # --- What it runs on --------------------------------------------------------------------------------------------------
 
 
-def _check_provider(paths: Sequence[str], provider: str | None) -> None:
-    if provider is not None and not any(path.endswith(".onnx") for path in paths):
-        raise UsageError("--provider is for ONNX artifacts under onnxruntime, and none of these is one. Leave it out.")
-
-
-def _options(path: str, provider: str | None, cuda_graph: bool) -> dict[str, Any]:
-    if path.endswith(".onnx"):
-        return {"provider": provider}
-    return {"cuda_graph": cuda_graph}
+def _options(paths: Sequence[str], **given: Any) -> dict[str, dict[str, Any]]:
+    """Of every artifact, the options that its format has; each option must be for one of them."""
+    formats = {path: format_of(Path(path)) for path in paths}
+    for name, value in given.items():
+        if value and not any(name in known.options for known in formats.values()):
+            flag = f"--{name.replace('_', '-')}"
+            raise UsageError(f"{flag} is for {takers(name)}, and none of these is one. Leave it out.")
+    return {path: {n: v for n, v in given.items() if n in known.options} for path, known in formats.items()}
 
 
 def _described(path: str, engine: Engine) -> dict[str, Any]:

@@ -99,6 +99,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["--help", "-h"]},
 )
 log = logging.getLogger("pumer_compile")
 
@@ -230,13 +231,15 @@ def compile_(
     quiet: opt.Quiet = False,
 ) -> None:
     """Compile MODEL to a reduced artifact (the default command)."""
-    from .exporters import check_exporter, export, exporter_options
     from .files import check_writable
-    from .parity_report import save_report
 
     check_writable(output)
     chosen = opt.load_schedule(schedule, semantics)
     opt.check_component(component, outputs, chosen)
+
+    from .exporters import check_exporter, export, exporter_options  # loads torch: nobody waits for that with a typo
+    from .parity_report import save_report
+
     options = exporter_options(
         output,
         dtype=dtype,
@@ -256,7 +259,9 @@ def compile_(
         version_compatible=version_compatible or None,
     )
     if triton_repository is not None:
-        _check_triton(triton_repository, output, options)
+        from .exporters.triton import check_compilation
+
+        check_compilation(triton_repository, output, options)
     open_batch = dynamic_batch or bool(profile)
     check_exporter(output, options, dynamic_batch=open_batch, verify=not no_verify)
     absolute, relative = opt.tolerance(atol), opt.tolerance(rtol)
@@ -306,7 +311,7 @@ def compile_(
 
 def _say_what_was_written(done: Any, reduced: Any) -> None:
     """Size, proof, meaning, shapes, gain, and what comes next."""
-    from .exporters.manifest import artifact_bytes
+    from .artifacts.manifest import artifact_bytes
 
     said = done.manifest
     if done.report is None:
@@ -341,8 +346,8 @@ def parity_(
     quiet: opt.Quiet = False,
 ) -> None:
     """Prove an artifact against the reduced model in eager PyTorch; exit code 3 when it fails."""
-    from .exporters.manifest import read_manifest, reduced_by
-    from .exporters.session import check_runtime
+    from .artifacts.manifest import read_manifest, reduced_by
+    from .artifacts.session import check_runtime
     from .files import check_writable
     from .inputs import load_inputs
     from .loading import load_model
@@ -481,19 +486,6 @@ def triton_(
     _write_triton(repository, artifact.stem if name is None else name, artifact, max_batch_size)
 
 
-def _check_triton(repository: Path, output: Path, options: Any) -> None:
-    from .exporters.session import ENGINE_SUFFIXES
-    from .exporters.triton import check_covered, check_triton
-    from .tensorrt_library import load_library
-
-    builder = None
-    if output.suffix in ENGINE_SUFFIXES:
-        builder = options.builder or load_library().name
-        if options.profiles:
-            check_covered(output, options.profiles, max(profile.maximum for profile in options.profiles))
-    check_triton(repository, output.stem, output, builder)
-
-
 def _write_triton(repository: Path, name: str, artifact: Path, max_batch_size: int | None = None) -> None:
     from .exporters.triton import write_triton_repository
 
@@ -592,8 +584,12 @@ def _mistyped(given: list[str], commands: set[str]) -> str | None:
     near = difflib.get_close_matches(word.lower(), sorted(commands), n=1, cutoff=0.7)
     if near:
         return f"There is no command {word!r} (and no model of that name); did you mean {near[0]}?"
-    if len(given) > 1 and not given[1].startswith("-"):  # `compile` takes one argument
-        return f"There is no command {word!r} (and no model of that name). Commands: {', '.join(sorted(commands))}."
+    # `compile` takes one argument, and never without options.
+    if len(given) == 1 or not given[1].startswith("-"):
+        return (
+            f"There is no command {word!r} (and no model of that name). Commands: {', '.join(sorted(commands))}; "
+            "`pumer-compile --help` shows them."
+        )
     return None
 
 
@@ -603,7 +599,7 @@ def main(arguments: list[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     given = list(sys.argv[1:] if arguments is None else arguments)
     commands = {str(command.name) for command in app.registered_commands}
-    if given and given[0] not in commands | {"--help", "--version"}:
+    if given and given[0] not in commands | {"--help", "-h", "--version"}:
         mistyped = _mistyped(given, commands)
         if mistyped is not None:
             _say_error(mistyped)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .errors import UsageError
+from .errors import ScheduleError, UsageError
 
 if TYPE_CHECKING:
-    from .exporters.base import Profile
+    from .artifacts.profile import Profile
     from .schedule import Schedule
 
 # The groups of `--help`.
@@ -368,13 +369,20 @@ TritonRepository = Annotated[
 
 def load_schedule(name: str, semantics: str | None) -> Schedule | None:
     """The schedule of a file or a preset; None for `none`."""
-    from .schedule import Schedule
+    from .schedule import PRESETS, Schedule
 
-    if name != "none":
-        return Schedule.load(name, semantics=semantics)
-    if semantics is not None:
+    if name == "none":
+        if semantics is None:
+            return None
         raise UsageError("--semantics says how tokens are reduced, and `--schedule none` reduces none: leave it out.")
-    return None
+    names = ["none", *PRESETS]
+    if name not in names and not Path(name).is_file():
+        near = difflib.get_close_matches(name, names, n=1, cutoff=0.7)
+        meant = f"; did you mean {near[0]}?" if near else "."
+        raise ScheduleError(
+            f"No schedule {name!r}: it is neither a file nor a preset{meant} Presets: {', '.join(names)}."
+        )
+    return Schedule.load(name, semantics=semantics)
 
 
 def image_pixels(text: str | None) -> int | tuple[int, int] | None:
@@ -416,7 +424,7 @@ def tolerance(items: list[str] | None) -> float | Mapping[str, float] | None:
 
 def profiles(items: list[str] | None) -> tuple[Profile, ...] | None:
     """Batch sizes from `batch=1:8:32`."""
-    from .exporters.base import Profile
+    from .artifacts.profile import Profile
 
     return tuple(Profile.parse(item) for item in items) if items else None
 

@@ -29,13 +29,13 @@ from transformers.exporters.utils import decompose_for_generation, get_leaf_tens
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from .analysis.outputs import lasting_names
+from .artifacts.manifest import read_manifest, read_sealed, seal_onnx
 from .capture import left_as_found, set_for_inference
 from .errors import ExportError, ParityError, UsageError
-from .exporters.manifest import read_manifest, read_sealed, seal_onnx
 from .exporters.onnx import DEFAULT_OPSET, append_metadata, save_onnx, torch_onnx
-from .exporters.session import OnnxSession
 from .files import check_writable, publish
 from .plan import check_prompts
+from .runtimes.ort import OnnxSession
 from .schedule import Schedule
 
 KEY = "pumer_compile.decode"

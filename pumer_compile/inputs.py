@@ -114,6 +114,9 @@ def _check_names(
             f"{model} needs the input {missing[0]!r}, which is missing; given were {', '.join(inputs)}. Add it."
         )
     for key, value in inputs.items():
+        if isinstance(value, np.ndarray | list):
+            kind, made = ("a list", "tensor") if isinstance(value, list) else ("a NumPy array", "from_numpy")
+            raise UsageError(f"The input {key} of {model} is {kind}; give a torch tensor: torch.{made}({key}).")
         if not isinstance(value, Tensor):
             raise UsageError(
                 f"The input {key} of {model} is {type(value).__name__}, but only tensors can be captured. "

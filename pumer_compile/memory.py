@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .engine import Engine
+from .artifacts.engine import Engine
 from .errors import ExportError
 
 Feeds = Sequence[Mapping[str, Tensor]]

@@ -17,12 +17,12 @@ from typing import Any
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from .artifacts.engine import Engine
+from .artifacts.manifest import read_manifest
+from .artifacts.profile import Profile
+from .artifacts.session import comparable_decisions, twin_of
 from .capture import Program, capture
-from .engine import Engine
-from .exporters.base import Profile
-from .exporters.manifest import read_manifest
-from .exporters.onnx import in_precision
-from .exporters.session import comparable_decisions, twin_of
+from .exporters.chain import in_precision
 from .loading import LoadedModel, load_model
 from .parity_check import check, check_tolerances
 from .parity_report import ParityReport

@@ -19,9 +19,9 @@ from torch import Tensor, fx, nn
 from transformers.exporters.utils import get_leaf_tensors
 
 from .analysis.outputs import artifact_outputs, model_outputs, output_nodes
+from .artifacts.session import Session
 from .capture import batch_inputs, left_as_found, set_for_inference
 from .errors import UsageError
-from .exporters.base import Session
 from .frontends import in_fixed_order
 from .inputs import describe_inputs
 from .loading import first_line

@@ -241,6 +241,15 @@ class ParityReport:
         passed = all(r.passed for r in self.reducers) and all(o.passed for o in self.outputs)
         return self.samples > 0 and not self.faults and passed
 
+    @property
+    def only_too_far(self) -> bool:
+        """Whether all that failed is the size of errors: another tolerance would let it pass, and mends nothing else
+        (a decision, a shape, NaN, a graph that computes something else than its model)."""
+        failed = [row for row in self.outputs if not row.passed]
+        sizes = bool(failed) and all(row.finite and row.against != "model" for row in failed)
+        judged = self.samples > 0 and (self.end_to_end > 0 or not self.end_to_end_required)
+        return sizes and judged and not self.faults and all(row.passed for row in self.reducers)
+
     def to_dict(self) -> dict[str, Any]:
         """Everything, as JSON can hold it (NaN and infinities as strings)."""
         outputs = [row.to_dict() for row in self.outputs]

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .artifacts.session import Session
 from .errors import UsageError
-from .exporters.base import Session
 from .files import atomic_path, check_writable
 
 Arrays = dict[str, np.ndarray[Any, Any]]

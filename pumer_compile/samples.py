@@ -21,7 +21,7 @@ from .errors import UsageError
 from .plan import PromptPlace
 
 if TYPE_CHECKING:
-    from .exporters.base import Profile
+    from .artifacts.profile import Profile
 
 # Constants larger than this are not written into a manifest.
 LARGEST_CONSTANT = 2**16
@@ -36,6 +36,8 @@ class InputKind:
     Attributes:
         kind: `noise` (floating point), `ids` (of words), `mask` (ones, then padding) or `constant` (as captured).
         shape, dtype: as captured; `batched` says whether dimension 0 is the batch.
+        rows: of the smallest table that is indexed with it as it is: no other numbers than 0 to `rows - 1` mean
+            anything; None where there is no such table, or the graph makes numbers fit before.
         low, high: noise lies between them where `uniform`; ids are from `low` to `high`, both included.
         uniform: whether noise is uniform; else it is normal with `mean` and `std`.
         mean, std: of normal noise.
@@ -54,6 +56,7 @@ class InputKind:
     shape: tuple[int, ...]
     dtype: str
     batched: bool = True
+    rows: int | None = None
     low: float = 0
     high: float = 0
     uniform: bool = False
@@ -108,7 +111,7 @@ def describe_samples(program: Program, prompts: Sequence[PromptPlace] = ()) -> K
         prompts: where images stand in prompts: these are not padded.
     """
     batched = set(batch_inputs(program.inputs))
-    tables = _tables(program.module)
+    tables, exact = _tables(program.module), _tables(program.module, _KEEPS_NUMBERS - _KEEPS_SOME)
     special = special_tokens(getattr(program.model, "config", None))
     placed = bool(prompts) or _has_placeholders(program.inputs, special)
     found: Kinds = {}
@@ -117,6 +120,7 @@ def describe_samples(program: Program, prompts: Sequence[PromptPlace] = ()) -> K
             "shape": tuple(tensor.shape),
             "dtype": str(tensor.dtype).removeprefix("torch."),
             "batched": name in batched,
+            "rows": None if tensor.is_floating_point() else exact.get(name),
         }
         padding = None if placed or name in program.fixed else _padding(name, tensor, name in batched)
         if name in program.fixed:
@@ -155,27 +159,28 @@ def _has_placeholders(inputs: Mapping[str, Tensor], special: Mapping[str, set[in
     return any(n in inputs and bool(torch.isin(inputs[n], torch.tensor(sorted(marks))).any()) for n in _WORDS if marks)
 
 
-def _tables(module: fx.GraphModule) -> dict[str, int]:
-    """Rows of the smallest embedding table that each input indexes, through operators that keep its numbers."""
+_KEEPS_NUMBERS = frozenset(
+    {"to", "_to_copy", "clone", "contiguous", "view", "reshape", "slice", "unsqueeze", "squeeze", "expand", "flatten"}
+    | {"where", "masked_fill", "alias", "detach", "clamp", "type_as", "transpose", "cat", "select"}
+)
+_KEEPS_SOME = frozenset({"where", "masked_fill", "clamp", "slice", "select"})
+
+
+def _tables(module: fx.GraphModule, through: frozenset[str] = _KEEPS_NUMBERS) -> dict[str, int]:
+    """Rows of the smallest embedding table that each input indexes, `through` operators that keep its numbers."""
     rows: dict[str, int] = {}
     for node in module.graph.find_nodes(op="call_function", target=torch.ops.aten.embedding.default):
         weight, index = node.args[0], node.args[1]
         if not isinstance(weight, fx.Node) or not isinstance(index, fx.Node):
             continue
         size = weight.meta["val"].shape[0]
-        for name in _sources(index):
+        for name in _sources(index, through):
             rows[name] = min(rows.get(name, size), size)
     return rows
 
 
-_KEEPS_NUMBERS = frozenset(
-    {"to", "_to_copy", "clone", "contiguous", "view", "reshape", "slice", "unsqueeze", "squeeze", "expand", "flatten"}
-    | {"where", "masked_fill", "alias", "detach", "clamp", "type_as", "transpose", "cat", "select"}
-)
-
-
-def _sources(node: fx.Node) -> set[str]:
-    """Inputs whose numbers a node holds."""
+def _sources(node: fx.Node, through: frozenset[str]) -> set[str]:
+    """Inputs whose numbers a node holds, behind these operators alone."""
     seen: set[fx.Node] = set()
     found, todo = set(), [node]
     while todo:
@@ -185,7 +190,7 @@ def _sources(node: fx.Node) -> set[str]:
         seen.add(value)
         if value.op == "placeholder":
             found.add(str(value.target))
-        elif getattr(value.target, "__name__", "").split(".")[0] in _KEEPS_NUMBERS:
+        elif getattr(value.target, "__name__", "").split(".")[0] in through:
             cast = str(value.target).startswith(("aten.to.", "aten._to_copy."))  # of numbers in a floating-point input
             todo += [n for n in value.all_input_nodes if cast or not _is_integer(value) or _is_integer(n)]
     return found

@@ -21,7 +21,7 @@ import onnxruntime
 import pytest
 import torch
 
-from pumer_compile.exporters.manifest import read_manifest
+from pumer_compile.artifacts.manifest import read_manifest
 from pumer_compile.files import sha256_file
 
 STREAM = 4242

@@ -203,6 +203,7 @@ def test_what_is_refused(tmp_path: Path, no_memory: list[Any]) -> None:
     assert "no array attention_mask" in refused(2, "bench", artifact(), "--inputs", tmp_path / "few.npz")
     np.savez(tmp_path / "long.npz", **feed(text=9))
     assert "[2, 9]" in refused(2, "bench", artifact(), "--inputs", tmp_path / "long.npz")
+    assert "--cuda-graph is for TensorRT engines" in refused(2, "bench", artifact(), "--cuda-graph")
     assert no_memory == []
 
 

@@ -2,6 +2,7 @@ import copy
 import inspect
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -682,6 +683,9 @@ def test_inputs_that_are_missing():
 
 def test_values_that_are_no_tensors():
     refused(UsageError, "return_dict .* is bool, but only tensors", return_dict=True)
+    arrays = {"pixel_values": np.zeros((2, 3, 96, 96), np.float32)}
+    refused(UsageError, r"pixel_values .* a NumPy array; .* torch\.from_numpy\(pixel_values\)", **arrays)
+    refused(UsageError, r"input_ids .* a list; .* torch\.tensor\(input_ids\)", input_ids=[[1, 2, 3]])
 
 
 def test_dtypes_that_cannot_be_right():

@@ -248,7 +248,9 @@ MISTYPED = {
     "pariti": (("model.onnx", "--model", "m"), "did you mean parity?"),
     "Plan": (("model", "--schedule", "vilt-vqa"), "did you mean plan?"),
     "benchmark": (("model.onnx",), "did you mean bench?"),
-    "prove": (("model.onnx",), "Commands: bench, compile, parity, plan, triton."),
+    "prove": (("model.onnx",), "Commands: bench, compile, parity, plan, triton"),
+    "help": ((), "Commands: bench, compile, parity, plan, triton"),
+    "inspect": ((), "pumer-compile --help"),
 }
 
 
@@ -263,6 +265,16 @@ def test_a_mistyped_command_is_not_taken_for_a_model(
     # A model of that name is one.
     write(tmp_path / word, "no model")
     assert "is not a model file" in refused(1, word, "--schedule", "vilt-vqa", "-o", tmp_path / "model.onnx")
+
+
+@pytest.mark.parametrize("command", [[], ["plan"]], ids=["compile", "plan"])
+def test_a_mistyped_preset(command: list[str], out: Path) -> None:
+    where = () if command else ("-o", out)
+    message = refused(2, *command, folder(), "--schedule", "vilt-vqaa", *where)
+    assert "No schedule 'vilt-vqaa'" in message and "did you mean vilt-vqa?" in message
+    message = refused(2, *command, folder(), "--schedule", "nothing.yaml", *where)
+    assert "did you mean" not in message and all(name in message for name in PRESETS)
+    assert "none, " in message
 
 
 def test_a_text_only_model(tmp_path: Path, out: Path, unchanged: Any) -> None:
@@ -464,6 +476,11 @@ def test_the_examples_of_the_help_are_understood(command: list[str]) -> None:
     for example in examples:
         message = refused(2, *example)
         assert any(name in message for name in ("MODEL", "schedule.yaml", "model.onnx")), message
+
+
+@pytest.mark.parametrize("command", [[], ["compile"], ["plan"], ["bench"]], ids=" ".join)
+def test_the_short_option_of_help(command: list[str]) -> None:
+    assert done(*command, "-h").out == done(*command, "--help").out
 
 
 def test_version() -> None:

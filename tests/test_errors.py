@@ -19,6 +19,7 @@ PACKAGE = Path(pumer_compile.__file__).parent
 CLASSES = {name: kind for name, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, PumerError)}
 # Raised inside a validator or an operator of torch and caught there, or a defect of the caller's own code.
 PLAIN = {
+    "AttributeError",
     "ValueError",
     "KeyError",
     "ConstructorError",

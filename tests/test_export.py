@@ -219,8 +219,14 @@ def test_an_artifact_that_decides_otherwise_is_not_published(out: Path, reduced:
         patch.setattr("pumer_compile.exporters.onnx.build_onnx", lambda *args: build)
         with pytest.raises(ParityError, match="decides differently") as error:
             pumer.export(other, out)
+    assert "--atol" not in str(error.value) and "no tolerance would let it pass" in str(error.value)
     assert any(not row.passed and row.worst_margin > 1e-3 for row in error.value.report.reducers)
     assert out.read_bytes() == b"the old artifact"
+
+
+def test_a_tolerance_is_advised_where_it_would_do(out: Path, reduced: Reduced, converted: OnnxBuild) -> None:
+    with pytest.raises(ParityError, match="raise --atol/--rtol only if"):
+        pumer.export(reduced, out, atol=0, rtol=0)
 
 
 def test_without_a_proof(

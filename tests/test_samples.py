@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import pumer_compile as pumer
+from pumer_compile.artifacts.profile import Profile
 from pumer_compile.errors import UsageError
-from pumer_compile.exporters.base import Profile
 from pumer_compile.inputs import make_inputs
 from pumer_compile.plan import PromptPlace
 from pumer_compile.samples import (
@@ -68,6 +68,30 @@ def vilt() -> Any:
 
 
 # --- What captured inputs are -----------------------------------------------------------------------------------------
+
+
+class Guarded(nn.Module):
+    """Looks words up that were made fit before, as models do with the places of an image."""
+
+    def __init__(self, guard: str) -> None:
+        super().__init__()
+        self.words, self.guard = nn.Embedding(50, 4), guard
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        if self.guard == "where":
+            input_ids = torch.where(input_ids == 50, 0, input_ids)
+        elif self.guard == "clamp":
+            input_ids = input_ids.clamp(0, 49)
+        elif self.guard == "part":
+            input_ids = input_ids[:, :-1]
+        return self.words(input_ids.reshape(-1).to(torch.int32))
+
+
+@pytest.mark.parametrize("guard", ["none", "where", "clamp", "part"])
+def test_the_range_of_ids_is_said_where_it_is_sure(guard: str) -> None:
+    (kind,) = describe_samples(pumer.capture(Guarded(guard), {"input_ids": IDS})).values()
+    assert kind.rows == (50 if guard == "none" else None)
+    assert InputKind.from_dict(kind.to_dict()) == kind
 
 
 def test_the_kinds_of_a_model_of_words_and_pixels() -> None:

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 import pumer_compile as pumer
+from pumer_compile.artifacts.manifest import read_manifest
 from pumer_compile.errors import UsageError
-from pumer_compile.exporters.manifest import read_manifest
 from pumer_compile.loading import load_model
 from pumer_compile.weights import check_model, read_weights
 from tests.commands import artifact, folder, refused

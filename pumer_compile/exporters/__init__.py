@@ -14,6 +14,10 @@ from typing import Any
 from torch import Tensor
 
 from ..analysis.outputs import artifact_outputs
+from ..artifacts.engine import Engine
+from ..artifacts.formats import FORMATS, find_format, suffixes
+from ..artifacts.manifest import sidecar
+from ..artifacts.profile import Profile
 from ..capture import Program
 from ..errors import ParityError, UsageError
 from ..files import publish, sha256_file
@@ -21,13 +25,14 @@ from ..parity_check import check, check_tolerances
 from ..parity_report import ParityReport
 from ..plan import PromptPlace, check_prompts, without_constants
 from ..reduce import Reduced
+from ..runtimes.ort import OnnxSession
 from ..samples import Samples, captured_batch, describe_samples, proof_batches, proof_sizes, resized_batch
-from .base import Options, Profile, Writer
-from .manifest import make_manifest, sidecar
-from .onnx import OnnxOptions, OnnxWriter, in_precision
-from .openvino import OpenVinoOptions, OpenVinoWriter
-from .session import OnnxSession
-from .tensorrt import EngineOptions, EngineWriter
+from .base import Options, Writer
+from .chain import in_precision
+from .manifest import make_manifest
+from .onnx import OnnxOptions
+from .openvino import OpenVinoOptions
+from .tensorrt import EngineOptions
 
 __all__ = [
     "EngineOptions",
@@ -44,8 +49,6 @@ __all__ = [
 # transformers 5.17 exports, but does not run what it exported.
 if importlib.util.find_spec("transformers.exporters.runners") is not None:
     from . import transformers_backend  # noqa: F401  (importing it registers the backend)
-
-WRITERS: tuple[type[Writer[Any, Any]], ...] = (OnnxWriter, EngineWriter, OpenVinoWriter)
 
 
 @dataclass(frozen=True)
@@ -121,9 +124,10 @@ def export(
         if report is not None and not report.passed:
             failed = path.with_name(f"{path.name}.failed")
             publish([(f, failed if f == files[-1] else writer.companion(f, failed)) for f in files])
+            advice = "raise --atol/--rtol only if the difference is acceptable for your task"
             raise ParityError(
                 f"Parity failed, so {path} was not written: {report.failures()}. The artifact is kept as {failed} for "
-                "inspection; raise --atol/--rtol only if the difference is acceptable for your task.",
+                f"inspection; {advice if report.only_too_far else 'no tolerance would let it pass'}.",
                 report,
             )
         beside = sidecar(path)
@@ -166,8 +170,6 @@ def _prove(
     rtol: float | Mapping[str, float] | None,
 ) -> ParityReport:
     """Compare what was written with eager PyTorch, through the door that users take."""
-    from ..engine import Engine
-
     evidence = writer.evidence(build, files)
     eager, unreduced, model = _eager(reduced)
     program = reduced.program if isinstance(reduced, Reduced) else reduced
@@ -233,14 +235,14 @@ def _writer(
 
 
 def _writer_class(path: Path) -> type[Writer[Any, Any]]:
-    found = next((writer for writer in WRITERS if path.suffix in writer.suffixes), None)
+    found = find_format(path)
     if found is None:
-        suffixes = ", ".join(suffix for writer in WRITERS for suffix in writer.suffixes)
         raise UsageError(
             f"No exporter writes {path.suffix or 'a path without suffix'!r} ({path}); use model.onnx, or one of "
-            f"{suffixes}."
+            f"{', '.join(suffixes(FORMATS))}."
         )
-    return found
+    writer: type[Writer[Any, Any]] = found.load_writer()
+    return writer
 
 
 def _proof_batches(

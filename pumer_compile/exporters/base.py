@@ -8,41 +8,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar, get_args
 
-import numpy as np
-from torch import Tensor
-
+from ..artifacts.profile import Profile
+from ..artifacts.session import Session
 from ..capture import Program
 from ..errors import UsageError
 from ..files import check_writable
 from ..schedule import Schedule
 
 Precision = Literal["float32", "float16", "bfloat16"]
-
-
-class Session(Protocol):
-    """An open artifact: inputs by name in, outputs by name out."""
-
-    @property
-    def path(self) -> Path:
-        """Of the artifact."""
-
-    @property
-    def provider(self) -> str:
-        """What executes it, such as `CPUExecutionProvider` or `TensorRT-RTX`."""
-
-    @property
-    def inputs(self) -> list[str]:
-        """Names of the inputs."""
-
-    @property
-    def outputs(self) -> list[str]:
-        """Names of the outputs."""
-
-    def run(self, batch: Mapping[str, Tensor]) -> dict[str, np.ndarray[Any, Any]]:
-        """Outputs by name, from tensors by input name (cast to the artifact's dtypes)."""
-
-    def close(self) -> None:
-        """Give the memory of weights back; nothing runs afterwards."""
 
 
 class Build(Protocol):
@@ -87,42 +60,6 @@ class Evidence:
 
 
 @dataclass(frozen=True)
-class Profile:
-    """Batch sizes of an artifact with an open batch: the smallest, the one to tune for, the largest.
-
-    Attributes:
-        minimum, optimum, maximum: samples.
-    """
-
-    minimum: int
-    optimum: int
-    maximum: int
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.minimum <= self.optimum <= self.maximum:
-            raise UsageError(f"Profile {self} is not of the form MIN:OPT:MAX with 1 <= MIN <= OPT <= MAX.")
-
-    @classmethod
-    def parse(cls, text: str) -> Profile:
-        """From `batch=1:8:32`.
-
-        Raises:
-            UsageError: another form, or sizes in another order.
-        """
-        name, _, sizes = text.partition("=")
-        parts = sizes.split(":")
-        if name != "batch" or len(parts) != 3 or not all(p.isascii() and p.isdigit() for p in parts):
-            raise UsageError(
-                f"--profile {text!r} is not of the form batch=MIN:OPT:MAX, such as batch=1:8:32. Only the batch can "
-                "be open: token counts are fixed by the schedule."
-            )
-        return cls(*(int(part) for part in parts))
-
-    def __str__(self) -> str:
-        return f"batch={self.minimum}:{self.optimum}:{self.maximum}"
-
-
-@dataclass(frozen=True)
 class Options:
     """What every exporter takes.
 
@@ -149,14 +86,12 @@ BuildT = TypeVar("BuildT", bound=Build)
 
 
 class Writer(ABC, Generic[OptionsT, BuildT]):
-    """Writes artifacts of one format.
+    """Writes artifacts of one format; its record in `artifacts.formats` says which.
 
     Attributes:
-        suffixes: of the paths it writes.
         options_class: what it takes.
     """
 
-    suffixes: ClassVar[tuple[str, ...]]
     options_class: ClassVar[type[Options]]
 
     def __init__(self, options: OptionsT, progress: Callable[[str], None] = lambda text: None) -> None:

@@ -8,44 +8,38 @@ passes between capture and conversion. Plain modules and torch.export archives g
 from __future__ import annotations
 
 import contextlib
-import copy
 import hashlib
 import io
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
-from unittest import mock
 
 import onnx
 import onnx_ir
 import torch
 from onnx_ir.passes import common as ir_passes
-from torch.export import ExportedProgram
 from transformers import PreTrainedModel
 from transformers.exporters.configs import OnnxConfig
-from transformers.exporters.exporter_dynamo import DynamoExporter
 from transformers.exporters.exporter_onnx import OnnxExporter
 
-from ..analysis.outputs import artifact_outputs, outputs_apart, renames_outputs, without_inputs
-from ..capture import Program, batch_inputs, capture, left_as_found, set_for_inference
+from ..artifacts.manifest import KEY, seal_onnx
+from ..artifacts.session import twin_of
+from ..capture import Program, left_as_found, set_for_inference
 from ..errors import ExportError, UsageError
 from ..files import content_name, sha256_file
 from ..loading import quiet
-from ..reduce import reduce_graph, with_decisions
-from ..runtimes.ort import check_provider
+from ..runtimes.ort import OnnxSession, check_provider
 from ..schedule import Schedule
-from .base import Evidence, Options, Precision, Writer
+from .base import Evidence, Options, Writer
+from .chain import ReduceStep, dynamic_shapes, in_precision, own_name, reduced_export
 from .lean import LEAN, PAYS, make_lean
-from .manifest import KEY, seal_onnx
-from .masked_writes import spell_out_masked_writes
 from .quantize import QuantizeMode, calibration_batches, check_environment, check_options, quantize_onnx
-from .session import OnnxSession, twin_of
 from .small_numbers import small_numbers_kept
 
 log = logging.getLogger("pumer_compile")
@@ -108,91 +102,11 @@ class OnnxOptions(Options):
         return () if as_it_is or self.quantize is not None else PAYS[self.target]
 
 
-class ReduceStep(DynamoExporter):
-    """transformers' dynamo exporter, then our passes (none without a schedule)."""
-
-    schedule: Schedule | None = None
-    streams: Mapping[str, str] = {}
-    outputs: Sequence[str] = ()
-    padding: bool = True
-    output_names: list[str]
-    decision_names: list[str]
-
-    def export_program(
-        self, model: PreTrainedModel, sample_inputs: MutableMapping[str, Any], config: Any
-    ) -> tuple[ExportedProgram, Any]:
-        given = dict(sample_inputs)  # the exporter puts numbers in place of some tensors
-        with _plain_scatter() if self.schedule is not None else contextlib.nullcontext():
-            exported, metadata = super().export_program(model, sample_inputs, config)
-        return self._reduced(exported, sample_inputs, given, config), metadata
-
-    def export(self, model: PreTrainedModel, sample_inputs: MutableMapping[str, Any], config: Any) -> Any:
-        """The step of older exporters (transformers 5.17), where it gives the program; later ones come back here with a
-        finished model."""
-        given = dict(sample_inputs)
-        with _plain_scatter() if self.schedule is not None else contextlib.nullcontext():
-            exported = super().export(model, sample_inputs, config)
-        if not isinstance(exported, ExportedProgram):
-            return exported
-        return self._reduced(exported, sample_inputs, given, config)
-
-    def _reduced(
-        self, exported: ExportedProgram, sample_inputs: MutableMapping[str, Any], given: dict[str, Any], config: Any
-    ) -> ExportedProgram:
-        self.output_names, self.decision_names = [], []
-        if self.schedule is not None or self.outputs or not self.padding or renames_outputs(exported):
-            program = capture(exported, given, streams=self.streams, outputs=self.outputs, padding=self.padding)
-            for name in program.fixed:
-                sample_inputs.pop(name)
-            exported, self.output_names, self.decision_names = reduced_export(
-                program, self.schedule, config.dynamic_shapes
-            )
-        return exported
-
-
-@contextmanager
-def _plain_scatter() -> Iterator[None]:
-    """Trace `masked_scatter` as it is, which our prompt pass spells out, and not as the gather that transformers'
-    ONNX exporter puts in its place."""
-    with mock.patch.object(torch.Tensor, "masked_scatter", torch._C.TensorBase.masked_scatter):
-        yield
-
-
 class ReducedOnnxExporter(OnnxExporter, ReduceStep):  # type: ignore[misc]  # one traces, the other converts
     """transformers' ONNX exporter with the reduction between capture and conversion.
 
     The graph's outputs are the model's, then every reducer's decisions, named in `decision_names`.
     """
-
-    def __init__(
-        self,
-        schedule: Schedule | None,
-        streams: Mapping[str, str] | None = None,
-        outputs: Sequence[str] = (),
-        padding: bool = True,
-    ) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.schedule, self.streams, self.outputs = schedule, dict(streams or {}), tuple(outputs)
-        self.padding = padding
-
-
-def reduced_export(
-    program: Program, schedule: Schedule | None, dynamic_shapes: dict[str, Any] | None
-) -> tuple[ExportedProgram, list[str], list[str]]:
-    """Reduce a program (None: not at all), and export it again with its decisions as extra outputs.
-
-    Returns:
-        The exported program, the names of its own outputs and those of the extra ones.
-    """
-    module = program.module if schedule is None else reduce_graph(program, schedule)
-    names = artifact_outputs(module, program.inputs)
-    twin, decisions = with_decisions(module, names)
-    without_inputs(twin, program.fixed)
-    outputs_apart(twin)
-    spell_out_masked_writes(twin)
-    read = {name: tensor for name, tensor in program.inputs.items() if name not in program.fixed}
-    exported = torch.export.export(twin, args=(), kwargs=read, dynamic_shapes=dynamic_shapes, strict=False)
-    return exported, names, decisions
 
 
 @dataclass(frozen=True)
@@ -293,41 +207,6 @@ def _drop_unused_weights(model: onnx_ir.Model) -> None:
             del model.graph.initializers[name]
 
 
-def in_precision(program: Program, dtype: Precision) -> Program:
-    """The program with weights and floating-point inputs in `dtype`; the user's model stays as it is.
-
-    Raises:
-        UsageError: the program has no model to convert (a torch.export archive).
-    """
-    wanted = getattr(torch, dtype)
-    if all(p.dtype == wanted for p in program.module.parameters() if p.is_floating_point()):
-        return program
-    if program.model is None:
-        raise UsageError(
-            f"A torch.export archive cannot be converted to {dtype}: its graph has the dtype written into it. "
-            "Compile from the checkpoint or export the archive from a converted model."
-        )
-    model = copy.deepcopy(program.model).to(wanted)
-    inputs = {k: v.to(wanted) if v.is_floating_point() else v for k, v in program.inputs.items()}
-    return capture(
-        model,
-        inputs,
-        dynamic_batch=program.dynamic_batch,
-        streams=program.streams,
-        outputs=program.outputs,
-        padding=not program.unpadded,
-    )
-
-
-def dynamic_shapes(program: Program) -> dict[str, Any] | None:
-    """What `torch.export` is told of the inputs' sizes: the batch alone may be open."""
-    if not program.dynamic_batch:
-        return None
-    batch = torch.export.Dim("batch")
-    batched = batch_inputs(program.inputs)
-    return {name: {0: batch} if name in batched else None for name in program.inputs}
-
-
 def _through_transformers(
     program: Program,
     model: PreTrainedModel,
@@ -335,7 +214,8 @@ def _through_transformers(
     shapes: dict[str, Any] | None,
     options: OnnxOptions,
 ) -> OnnxBuild:
-    exporter = ReducedOnnxExporter(schedule, program.streams, program.outputs, not program.unpadded)
+    exporter = ReducedOnnxExporter()  # type: ignore[no-untyped-call]
+    exporter.follow(program, schedule)
     wanted: dict[str, Any] = {"dynamic_shapes": shapes, "opset_version": options.opset}
     if options.target in _FUSIONS:
         wanted["ort_fusions"] = _FUSIONS[options.target]
@@ -362,12 +242,6 @@ def _through_transformers(
         value.name = own_name(str(value.name), program)
     names = exporter.output_names or [str(value.name) for value in converted.graph.outputs]
     return named(converted, names, exporter.decision_names)
-
-
-def own_name(name: str, program: Program) -> str:
-    """The model's name for an input, which transformers' exporters call `input.<name>` where an output has its name."""
-    own = name.removeprefix("input.")
-    return own if name not in program.inputs and own in program.inputs else name
 
 
 def _through_torch(
@@ -554,7 +428,6 @@ def torch_onnx() -> Iterator[None]:
 class OnnxWriter(Writer[OnnxOptions, OnnxBuild]):
     """Writes ONNX models, proved under onnxruntime on the CPU."""
 
-    suffixes: ClassVar[tuple[str, ...]] = (".onnx",)
     options_class: ClassVar[type[Options]] = OnnxOptions
 
     def check(self, *, dynamic_batch: bool, verify: bool) -> None:

@@ -15,14 +15,15 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedModel
 
+from ..artifacts.profile import Profile
 from ..capture import Program, batch_inputs, left_as_found, set_for_inference
 from ..errors import ExportError, UsageError
 from ..files import check_writable
 from ..loading import quiet
 from ..runtimes.openvino import OpenVinoSession, load_openvino
 from ..schedule import Schedule
-from .base import Evidence, Options, Profile, Writer
-from .onnx import ReduceStep, dynamic_shapes, in_precision, own_name, reduced_export
+from .base import Evidence, Options, Writer
+from .chain import ReduceStep, dynamic_shapes, in_precision, own_name, reduced_export
 
 
 @dataclass(frozen=True)
@@ -118,8 +119,7 @@ def _through_transformers(
         """transformers' OpenVINO exporter with the reduction between capture and conversion."""
 
     exporter = ReducedOpenVinoExporter()  # type: ignore[no-untyped-call]
-    exporter.schedule, exporter.streams, exporter.outputs = schedule, dict(program.streams), tuple(program.outputs)
-    exporter.padding = not program.unpadded
+    exporter.follow(program, schedule)
     config = OpenVINOConfig(dynamic_shapes=dynamic_shapes(program), stateful=False)
     with left_as_found(model):
         set_for_inference(model)
@@ -154,7 +154,6 @@ def _shapes(program: Program, model: Any, profiles: Sequence[Profile]) -> dict[A
 class OpenVinoWriter(Writer[OpenVinoOptions, OpenVinoBuild]):
     """Writes OpenVINO models, proved on its CPU plugin in float32."""
 
-    suffixes: ClassVar[tuple[str, ...]] = (".xml",)
     options_class: ClassVar[type[Options]] = OpenVinoOptions
 
     def check_path(self, path: Path) -> None:

@@ -21,15 +21,16 @@ from typing import Any, ClassVar
 
 import onnx_ir
 
+from ..artifacts.profile import Profile
+from ..artifacts.session import Session, twin_of
 from ..capture import Program
 from ..errors import ExportError, UsageError
 from ..files import atomic_path, check_writable
-from ..runtimes.ort import check_provider
+from ..runtimes.ort import OnnxSession, check_provider
 from ..schedule import Schedule
 from ..tensorrt_library import Library, cuda_device, load_library, make_logger
-from .base import Evidence, Options, Profile, Session, Writer
+from .base import Evidence, Options, Writer
 from .onnx import OnnxBuild, OnnxOptions, build_onnx, save_onnx
-from .session import OnnxSession, twin_of
 
 log = logging.getLogger("pumer_compile")
 
@@ -102,7 +103,6 @@ class EngineBuild:
 class EngineWriter(Writer[EngineOptions, EngineBuild]):
     """Writes TensorRT engines; the manifest goes beside them, so that the file is the plain plan other tools load."""
 
-    suffixes: ClassVar[tuple[str, ...]] = (".engine", ".plan")
     options_class: ClassVar[type[Options]] = EngineOptions
 
     def check(self, *, dynamic_batch: bool, verify: bool) -> None:

@@ -26,14 +26,15 @@ from transformers.exporters.configs import OnnxConfig
 from transformers.exporters.runners.base import ModelRunner
 from transformers.exporters.utils import onnx_inputs
 
+from ..artifacts.manifest import read_manifest, sidecar
+from ..artifacts.profile import Profile
 from ..capture import Program, symbolic_batch
 from ..errors import UsageError
 from ..files import sha256_file
 from ..reduce import schedule_for
 from ..runtimes.tensorrt import TensorRtSession
-from .base import Profile
 from .lean import PAYS
-from .manifest import make_manifest, read_manifest, sidecar
+from .manifest import make_manifest
 from .onnx import DEFAULT_OPSET, OnnxBuild, ReducedOnnxExporter, named, polished, torch_onnx
 from .tensorrt import EngineBuild, EngineOptions, EngineWriter
 
@@ -99,9 +100,6 @@ class TensorRtExporter(ReducedOnnxExporter):
     export_format = FORMAT  # type: ignore[assignment]  # as above
     config_class = TensorRtConfig
     program_suffix = ".engine"
-
-    def __init__(self) -> None:
-        super().__init__(None)
 
     def export_program(  # type: ignore[override]  # every exporter has programs and a configuration of its own
         self, model: PreTrainedModel, sample_inputs: MutableMapping[str, Any], config: TensorRtConfig

@@ -20,14 +20,17 @@ from typing import Any
 import onnx
 import torch
 
-from ..engine import Engine
+from ..artifacts.engine import Engine
+from ..artifacts.formats import ENGINE, ONNX, Format, find_format, format_of, suffixes
+from ..artifacts.manifest import read_manifest, sidecar
+from ..artifacts.profile import Profile
+from ..artifacts.runtime import Size, TensorSpec
 from ..errors import UsageError
 from ..files import companion_of, publish, sha256_file
-from ..runtimes.base import Size, TensorSpec
 from ..runtimes.ort import external_files
-from .base import Profile
-from .manifest import read_manifest, sidecar
-from .session import ENGINE_SUFFIXES
+from ..tensorrt_library import load_library
+from .base import Options
+from .tensorrt import EngineOptions
 
 # Triton needs a number where a batch is open without a profile; its dynamic batcher fills batches up to it.
 DEFAULT_MAX_BATCH = 32
@@ -43,6 +46,11 @@ _TYPES = {
     torch.float32: "TYPE_FP32",
     torch.float64: "TYPE_FP64",
 }
+# What Triton loads: its platform and backend, and the name of the file in a version's folder.
+_LOADED: dict[Format, tuple[str, str, str]] = {
+    ONNX: ("onnxruntime_onnx", "onnxruntime", "model.onnx"),
+    ENGINE: ("tensorrt_plan", "tensorrt", "model.plan"),
+}
 _KINDS = {"onnxruntime-cpu": "KIND_CPU", "onnxruntime-cuda": "KIND_GPU"}
 
 
@@ -52,7 +60,7 @@ class ServedModel:
 
     Attributes:
         name: of the model, and of its folder.
-        engine: a TensorRT engine; else an ONNX model.
+        format: of the artifact.
         inputs, outputs: by name; an open batch is a name in place of a number.
         max_batch_size: of Triton's batches; 0 where every call has the shapes as they are.
         profiles: of an engine's open batch.
@@ -61,7 +69,7 @@ class ServedModel:
     """
 
     name: str
-    engine: bool
+    format: Format
     inputs: Mapping[str, TensorSpec]
     outputs: Mapping[str, TensorSpec]
     max_batch_size: int
@@ -69,9 +77,14 @@ class ServedModel:
     kind: str
     sha256: str
 
+    @property
+    def engine(self) -> bool:
+        """Whether it is a TensorRT engine."""
+        return self.format is ENGINE
+
     def config(self) -> str:
         """The text of `config.pbtxt`."""
-        platform, backend = ("tensorrt_plan", "tensorrt") if self.engine else ("onnxruntime_onnx", "onnxruntime")
+        platform, backend, _ = _LOADED[self.format]
         lines = [
             f"name: {json.dumps(self.name)}",
             f'platform: "{platform}"',
@@ -164,6 +177,25 @@ def write_triton_repository(
     return folder / name
 
 
+def check_compilation(folder: Path, artifact: Path, options: Options) -> None:
+    """Refuse, before a model is loaded, what the artifact of a compilation would be refused for.
+
+    Args:
+        folder: of the repository.
+        artifact: that will be written; its stem is the name of the model.
+        options: that it is compiled with.
+
+    Raises:
+        UsageError: see `write_triton_repository`.
+    """
+    builder = None
+    if isinstance(options, EngineOptions):
+        builder = options.builder or load_library().name
+        if options.profiles:
+            check_covered(artifact, options.profiles, max(profile.maximum for profile in options.profiles))
+    check_triton(folder, artifact.stem, artifact, builder)
+
+
 def check_triton(folder: Path, name: str, artifact: Path, builder: str | None) -> None:
     """Refuse, before any long work, what cannot go into a repository.
 
@@ -176,11 +208,13 @@ def check_triton(folder: Path, name: str, artifact: Path, builder: str | None) -
     Raises:
         UsageError: see `write_triton_repository`.
     """
-    if artifact.suffix not in (".onnx", *ENGINE_SUFFIXES):
+    if find_format(artifact) not in _LOADED:
+        *others, last = suffixes(tuple(_LOADED))
         raise UsageError(
-            f"A Triton repository is written for .onnx, .engine and .plan, not for {artifact.suffix!r} ({artifact})."
+            f"A Triton repository is written for {', '.join(others)} and {last}, not for {artifact.suffix!r} "
+            f"({artifact})."
         )
-    if artifact.suffix in ENGINE_SUFFIXES and builder == "tensorrt-rtx":
+    if builder == "tensorrt-rtx":
         raise UsageError(
             "Triton's backend loads engines of TensorRT, and TensorRT-RTX is another library with engines of its own. "
             "Build with --builder tensorrt on a machine with the GPU, or serve ONNX (-o model.onnx)."
@@ -207,7 +241,8 @@ def _is_ours(model: Path) -> bool:
 
 
 def _served(name: str, artifact: Path, manifest: Mapping[str, Any], max_batch_size: int | None) -> ServedModel:
-    engine = artifact.suffix in ENGINE_SUFFIXES
+    form = format_of(artifact)
+    engine = form is ENGINE
     inputs, outputs = _engine_specs(artifact) if engine else _onnx_specs(artifact)
     profiles = [Profile.parse(text) for text in manifest.get("profiles") or ()]
     # Triton's batches need the batch in front of every tensor, and nowhere else.
@@ -231,7 +266,7 @@ def _served(name: str, artifact: Path, manifest: Mapping[str, Any], max_batch_si
     if engine and batched:
         check_covered(artifact, profiles, largest)
     kind = "KIND_GPU" if engine else _KINDS.get(str(manifest.get("target")), "KIND_AUTO")
-    return ServedModel(name, engine, inputs, outputs, largest if batched else 0, profiles, kind, sha256_file(artifact))
+    return ServedModel(name, form, inputs, outputs, largest if batched else 0, profiles, kind, sha256_file(artifact))
 
 
 def check_covered(artifact: Path, profiles: Sequence[Profile], largest: int) -> None:
@@ -269,7 +304,7 @@ def _onnx_spec(value: onnx.ValueInfoProto) -> TensorSpec:
 def _fill(staged: Path, model: ServedModel, artifact: Path, manifest: Mapping[str, Any]) -> None:
     version = staged / "1"
     version.mkdir(parents=True)
-    placed = version / ("model.plan" if model.engine else "model.onnx")
+    placed = version / _LOADED[model.format][-1]
     shutil.copyfile(artifact, placed)
     for companion in () if model.engine else external_files(artifact):
         shutil.copyfile(companion_of(artifact, companion), version / companion)

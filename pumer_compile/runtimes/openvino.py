@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..artifacts.runtime import Runtime, Size, TensorSpec, open_sizes
 from ..errors import ExportError, UsageError
-from .base import Runtime, Size, TensorSpec, open_sizes
 
 # Left alone, the plugin computes in bfloat16 where the processor can, and decisions flip.
 _EXACT = {"INFERENCE_PRECISION_HINT": "f32", "EXECUTION_MODE_HINT": "ACCURACY"}
@@ -52,6 +52,16 @@ class OpenVinoSession(Runtime):
             raise ExportError(f"OpenVINO cannot open {path}: {' '.join(str(error).split())[:400]}") from error
         self.input_specs = {str(port.get_any_name()): _spec(port) for port in self._compiled.inputs}
         self.output_specs = {str(port.get_any_name()): _spec(port) for port in self._compiled.outputs}
+
+    @classmethod
+    def open(cls, path: Path, manifest: Mapping[str, Any], **options: Any) -> OpenVinoSession:
+        """See `Runtime`."""
+        return cls(path, **options)
+
+    @classmethod
+    def check(cls, path: Path, manifest: Mapping[str, Any], **options: Any) -> None:
+        """See `load_openvino`."""
+        load_openvino()
 
     def _release(self) -> None:
         del self._compiled

@@ -17,9 +17,9 @@ import torch
 from onnx import TensorProto
 from torch import Tensor
 
+from ..artifacts.runtime import Runtime, Size, TensorSpec, open_sizes
 from ..errors import ExportError, UsageError
 from ..files import companion_of
-from .base import Runtime, Size, TensorSpec, open_sizes
 
 _DTYPES = {
     "tensor(int64)": torch.int64,
@@ -103,6 +103,16 @@ class OnnxSession(Runtime):
         self._exposed = frozenset(expose)
         self.input_specs = {str(s.name): _spec(s) for s in self._session.get_inputs()}
         self.output_specs = {str(s.name): _spec(s) for s in self._session.get_outputs()}
+
+    @classmethod
+    def open(cls, path: Path, manifest: Mapping[str, Any], **options: Any) -> OnnxSession:
+        """See `Runtime`."""
+        return cls(path, **options)
+
+    @classmethod
+    def check(cls, path: Path, manifest: Mapping[str, Any], **options: Any) -> None:
+        """See `check_provider`."""
+        check_provider(**options)
 
     def exposing(self, names: Sequence[str]) -> OnnxSession:
         """A second session on the same artifact that gives inner values as outputs too."""

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..artifacts.profile import Profile
+from ..artifacts.runtime import Runtime, TensorSpec, open_sizes
 from ..errors import ExportError, UsageError
-from ..exporters.base import Profile
 from ..tensorrt_library import make_logger
-from .base import Runtime, TensorSpec, open_sizes
-from .compatibility import check_device, check_validity, engine_library
+from .compatibility import check_device, check_engine, check_validity, engine_library
 from .cuda import open_cuda
 
 # The only size that is open in an engine of ours; engines have -1 there.
@@ -81,6 +81,16 @@ class TensorRtSession(Runtime):
         self._context = self._new_context()
         self._wants_graph = cuda_graph
         self._graphs: dict[int, _Captured] = {}
+
+    @classmethod
+    def open(cls, path: Path, manifest: Mapping[str, Any], **options: Any) -> TensorRtSession:
+        """See `Runtime`."""
+        return cls(path, manifest, **options)
+
+    @classmethod
+    def check(cls, path: Path, manifest: Mapping[str, Any], **options: Any) -> None:
+        """See `check_engine`."""
+        check_engine(path, manifest, **options)
 
     # --- What is in the engine ---
 

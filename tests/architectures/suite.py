@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from pumer_compile import Program, Reduced, Schedule, capture, export, reduce
 from pumer_compile.analysis.annotate import annotate
 from pumer_compile.analysis.attention import Attention, locate
-from pumer_compile.exporters.session import OnnxSession
+from pumer_compile.runtimes.ort import OnnxSession
 from tests.architectures.builders import Build, Inputs
 from tests.architectures.oracle import MERGE_IMAGE, MERGE_TEXT, PRUNE, Oracle
 from tests.commands import tensorrt_refuses

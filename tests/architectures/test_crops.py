@@ -12,7 +12,7 @@ from torch import Tensor
 
 import pumer_compile as pumer
 from pumer_compile import Program, Schedule
-from pumer_compile.engine import Engine
+from pumer_compile.artifacts.engine import Engine
 from pumer_compile.errors import PlanError, UsageError
 from pumer_compile.image_prompt import make_image_prompt
 from tests.architectures.test_prompts import built

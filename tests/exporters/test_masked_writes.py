@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 import pumer_compile as pumer
 from pumer_compile.errors import ExportError
-from pumer_compile.exporters.onnx import OnnxOptions, build_onnx, reduced_export, save_onnx
+from pumer_compile.exporters.chain import reduced_export
+from pumer_compile.exporters.onnx import OnnxOptions, build_onnx, save_onnx
 from tests import test_oracle_llava as llava
 from tests.analysis.test_prompts import IMAGE, Talker, prompts
 from tests.commands import onnx_outputs

@@ -16,12 +16,12 @@ from torch import Tensor
 
 import pumer_compile as pumer
 from pumer_compile.errors import ExportError, UsageError
+from pumer_compile.exporters.chain import in_precision
 from pumer_compile.exporters.onnx import (
     MIN_OPSET,
     OnnxOptions,
     append_metadata,
     build_onnx,
-    in_precision,
     save_onnx,
 )
 from pumer_compile.loading import load_model

@@ -14,10 +14,10 @@ import pytest
 import torch
 
 import pumer_compile as pumer
+from pumer_compile.artifacts.manifest import read_manifest
+from pumer_compile.artifacts.session import deciding, open_session
 from pumer_compile.errors import ExportError, ParityError, UsageError
 from pumer_compile.exporters import OpenVinoOptions
-from pumer_compile.exporters.manifest import read_manifest
-from pumer_compile.exporters.session import deciding, open_session
 from pumer_compile.files import sha256_file
 from pumer_compile.loading import load_model
 from pumer_compile.reduce import with_decisions

@@ -16,9 +16,9 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
+from pumer_compile.artifacts.manifest import read_manifest
 from pumer_compile.errors import UsageError
 from pumer_compile.exporters import OnnxOptions
-from pumer_compile.exporters.manifest import read_manifest
 from pumer_compile.exporters.onnx import build_onnx, save_onnx
 from pumer_compile.exporters.quantize import linear_layers, quantize_onnx
 from pumer_compile.files import sha256_file

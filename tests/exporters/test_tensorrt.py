@@ -17,10 +17,10 @@ from onnx import TensorProto, helper
 
 import pumer_compile as pumer
 from pumer_compile import tensorrt_library
+from pumer_compile.artifacts.manifest import read_manifest
 from pumer_compile.errors import ExportError, UsageError
 from pumer_compile.exporters import EngineOptions, Profile
 from pumer_compile.exporters import tensorrt as exporter
-from pumer_compile.exporters.manifest import read_manifest
 from pumer_compile.exporters.tensorrt import LARGEST_TOPK, build_engine, targets, unsupported
 from pumer_compile.files import sha256_file
 from pumer_compile.reduce import Reduced

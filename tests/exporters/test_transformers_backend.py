@@ -14,8 +14,8 @@ from transformers.exporters.auto import AutoExportConfig, get_exporter_class, ge
 from transformers.exporters.base import ExportedModel
 
 import pumer_compile as pumer
+from pumer_compile.artifacts.manifest import read_manifest
 from pumer_compile.errors import ScheduleError, UsageError
-from pumer_compile.exporters.manifest import read_manifest
 from pumer_compile.exporters.transformers_backend import TensorRtConfig, TensorRtExporter, TensorRtRunner
 from pumer_compile.files import sha256_file
 from tests.commands import artifact, feed, onnx_outputs

@@ -15,12 +15,13 @@ import torch
 from google.protobuf import text_format
 
 import pumer_compile as pumer
+from pumer_compile.artifacts.formats import ONNX
+from pumer_compile.artifacts.runtime import TensorSpec
 from pumer_compile.errors import UsageError
 from pumer_compile.exporters import onnx as onnx_exporter
 from pumer_compile.exporters import triton
 from pumer_compile.exporters.triton import DEFAULT_MAX_BATCH, MARK, ServedModel, write_triton_repository
 from pumer_compile.files import sha256_file
-from pumer_compile.runtimes.base import TensorSpec
 from tests.commands import artifact, done, feed, folder, inner_manifest, onnx_outputs, refused, schedule, snapshot
 from tests.fake_tensorrt import engine_of, install
 
@@ -135,7 +136,7 @@ def test_the_largest_batch_can_be_named(tmp_path: Path) -> None:
 
 def served(**changes: Any) -> ServedModel:
     specs = {"x": TensorSpec(("n", 4), torch.bfloat16)}
-    return dataclasses.replace(ServedModel("a", False, specs, specs, 8, (), "KIND_AUTO", "0"), **changes)
+    return dataclasses.replace(ServedModel("a", ONNX, specs, specs, 8, (), "KIND_AUTO", "0"), **changes)
 
 
 def test_one_number_a_sample_has_no_dimensions_left() -> None:

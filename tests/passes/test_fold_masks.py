@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import pumer_compile as pumer
 from pumer_compile import capture, reduce
+from pumer_compile.artifacts.manifest import read_manifest
 from pumer_compile.errors import UsageError
-from pumer_compile.exporters.manifest import read_manifest
 from tests import commands
 from tests.models import Config, Fusion, highest, inputs_for, make, schedule
 from tests.tiny import tiny_vilt

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from pumer_compile import OnnxSession
+from pumer_compile.artifacts.runtime import TensorSpec, fitted, to_numpy
 from pumer_compile.errors import ExportError, UsageError
-from pumer_compile.runtimes.base import TensorSpec, fitted, to_numpy
 from pumer_compile.runtimes.ort import CPU, CUDA, TENSORRT, placement
 from tests.commands import artifact, feed, inner_manifest, onnx_outputs
 

@@ -15,10 +15,10 @@ import pytest
 import torch
 
 import pumer_compile as pumer
+from pumer_compile.artifacts.profile import Profile
+from pumer_compile.artifacts.runtime import TensorSpec
+from pumer_compile.artifacts.session import open_session
 from pumer_compile.errors import ExportError, UsageError
-from pumer_compile.exporters.base import Profile
-from pumer_compile.exporters.session import open_session
-from pumer_compile.runtimes.base import TensorSpec
 from pumer_compile.runtimes.compatibility import check_device, engine_library
 from pumer_compile.runtimes.tensorrt import choose_profile
 from tests.commands import artifact, done, feed, folder, onnx_outputs, refused
@@ -134,7 +134,7 @@ def test_graphs_are_captured_once_for_each_batch(monkeypatch: pytest.MonkeyPatch
 
 
 def test_graphs_are_for_engines() -> None:
-    with pytest.raises(UsageError, match=r"CUDA graphs are for TensorRT engines"):
+    with pytest.raises(UsageError, match=r"cuda_graph is for TensorRT engines"):
         pumer.Engine(artifact(), cuda_graph=True)
 
 

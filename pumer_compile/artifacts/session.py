@@ -7,17 +7,40 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
+from torch import Tensor
 
-from ..errors import ExportError, ParityError, UsageError
-from ..runtimes.base import Runtime
-from ..runtimes.ort import OnnxSession, check_provider
-from .base import Session
+from ..errors import ExportError, ParityError
+from .formats import check_options, format_of
 from .manifest import read_manifest
+from .runtime import Runtime
 
-__all__ = ["OnnxSession", "check_runtime", "comparable_decisions", "deciding", "open_session", "twin_of"]
 
-ENGINE_SUFFIXES = (".engine", ".plan")
+class Session(Protocol):
+    """An open artifact: inputs by name in, outputs by name out."""
+
+    @property
+    def path(self) -> Path:
+        """Of the artifact."""
+
+    @property
+    def provider(self) -> str:
+        """What executes it, such as `CPUExecutionProvider` or `TensorRT-RTX`."""
+
+    @property
+    def inputs(self) -> list[str]:
+        """Names of the inputs."""
+
+    @property
+    def outputs(self) -> list[str]:
+        """Names of the outputs."""
+
+    def run(self, batch: Mapping[str, Tensor]) -> dict[str, np.ndarray[Any, Any]]:
+        """Outputs by name, from tensors by input name (cast to the artifact's dtypes)."""
+
+    def close(self) -> None:
+        """Give the memory of weights back; nothing runs afterwards."""
 
 
 @runtime_checkable
@@ -39,18 +62,7 @@ def check_runtime(path: Path, manifest: Mapping[str, Any], *, provider: str | No
     Raises:
         UsageError: see `open_session`.
     """
-    if path.suffix == ".onnx":
-        check_provider(provider)
-    elif path.suffix in ENGINE_SUFFIXES:
-        from ..runtimes.compatibility import check_engine
-
-        _only_onnx(path, provider=provider)
-        check_engine(path, manifest)
-    elif path.suffix == ".xml":
-        from ..runtimes.openvino import load_openvino
-
-        _only_onnx(path, provider=provider)
-        load_openvino()
+    format_of(path).load_runtime().check(path, manifest, **check_options(path, provider=provider))
 
 
 def open_session(
@@ -78,39 +90,14 @@ def open_session(
         ExportError: the runtime refuses the artifact, or it is not what its manifest says.
     """
     manifest = read_manifest(path) if manifest is None else manifest
-    session: Session
-    engine = path.suffix in ENGINE_SUFFIXES
-    if cuda_graph and not engine:
-        raise UsageError(f"CUDA graphs are for TensorRT engines, and {path} is none. Leave cuda_graph out.")
-    if path.suffix == ".onnx":
-        session = OnnxSession(path, provider, device=device, expose=expose)
-    elif engine:
-        from ..runtimes.tensorrt import TensorRtSession
-
-        _only_onnx(path, provider=provider, expose=expose)
-        session = TensorRtSession(path, manifest, device=device, cuda_graph=cuda_graph)
-    elif path.suffix == ".xml":
-        from ..runtimes.openvino import OpenVinoSession
-
-        _only_onnx(path, provider=provider, device=device, expose=expose)
-        session = OpenVinoSession(path)
-    else:
-        raise UsageError(
-            f"Nothing here runs {path.suffix or 'a file without suffix'!r} ({path}); .onnx, .engine, .plan, .xml."
-        )
+    options = check_options(path, provider=provider, device=device, cuda_graph=cuda_graph, expose=expose)
+    session = format_of(path).load_runtime().open(path, manifest, **options)
     _check_agreement(session, manifest)
-    if isinstance(session, Runtime):
-        session.pads = not (manifest.get("unpadded_inputs") or (manifest.get("plan") or {}).get("prompts"))
+    session.pads = not (manifest.get("unpadded_inputs") or (manifest.get("plan") or {}).get("prompts"))
     return session
 
 
-def _only_onnx(path: Path, **options: Any) -> None:
-    for name, value in options.items():
-        if value:
-            raise UsageError(f"{name} is for ONNX artifacts under onnxruntime, and {path} is none. Leave it out.")
-
-
-def _check_agreement(session: Session, manifest: Mapping[str, Any]) -> None:
+def _check_agreement(session: Runtime, manifest: Mapping[str, Any]) -> None:
     """The manifest speaks of this very artifact: names, shapes, dtypes."""
     inputs, outputs = dict(manifest["inputs"]), list(manifest["outputs"])
     if set(session.inputs) != set(inputs):
@@ -118,8 +105,6 @@ def _check_agreement(session: Session, manifest: Mapping[str, Any]) -> None:
     missing = [name for name in outputs if name not in session.outputs]
     if missing:
         raise _mismatch(session, f"an output {missing[0]}", ", ".join(session.outputs))
-    if not isinstance(session, Runtime):
-        return
     for name, said in inputs.items():
         spec = session.input_specs[name]
         dtype, open_batch = str(spec.dtype).removeprefix("torch."), manifest.get("dynamic_batch", False)
@@ -131,7 +116,7 @@ def _check_agreement(session: Session, manifest: Mapping[str, Any]) -> None:
             raise _mismatch(session, f"{name} as {said['dtype']} {said['shape']}", f"{dtype} {list(spec.shape)}")
 
 
-def _mismatch(session: Session, said: str, found: str) -> ExportError:
+def _mismatch(session: Runtime, said: str, found: str) -> ExportError:
     return ExportError(
         f"{session.path} is not what its manifest describes: that names {said}, and the artifact has {found}. Compile "
         "it again, or put back the manifest that was written with it."

@@ -55,6 +55,30 @@ class Runtime(ABC):
     closed: bool = False
     pads: bool = True
 
+    @classmethod
+    @abstractmethod
+    def open(cls, path: Path, manifest: Mapping[str, Any], **options: Any) -> Runtime:
+        """Open an artifact.
+
+        Args:
+            path: of the artifact.
+            manifest: of it.
+            **options: those that its format has.
+
+        Raises:
+            UsageError: this machine lacks a library or a device.
+            ExportError: the runtime refuses the artifact.
+        """
+
+    @classmethod
+    @abstractmethod
+    def check(cls, path: Path, manifest: Mapping[str, Any], **options: Any) -> None:
+        """Refuse, without reading the artifact, what `open` would refuse for want of a library or a device.
+
+        Raises:
+            UsageError: see `open`.
+        """
+
     @property
     def inputs(self) -> list[str]:
         """Names of the inputs."""

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import pumer_compile as pumer
+from pumer_compile.artifacts.runtime import TensorSpec
 from pumer_compile.errors import ExportError, UsageError
-from pumer_compile.runtimes.base import TensorSpec
 from tests.commands import artifact, feed, folder, inner_manifest, onnx_outputs, with_manifest
 
 OPEN = ("--dynamic-batch",)
@@ -55,6 +55,20 @@ def test_inner_values() -> None:
     (name, *_) = inner_manifest(artifact())["decisions"]
     engine = pumer.Engine(artifact(), expose=[name])
     assert engine.outputs == ["logits", name] and engine(**tensors())[name].dtype == torch.int64
+
+
+@pytest.mark.parametrize("wrong", [60, -1])
+def test_ids_that_no_table_has(wrong: int, capfd: pytest.CaptureFixture[str]) -> None:
+    """Said by name and range, before the runtime fails in words of its own."""
+    engine, inputs = pumer.Engine(artifact()), tensors()
+    inputs["input_ids"][1, 3] = wrong
+    with pytest.raises(UsageError, match=rf"input_ids holds {wrong}; .* from 0 to 59"):
+        engine(**inputs)
+    with pytest.raises(UsageError, match="input_ids"):
+        engine.run(inputs)
+    assert capfd.readouterr().err == ""
+    inputs["input_ids"][1, 3] = 59
+    assert torch.isfinite(engine(**inputs)["logits"]).all()
 
 
 def test_a_keyword_that_it_does_not_take() -> None:

@@ -11,12 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import UsageError
-from .exporters.base import Session
-from .exporters.manifest import read_manifest
-from .exporters.session import open_session
-from .plan import check_prompts, without_constants
-from .runtimes.base import Runtime, TensorSpec, as_tensors, to_numpy
+from ..errors import UsageError
+from ..plan import check_prompts, without_constants
+from .manifest import read_manifest
+from .runtime import Runtime, TensorSpec, as_tensors, to_numpy
+from .session import Session, open_session
 
 
 class Engine:
@@ -124,10 +123,12 @@ class Engine:
             **inputs: tensors on any device, or NumPy arrays, by input name; cast to the dtypes of the artifact.
 
         Raises:
-            UsageError: an input is missing, is not one of the artifact's, or has another shape.
+            UsageError: an input is missing, is not one of the artifact's, has another shape, or holds ids that the
+                model has no row for (which is looked at where they lie on the CPU).
         """
         tensors = as_tensors(inputs)
         check_prompts(self.manifest, tensors)
+        _check_ids(self.manifest, tensors)
         fixed = self._fixed()
         tensors = {name: t for name, t in without_constants(self.manifest, tensors).items() if name not in fixed}
         unknown = [name for name in tensors if name not in self.inputs]
@@ -153,3 +154,18 @@ class Engine:
 
     def __repr__(self) -> str:
         return f"Engine({str(self.path)!r}, provider={self.provider!r}, device={str(self.device)!r})"
+
+
+def _check_ids(manifest: Mapping[str, Any], inputs: Mapping[str, Tensor]) -> None:
+    """Refuse ids beyond the table they index, of which runtimes say little or nothing. Reading them from a GPU would
+    hold every call up."""
+    for name, kind in (manifest.get("samples") or {}).items():
+        rows, ids = kind.get("rows"), inputs.get(name)
+        if rows is None or ids is None or ids.is_floating_point() or ids.device.type != "cpu":
+            continue
+        outside = ids[(ids < 0) | (ids >= rows)]
+        if outside.numel():
+            raise UsageError(
+                f"Input {name} holds {int(outside[0])}; the artifact takes numbers from 0 to {rows - 1} there, the "
+                "rows of the model's table. Give ids of the tokenizer that belongs to the model."
+            )

@@ -1,0 +1,105 @@
+"""No option is lost on its way: from the command line into the options of a writer, from a program into its chain."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import pumer_compile as pumer
+from pumer_compile.artifacts.formats import FORMATS, OPENVINO, Format
+from pumer_compile.artifacts.profile import Profile
+from pumer_compile.capture import Program
+from pumer_compile.errors import UsageError
+from pumer_compile.schedule import Schedule
+from tests.commands import feed, refused
+from tests.tiny import tiny_vilt
+
+EACH = pytest.mark.parametrize("known", FORMATS, ids=lambda known: known.suffixes[0])
+# Every option of every format: how it is given on the command line, and what it is then.
+FLAGS: dict[str, tuple[tuple[str, ...], Any]] = {
+    "dtype": (("--dtype", "float16"), "float16"),
+    "profiles": (("--profile", "batch=1:2:4", "--profile", "batch=8:8:8"), (Profile(1, 2, 4), Profile(8, 8, 8))),
+    "opset": (("--opset", "19"), 19),
+    "target": (("--target", "tensorrt"), "tensorrt"),
+    "lean": (("--lean", "strides,rows"), ("strides", "rows")),
+    "quantize": (("--quantize", "int8"), "int8"),
+    "quantize_mode": (("--quantize", "int8", "--quantize-mode", "weights"), "weights"),
+    "calibration": (
+        ("--quantize", "int8", "--quantize-mode", "static", "--calibration", "samples.npz"),
+        Path("samples.npz"),
+    ),
+    "builder": (("--builder", "tensorrt-rtx"), "tensorrt-rtx"),
+    "compute_capabilities": (("--compute-capability", "8.6,12.0"), ("8.6", "12.0")),
+    "timing_cache": (("--timing-cache", "timings"), Path("timings")),
+    "optimization_level": (("--optimization-level", "5"), 5),
+    "workspace": (("--workspace", "100"), 100),
+    "layer_info": (("--layer-info", "layers.json"), Path("layers.json")),
+    "version_compatible": (("--version-compatible",), True),
+}
+
+
+def options_of(known: Format) -> list[str]:
+    return [field.name for field in fields(known.load_writer().options_class)]
+
+
+def test_every_option_has_a_flag() -> None:
+    assert {name for known in FORMATS for name in options_of(known)} == set(FLAGS)
+
+
+@EACH
+def test_every_flag_reaches_the_options_of_its_formats(
+    known: Format, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+
+    def stop(path: Path, options: Any, **checks: Any) -> None:
+        seen.append(options)
+        raise UsageError("This is far enough for the test.")
+
+    monkeypatch.setattr("pumer_compile.exporters.check_exporter", stop)
+    path = tmp_path / f"model{known.suffixes[0]}"
+    for name, (flags, value) in FLAGS.items():
+        message = refused(2, "MODEL", "--schedule", "none", "-o", path, *flags)
+        if name in options_of(known):
+            assert message == "This is far enough for the test." and getattr(seen[-1], name) == value
+        else:
+            assert "does not apply to" in message, message
+
+
+class Arrived(Exception):
+    """What the chain was told of a program."""
+
+
+@functools.cache
+def program() -> Program:
+    inputs = {name: torch.from_numpy(array) for name, array in feed(batch=1).items()}
+    return pumer.capture(
+        tiny_vilt(num_hidden_layers=2), inputs, streams={"input_ids": "text"}, outputs=["logits"], padding=False
+    )
+
+
+@EACH
+def test_what_was_captured_reaches_the_chain_of_every_writer(known: Format, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers traces the model again: what makes that capture differ must come from the program."""
+
+    def captured(model: nn.Module, inputs: Mapping[str, Any], **asked: Any) -> None:
+        raise Arrived(asked)
+
+    if known is OPENVINO:
+        pytest.importorskip("openvino")
+        pytest.importorskip("transformers.exporters.exporter_openvino")
+    monkeypatch.setattr("pumer_compile.exporters.chain.capture", captured)
+    writer = known.load_writer()(known.load_writer().options_class())
+    with pytest.raises(Arrived) as arrived:
+        writer.build(program(), Schedule(layers=(0,), prune=0.5))
+    streams: Mapping[str, str] = program().streams
+    outputs: Sequence[str] = program().outputs
+    assert streams and outputs
+    assert arrived.value.args[0] == {"streams": streams, "outputs": tuple(outputs), "padding": False}

@@ -1,0 +1,85 @@
+"""Imports go down the list of stages, never up: what exporters and runtimes share knows neither of them."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pumer_compile
+
+PACKAGE = Path(pumer_compile.__file__).parent
+# The last stages, from the lowest to the highest; what is not named here is below them all.
+STAGES = {
+    "artifacts": 1,
+    "runtimes": 2,
+    **dict.fromkeys(("exporters", "generation"), 3),
+    **dict.fromkeys(("parity", "parity_check", "parity_report", "replay"), 4),
+    **dict.fromkeys(("bench", "memory"), 5),
+    **dict.fromkeys(("cli", "cli_options", "cli_tables"), 6),
+}
+# The door of the command, and the one function that proves what it exports before it publishes it.
+EXCEPT = {
+    ("__main__.py", "cli"),
+    ("exporters/__init__.py", "parity_check"),
+    ("exporters/__init__.py", "parity_report"),
+}
+
+
+def stage(part: str) -> int:
+    return STAGES.get(part, 0)
+
+
+def imported(tree: ast.AST, inside: tuple[str, ...]) -> Iterator[str]:
+    """What a file of the folder `inside` imports of the package, by its first part (`exporters`); a name that is
+    imported for types alone is no import when it runs."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[1] for alias in node.names if alias.name.startswith("pumer_compile."))
+        elif isinstance(node, ast.ImportFrom):
+            names = [alias.name for alias in node.names]
+            path = (node.module or "").split(".") if node.module else []
+            if node.level:
+                outer = list(inside[: len(inside) - node.level + 1])
+                yield from [[*outer, *path][0]] if outer or path else names
+            elif path[:1] == ["pumer_compile"]:
+                yield from [path[1]] if path[1:] else names
+        else:
+            yield from imported(node, inside)
+
+
+def arrows() -> Iterator[tuple[str, str]]:
+    """File and part of the package, for every import."""
+    for file in sorted(PACKAGE.rglob("*.py")):
+        place = file.relative_to(PACKAGE)
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        yield from ((place.as_posix(), part) for part in imported(tree, place.parts[:-1]))
+
+
+def first_part(place: str) -> str:
+    return place.partition("/")[0].removesuffix(".py")
+
+
+def test_no_import_goes_up() -> None:
+    found = list(arrows())
+    assert len(found) > 300
+    upward = {(place, part) for place, part in found if stage(part) > stage(first_part(place))}
+    assert upward == EXCEPT
+
+
+def test_the_command_line_is_imported_by_nobody() -> None:
+    cli = {"cli", "cli_options", "cli_tables"}
+    assert {place for place, part in arrows() if part in cli and first_part(place) not in cli} == {"__main__.py"}
+
+
+def test_the_search_sees_every_form_of_import() -> None:
+    forms = (
+        "from . import cli_options\nfrom .exporters.base import Profile\nimport pumer_compile.bench\n"
+        "from pumer_compile import parity\nfrom pumer_compile.files import publish\nimport torch\n"
+        "def f():\n    from .replay import Recorder\nif TYPE_CHECKING:\n    from .memory import Feeds\n"
+    )
+    assert list(imported(ast.parse(forms), ())) == ["cli_options", "exporters", "bench", "parity", "files", "replay"]
+    nested = "from ..errors import E\nfrom .base import B\nfrom ... import cli\nfrom .. import manifest\n"
+    assert list(imported(ast.parse(nested), ("exporters", "lean"))) == ["exporters", "exporters", "cli", "exporters"]
