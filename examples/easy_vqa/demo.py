@@ -33,7 +33,7 @@ def command(*arguments: str | Path) -> None:
     """Run pumer-compile as a user would, and show the command."""
     shown = " ".join(str(Path(a).relative_to(ROOT)) if isinstance(a, Path) else a for a in arguments)
     print(f"\n$ pumer-compile {shown}", flush=True)
-    subprocess.run([sys.executable, "-m", "pumer_compile.cli", *map(str, arguments)], check=True)
+    subprocess.run([sys.executable, "-m", "pumer_compile", *map(str, arguments)], check=True)
 
 
 def answer(session: OnnxSession, split: Split, rows: torch.Tensor) -> np.ndarray:
