@@ -5,7 +5,7 @@ STAMP := .venv/.installed
 # A second environment, of the newest versions that pip finds; torch alone is the pinned one.
 NEWEST := .venv-newest/bin
 NEWEST_STAMP := .venv-newest/.installed
-NEWEST_TESTS := tests/test_capture.py tests/test_loading.py tests/test_generation.py tests/test_oracle_llava.py
+NEWEST_TESTS := tests/capture/test_capture.py tests/capture/test_loading.py tests/test_generation.py tests/test_oracle_llava.py
 BENCHMARK ?= benchmarks.performance
 # Test processes: one for each core.
 JOBS ?= auto

@@ -69,7 +69,16 @@ MODELS: dict[str, Callable[[Path], None]] = {"vilt-b32": save_model, "meter": sa
 
 def build(case: Case, model: Path, output: Path) -> dict[str, Any]:
     """Compile an engine; what it took."""
-    command = [sys.executable, "-m", "pumer_compile.cli", str(model), "--schedule", case.schedule, "-o", str(output)]
+    command = [
+        sys.executable,
+        "-m",
+        "pumer_compile",
+        str(model),
+        "--schedule",
+        case.schedule,
+        "-o",
+        str(output),
+    ]
     start = time.perf_counter()
     process = subprocess.Popen([*command, *case.options, "--builder", "tensorrt-rtx", "--quiet"])
     _, status, usage = os.wait4(process.pid, 0)

@@ -28,10 +28,10 @@ import torch
 import pumer_compile as pumer
 from benchmarks.common import machine, published
 from benchmarks.performance import TEXT, tiny, vilt
+from pumer_compile.capture.inputs import make_inputs
 from pumer_compile.exporters.lean import PAYS
 from pumer_compile.exporters.onnx import OnnxOptions
 from pumer_compile.files import atomic_path
-from pumer_compile.inputs import make_inputs
 
 RESULTS = Path(__file__).parent / "results" / "lean_cpu.json"
 BEFORE = ("postpone", "one_query")

@@ -35,15 +35,15 @@ import pumer_compile as pumer
 from benchmarks.common import machine
 from pumer_compile.artifacts.engine import Engine
 from pumer_compile.artifacts.session import twin_of
+from pumer_compile.capture.inputs import load_inputs, make_inputs
+from pumer_compile.capture.loading import load_model
+from pumer_compile.capture.samples import Samples, captured_batch, kinds_of, proof_batches, proof_sizes
 from pumer_compile.errors import PumerError
 from pumer_compile.exporters import OnnxOptions, OnnxSession
 from pumer_compile.files import atomic_path
-from pumer_compile.inputs import load_inputs, make_inputs
-from pumer_compile.loading import load_model
-from pumer_compile.parity_check import _Comparison, check
-from pumer_compile.parity_report import TOLERANCES, ParityReport
+from pumer_compile.parity.check import _Comparison, check
+from pumer_compile.parity.report import TOLERANCES, ParityReport
 from pumer_compile.plan import PromptPlace
-from pumer_compile.samples import Samples, captured_batch, kinds_of, proof_batches, proof_sizes
 
 ORACLES = Path(__file__).parent.parent / "tests" / "oracle"
 RESULTS = Path(__file__).parent / "results" / "mutation.json"

@@ -28,9 +28,9 @@ from transformers.models.vilt.modeling_vilt import ViltEmbeddings
 
 import pumer_compile as pumer
 from benchmarks.common import machine, published
+from pumer_compile.capture.inputs import make_inputs
+from pumer_compile.capture.loading import load_model
 from pumer_compile.frontends import vilt
-from pumer_compile.inputs import make_inputs
-from pumer_compile.loading import load_model
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "examples" / "easy_vqa"

@@ -22,11 +22,11 @@ from .errors import PumerError
 
 if TYPE_CHECKING:
     from .artifacts.engine import Engine
-    from .capture import Program, capture
+    from .capture.capture import Program, capture
     from .distill import Teacher, distillation_loss
     from .exporters import Exported, OnnxOptions, export
-    from .parity import parity
-    from .parity_report import ParityReport
+    from .parity.artifact import parity
+    from .parity.report import ParityReport
     from .plan import Plan
     from .reduce import Reduced, reduce
     from .runtimes.ort import OnnxSession
@@ -59,16 +59,16 @@ _MODULES = {
     "Exported": "exporters",
     "OnnxOptions": "exporters",
     "OnnxSession": "runtimes.ort",
-    "ParityReport": "parity_report",
+    "ParityReport": "parity.report",
     "Plan": "plan",
-    "Program": "capture",
+    "Program": "capture.capture",
     "Reduced": "reduce",
     "Schedule": "schedule",
     "Teacher": "distill",
-    "capture": "capture",
+    "capture": "capture.capture",
     "distillation_loss": "distill",
     "export": "exporters",
-    "parity": "parity",
+    "parity": "parity.artifact",
     "reduce": "reduce",
 }
 _SUBMODULES = ("exporters",)

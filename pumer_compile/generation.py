@@ -30,7 +30,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from .analysis.outputs import lasting_names
 from .artifacts.manifest import read_manifest, read_sealed, seal_onnx
-from .capture import left_as_found, set_for_inference
+from .capture.capture import left_as_found, set_for_inference
 from .errors import ExportError, ParityError, UsageError
 from .exporters.onnx import DEFAULT_OPSET, append_metadata, save_onnx, torch_onnx
 from .files import check_writable, publish

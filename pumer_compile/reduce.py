@@ -13,7 +13,7 @@ from torch import fx, nn
 
 from .analysis.nodes import copied
 from .analysis.outputs import output_nodes, set_outputs
-from .capture import Program
+from .capture.capture import Program
 from .passes.manager import History, State, run_passes
 from .passes.pipeline import COUNT, passes_of
 from .plan import Plan

@@ -21,9 +21,9 @@ import onnx
 import onnxruntime
 import torch
 
-from pumer_compile import cli
+from pumer_compile.cli import commands as cli
 from pumer_compile.exporters.tensorrt import unsupported
-from pumer_compile.tensorrt_library import load_library
+from pumer_compile.runtimes.tensorrt_library import load_library
 from tests.tiny import tiny_vilt
 
 

@@ -227,7 +227,7 @@ def install(
     for user in ("tensorrt", "compatibility"):
         monkeypatch.setattr(f"pumer_compile.runtimes.{user}.open_cuda", lambda path, device: HostCuda(capability))
     device = tuple(int(part) for part in capability.split("."))
-    monkeypatch.setattr("pumer_compile.tensorrt_library.cuda_device", lambda: device)
+    monkeypatch.setattr("pumer_compile.runtimes.tensorrt_library.cuda_device", lambda: device)
     return library
 
 

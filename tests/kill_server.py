@@ -27,7 +27,7 @@ import torch
 from transformers import ViltForQuestionAnswering  # noqa: F401
 
 import pumer_compile.exporters.onnx
-from pumer_compile.cli import main
+from pumer_compile.cli.commands import main
 
 
 def child(job: dict[str, Any]) -> None:

@@ -12,7 +12,8 @@ import pytest
 import typer
 
 import pumer_compile
-from pumer_compile import cli, errors
+from pumer_compile import errors
+from pumer_compile.cli import commands as cli
 from pumer_compile.errors import OutputsError, ParityError, PumerError, UsageError, exit_code_of
 
 PACKAGE = Path(pumer_compile.__file__).parent

@@ -18,12 +18,12 @@ import pytest
 import torch
 
 import pumer_compile as pumer
-from pumer_compile import parity_check
+from pumer_compile.capture.inputs import make_inputs
+from pumer_compile.capture.loading import load_model
 from pumer_compile.errors import ParityError, UsageError
 from pumer_compile.exporters.onnx import OnnxBuild, OnnxOptions, build_onnx
 from pumer_compile.files import sha256_file
-from pumer_compile.inputs import make_inputs
-from pumer_compile.loading import load_model
+from pumer_compile.parity import check as parity_check
 from pumer_compile.reduce import Reduced, with_decisions
 from tests.commands import artifact, feed, folder, inner_manifest, onnx_outputs, run, schedule, snapshot
 from tests.models import Config, highest, inputs_for, make, program

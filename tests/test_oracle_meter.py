@@ -20,9 +20,9 @@ from torch import Tensor
 
 from pumer_compile import Program, Reduced, Schedule, capture, reduce
 from pumer_compile.artifacts.session import twin_of
+from pumer_compile.capture.loading import load_model
 from pumer_compile.errors import LocateError
-from pumer_compile.loading import load_model
-from pumer_compile.parity import check
+from pumer_compile.parity.artifact import check
 from pumer_compile.reduce import reduce_graph, with_decisions
 from pumer_compile.reducers import reducers_of
 from pumer_compile.runtimes.ort import OnnxSession

@@ -18,15 +18,15 @@ from ..artifacts.engine import Engine
 from ..artifacts.formats import FORMATS, find_format, suffixes
 from ..artifacts.manifest import sidecar
 from ..artifacts.profile import Profile
-from ..capture import Program
+from ..capture.capture import Program
+from ..capture.samples import Samples, captured_batch, describe_samples, proof_batches, proof_sizes, resized_batch
 from ..errors import ParityError, UsageError
 from ..files import publish, sha256_file
-from ..parity_check import check, check_tolerances
-from ..parity_report import ParityReport
+from ..parity.check import check, check_tolerances
+from ..parity.report import ParityReport
 from ..plan import PromptPlace, check_prompts, without_constants
 from ..reduce import Reduced
 from ..runtimes.ort import OnnxSession
-from ..samples import Samples, captured_batch, describe_samples, proof_batches, proof_sizes, resized_batch
 from .base import Options, Writer
 from .chain import in_precision
 from .manifest import make_manifest

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar, get_args
 
 from ..artifacts.profile import Profile
 from ..artifacts.session import Session
-from ..capture import Program
+from ..capture.capture import Program
 from ..errors import UsageError
 from ..files import check_writable
 from ..schedule import Schedule

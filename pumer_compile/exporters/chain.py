@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers.exporters.exporter_dynamo import DynamoExporter
 
 from ..analysis.outputs import artifact_outputs, outputs_apart, renames_outputs, without_inputs
-from ..capture import Program, batch_inputs, capture
+from ..capture.capture import Program, batch_inputs, capture
 from ..errors import UsageError
 from ..reduce import reduce_graph, with_decisions
 from ..schedule import Schedule

@@ -8,11 +8,11 @@ from typing import Any
 from torch import Tensor
 
 from ..artifacts.manifest import FORMAT, library_versions
-from ..capture import Program
+from ..capture.capture import Program
+from ..capture.samples import describe_samples
+from ..capture.weights import read_weights
 from ..plan import Plan
-from ..samples import describe_samples
 from ..schedule import Schedule
-from ..weights import read_weights
 
 
 def make_manifest(

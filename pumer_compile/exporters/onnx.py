@@ -30,10 +30,10 @@ from transformers.exporters.exporter_onnx import OnnxExporter
 
 from ..artifacts.manifest import KEY, seal_onnx
 from ..artifacts.session import twin_of
-from ..capture import Program, left_as_found, set_for_inference
+from ..capture.capture import Program, left_as_found, set_for_inference
+from ..capture.loading import quiet
 from ..errors import ExportError, UsageError
 from ..files import content_name, sha256_file
-from ..loading import quiet
 from ..runtimes.ort import OnnxSession, check_provider
 from ..schedule import Schedule
 from .base import Evidence, Options, Writer

@@ -16,10 +16,10 @@ from typing import Any, ClassVar
 from transformers import PreTrainedModel
 
 from ..artifacts.profile import Profile
-from ..capture import Program, batch_inputs, left_as_found, set_for_inference
+from ..capture.capture import Program, batch_inputs, left_as_found, set_for_inference
+from ..capture.loading import quiet
 from ..errors import ExportError, UsageError
 from ..files import check_writable
-from ..loading import quiet
 from ..runtimes.openvino import OpenVinoSession, load_openvino
 from ..schedule import Schedule
 from .base import Evidence, Options, Writer

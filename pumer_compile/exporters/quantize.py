@@ -26,10 +26,10 @@ import torch
 from onnx_ir.passes import common as ir_passes
 from torch import Tensor
 
-from ..capture import Program, batch_inputs
+from ..capture.capture import Program, batch_inputs
+from ..capture.inputs import read_arrays
+from ..capture.loading import quiet
 from ..errors import ExportError, UsageError
-from ..inputs import read_arrays
-from ..loading import quiet
 
 QuantizeMode = Literal["weights", "dynamic", "static"]
 BLOCK = 32

@@ -23,12 +23,12 @@ import onnx_ir
 
 from ..artifacts.profile import Profile
 from ..artifacts.session import Session, twin_of
-from ..capture import Program
+from ..capture.capture import Program
 from ..errors import ExportError, UsageError
 from ..files import atomic_path, check_writable
 from ..runtimes.ort import OnnxSession, check_provider
+from ..runtimes.tensorrt_library import Library, cuda_device, load_library, make_logger
 from ..schedule import Schedule
-from ..tensorrt_library import Library, cuda_device, load_library, make_logger
 from .base import Evidence, Options, Writer
 from .onnx import OnnxBuild, OnnxOptions, build_onnx, save_onnx
 

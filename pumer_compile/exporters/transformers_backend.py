@@ -28,7 +28,7 @@ from transformers.exporters.utils import onnx_inputs
 
 from ..artifacts.manifest import read_manifest, sidecar
 from ..artifacts.profile import Profile
-from ..capture import Program, symbolic_batch
+from ..capture.capture import Program, symbolic_batch
 from ..errors import UsageError
 from ..files import sha256_file
 from ..reduce import schedule_for

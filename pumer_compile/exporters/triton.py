@@ -28,7 +28,7 @@ from ..artifacts.runtime import Size, TensorSpec
 from ..errors import UsageError
 from ..files import companion_of, publish, sha256_file
 from ..runtimes.ort import external_files
-from ..tensorrt_library import load_library
+from ..runtimes.tensorrt_library import load_library
 from .base import Options
 from .tensorrt import EngineOptions
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from ..errors import UsageError
-from ..tensorrt_library import Library, load_library
 from .cuda import open_cuda
+from .tensorrt_library import Library, load_library
 
 
 def engine_library(path: Path, manifest: Mapping[str, Any]) -> Library:

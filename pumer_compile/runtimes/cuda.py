@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from ..errors import UsageError
-from ..tensorrt_library import cuda_device
+from .tensorrt_library import cuda_device
 
 
 class Cuda:

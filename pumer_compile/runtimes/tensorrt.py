@@ -13,9 +13,9 @@ from torch import Tensor
 from ..artifacts.profile import Profile
 from ..artifacts.runtime import Runtime, TensorSpec, open_sizes
 from ..errors import ExportError, UsageError
-from ..tensorrt_library import make_logger
 from .compatibility import check_device, check_engine, check_validity, engine_library
 from .cuda import open_cuda
+from .tensorrt_library import make_logger
 
 # The only size that is open in an engine of ours; engines have -1 there.
 BATCH = "batch"

@@ -23,8 +23,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..analysis.nodes import attribute
+from ..capture.loading import first_line
 from ..errors import CaptureError, UsageError
-from ..loading import first_line
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from torch import Tensor
 import pumer_compile as pumer
 from pumer_compile import Program, Schedule
 from pumer_compile.artifacts.engine import Engine
+from pumer_compile.capture.image_prompt import make_image_prompt
 from pumer_compile.errors import PlanError, UsageError
-from pumer_compile.image_prompt import make_image_prompt
 from tests.architectures.test_prompts import built
 from tests.commands import tensorrt_refuses
 from tests.crops import TOKENS, crops_inputs, crops_model, logits_of_crops, packing, prompt_of_crops, run_by_hand

@@ -14,9 +14,9 @@ import torch
 
 import pumer_compile as pumer
 from pumer_compile.artifacts.manifest import FORMAT, KEY, library_versions, read_manifest, seal_onnx, sidecar
+from pumer_compile.capture.loading import load_model
 from pumer_compile.errors import UsageError
 from pumer_compile.files import sha256_file
-from pumer_compile.loading import load_model
 from pumer_compile.schedule import Schedule
 from tests.commands import (
     SCHEDULE,

@@ -15,6 +15,7 @@ from onnx import TensorProto, numpy_helper
 from torch import Tensor
 
 import pumer_compile as pumer
+from pumer_compile.capture.loading import load_model
 from pumer_compile.errors import ExportError, UsageError
 from pumer_compile.exporters.chain import in_precision
 from pumer_compile.exporters.onnx import (
@@ -24,7 +25,6 @@ from pumer_compile.exporters.onnx import (
     build_onnx,
     save_onnx,
 )
-from pumer_compile.loading import load_model
 from tests.commands import artifact, done, feed, folder, inner_manifest, onnx_outputs, refused, schedule
 from tests.models import Config, highest, inputs_for, program
 from tests.models import schedule as budgets

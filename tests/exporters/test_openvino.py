@@ -16,15 +16,15 @@ import torch
 import pumer_compile as pumer
 from pumer_compile.artifacts.manifest import read_manifest
 from pumer_compile.artifacts.session import deciding, open_session
+from pumer_compile.capture.loading import load_model
 from pumer_compile.errors import ExportError, ParityError, UsageError
 from pumer_compile.exporters import OpenVinoOptions
 from pumer_compile.files import sha256_file
-from pumer_compile.loading import load_model
 from pumer_compile.reduce import with_decisions
+from tests.cli.test_oracle import CASES, EXPECTED, ORACLE, given, write_schedule
 from tests.commands import TOKENS, done, feed, folder, refused, run, schedule
 from tests.models import Config, Fusion, highest, inputs_for, make, program
 from tests.models import schedule as budgets
-from tests.test_cli_oracle import CASES, EXPECTED, ORACLE, given, write_schedule
 
 openvino = pytest.importorskip("openvino")
 pytest.importorskip("transformers.exporters.exporter_openvino")

@@ -15,7 +15,7 @@ from torch import nn
 import pumer_compile as pumer
 from pumer_compile.artifacts.formats import FORMATS, OPENVINO, Format
 from pumer_compile.artifacts.profile import Profile
-from pumer_compile.capture import Program
+from pumer_compile.capture.capture import Program
 from pumer_compile.errors import UsageError
 from pumer_compile.schedule import Schedule
 from tests.commands import feed, refused

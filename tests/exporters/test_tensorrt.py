@@ -16,7 +16,6 @@ import torch
 from onnx import TensorProto, helper
 
 import pumer_compile as pumer
-from pumer_compile import tensorrt_library
 from pumer_compile.artifacts.manifest import read_manifest
 from pumer_compile.errors import ExportError, UsageError
 from pumer_compile.exporters import EngineOptions, Profile
@@ -24,7 +23,8 @@ from pumer_compile.exporters import tensorrt as exporter
 from pumer_compile.exporters.tensorrt import LARGEST_TOPK, build_engine, targets, unsupported
 from pumer_compile.files import sha256_file
 from pumer_compile.reduce import Reduced
-from pumer_compile.tensorrt_library import Library, load_library
+from pumer_compile.runtimes import tensorrt_library
+from pumer_compile.runtimes.tensorrt_library import Library, load_library
 from tests.commands import TOKENS, artifact, done, folder, refused, run, schedule, snapshot
 from tests.fake_tensorrt import install
 from tests.models import Config, highest, program

@@ -21,6 +21,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForVisualQuestionAnswer
 from transformers.models.roberta import modeling_roberta
 
 from pumer_compile import Program, capture
+from pumer_compile.capture.inputs import make_inputs
+from pumer_compile.capture.loading import load_model
 from pumer_compile.errors import CaptureError, PumerError, UsageError
 from pumer_compile.frontends import meter
 from pumer_compile.frontends.meter import (
@@ -33,8 +35,6 @@ from pumer_compile.frontends.meter import (
     MeterModel,
 )
 from pumer_compile.frontends.meter.positions import resize_positions
-from pumer_compile.inputs import make_inputs
-from pumer_compile.loading import load_model
 from tests.helpers import published_softmax
 from tests.meter import classify_by_hand, meter_inputs, pooled_by_hand, tiny_meter
 

@@ -9,7 +9,7 @@ from transformers.exporters import utils
 from transformers.models.vilt.modeling_vilt import ViltEmbeddings
 
 from pumer_compile import frontends
-from pumer_compile.capture import capture
+from pumer_compile.capture.capture import capture
 from pumer_compile.errors import CaptureError
 from pumer_compile.frontends.vilt import hat_weights, nearest_indices, visual_embed
 from tests.tiny import image_inputs, text_inputs, tiny_vilt

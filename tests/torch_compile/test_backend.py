@@ -26,8 +26,8 @@ from transformers.models.vilt.modeling_vilt import ViltEmbeddings
 
 import pumer_compile as pumer
 from pumer_compile import Schedule
+from pumer_compile.capture.loading import load_model
 from pumer_compile.errors import UsageError
-from pumer_compile.loading import load_model
 from pumer_compile.reduce import reduce_graph
 from pumer_compile.schedule import PRESETS
 from pumer_compile.torch_compile import backend as backend_module

@@ -21,7 +21,7 @@ from pumer_compile.exporters import tensorrt as exporter
 from pumer_compile.exporters.lean.attention import ScaleQueries
 from pumer_compile.exporters.onnx import OnnxOptions, build_onnx
 from pumer_compile.exporters.tensorrt import unsupported
-from pumer_compile.tensorrt_library import load_library, make_logger
+from pumer_compile.runtimes.tensorrt_library import load_library, make_logger
 from tests.models import Config, highest, program
 from tests.models import schedule as budgets
 from tests.tiny import image_inputs, text_inputs, tiny_vilt

@@ -1,0 +1,1 @@
+"""How long artifacts take, and how much memory."""

@@ -1,0 +1,317 @@
+"""Latency, throughput and memory of artifacts; two of them take turns, so that a busy machine slows both."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..artifacts.engine import Engine
+from ..artifacts.formats import format_of, takers
+from ..artifacts.manifest import artifact_bytes, library_versions, read_manifest, reduced_by
+from ..artifacts.profile import Profile
+from ..artifacts.runtime import fitted
+from ..capture.capture import batch_inputs
+from ..capture.inputs import read_arrays
+from ..capture.samples import Samples, kinds_of, resized_batch
+from ..errors import UsageError
+from ..files import atomic_path, sha256_file
+from ..plan import PromptPlace, check_prompts
+from .memory import memory_in_a_process, synchronize
+
+FORMAT = 1
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One artifact at one batch size.
+
+    Attributes:
+        artifact: its path, as given.
+        batch: samples of a call.
+        milliseconds: of every call, in order, inputs and outputs on the device.
+        peak_memory: bytes that the artifact adds to a process of its own: at its peak on the CPU, after running on a
+            GPU; None where the system does not tell.
+    """
+
+    artifact: str
+    batch: int
+    milliseconds: list[float]
+    peak_memory: int | None
+
+    def percentile(self, share: float) -> float:
+        """Milliseconds that this share (0 to 100) of the calls did not exceed."""
+        return float(np.percentile(self.milliseconds, share))
+
+    @property
+    def mean(self) -> float:
+        """Milliseconds of a call."""
+        return float(np.mean(self.milliseconds))
+
+    @property
+    def throughput(self) -> float:
+        """Samples a second, one call after another."""
+        return 1e3 * self.batch / self.mean
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every sample, and what follows from them."""
+        return {
+            "artifact": self.artifact,
+            "batch": self.batch,
+            "p50_ms": self.percentile(50),
+            "p90_ms": self.percentile(90),
+            "p99_ms": self.percentile(99),
+            "mean_ms": self.mean,
+            "samples_per_second": self.throughput,
+            "peak_memory_bytes": self.peak_memory,
+            "milliseconds": self.milliseconds,
+        }
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two artifacts at one batch size: `faster` is `factor` (at least 1) times as fast as `slower`."""
+
+    batch: int
+    faster: str
+    slower: str
+    factor: float
+
+
+@dataclass
+class BenchReport:
+    """What was measured, on what.
+
+    Attributes:
+        settings: iterations, warm-up, where inputs came from.
+        environment: of the machine.
+        artifacts: what was measured: hash, dtype, schedule (in words: `reduced_by`) and provider by path.
+        measurements: by batch, then by artifact.
+    """
+
+    settings: dict[str, Any]
+    environment: dict[str, Any]
+    artifacts: dict[str, dict[str, Any]]
+    measurements: list[Measurement] = field(default_factory=list)
+
+    def comparisons(self) -> list[Comparison]:
+        """The first artifact beside every other, at every batch size, by their medians."""
+        found = []
+        for row in self.measurements:
+            first = next(m for m in self.measurements if m.batch == row.batch)
+            if row is not first:
+                fast, slow = sorted((first, row), key=lambda m: m.percentile(50))
+                factor = slow.percentile(50) / fast.percentile(50)
+                found.append(Comparison(row.batch, fast.artifact, slow.artifact, factor))
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as JSON holds it."""
+        return {
+            "format": FORMAT,
+            "settings": self.settings,
+            "environment": self.environment,
+            "artifacts": self.artifacts,
+            "measurements": [row.to_dict() for row in self.measurements],
+            "comparisons": [asdict(one) for one in self.comparisons()],
+        }
+
+    def save(self, path: Path) -> None:
+        """Write it as JSON."""
+        with atomic_path(path) as temporary:
+            temporary.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+
+
+def bench(
+    artifacts: Sequence[str | os.PathLike[str]],
+    *,
+    batches: Sequence[int] = (),
+    iterations: int = 50,
+    warmup: int = 10,
+    inputs: Path | None = None,
+    provider: str | None = None,
+    cuda_graph: bool = False,
+    progress: Callable[[str], None] = lambda text: None,
+) -> BenchReport:
+    """Measure one artifact, or several in turn.
+
+    Made-up inputs do as well as real ones: no shape in an artifact depends on values.
+
+    Args:
+        artifacts: paths; the first is what others are compared with.
+        batches: sizes; none takes the one that the first artifact was compiled with, or the one its profile is tuned
+            for.
+        iterations: calls of each artifact at each size.
+        warmup: calls before, which are not counted.
+        inputs: an .npz of arrays by input name, repeated or cut to each size; None makes them up.
+        provider: for ONNX artifacts: `cpu`, `cuda` or `tensorrt`.
+        cuda_graph: for engines.
+        progress: told what is going on.
+
+    Raises:
+        UsageError: artifacts that take different inputs or sizes, or something that this machine lacks.
+    """
+    paths = [str(path) for path in artifacts]
+    if len(set(paths)) != len(paths) or not paths or iterations < 1 or warmup < 0:
+        raise UsageError("Give different artifacts, at least one iteration, and no negative warm-up.")
+    manifests = {path: read_manifest(Path(path)) for path in paths}
+    sizes = sorted(set(batches)) or [_own_batch(manifests[paths[0]])]
+    feeds = {size: _inputs(manifests, size, inputs) for size in sizes}
+    how = _options(paths, provider=provider, cuda_graph=cuda_graph)
+    engines = {path: Engine(path, **how[path]) for path in paths}
+    for engine in engines.values():
+        for feed in feeds.values():
+            fitted(feed, engine.input_specs)
+    memory = {}
+    for path, engine in engines.items():
+        progress(f"memory of {path}")
+        on_gpu = engine.device.type == "cuda"
+        memory[path] = memory_in_a_process(path, how[path], list(feeds.values()), on_gpu)
+    report = BenchReport(
+        {"iterations": iterations, "warmup": warmup, "inputs": inputs.name if inputs else "made up", "seed": SEED},
+        environment([engine.device for engine in engines.values()]),
+        {path: _described(path, engine) for path, engine in engines.items()},
+    )
+    for index, size in enumerate(sizes):
+        progress(f"batch {size}")
+        samples = alternate(engines, feeds[size], iterations, warmup)
+        report.measurements += [Measurement(path, size, samples[path], memory[path][index]) for path in paths]
+    return report
+
+
+def alternate(
+    engines: Mapping[str, Engine], feed: Mapping[str, Tensor], iterations: int, warmup: int
+) -> dict[str, list[float]]:
+    """Milliseconds of every call by artifact; inputs lie on the device in the right dtypes before.
+
+    Each round calls every artifact, every other round in reverse, so that none is always the first.
+    """
+    fed = {name: fitted(feed, engine.input_specs, engine.device) for name, engine in engines.items()}
+    samples: dict[str, list[float]] = {name: [] for name in engines}
+    for turn in range(warmup + iterations):
+        for name in list(engines)[:: -1 if turn % 2 else 1]:
+            engine = engines[name]
+            synchronize(engine.device)
+            start = time.perf_counter()
+            engine(**fed[name])
+            synchronize(engine.device)
+            if turn >= warmup:
+                samples[name].append(1e3 * (time.perf_counter() - start))
+    return samples
+
+
+# --- What is fed ------------------------------------------------------------------------------------------------------
+
+
+def _own_batch(manifest: Mapping[str, Any]) -> int:
+    profiles = manifest.get("profiles") or ()
+    return Profile.parse(profiles[0]).optimum if profiles else _captured_batch(manifest)
+
+
+def _captured_batch(manifest: Mapping[str, Any]) -> int:
+    shapes = {name: spec["shape"] for name, spec in manifest["inputs"].items()}
+    batched = batch_inputs({name: torch.empty(shape, device="meta") for name, shape in shapes.items()})
+    return int(shapes[batched[0]][0]) if batched else 1
+
+
+def _inputs(manifests: Mapping[str, Mapping[str, Any]], size: int, inputs: Path | None) -> dict[str, Tensor]:
+    """A batch that every artifact takes."""
+    first_path, first = next(iter(manifests.items()))
+    for path, manifest in manifests.items():
+        if set(manifest["inputs"]) != set(first["inputs"]):
+            raise UsageError(
+                f"{path} takes {', '.join(manifest['inputs'])}, and {first_path} {', '.join(first['inputs'])}. Compare "
+                "artifacts of one model."
+            )
+        fixed = _captured_batch(manifest)
+        if not manifest.get("dynamic_batch") and size != fixed:
+            raise UsageError(
+                f"{path} was compiled for a batch of {fixed} and takes no other, such as {size}. Leave --batch out, or "
+                "compile with --dynamic-batch or --profile."
+            )
+    if inputs is not None:
+        return resized_batch([_from_file(inputs, first)], size)
+    prompts = [PromptPlace(**place) for place in (first.get("plan") or {}).get("prompts", ())]
+    made = Samples(kinds_of(first), prompts, padded=False, seed=SEED).batch(size)
+    return {name: made[name] for name in first["inputs"]}
+
+
+def _from_file(path: Path, manifest: Mapping[str, Any]) -> dict[str, Tensor]:
+    arrays = read_arrays(path)
+    missing = [name for name in manifest["inputs"] if name not in arrays]
+    if missing:
+        raise UsageError(f"{path} has no array {missing[0]}; it has {', '.join(arrays)}.")
+    given = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    check_prompts(manifest, given)
+    return {name: given[name] for name in manifest["inputs"]}
+
+
+# --- What it runs on --------------------------------------------------------------------------------------------------
+
+
+def _options(paths: Sequence[str], **given: Any) -> dict[str, dict[str, Any]]:
+    """Of every artifact, the options that its format has; each option must be for one of them."""
+    formats = {path: format_of(Path(path)) for path in paths}
+    for name, value in given.items():
+        if value and not any(name in known.options for known in formats.values()):
+            flag = f"--{name.replace('_', '-')}"
+            raise UsageError(f"{flag} is for {takers(name)}, and none of these is one. Leave it out.")
+    return {path: {n: v for n, v in given.items() if n in known.options} for path, known in formats.items()}
+
+
+def _described(path: str, engine: Engine) -> dict[str, Any]:
+    said = ("dtype", "schedule_sha256", "tokens", "builder", "builder_version", "versions", "profiles")
+    plan = engine.manifest.get("plan")
+    return {
+        "sha256": sha256_file(path),
+        "bytes": artifact_bytes(Path(path)),
+        "provider": engine.provider,
+        "device": str(engine.device),
+        "reduced_by": reduced_by(engine.manifest),
+        "fewer_multiply_adds": plan["multiply_adds"]["ratio"] if plan else None,
+        **{name: engine.manifest.get(name) for name in said},
+    }
+
+
+def environment(devices: Sequence[torch.device] = ()) -> dict[str, Any]:
+    """The machine: processor, cores, load, versions, and the GPUs among `devices`."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "cpu": _processor(),
+        "cores": os.cpu_count(),
+        "usable_cores": usable,
+        "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
+        "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "python": platform.python_version(),
+        "versions": library_versions(),
+        "gpus": {str(device): _gpu(device) for device in devices if device.type == "cuda"},
+    }
+
+
+def _gpu(device: torch.device) -> dict[str, Any]:
+    about = torch.cuda.get_device_properties(device)
+    return {
+        "name": about.name,
+        "compute_capability": f"{about.major}.{about.minor}",
+        "memory_bytes": about.total_memory,
+        "cuda": torch.version.cuda,
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")

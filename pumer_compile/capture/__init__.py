@@ -1,0 +1,1 @@
+"""A model as a graph, with its inputs: loading, checking, tracing, samples."""

@@ -1,0 +1,444 @@
+"""From a model to a `Program`: its graph, as pre-decomposition ATen operators, with static token counts.
+
+transformers' models go through transformers' own dynamo exporter (its patches and our frontends are installed
+while it traces), any other `nn.Module` through `torch.export` directly, and an `ExportedProgram` is taken as
+it is. The model object is left as it was found, also when the capture fails.
+"""
+
+from __future__ import annotations
+
+import inspect
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+from torch.utils._pytree import tree_leaves, tree_structure, tree_unflatten
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.exporters.configs import DynamoConfig
+from transformers.exporters.exporter_dynamo import DynamoExporter
+from transformers.exporters.utils import apply_patches
+
+from .. import frontends  # noqa: F401  (importing it registers the rewrites that tracing needs)
+from ..analysis.nodes import describe
+from ..analysis.outputs import drop_unasked, join_features, select_outputs
+from ..errors import CaptureError, PumerError, UsageError
+from ..passes.fold_masks import fold_masks, masks_of
+from .blocks import inline_blocks
+from .inputs import (
+    check_exported_inputs,
+    check_inputs,
+    constant_inputs,
+    describe_inputs,
+    example_inputs,
+    explain_inputs,
+    exported_inputs,
+    fixed_inputs,
+)
+from .loading import LoadedModel, first_line, quiet
+
+
+@dataclass(frozen=True)
+class Program:
+    """A captured model.
+
+    `module` is the unlifted, pre-decomposition ATen graph. It is called with the model's inputs by keyword
+    and returns the model's own output type; its parameters are the model's own `nn.Parameter` objects under
+    their own names (a weight is never copied), so training it trains the model. `inputs` are the sample
+    inputs it was captured with, by forward argument and in forward order, cast to the model's floating dtype
+    and device; their batch is 2 where the batch is dynamic and the sample had a batch of 1. `outputs` are the
+    names that were asked for; with any, the module returns a dictionary of them. `fixed` are inputs whose numbers the
+    model looked at while it was traced (the sizes of images that are cut into crops): the graph is for these alone and
+    does not read them. `unpadded` are those of them that are masks, of ones. `constant` are inputs that the model takes
+    as well, and the value that, everywhere in them, is as good as leaving them out (token types of zeros).
+    """
+
+    module: fx.GraphModule
+    inputs: dict[str, Tensor]
+    dynamic_batch: bool = False
+    model: nn.Module | None = None
+    streams: dict[str, str] = field(default_factory=dict)
+    checkpoint_sha256: str | None = None
+    outputs: tuple[str, ...] = ()
+    fixed: tuple[str, ...] = ()
+    unpadded: tuple[str, ...] = ()
+    constant: dict[str, int] = field(default_factory=dict)
+
+
+def capture(
+    model: nn.Module | ExportedProgram | LoadedModel,
+    inputs: Mapping[str, Tensor] | None = None,
+    *,
+    dynamic_batch: bool = False,
+    streams: Mapping[str, str] | None = None,
+    outputs: Sequence[str] | None = None,
+    padding: bool = True,
+) -> Program:
+    """Capture `model` as a graph, in eval mode, with the shapes of `inputs` (tensors by forward argument).
+
+    `dynamic_batch` keeps dimension 0 symbolic for every input that has the batch there; all other sizes are
+    fixed. `streams` names the token stream that an input starts (`{"input_ids": "text"}`) where the graph
+    alone does not say. `outputs` keeps only some outputs, by name (`["itm_score"]`). Without `padding` masks of ones
+    are written into the graph, which then reads none: it is for inputs that are never padded.
+    `inputs` may be left out for an `ExportedProgram` that holds its example inputs.
+
+    Raises UsageError for inputs that do not fit the model and CaptureError for a model that cannot be traced.
+    """
+    sha256: str | None = None
+    if isinstance(model, LoadedModel):
+        sha256, model = model.sha256, model.source
+    inputs = _apart(inputs) if isinstance(inputs, Mapping) else inputs
+    if isinstance(model, ExportedProgram):
+        program = _from_exported(model, inputs, dynamic_batch)
+    else:
+        if inputs is None:
+            raise UsageError(
+                f"No sample inputs were given for {type(model).__name__}. A capture fixes every token count, "
+                "so it needs one tensor for each input of the model; make_inputs() makes random ones for a "
+                "transformers model."
+            )
+        program = _from_module(model, inputs, dynamic_batch)
+    unknown = [name for name in streams or {} if name not in program.inputs]
+    if unknown:
+        raise UsageError(
+            f"streams names the input {unknown[0]!r}, but the captured inputs are {', '.join(program.inputs)}."
+        )
+    join_features(program.module)
+    if outputs:
+        select_outputs(program.module, outputs)
+    else:
+        drop_unasked(program.module)
+    program = replace(program, streams=dict(streams or {}), checkpoint_sha256=sha256, outputs=tuple(outputs or ()))
+    return program if padding else _without_padding(program)
+
+
+def _apart(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """One tensor for each input: a trace takes one that is given twice (`labels=ids`) for one input."""
+    apart: dict[str, Tensor] = {}
+    for name, tensor in inputs.items():
+        again = isinstance(tensor, Tensor) and any(tensor is other for other in apart.values())
+        apart[name] = tensor.clone() if again else tensor
+    return apart
+
+
+def _without_padding(program: Program) -> Program:
+    masks = masks_of(program.inputs)
+    fold_masks(program.module, masks, program.inputs)
+    return replace(program, fixed=(*program.fixed, *masks), unpadded=tuple(masks))
+
+
+# transformers' exporter looks at these before it traces; on the meta device there is nothing to see.
+_READ_AS_NUMBERS = ("image_sizes",)
+
+
+def _from_module(model: nn.Module, inputs: Mapping[str, Tensor], dynamic_batch: bool) -> Program:
+    sample = check_inputs(model, inputs)
+    sample |= {n: inputs[n] for n in _READ_AS_NUMBERS if n in sample and sample[n].is_meta}
+    shapes = None
+    if dynamic_batch:
+        sample, shapes = symbolic_batch(sample)
+    with left_as_found(model), quiet():
+        set_for_inference(model)
+        try:
+            exported = _export(model, sample, shapes)
+            graph = plain_graph_module(exported)
+            _refuse_training(graph, "Make it follow self.training")
+            fixed = _without_numbers(graph, fixed_inputs(exported), sample)
+            constant = constant_inputs(model, sample)
+        except PumerError:
+            raise
+        except Exception as error:
+            raise _failure(model, sample, dynamic_batch, error) from error
+    # On the meta device (a plan of a model too large to hold) ids are kept: they say where an image stands in a prompt.
+    kept = {n: inputs[n] if t.is_meta and not t.is_floating_point() else t for n, t in sample.items()}
+    return Program(graph, kept, dynamic_batch, model, fixed=fixed, constant=constant)
+
+
+def set_for_inference(model: nn.Module) -> None:
+    """Put a model in eval mode, without its loss; `left_as_found` undoes it."""
+    for module in model.modules():
+        # Not eval(): a model may override it with work that nothing undoes.
+        module.training = False
+        config = getattr(module, "config", None)
+        if isinstance(config, PreTrainedConfig) and getattr(config, "return_loss", False):
+            config.return_loss = False  # transformers traces no loss
+
+
+def _export(model: nn.Module, sample: dict[str, Tensor], shapes: dict[str, Any] | None) -> ExportedProgram:
+    # With gradients: otherwise the graph does not say what the model itself computes without.
+    with torch.inference_mode(False), torch.enable_grad(), _gradient_blocks():
+        if isinstance(model, PreTrainedModel):
+            exported = DynamoExporter().export(model, dict(sample), DynamoConfig(dynamic_shapes=shapes))
+            # transformers 5.17 returns the program itself, later versions wrap it.
+            program: ExportedProgram = exported if isinstance(exported, ExportedProgram) else exported.program
+            return program
+        # A plain module around a transformers model needs the patches of that model as well.
+        wraps = any(isinstance(module, PreTrainedModel) for module in model.modules())
+        with apply_patches("dynamo") if wraps else nullcontext(), _named_arguments(model, sample):
+            return torch.export.export(model, args=(), kwargs=sample, dynamic_shapes=shapes, strict=False)
+
+
+@contextmanager
+def _gradient_blocks() -> Iterator[None]:
+    """Let torch.export see what a forward computes without gradients: transformers' exporter switches them off for the
+    whole trace, and `inference_mode` leaves nothing in a graph, where `no_grad` does."""
+    export, mode = torch.export.export, torch.inference_mode
+
+    def with_gradients(*args: Any, **kwargs: Any) -> ExportedProgram:
+        with torch.enable_grad():
+            return export(*args, **kwargs)
+
+    def enter(self: Any) -> None:
+        self._pumer_before = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(not self.mode)
+
+    def leave(self: Any, *_: Any) -> None:
+        torch._C._set_grad_enabled(self._pumer_before)
+
+    with (
+        mock.patch.object(torch.export, "export", with_gradients),
+        mock.patch.object(mode, "__enter__", enter),
+        mock.patch.object(mode, "__exit__", leave),
+    ):
+        yield
+
+
+@contextmanager
+def _named_arguments(model: nn.Module, sample: Mapping[str, Tensor]) -> Iterator[None]:
+    """Let a forward that takes any keyword (an adapter, a wrapper) take the sample's by name: torch.export finds no
+    dynamic shapes for `**kwargs`. `left_as_found` undoes it also where the block raises."""
+    parameters = inspect.signature(model.forward).parameters
+    if all(name in parameters for name in sample):
+        yield
+        return
+    original, own = model.forward, "forward" in vars(model)
+
+    def forward(**kwargs: Any) -> Any:
+        return original(**kwargs)
+
+    kind = inspect.Parameter.KEYWORD_ONLY
+    forward.__signature__ = inspect.Signature([inspect.Parameter(name, kind) for name in sample])  # type: ignore[attr-defined]
+    model.forward = forward
+    try:
+        yield
+    finally:
+        if own:
+            model.forward = original
+        else:
+            del model.forward
+
+
+def symbolic_batch(sample: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The sample with a batch of at least 2 (torch.export specialises 0 and 1), and its dynamic shapes."""
+    batched = batch_inputs(sample)
+    batch = torch.export.Dim("batch")
+    shapes = {name: {0: batch} if name in batched else None for name in sample}
+    if any(sample[name].shape[0] == 1 for name in batched):
+        sample = {name: torch.cat([t, t]) if name in batched else t for name, t in sample.items()}
+    return sample, shapes
+
+
+def batch_inputs(sample: Mapping[str, Tensor]) -> list[str]:
+    """The inputs with the batch on dimension 0: those as long there as the token ids, or else as the first input."""
+    tensors = {name: tensor for name, tensor in sample.items() if tensor.ndim > 0}
+    if not tensors:
+        return []
+    batch = tensors.get("input_ids", next(iter(tensors.values()))).shape[0]
+    return [name for name, tensor in tensors.items() if tensor.shape[0] == batch]
+
+
+def _failure(model: nn.Module, sample: dict[str, Tensor], dynamic_batch: bool, error: Exception) -> PumerError:
+    """The error for a failed trace: the inputs' fault where the model itself refuses them, else the trace's."""
+    name, given, line = type(model).__name__, describe_inputs(sample), first_line(error)
+    refusal = _refusal(model, sample)
+    if refusal is not None:
+        fault, said = explain_inputs(model, sample), f"{name} itself ends with {first_line(refusal)}"
+        if fault or not any(tensor.is_meta for tensor in sample.values()):
+            return UsageError(f"{name} does not take these inputs ({given}): {f'{fault}. ' if fault else ''}{said}.")
+    remedy = (
+        "Capture with a static batch, or find where the model reads the batch size as a number."
+        if dynamic_batch
+        else "If the inputs are right, the model needs a change that torch.export can trace, or a frontend."
+    )
+    return CaptureError(f"torch.export could not trace {name} with the inputs {given}: {line}{_where(error)}. {remedy}")
+
+
+def _refusal(model: nn.Module, sample: Mapping[str, Tensor]) -> Exception | None:
+    """What a model in eager PyTorch says of inputs that it does not take."""
+    try:
+        with torch.no_grad():
+            model(**sample)
+    except Exception as error:  # a model may raise anything
+        return error
+    return None
+
+
+def _where(error: Exception) -> str:
+    """The line of the model's code that a trace ended at."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.name != "<lambda>"]
+    own = [
+        f for f in frames if not {"torch", "pumer_compile", "exporters", "contextlib.py"} & {*Path(f.filename).parts}
+    ]
+    return f", at {own[-1].filename}:{own[-1].lineno}" if own else ""
+
+
+def _from_exported(exported: ExportedProgram, inputs: Mapping[str, Tensor] | None, dynamic_batch: bool) -> Program:
+    expected = exported_inputs(exported)
+    symbolic = any(t.ndim > 0 and not isinstance(t.shape[0], int) for t in expected.values())
+    if dynamic_batch and not symbolic:
+        raise UsageError(
+            "A dynamic batch was asked for, but the torch.export archive has a fixed one "
+            f"({describe_inputs(expected)}). Export it again with torch.export.Dim on dimension 0."
+        )
+    sample = check_exported_inputs(exported, example_inputs(exported) if inputs is None else inputs)
+    if symbolic:
+        sample = symbolic_batch(sample)[0]
+    with quiet():
+        module = plain_graph_module(exported)
+        _refuse_training(module, "Export it again after model.eval()")
+        fixed = _without_numbers(module, fixed_inputs(exported), sample)
+        return Program(module, sample, symbolic, fixed=fixed)
+
+
+# --- The graph ----------------------------------------------------------------------------------------------
+
+_CHECKS = frozenset(
+    {
+        torch.ops.aten._assert_tensor_metadata.default,
+        torch.ops.aten._assert_scalar.default,
+        torch.ops.aten._assert_async.default,
+        torch.ops.aten._assert_async.msg,
+        torch.ops.aten.sym_constrain_range.default,
+        torch.ops.aten.sym_constrain_range_for_size.default,
+    }
+)
+
+
+def plain_graph_module(exported: ExportedProgram) -> fx.GraphModule:
+    """The unlifted graph of `exported` as a plain `fx.GraphModule`, without checks of shapes and dtypes.
+
+    The checks would refuse the shapes that reduction gives. `exported.module()` itself cannot be trained (its
+    `train` and `eval` raise); the copy shares its graph, parameters and buffers and can. Buffers that are in
+    no state dict of the model stay out of the copy's.
+    """
+    with_parameter = "check_guards" in inspect.signature(exported.module).parameters
+    unlifted = exported.module(check_guards=False) if with_parameter else exported.module()
+    inline_blocks(unlifted)
+    for node in list(unlifted.graph.nodes):
+        if node.target in _CHECKS or (node.op == "call_module" and node.target == "_guards_fn"):
+            _erase(node)
+    module = fx.GraphModule(unlifted, unlifted.graph)
+    for name, _ in list(module.named_buffers()):
+        if name not in exported.state_dict:
+            owner, _, buffer = name.rpartition(".")
+            module.get_submodule(owner)._non_persistent_buffers_set.add(buffer)
+    return module.eval()
+
+
+def _without_numbers(
+    module: fx.GraphModule, fixed: Mapping[str, Tensor], sample: Mapping[str, Tensor]
+) -> tuple[str, ...]:
+    """Let a graph take a tensor, which it does not read, for each input that was traced as numbers; their names."""
+    if not fixed:
+        return ()
+    graph = module.graph
+    placeholders = list(graph.find_nodes(op="placeholder"))
+    mode = next(n.meta["val"].fake_mode for n in placeholders if isinstance(n.meta.get("val"), Tensor))
+    info = vars(graph._codegen)["pytree_info"]
+    args, kwargs = tree_unflatten(placeholders, info.in_spec)
+    taken = dict(zip(info.orig_args, (*args, *kwargs.values()), strict=True))
+    for name in fixed:
+        numbers = tree_leaves(taken[name])
+        with graph.inserting_before(numbers[0]):
+            tensor = graph.placeholder(name)
+        tensor.meta["val"] = mode.from_tensor(sample[name], static_shapes=True)
+        for node in numbers:
+            node.replace_all_uses_with(node.meta["val"])
+            graph.erase_node(node)
+        taken[name] = tensor
+    ordered = list(taken.values())
+    spec = tree_structure((tuple(ordered[: len(args)]), dict(zip(kwargs, ordered[len(args) :], strict=True))))
+    vars(graph._codegen)["pytree_info"] = info._replace(in_spec=spec)
+    module.recompile()
+    return tuple(fixed)
+
+
+def _refuse_training(module: fx.GraphModule, remedy: str) -> None:
+    """Raise CaptureError where a graph does what models do in training only: draw random numbers for dropout, or take
+    the statistics of the batch where a norm has running ones."""
+    for node in module.graph.nodes:
+        if isinstance(node.target, torch._ops.OpOverload) and (fault := _training(node.target, node)):
+            raise CaptureError(f"{describe(node)} {fault}, as in training; an artifact would too. {remedy}.")
+
+
+def _training(target: torch._ops.OpOverload, node: fx.Node) -> str:
+    """What an operator does that only training wants, or ''."""
+    said = {a.name: a.default_value for a in target._schema.arguments}
+    said |= dict(zip(said, node.args, strict=False)) | node.kwargs
+    # `native_dropout` takes None for True.
+    rate = (
+        said.get("dropout_p", 0)
+        if "train" not in said
+        else said["train"] is not False and said.get("p", said.get("dropout"))
+    )
+    if rate:
+        return f"drops at random (rate {rate:g})"
+    if said.get("training", said.get("use_input_stats")) is True:
+        if "running_mean" not in said:
+            return "draws random slopes"
+        return "takes the statistics of the batch" if said["running_mean"] is not None else ""
+    return ""
+
+
+def _erase(node: fx.Node) -> None:
+    """Erase a node without users, and what only it used."""
+    feeders = node.all_input_nodes
+    node.graph.erase_node(node)
+    for feeder in feeders:
+        if not feeder.users and feeder.op == "call_function" and not feeder.is_impure():
+            _erase(feeder)
+
+
+# --- The model object ---------------------------------------------------------------------------------------
+
+
+@contextmanager
+def left_as_found(model: nn.Module) -> Iterator[None]:
+    """Put back, after the block, every attribute of the model's modules and configs that the block rebound.
+
+    Training flags, an instance's own `forward`, parameters and buffers swapped while tracing, cached tensors,
+    settings on a config. Exporters undo most of what they do themselves, but not all of it, and not always
+    after an error.
+    """
+    before = [(namespace, dict(namespace)) for namespace in _namespaces(model)]
+    gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for namespace, saved in before:
+            if list(namespace) != list(saved) or any(namespace[name] is not saved[name] for name in saved):
+                namespace.clear()
+                namespace.update(saved)
+        for parameter, requires_grad in gradients:
+            parameter.requires_grad_(requires_grad)
+
+
+def _namespaces(model: nn.Module) -> Iterator[dict[str, Any]]:
+    """The dictionaries that hold the state of a model's modules and of their configs, each once."""
+    seen: set[int] = set()
+    pending: list[Any] = list(model.modules())
+    while pending:
+        owner = pending.pop()
+        if id(owner) in seen:
+            continue
+        seen.add(id(owner))
+        attributes = vars(owner)
+        yield attributes
+        yield from (value for value in attributes.values() if isinstance(value, dict))  # _parameters, _buffers, hooks
+        pending += [value for value in attributes.values() if isinstance(value, PreTrainedConfig)]

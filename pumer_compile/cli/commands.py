@@ -1,0 +1,612 @@
+"""The commands: `pumer-compile MODEL ...` compiles; `parity` proves an artifact; `plan` writes nothing."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import json
+import logging
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.logging import RichHandler
+
+from ..errors import BAD_USAGE, ParityError, PumerError, UsageError, exit_code_of
+from . import options as opt
+from .tables import console, gained, print_bench, print_plan, print_report, say, shapes, size, status, summary
+
+EXAMPLES = """
+Examples. Compile a fine-tuned model to a reduced ONNX model, proved against eager PyTorch before it is written:
+
+    pumer-compile MODEL --schedule vilt-vqa -o model.onnx
+
+Look at the token counts and the arithmetic first:
+
+    pumer-compile plan MODEL --schedule schedule.yaml
+
+Prove an artifact again, on your own inputs:
+
+    pumer-compile parity model.onnx --model MODEL --inputs samples.npz
+
+MODEL is a save_pretrained folder, a torch.export archive, a checkpoint, or the id of a model in the Hugging Face
+Hub's local cache. SCHEDULE is a YAML file, `none`, or a preset: vilt-vqa, vilt-nlvr2, vilt-ve, vilt-irtr, meter-vqa,
+meter-ve, meter-nlvr2, meter-irtr, meter-vqa-tower, meter-ve-tower, lossless.
+
+Exit codes: 0 done, 1 failed, 2 bad usage, 3 parity failed.
+"""
+PARITY_EXAMPLES = """
+Examples. On random samples with padding, on your own inputs, with a tolerance for one output:
+
+    pumer-compile parity model.onnx --model MODEL
+
+    pumer-compile parity model.onnx --model MODEL --inputs samples.npz
+
+    pumer-compile parity model.onnx --model MODEL --atol logits=1e-3
+
+Keep what the artifact was given and gave, and replay it with Polygraphy:
+
+    pumer-compile parity model.onnx --model MODEL --save-inputs in.json --save-outputs out.json
+
+    polygraphy run model.onnx --onnxrt --load-inputs in.json --load-outputs out.json
+"""
+PLAN_EXAMPLES = """
+Examples. A table for a preset, then JSON for a schedule of your own and shorter texts:
+
+    pumer-compile plan MODEL --schedule vilt-vqa
+
+    pumer-compile plan MODEL --schedule schedule.yaml --text-length 20 --json
+"""
+
+BENCH_EXAMPLES = """
+Examples. One artifact; the reduced one beside the unreduced one, at two batch sizes; on a GPU, with every sample:
+
+    pumer-compile bench model.onnx
+
+    pumer-compile bench model.onnx --vs unreduced.onnx --batch 1 --batch 8
+
+    pumer-compile bench model.engine --cuda-graph --json bench.json
+
+Inputs and outputs lie on the device; copies to it are not counted. The artifacts take turns in one process; the
+memory of each is what it adds to a process of its own.
+"""
+TRITON_EXAMPLES = """
+Examples. Serve a compiled artifact; or let the compilation do it:
+
+    pumer-compile triton model.onnx models --name vqa --max-batch-size 16
+
+    pumer-compile MODEL -s vilt-vqa -o vqa.onnx --triton-repository models
+
+    tritonserver --model-repository models
+"""
+
+
+def _epilog(examples: str) -> str:
+    """Paragraphs as typer keeps them apart."""
+    return examples.replace("\n\n", "\n\n\n")
+
+
+app = typer.Typer(
+    name="pumer-compile",
+    help="Make vision-language transformers cheap to serve: reduce tokens at compile time.",
+    epilog=_epilog(EXAMPLES),
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["--help", "-h"]},
+)
+log = logging.getLogger("pumer_compile")
+
+
+def _readable_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """Errors become one paragraph and the documented exit code; `-v` adds the traceback."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        verbose = bool(kwargs.get("verbose"))
+        # Errors go to the other console, in any case.
+        console.quiet = bool(kwargs.get("quiet"))
+        _set_up_logging(verbose, quiet=console.quiet)
+        try:
+            if verbose and console.quiet:
+                raise UsageError("--verbose and --quiet exclude each other; choose one.")
+            command(*args, **kwargs)
+        except PumerError as error:
+            _fail(error, str(error), verbose)
+        except MemoryError as error:
+            _fail(error, "The machine ran out of memory. Try a smaller --batch.", verbose)
+        except OSError as error:
+            _fail(error, f"{error.strerror or error}: {error.filename or ''}".rstrip(": "), verbose)
+        except (typer.Exit, typer.Abort):
+            raise
+        except Exception as error:
+            # A defect of ours: say so, without burying the user in a traceback that -v gives.
+            text = " ".join(str(error).split())[:400]
+            _fail(error, f"Unexpected {type(error).__name__}: {text} (run with -v for a traceback).", verbose)
+
+    return run
+
+
+def _fail(error: BaseException, message: str, verbose: bool) -> None:
+    if verbose:
+        traceback.print_exception(error)
+    _say_error(message)
+    raise typer.Exit(exit_code_of(error))
+
+
+def _say_error(message: str) -> None:
+    status.print(f"error: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
+
+
+def _set_up_logging(verbose: bool, *, quiet: bool) -> None:
+    log.handlers = [RichHandler(console=status, show_path=False, show_time=False)]
+    log.setLevel(logging.INFO if verbose else logging.ERROR if quiet else logging.WARNING)
+    log.propagate = False
+
+
+@contextmanager
+def _stage(text: str) -> Iterator[Callable[[str], None]]:
+    """Say what is going on: a spinner on a terminal, which the yielded function adds to, a line elsewhere."""
+    if console.quiet:
+        yield lambda step: None
+    elif status.is_terminal:
+        with status.status(f"{text} ...") as spinner:
+            yield lambda step: spinner.update(f"{text}: {step} ...")
+    else:
+        status.print(f"{text} ...", markup=False, highlight=False, soft_wrap=True)
+        yield lambda step: None
+
+
+@app.command("compile", epilog=_epilog(EXAMPLES))
+@_readable_errors
+def compile_(
+    model: opt.Model,
+    schedule: opt.ScheduleName,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="OUT.onnx", help="Artifact to write.", rich_help_panel=opt.SERVING)
+    ],
+    semantics: opt.SemanticsName = None,
+    config: opt.Config = None,
+    allow_pickle: opt.AllowPickle = False,
+    inputs: opt.Inputs = None,
+    batch: opt.Batch = None,
+    text_length: opt.TextLength = None,
+    image_size: opt.ImageSize = None,
+    dynamic_batch: Annotated[
+        bool, typer.Option("--dynamic-batch", help="Leave the batch size open.", rich_help_panel=opt.FORMAT)
+    ] = False,
+    no_padding: opt.NoPadding = False,
+    stream: opt.Streams = None,
+    outputs: opt.Outputs = None,
+    component: opt.Component = None,
+    dtype: opt.Dtype = None,
+    quantize: opt.Quantize = None,
+    quantize_mode: opt.QuantizeMode = None,
+    calibration: opt.Calibration = None,
+    profile: opt.Profiles = None,
+    opset: Annotated[
+        int | None, typer.Option("--opset", help="ONNX opset, 18 or newer (default 20).", rich_help_panel=opt.ONNX)
+    ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            "--target",
+            help="onnxruntime-cpu or onnxruntime-cuda, for its fused operators; tensorrt, for its forms.",
+            show_default=False,
+            rich_help_panel=opt.ONNX,
+        ),
+    ] = None,
+    lean: opt.Lean = None,
+    builder: opt.Builder = None,
+    compute_capability: opt.ComputeCapability = None,
+    timing_cache: opt.TimingCache = None,
+    optimization_level: opt.OptimizationLevel = None,
+    workspace: opt.Workspace = None,
+    layer_info: opt.LayerInfo = None,
+    version_compatible: opt.VersionCompatible = False,
+    with_decisions: Annotated[
+        bool,
+        typer.Option(
+            "--with-decisions", help="Give every reducer's decisions as extra outputs.", rich_help_panel=opt.SERVING
+        ),
+    ] = False,
+    triton_repository: opt.TritonRepository = None,
+    no_verify: Annotated[
+        bool,
+        typer.Option(
+            "--no-verify", help="Publish without the parity check (the manifest says so).", rich_help_panel=opt.PROOF
+        ),
+    ] = False,
+    atol: opt.Atol = None,
+    rtol: opt.Rtol = None,
+    report: opt.Report = None,
+    dump_graph: opt.DumpGraph = None,
+    verbose: opt.Verbose = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Compile MODEL to a reduced artifact (the default command)."""
+    from ..files import check_writable
+
+    check_writable(output)
+    chosen = opt.load_schedule(schedule, semantics)
+    opt.check_component(component, outputs, chosen)
+
+    from ..exporters import check_exporter, export, exporter_options  # loads torch: nobody waits for that with a typo
+    from ..parity.report import save_report
+
+    options = exporter_options(
+        output,
+        dtype=dtype,
+        quantize=quantize,
+        quantize_mode=quantize_mode,
+        calibration=calibration,
+        profiles=opt.profiles(profile),
+        opset=opset,
+        target=target,
+        lean=opt.lean(lean),
+        builder=builder,
+        compute_capabilities=opt.compute_capabilities(compute_capability),
+        timing_cache=timing_cache,
+        optimization_level=optimization_level,
+        workspace=workspace,
+        layer_info=layer_info,
+        version_compatible=version_compatible or None,
+    )
+    if triton_repository is not None:
+        from ..exporters.triton import check_compilation
+
+        check_compilation(triton_repository, output, options)
+    open_batch = dynamic_batch or bool(profile)
+    check_exporter(output, options, dynamic_batch=open_batch, verify=not no_verify)
+    absolute, relative = opt.tolerance(atol), opt.tolerance(rtol)
+    if report is not None:
+        check_writable(report)
+    program = _captured(
+        model,
+        config,
+        allow_pickle,
+        inputs,
+        (batch, text_length, image_size),
+        open_batch,
+        stream,
+        outputs,
+        component,
+        padding=not no_padding,
+    )
+    reduced = _reduced(program, chosen, dump_graph)
+    with _stage("exporting" if no_verify else "exporting and proving") as progress:
+        try:
+            done = export(
+                reduced,
+                output,
+                options=options,
+                with_decisions=with_decisions or component is not None,
+                verify=not no_verify,
+                atol=absolute,
+                rtol=relative,
+                progress=progress,
+            )
+        except ParityError as error:
+            if error.report is not None:
+                if report is not None:
+                    save_report(error.report, report)
+                print_report(error.report)
+            raise
+    if done.report is not None:
+        print_report(done.report, whole=verbose or report is not None)
+        if report is not None:
+            save_report(done.report, report)
+    if chosen is not None and (verbose or report is not None):
+        print_plan(reduced.plan, reduced.schedule)
+    _say_what_was_written(done, reduced if chosen is not None else None)
+    if triton_repository is not None:
+        _write_triton(triton_repository, output.stem, output)
+
+
+def _say_what_was_written(done: Any, reduced: Any) -> None:
+    """Size, proof, meaning, shapes, gain, and what comes next."""
+    from ..artifacts.manifest import artifact_bytes
+
+    said = done.manifest
+    if done.report is None:
+        proved = "not verified"
+    elif done.report.stand_in:
+        proved = f"not executed; {done.report.stand_in} was proved against eager PyTorch: {summary(done.report)}"
+    else:
+        proved = f"proved against eager PyTorch: {summary(done.report)}"
+    say(f"Wrote {done.path} ({size(artifact_bytes(done.path))}) and {done.manifest_path}; {proved}.")
+    how = "not reduced" if reduced is None else f"{reduced.schedule.described}; multiply-adds: {gained(reduced.plan)}"
+    say(f"{how[0].upper()}{how[1:]}.")
+    fixed = {name: spec["shape"] for name, spec in said["inputs"].items()}
+    say(f"Fixed shapes: {shapes(fixed, open_batch=bool(said['dynamic_batch']))}.")
+    say(f"Next: pumer-compile bench {done.path}")
+
+
+@app.command("parity", epilog=_epilog(PARITY_EXAMPLES))
+@_readable_errors
+def parity_(
+    artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Made by pumer-compile.")],
+    model: Annotated[Path, typer.Option("--model", "-m", metavar="MODEL", help="What it was compiled from.")],
+    config: opt.Config = None,
+    allow_pickle: opt.AllowPickle = False,
+    inputs: opt.Inputs = None,
+    atol: opt.Atol = None,
+    rtol: opt.Rtol = None,
+    provider: opt.Provider = None,
+    save_inputs: opt.SaveInputs = None,
+    save_outputs: opt.SaveOutputs = None,
+    report: opt.Report = None,
+    verbose: opt.Verbose = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Prove an artifact against the reduced model in eager PyTorch; exit code 3 when it fails."""
+    from ..artifacts.manifest import read_manifest, reduced_by
+    from ..artifacts.session import check_runtime
+    from ..capture.inputs import load_inputs
+    from ..capture.loading import load_model
+    from ..files import check_writable
+    from ..parity.artifact import parity
+    from ..parity.replay import check_recording
+    from ..parity.report import save_report
+
+    absolute, relative = opt.tolerance(atol), opt.tolerance(rtol)
+    manifest = read_manifest(artifact)
+    check_recording(manifest, save_inputs, save_outputs)
+    check_runtime(artifact, manifest, provider=provider)
+    if report is not None:
+        check_writable(report)
+    with _stage(f"loading {model}"):
+        loaded = load_model(model, config=config, allow_pickle=allow_pickle)
+        samples = None if inputs is None else load_inputs(inputs, loaded.source)
+    with _stage("comparing"):
+        result = parity(
+            artifact,
+            loaded,
+            samples,
+            atol=absolute,
+            rtol=relative,
+            provider=provider,
+            save_inputs=save_inputs,
+            save_outputs=save_outputs,
+        )
+    if report is not None:
+        save_report(result, report)
+    print_report(result, whole=verbose or report is not None or not result.passed)
+    if not result.passed:
+        raise ParityError(f"Parity failed: {result.failures()}.")
+    how = reduced_by(manifest)
+    say(f"{artifact} agrees with eager PyTorch ({how}; {result.dtype}, {result.provider}): {summary(result)}.")
+
+
+@app.command("plan", epilog=_epilog(PLAN_EXAMPLES))
+@_readable_errors
+def plan_(
+    model: opt.Model,
+    schedule: opt.ScheduleName,
+    semantics: opt.SemanticsName = None,
+    config: opt.Config = None,
+    allow_pickle: opt.AllowPickle = False,
+    inputs: opt.Inputs = None,
+    batch: opt.Batch = None,
+    text_length: opt.TextLength = None,
+    image_size: opt.ImageSize = None,
+    stream: opt.Streams = None,
+    no_padding: opt.NoPadding = False,
+    outputs: opt.Outputs = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    dump_graph: opt.DumpGraph = None,
+    verbose: opt.Verbose = False,
+) -> None:
+    """Show token counts and multiply-adds of one sample, before and after; write nothing."""
+    if schedule == "none":
+        raise UsageError("`--schedule none` reduces nothing, so there is no plan. Name a schedule file or a preset.")
+    sizes = (batch, text_length, image_size)
+    chosen = opt.load_schedule(schedule, semantics)
+    program = _captured(model, config, allow_pickle, inputs, sizes, False, stream, outputs, padding=not no_padding)
+    reduced = _reduced(program, chosen, dump_graph)
+    if as_json:
+        said = reduced.schedule.model_dump(mode="json", exclude_none=True)
+        print(json.dumps({"schedule": said, **reduced.plan.to_dict()}, indent=2))
+    else:
+        print_plan(reduced.plan, reduced.schedule)
+        say(f"Fixed shapes: {shapes({name: tensor.shape for name, tensor in program.inputs.items()})}.")
+        asked = f" --semantics {semantics}" if semantics else ""
+        asked += f" --inputs {inputs}" if inputs else ""
+        say(f"Next: pumer-compile {model} --schedule {schedule}{asked} -o model.onnx")
+
+
+@app.command("bench", epilog=_epilog(BENCH_EXAMPLES))
+@_readable_errors
+def bench_(
+    artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Made by pumer-compile.")],
+    vs: Annotated[
+        list[Path] | None,
+        typer.Option("--vs", metavar="OTHER", help="Alternate with another artifact; may be repeated."),
+    ] = None,
+    batch: Annotated[
+        list[int] | None,
+        typer.Option("--batch", min=1, help="Batch size, of an open batch; may be repeated.", show_default=False),
+    ] = None,
+    iterations: Annotated[int, typer.Option("--iterations", "-n", min=1, help="Calls that are counted.")] = 50,
+    warmup: Annotated[int, typer.Option("--warmup", min=0, help="Calls before them.")] = 10,
+    inputs: opt.Inputs = None,
+    provider: opt.Provider = None,
+    cuda_graph: Annotated[bool, typer.Option("--cuda-graph", help="Engines: replay a captured CUDA graph.")] = False,
+    json_: Annotated[
+        Path | None,
+        typer.Option("--json", metavar="OUT.json", help="Write every sample and the machine.", show_default=False),
+    ] = None,
+    verbose: opt.Verbose = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Measure an artifact: latency, throughput, peak memory; beside others, in turn."""
+    from ..bench.bench import bench
+    from ..files import check_writable
+
+    if json_ is not None:
+        check_writable(json_)
+    with _stage("measuring") as progress:
+        result = bench(
+            [artifact, *(vs or [])],
+            batches=batch or [],
+            iterations=iterations,
+            warmup=warmup,
+            inputs=inputs,
+            provider=provider,
+            cuda_graph=cuda_graph,
+            progress=progress,
+        )
+    if json_ is not None:
+        result.save(json_)
+    print_bench(result)
+
+
+@app.command("triton", epilog=_epilog(TRITON_EXAMPLES))
+@_readable_errors
+def triton_(
+    artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Made by pumer-compile: ONNX or TensorRT.")],
+    repository: Annotated[Path, typer.Argument(metavar="DIR", help="Model repository.")],
+    name: Annotated[
+        str | None, typer.Option("--name", help="Of the model (default: the artifact's).", show_default=False)
+    ] = None,
+    max_batch_size: Annotated[
+        int | None,
+        typer.Option("--max-batch-size", min=1, help="Of an open batch (default: its profile's, or 32)."),
+    ] = None,
+    verbose: opt.Verbose = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Put an artifact into a model repository of Triton Inference Server."""
+    _write_triton(repository, artifact.stem if name is None else name, artifact, max_batch_size)
+
+
+def _write_triton(repository: Path, name: str, artifact: Path, max_batch_size: int | None = None) -> None:
+    from ..exporters.triton import write_triton_repository
+
+    written = write_triton_repository(repository, name, artifact, max_batch_size=max_batch_size)
+    say(f"Wrote {written} for Triton.")
+
+
+def _captured(
+    model: Path,
+    config: Path | None,
+    allow_pickle: bool,
+    inputs: Path | None,
+    sizes: tuple[int | None, int | None, str | None],
+    dynamic_batch: bool,
+    stream: list[str] | None,
+    outputs: str | None,
+    component: str | None = None,
+    *,
+    padding: bool = True,
+) -> Any:
+    """Load and capture; the schedule was read before, since a typo should not wait for a model to load."""
+    batch, text_length, image_size = sizes
+    if inputs is not None and any(size is not None for size in sizes):
+        raise UsageError("--inputs fixes every shape; leave out --batch, --text-length and --image-size.")
+    pixels = opt.image_pixels(image_size)
+    streams = dict(opt.name_and_value(item, "--stream", "INPUT=NAME") for item in stream or [])
+
+    with _stage(f"loading {model}"):
+        from ..capture.capture import capture
+        from ..capture.inputs import load_inputs, make_inputs
+        from ..capture.loading import load_model
+
+        loaded = load_model(model, config=config, allow_pickle=allow_pickle)
+        if inputs is not None:
+            sample = load_inputs(inputs, loaded.source)
+        elif component is not None:
+            sample = _image_prompt(loaded.source, batch, text_length, pixels)
+        else:
+            sample = make_inputs(
+                loaded.source, batch=batch, text_length=text_length, image_size=pixels, padding=padding
+            )
+    with _stage("capturing"):
+        wanted = outputs or ("image_hidden_states" if component else "")
+        kept = [name.strip() for name in wanted.split(",") if name.strip()]
+        return capture(loaded, sample, dynamic_batch=dynamic_batch, streams=streams, outputs=kept, padding=padding)
+
+
+def _image_prompt(
+    source: Any, batch: int | None, text_length: int | None, pixels: int | tuple[int, int] | None
+) -> dict[str, Any]:
+    from torch.nn import Module
+
+    from ..capture.image_prompt import make_image_prompt
+
+    if text_length is not None or not isinstance(source, Module):
+        raise UsageError(
+            "--component vision has no text (leave out --text-length), and takes a model, not a torch.export archive."
+        )
+    return make_image_prompt(source, batch=batch, image_size=pixels)
+
+
+def _reduced(program: Any, schedule: Any, dump_graph: Path | None) -> Any:
+    if schedule is None:
+        return program
+    from ..reduce import reduce
+
+    with _stage("reducing"):
+        reduced = reduce(program, schedule, dump_graph=dump_graph)
+    if log.isEnabledFor(logging.INFO):
+        status.print(str(reduced.history), markup=False, highlight=False)
+    return reduced
+
+
+def _version(show: bool) -> None:
+    if show:
+        from .. import __version__
+
+        console.print(f"pumer-compile {__version__}", highlight=False)
+        raise typer.Exit()
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def _mistyped(given: list[str], commands: set[str]) -> str | None:
+    """What to say of a first word that is neither a command nor a model; None where it may be a model."""
+    word = given[0]
+    if word.startswith("-") or not word.isidentifier() or Path(word).exists():
+        return None
+    near = difflib.get_close_matches(word.lower(), sorted(commands), n=1, cutoff=0.7)
+    if near:
+        return f"There is no command {word!r} (and no model of that name); did you mean {near[0]}?"
+    # `compile` takes one argument, and never without options.
+    if len(given) == 1 or not given[1].startswith("-"):
+        return (
+            f"There is no command {word!r} (and no model of that name). Commands: {', '.join(sorted(commands))}; "
+            "`pumer-compile --help` shows them."
+        )
+    return None
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point. Without a command's name, `compile` is meant."""
+    # A polite kill unwinds, so that temporary files go with it; no kill can touch the artifact itself.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    commands = {str(command.name) for command in app.registered_commands}
+    if given and given[0] not in commands | {"--help", "-h", "--version"}:
+        mistyped = _mistyped(given, commands)
+        if mistyped is not None:
+            _say_error(mistyped)
+            raise SystemExit(BAD_USAGE)
+        given.insert(0, "compile")
+    app(args=given, prog_name="pumer-compile")
+
+
+if __name__ == "__main__":
+    main()

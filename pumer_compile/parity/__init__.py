@@ -1,0 +1,1 @@
+"""An artifact beside eager PyTorch: decisions first, then outputs."""
