@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 from torch import fx
 
@@ -14,7 +15,6 @@ from ..analysis.operators import aten
 from ..analysis.prompts import Mark
 from ..analysis.rules import shape
 from ..errors import LocateError
-from ..methods.base import Method
 from ..plan import SitePlan
 from ..reducers import ApplyMap, Reducer, Reduction, Signal, WithSeparators
 from . import sink_projections as postpone
@@ -23,6 +23,9 @@ from .epochs import Epochs, Step
 from .rewriter import Rewriter
 from .signals import Place, read_signal
 from .sites import Action, LocatedGraph, Site, Stream
+
+if TYPE_CHECKING:
+    from ..methods.base import Method
 
 
 class InsertReducer:
