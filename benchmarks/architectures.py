@@ -52,8 +52,8 @@ def compile_one(name: str) -> Result:
 
     from benchmarks.architecture_models import ARCHITECTURES
     from pumer_compile import capture
-    from pumer_compile.passes.annotate import annotate
-    from pumer_compile.passes.locate import locate
+    from pumer_compile.analysis.annotate import annotate
+    from pumer_compile.analysis.attention import locate
 
     transformers.logging.set_verbosity_error()
     architecture, start = ARCHITECTURES[name], time.perf_counter()

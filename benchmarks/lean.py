@@ -44,7 +44,7 @@ TAKEN = (*BEFORE, *PAYS[None])
 def without(names: set[str]) -> Iterator[None]:
     """Compile without some of `BEFORE`."""
     off = {
-        "postpone": ("pumer_compile.passes.postpone.projections", {}),
+        "postpone": ("pumer_compile.rewrite.sink_projections.projections", {}),
         "one_query": ("pumer_compile.passes.pipeline.one_query", 0),
     }
     with ExitStack() as stack:

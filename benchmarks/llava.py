@@ -26,9 +26,9 @@ from torch import fx
 import pumer_compile as pumer
 from benchmarks.common import machine
 from pumer_compile import Program, Schedule
-from pumer_compile.passes.graph import module_path
-from pumer_compile.passes.insert import reducers_of
-from pumer_compile.passes.propagate import propagate
+from pumer_compile.analysis.nodes import module_path
+from pumer_compile.analysis.propagate import propagate
+from pumer_compile.reducers import reducers_of
 
 BUDGETS = (192, 128, 64, 32)
 FASTV_LAYER = 2  # as its paper has it

@@ -25,8 +25,8 @@ from torch.amp import autocast_mode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from .analysis.nodes import attribute, describe, values
 from .errors import CaptureError
-from .passes.graph import attribute, describe, values
 
 aten = torch.ops.aten
 _AUTOCAST, _GRAD = torch.ops.higher_order.wrap_with_autocast, torch.ops.higher_order.wrap_with_set_grad_enabled

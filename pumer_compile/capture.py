@@ -26,6 +26,8 @@ from transformers.exporters.exporter_dynamo import DynamoExporter
 from transformers.exporters.utils import apply_patches
 
 from . import frontends  # noqa: F401  (importing it registers the rewrites that tracing needs)
+from .analysis.nodes import describe
+from .analysis.outputs import drop_unasked, join_features, select_outputs
 from .blocks import inline_blocks
 from .errors import CaptureError, PumerError, UsageError
 from .inputs import (
@@ -39,9 +41,7 @@ from .inputs import (
     fixed_inputs,
 )
 from .loading import LoadedModel, first_line, quiet
-from .outputs import drop_unasked, join_features, select_outputs
-from .passes.graph import describe
-from .passes.no_padding import fold_masks, masks_of
+from .passes.fold_masks import fold_masks, masks_of
 
 
 @dataclass(frozen=True)

@@ -454,8 +454,11 @@ def check_component(component: str | None, outputs: str | None, schedule: Schedu
         raise UsageError(f"No component {component!r}: choose vision, or leave --component out for the whole model.")
     if outputs is not None:
         raise UsageError("--component chooses the outputs: leave out --outputs.")
-    if schedule is not None and schedule.method != "vispruner":
+    if schedule is not None and not schedule.before_prompt:
+        from .methods import METHODS
+
+        there = " and ".join(f"`method: {name}`" for name, found in METHODS.items() if found.before_prompt)
         raise UsageError(
             f"`method: {schedule.method}` does nothing before the prompt, so it does not go with --component vision. "
-            "`method: vispruner` selects there."
+            f"What does: {there}."
         )

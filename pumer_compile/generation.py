@@ -28,14 +28,15 @@ from transformers.exporters.exporter_onnx import OnnxExporter
 from transformers.exporters.utils import decompose_for_generation, get_leaf_tensors
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from .analysis.outputs import lasting_names
 from .artifacts.manifest import read_manifest, read_sealed, seal_onnx
 from .capture import left_as_found, set_for_inference
 from .errors import ExportError, ParityError, UsageError
 from .exporters.onnx import DEFAULT_OPSET, append_metadata, save_onnx, torch_onnx
 from .files import check_writable, publish
-from .outputs import lasting_names
 from .plan import check_prompts
 from .runtimes.ort import OnnxSession
+from .schedule import Schedule
 
 KEY = "pumer_compile.decode"
 CACHE = "past_key_values."
@@ -236,11 +237,12 @@ class Generator:
                 f"{prefill} gives {', '.join(self.prefill.outputs)}; generating needs logits and a cache. Compile it "
                 "without --outputs."
             )
-        if schedule.get("method") == "fastv" and not step.get("lengths_by_layer"):
+        by_layer = bool(schedule) and Schedule.from_manifest(schedule).cache_lengths == "by_layer"
+        if by_layer and not step.get("lengths_by_layer"):
             raise UsageError(
-                f"{prefill} gives a cache that is longer in the first layers (`method: fastv`), and {decode} takes one "
-                "of the same length in all. Export the step again; of models with sliding windows, or whose attention "
-                "is not transformers' sdpa, it is not supported."
+                f"{prefill} gives a cache that is longer in the first layers (`method: {schedule['method']}`), and "
+                f"{decode} takes one of the same length in all. Export the step again; of models with sliding windows, "
+                "or whose attention is not transformers' sdpa, it is not supported."
             )
         self._offset, self._token_type = step["position_offset"], step.get("token_type", 0)
 

@@ -82,7 +82,7 @@ def parity(
     exact = in_precision(program, "float32") if program.model is not None else program
     schedule = Schedule.from_manifest(manifest["schedule"]) if manifest["schedule"] else None
     # What is exact is judged against the model itself.
-    reducing = schedule is not None and schedule.method != "lossless"
+    reducing = schedule is not None and not schedule.exact
     eager = reduce(exact, schedule).module if schedule is not None and reducing else exact.module
     recorder = Recorder(engine, manifest) if save_inputs or save_outputs else None
     decisions = comparable_decisions(engine.session, manifest)

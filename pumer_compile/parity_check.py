@@ -18,17 +18,16 @@ import torch
 from torch import Tensor, fx, nn
 from transformers.exporters.utils import get_leaf_tensors
 
+from .analysis.outputs import artifact_outputs, model_outputs, output_nodes
 from .artifacts.session import Session
 from .capture import batch_inputs, left_as_found, set_for_inference
 from .errors import UsageError
 from .frontends import in_fixed_order
 from .inputs import describe_inputs
 from .loading import first_line
-from .outputs import artifact_outputs, model_outputs, output_nodes
 from .parity_report import TOLERANCES, OutputReport, ParityReport, ReducerReport, Tolerance
-from .passes.insert import reducers_of
-from .reducers import StreamReducer, forced_decisions, noted_decisions
-from .reducers.reducer import Comparison, Decisions
+from .reducers import Reducer, forced_decisions, noted_decisions, reducers_of
+from .reducers.base import Comparison, Decisions
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 _T = TypeVar("_T")
@@ -171,7 +170,7 @@ def _choices(run: _EagerRun, module: nn.Module) -> set[tuple[str, int, int]]:
     reducers = reducers_of(module)
     found = set()
     for name, made in run.decisions.items():
-        chosen = made if reducers[name].pruner is not None else made[1:]
+        chosen = made if reducers[name].prunes else made[1:]
         for kind, indices in enumerate(reversed(chosen)):
             found |= {(name, kind, int(index)) for index in indices.unique()}
     return found
@@ -339,7 +338,7 @@ class _Comparison:
     def _decisions(self, compared: dict[str, Comparison], size: int) -> np.ndarray[Any, Any]:
         agree = np.ones(size, dtype=bool)
         for name, result in compared.items():
-            row, prunes = self._row(name), reducers_of(self.eager)[name].pruner is not None
+            row, prunes = self._row(name), reducers_of(self.eager)[name].prunes
             differs, margin = result.differs.numpy(), result.margin.numpy()
             row.samples += size
             row.differ += int(differs.sum())
@@ -441,7 +440,7 @@ def _of(tolerance: float | Mapping[str, float] | None, name: str, default: float
 # --- Decisions --------------------------------------------------------------------------------------------------------
 
 
-def _decisions_of(name: str, reducer: StreamReducer, chosen: Arrays, rows: int) -> Decisions:
+def _decisions_of(name: str, reducer: Reducer, chosen: Arrays, rows: int) -> Decisions:
     def index(decision: str, default: Tensor) -> Tensor:
         found = chosen.get(f"{name}.{decision}")
         return default if found is None else torch.from_numpy(found).long()
@@ -469,10 +468,9 @@ def _flips(own: Decisions, forced: Decisions, row: int, prunes: bool) -> tuple[i
     return chosen + len(mine), flipped + len(theirs - mine)
 
 
-def _fault(reducer: StreamReducer, decisions: Decisions) -> str:
+def _fault(reducer: Reducer, decisions: Decisions) -> str:
     """Why these cannot be decisions of this reducer: another number of tokens, or one that is not there."""
-    keep = reducer.pruner.keep if reducer.pruner else reducer.tokens
-    merge = reducer.merger.merge
+    keep, merge = reducer.keep, reducer.merge
     for what, indices, count, tokens in (
         ("keeps", decisions.kept, keep, reducer.tokens),
         ("merges", decisions.source, merge, keep),

@@ -8,8 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .errors import PlanError, UsageError
-from .schedule import Budget, Schedule, Semantics, Site
+from .errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -143,100 +142,3 @@ def _check_places(name: str, ids: Tensor, placeholder: int, places: list[tuple[i
             f"The artifact has the image at positions {positions} of every prompt, and these {name} do not have its "
             f"placeholders (id {placeholder}) just there. Compile it for prompts of this form."
         )
-
-
-def merge_limit(tokens: int, protected: int) -> int:
-    """Most tokens that bipartite matching can merge away: the even positions after the protected ones, as
-    long as some odd position is free to take them."""
-    if tokens // 2 <= protected // 2:
-        return 0
-    return (tokens + 1) // 2 - (min(protected, tokens) + 1) // 2
-
-
-def image_counts(tokens: int, site: Site, semantics: Semantics, protected: int) -> tuple[int, int]:
-    """Image tokens to keep and to merge.
-
-    Args:
-        tokens: the stream's tokens, class token included.
-        site: its budgets; shares follow the published code (`n - round(p n)`, then `round(r n)` of the tokens
-            before pruning) or, with semantics `paper`, Algorithm 1 (`round((1 - p) n)`, then `round(r n)` of
-            those kept).
-        semantics: see `Schedule`.
-        protected: leading tokens that stay (class token).
-
-    Raises:
-        PlanError: an absolute budget larger than the stream allows.
-    """
-    paper = semantics == "paper"
-    if isinstance(site.prune, int):
-        keep = tokens - site.prune
-    else:
-        keep = round((1 - site.prune) * tokens) if paper else tokens - round(site.prune * tokens)
-    if keep < max(1, protected):
-        raise PlanError(
-            f"Site {site.at} would prune {tokens - keep} of {tokens} image tokens; at most "
-            f"{tokens - max(1, protected)} can go. Lower `prune`."
-        )
-    return keep, merge_count(site.at, "image", site.merge.image, keep, keep if paper else tokens, max(1, protected))
-
-
-def merge_count(site: str, stream: str, budget: Budget, keep: int, of: int, protected: int) -> int:
-    """Tokens to merge away: a share of `of`, at most what matching allows, or an absolute number.
-
-    Raises:
-        PlanError: an absolute number that matching does not allow.
-    """
-    limit = merge_limit(keep, protected)
-    if isinstance(budget, float):
-        return min(round(budget * of), limit)
-    if budget > limit:
-        raise PlanError(
-            f"Site {site} would merge {budget} of {keep} {stream} tokens away; at most {limit} can merge, "
-            f"because only every second token does and {protected} stay. Lower `merge: {{{stream}: ...}}`."
-        )
-    return budget
-
-
-def published_stands_still(site: Site, image: int) -> bool:
-    """The published code reduces a layer only where its share of image tokens to prune rounds to at least
-    one. A site that asks for merging alone (`prune: 0`) is our extension, and merges."""
-    share = site.prune
-    return isinstance(share, float) and share > 0 and round(share * image) == 0
-
-
-def stream_counts(
-    site: Site, schedule: Schedule, before: dict[str, int], modality: dict[str, str], learned: dict[str, int]
-) -> dict[str, tuple[int, int]]:
-    """Tokens to keep and to merge of every stream that shrinks.
-
-    Args:
-        site: its budgets.
-        schedule: their method and semantics.
-        before: tokens by stream.
-        modality: `text` or `image` by stream.
-        learned: leading learned tokens by stream.
-
-    Raises:
-        PlanError: a budget that cannot be met, or nothing to reduce.
-    """
-    counts: dict[str, tuple[int, int]] = {}
-    for stream, tokens in before.items():
-        keep, merge = tokens, 0
-        if schedule.method == "tome":
-            budget = site.merge.image if modality[stream] == "image" else site.merge.text
-            if modality[stream] in ("image", "text"):
-                merge = merge_count(site.at, modality[stream], budget, tokens, tokens, learned[stream])
-        elif modality[stream] == "image":
-            stays = learned[stream] if schedule.semantics == "safe" else 0
-            keep, merge = image_counts(tokens, site, schedule.semantics, stays)
-        elif modality[stream] == "text":
-            stays = learned[stream] if schedule.semantics == "safe" else 0
-            merge = merge_count(site.at, "text", site.merge.text, tokens, tokens, max(1, stays))
-        if keep - merge < tokens:
-            counts[stream] = (keep, merge)
-    if not counts:
-        raise PlanError(
-            f"Site {site.at} would reduce nothing: its shares round to zero tokens of {before}. Raise them "
-            "or leave the site out."
-        )
-    return counts

@@ -11,12 +11,12 @@ from typing import Any
 
 from torch import fx, nn
 
+from .analysis.nodes import copied
+from .analysis.outputs import output_nodes, set_outputs
 from .capture import Program
-from .outputs import output_nodes, set_outputs
-from .passes.graph import copied
-from .passes.insert import reducers_of
 from .passes.pipeline import History, State, passes_of, run_passes
 from .plan import Plan
+from .reducers import Reduction, reducers_of
 from .schedule import Schedule, as_trained
 
 log = logging.getLogger("pumer_compile")
@@ -103,9 +103,6 @@ def reduce_graph(program: Program, schedule: Schedule) -> fx.GraphModule:
     return state.reduced
 
 
-DECISION_NAMES = ("kept", "source", "target")
-
-
 def with_decisions(module: fx.GraphModule, output_names: list[str] | None = None) -> tuple[fx.GraphModule, list[str]]:
     """A copy of a reduced module that also gives every reducer's decisions.
 
@@ -127,10 +124,9 @@ def with_decisions(module: fx.GraphModule, output_names: list[str] | None = None
         reducer = reducers.get(str(node.target)) if node.op == "call_module" else None
         if reducer is None:
             continue
-        for index, name in enumerate(DECISION_NAMES):
-            wanted = reducer.pruner is not None if name == "kept" else reducer.merger.merge > 0
-            if wanted:
-                with twin.graph.inserting_before(output):
-                    named[f"{node.target}.{name}"] = twin.graph.call_method("__getitem__", (node, 3 + index))
+        for name in (decision.name for decision in reducer.decisions):
+            with twin.graph.inserting_before(output):
+                place = Reduction._fields.index(name)
+                named[f"{node.target}.{name}"] = twin.graph.call_method("__getitem__", (node, place))
     set_outputs(twin, named)
     return twin, [name for name in named if name not in (output_names or own)]

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import pumer_compile as pumer
 from pumer_compile import Schedule
-from pumer_compile import backend as backend_module
 from pumer_compile.reduce import reduce_graph
+from pumer_compile.torch_compile import backend as backend_module
 from tests.models import Config, highest, schedule
 from tests.tiny import image_inputs, text_inputs
 

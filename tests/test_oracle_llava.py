@@ -18,7 +18,7 @@ import pumer_compile as pumer
 from pumer_compile import Program, Reduced, Schedule
 from pumer_compile.errors import LocateError, UsageError
 from pumer_compile.loading import load_model
-from pumer_compile.passes.insert import reducers_of
+from pumer_compile.reducers import reducers_of
 from tests.commands import done, inner_manifest, onnx_outputs, refused, tensorrt_refuses
 from tests.visual import logits_by_hand, select, visual_cues
 

@@ -23,8 +23,8 @@ from pumer_compile.artifacts.session import twin_of
 from pumer_compile.errors import LocateError
 from pumer_compile.loading import load_model
 from pumer_compile.parity import check
-from pumer_compile.passes.insert import reducers_of
 from pumer_compile.reduce import reduce_graph, with_decisions
+from pumer_compile.reducers import reducers_of
 from pumer_compile.runtimes.ort import OnnxSession
 from tests.commands import done, inner_manifest, onnx_outputs, tensorrt_refuses
 from tests.helpers import data_dependent

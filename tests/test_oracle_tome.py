@@ -18,8 +18,8 @@ from transformers import ViTForImageClassification
 from pumer_compile import Program, Schedule, capture, reduce
 from pumer_compile.errors import PlanError, ScheduleError
 from pumer_compile.loading import load_model
-from pumer_compile.passes.insert import reducers_of
 from pumer_compile.reduce import reduce_graph
+from pumer_compile.reducers import reducers_of
 from tests.commands import done, inner_manifest, onnx_outputs, tensorrt_refuses
 from tests.helpers import data_dependent
 from tests.models import passed

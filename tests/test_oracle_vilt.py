@@ -20,8 +20,8 @@ from torch import Tensor
 from transformers import ViltForQuestionAnswering
 
 from pumer_compile import Program, Reduced, Schedule, capture, reduce
-from pumer_compile.passes.insert import reducers_of
 from pumer_compile.reduce import reduce_graph
+from pumer_compile.reducers import reducers_of
 from tests.helpers import combine, data_dependent, paper_counts, published_counts, reduce_image, reduce_text
 
 FOLDER = Path(__file__).parent / "oracle" / "vilt-tiny"

@@ -22,7 +22,7 @@ from pumer_compile.parity import check
 from pumer_compile.parity_report import OutputReport, ParityReport
 from pumer_compile.reduce import Reduced, with_decisions
 from pumer_compile.reducers import forced_decisions
-from pumer_compile.reducers.reducer import Decisions
+from pumer_compile.reducers.base import Decisions
 from tests.commands import artifact, done, feed, folder, inner_manifest, refused, run, with_manifest
 from tests.models import Config, Fusion, inputs_for, make, program, schedule
 from tests.tiny import tiny_vilt

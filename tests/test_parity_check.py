@@ -16,10 +16,11 @@ from pumer_compile.errors import UsageError
 from pumer_compile.parity_check import check
 from pumer_compile.parity_report import OutputReport, ParityReport, ReducerReport
 from pumer_compile.reduce import Reduced
+from pumer_compile.reducers.base import Decisions, Forcing, Reducer
 from pumer_compile.reducers.last_query import LastQueryReducer
 from pumer_compile.reducers.merger import ModalityAwareMerger
+from pumer_compile.reducers.prune_merge import StreamReducer
 from pumer_compile.reducers.pruner import TextInformedPruner
-from pumer_compile.reducers.reducer import Decisions, Forcing, StreamReducer
 from pumer_compile.reducers.visual import VisualReducer
 from tests.models import Config, Fusion, inputs_for, program, schedule
 
@@ -396,7 +397,7 @@ def test_choices_are_counted_as_sets(reduced: Reduced, monkeypatch: pytest.Monke
 # --- Gaps -------------------------------------------------------------------------------------------------------------
 
 
-def compared(reducer: StreamReducer, wanted: Decisions, **signals: Tensor) -> float:
+def compared(reducer: Reducer, wanted: Decisions, **signals: Tensor) -> float:
     reducer.forcing = Forcing(wanted)
     reducer(torch.zeros(1, reducer.tokens, 4), **signals)
     assert reducer.forcing.comparison is not None and bool(reducer.forcing.comparison.differs)
@@ -408,14 +409,16 @@ def test_gaps_are_measured_at_the_cut_and_not_by_an_attention_sink() -> None:
     attention = torch.tensor([0.9, 0.04, 0.03, 0.02, 0.01]).reshape(1, 1, 1, 5)
     nothing = torch.zeros(1, 0, dtype=torch.int64)
     reducer = StreamReducer(5, TextInformedPruner(3), ModalityAwareMerger(0))
-    signals = {"keys": torch.ones(1, 1, 5, 2), "attention": attention}
+    signals = {"keys": torch.ones(1, 1, 5, 2), "text_to_image": attention}
     assert compared(reducer, Decisions(torch.tensor([[0, 4, 3]]), nothing, nothing), **signals) == pytest.approx(0.75)
     last = LastQueryReducer(5, 3)
     wanted = Decisions(torch.tensor([[0, 3, 4]]), nothing, nothing)
     # The best that it leaves out is 0.04, the worst that it keeps 0.01.
-    assert compared(last, wanted, attention=attention) == pytest.approx(0.75)
+    assert compared(last, wanted, last_query=attention) == pytest.approx(0.75)
     equal = torch.tensor([0.9, 0.03, 0.03 * (1 + 1e-5), 0.02, 0.01]).reshape(1, 1, 1, 5)
-    assert compared(LastQueryReducer(5, 2), Decisions(torch.tensor([[0, 1]]), nothing, nothing), attention=equal) < 2e-5
+    assert (
+        compared(LastQueryReducer(5, 2), Decisions(torch.tensor([[0, 1]]), nothing, nothing), last_query=equal) < 2e-5
+    )
 
 
 def test_rounding_of_what_nobody_looks_at_is_no_gap() -> None:
@@ -423,7 +426,7 @@ def test_rounding_of_what_nobody_looks_at_is_no_gap() -> None:
     attention = torch.tensor([1.0, 2e-9, 1e-9]).reshape(1, 1, 1, 3)
     nothing = torch.zeros(1, 0, dtype=torch.int64)
     reducer = StreamReducer(3, TextInformedPruner(2), ModalityAwareMerger(0))
-    signals = {"keys": torch.ones(1, 1, 3, 2), "attention": attention}
+    signals = {"keys": torch.ones(1, 1, 3, 2), "text_to_image": attention}
     assert compared(reducer, Decisions(torch.tensor([[0, 2]]), nothing, nothing), **signals) < 1e-3
 
 

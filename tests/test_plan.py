@@ -10,16 +10,13 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pumer_compile.errors import PlanError, UsageError
-from pumer_compile.plan import (
-    Plan,
-    SitePlan,
-    image_counts,
-    merge_count,
-    merge_limit,
-    published_stands_still,
-    stream_counts,
-)
-from pumer_compile.schedule import Merge, Schedule, Site
+from pumer_compile.methods.budgets import SiteBudget as Site
+from pumer_compile.methods.budgets import merge_count, merge_limit
+from pumer_compile.methods.pumer import image_counts, published_code_skips
+from pumer_compile.plan import Plan, SitePlan
+from pumer_compile.rewrite.sites import Site as Place
+from pumer_compile.rewrite.sites import Stream
+from pumer_compile.schedule import Merge, Schedule
 from tests.helpers import paper_counts, published_counts
 
 ORACLE = Path(__file__).parent / "oracle" / "vilt-tiny" / "cases.json"
@@ -172,7 +169,10 @@ LEARNED = {"text": 0, "caption": 3, "image": 1, "image_1": 2, "audio": 0}
 
 
 def counted(wanted: Schedule, **before: int) -> dict[str, tuple[int, int]]:
-    return stream_counts(wanted.resolve()[0], wanted, before, MODALITY, LEARNED)
+    """Tokens to keep and to merge of every stream that shrinks."""
+    streams = [Stream(name, MODALITY[name], tokens, LEARNED[name]) for name, tokens in before.items()]
+    made = wanted.reducers(Place(None, budget=wanted.resolve()[0]), streams)
+    return {name: (reducer.keep, reducer.merge) for name, reducer in made.items()}
 
 
 def wanted(semantics: str = "reference", **budgets: object) -> Schedule:
@@ -210,13 +210,13 @@ def test_tome_merges_and_nothing_else(tokens: int, learned: int, merge: int) -> 
     tome = Schedule(method="tome", sites=({"at": "vision.0", "merge": {"image": merge}},))
     sources = [i for i in range(0, tokens, 2) if i >= learned]
     targets = [i for i in range(1, tokens, 2) if i >= learned]
-    site, modality = tome.resolve()[0], {"image": "image"}
+    site, streams = Place(None, budget=tome.resolve()[0]), [Stream("image", "image", tokens, learned)]
     if targets and merge <= len(sources):
-        found = stream_counts(site, tome, {"image": tokens}, modality, {"image": learned})
-        assert found == {"image": (tokens, merge)}
+        (reducer,) = tome.reducers(site, streams).values()
+        assert (reducer.keep, reducer.merge, reducer.prunes) == (tokens, merge, False)
     else:
         with pytest.raises(PlanError, match="at most"):
-            stream_counts(site, tome, {"image": tokens}, modality, {"image": learned})
+            tome.reducers(site, streams)
 
 
 @pytest.mark.parametrize(
@@ -225,7 +225,7 @@ def test_tome_merges_and_nothing_else(tokens: int, learned: int, merge: int) -> 
 )
 def test_where_the_published_code_does_nothing(prune: float, image: int, stands: bool) -> None:
     """A share that rounds to no token, half to even; a number, or merging alone, is meant as it is."""
-    assert published_stands_still(site(prune, 0.3), image) == stands
+    assert published_code_skips(site(prune, 0.3), image) == stands
 
 
 # --- the plan -----------------------------------------------------------------------------------------------

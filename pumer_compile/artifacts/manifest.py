@@ -46,7 +46,7 @@ def library_versions() -> dict[str, str]:
 
 
 def reduced_by(manifest: Mapping[str, Any]) -> str:
-    """Method and semantics in words, such as `pumer, semantics safe`; `not reduced` where nothing is."""
+    """What reduced it, in words, such as `pumer, semantics safe`; `not reduced` where nothing is."""
     schedule = manifest.get("schedule")
     return Schedule.from_manifest(schedule).described if schedule else "not reduced"
 

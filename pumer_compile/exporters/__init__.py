@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..analysis.outputs import artifact_outputs
 from ..artifacts.engine import Engine
 from ..artifacts.formats import FORMATS, find_format, suffixes
 from ..artifacts.manifest import sidecar
@@ -20,7 +21,6 @@ from ..artifacts.profile import Profile
 from ..capture import Program
 from ..errors import ParityError, UsageError
 from ..files import publish, sha256_file
-from ..outputs import artifact_outputs
 from ..parity_check import check, check_tolerances
 from ..parity_report import ParityReport
 from ..plan import PromptPlace, check_prompts, without_constants
@@ -272,7 +272,7 @@ def _eager(reduced: Reduced | Program) -> tuple[Any, Any, Any]:
 
     program = reduced.program if isinstance(reduced, Reduced) else reduced
     exact = in_precision(program, "float32")
-    if not isinstance(reduced, Reduced) or reduced.schedule.method == "lossless":
+    if not isinstance(reduced, Reduced) or reduced.schedule.exact:
         return exact.module, exact.module, exact.model  # what is exact is judged against the model itself
     if exact is program:
         return reduced.module, program.module, exact.model

@@ -19,9 +19,9 @@ from torch.export import ExportedProgram
 from transformers import PreTrainedModel
 from transformers.exporters.exporter_dynamo import DynamoExporter
 
+from ..analysis.outputs import artifact_outputs, renames_outputs, without_inputs
 from ..capture import Program, batch_inputs, capture
 from ..errors import UsageError
-from ..outputs import artifact_outputs, renames_outputs, without_inputs
 from ..reduce import reduce_graph, with_decisions
 from ..schedule import Schedule
 from .base import Precision

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ..analysis.nodes import describe
 from ..errors import ExportError
-from ..passes.graph import describe
 
 aten = torch.ops.aten
 

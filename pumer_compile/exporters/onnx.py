@@ -163,7 +163,7 @@ def build_onnx(program: Program, schedule: Schedule | None, options: OnnxOptions
     except torch.onnx.OnnxExporterError as error:
         first = next((line for line in str(error).splitlines() if line.strip()), "no message")
         raise ExportError(f"torch.onnx could not convert the graph: {first.strip()}") from error
-    reduced = schedule is not None and schedule.method != "lossless"
+    reduced = schedule is not None and not schedule.exact
     build = polished(build, reduced=reduced, lean=options.passes(schedule))
     if program.outputs:
         _drop_unread(build.model)

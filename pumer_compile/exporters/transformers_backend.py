@@ -118,7 +118,9 @@ class TensorRtExporter(ReducedOnnxExporter):
             converted, metadata = super().export_program(model, inputs, config)
         names = self.output_names or [str(value.name) for value in converted.graph.outputs]
         build = polished(
-            named(converted, names, self.decision_names), reduced=self.schedule is not None, lean=PAYS["tensorrt"]
+            named(converted, names, self.decision_names),
+            reduced=self.schedule is not None and not self.schedule.exact,
+            lean=PAYS["tensorrt"],
         )
         return self._built(writer, build, Program(torch.fx.GraphModule({}, torch.fx.Graph()), inputs), config), metadata
 

@@ -20,10 +20,8 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 
-from ..errors import VerifyError
-from .axes import Size, same_size
-from .graph import describe, values
-from .narrow import (
+from ..analysis.axes import Size, same_size
+from ..analysis.narrow import (
     ATTENTION,
     PIECES,
     PRODUCTS,
@@ -38,8 +36,10 @@ from .narrow import (
     narrow,
     positions,
 )
-from .propagate import propagate
-from .rules import aten, node_arg, overloads, shape
+from ..analysis.nodes import describe, values
+from ..analysis.propagate import propagate
+from ..analysis.rules import aten, node_arg, overloads, shape
+from ..errors import VerifyError
 
 MULTIPLY_ADDS_PER_COPY = 64
 """What copying one number costs: about the arithmetic a processor does meanwhile."""

@@ -12,21 +12,21 @@ from pathlib import Path
 
 from torch import Tensor, fx
 
+from ..analysis.annotate import Annotation, annotate
+from ..analysis.attention import Attention, locate, mask_kinds
+from ..analysis.nodes import ancestors, describe, values
+from ..analysis.propagate import propagate
 from ..errors import AxisError, PlanError, PumerError, VerifyError
+from ..methods.base import Method
 from ..plan import Plan
-from ..schedule import Schedule
-from .annotate import Annotation, annotate
-from .einsum import spell_out_einsum
+from ..rewrite.rewriter import Rewriter, keep_buffers_transient
+from ..rewrite.sites import cross_modal_layers
+from ..rewrite.token_outputs import check_outputs, restoring
+from .absorb_single_query import one_query
 from .eliminate import eliminate
-from .emit import actions_after, actions_instead
-from .graph import ancestors, describe, values
-from .insert import Insertions, cross_modal_layers, plan_insertions
-from .locate import Attention, locate, mask_kinds
-from .one_query import one_query
+from .insert import Insertions, plan_insertions
+from .lower_einsum import spell_out_einsum
 from .prompt import Prompt, spell_out
-from .propagate import propagate
-from .rewrite import Rewriter, keep_buffers_transient
-from .token_outputs import check_outputs, restoring
 from .verify import verify
 
 log = logging.getLogger("pumer_compile")
@@ -37,7 +37,7 @@ class State:
     """What the passes work on: the captured graph and what each pass adds."""
 
     captured: fx.GraphModule
-    schedule: Schedule
+    schedule: Method
     inputs: dict[str, Tensor]
     streams: dict[str, str]
     prompt: Prompt | None = None
@@ -91,10 +91,9 @@ def _einsum(state: State) -> int:
 
 
 def _prompt(state: State) -> int:
-    if state.schedule.method not in ("vispruner", "fastv"):
+    if not state.schedule.needs_prompt:
         return 0  # what else is reduced, it is reduced in the graph as it was captured
-    # FastV reduces rows of the prompt, wherever they come from.
-    state.prompt = spell_out(state.captured, state.inputs, in_tower=state.schedule.method != "fastv")
+    state.prompt = spell_out(state.captured, state.inputs, in_tower=state.schedule.reads_tower)
     if state.prompt is None:
         return 0
     state.captured = state.prompt.module
@@ -129,14 +128,13 @@ def _rewrite(state: State) -> int:
         sums=frozenset(node for attention in state.attentions for node in attention.sums),
         layers=cross_modal_layers(state.attentions),
     )
-    instead = actions_instead(insertions)
+    instead = dict(insertions.instead)
     if state.schedule.outputs == "restored":
         instead |= restoring(state.captured)
-    state.reduced = state.walk.run(actions_after(insertions), instead)
+    state.reduced = state.walk.run(insertions.after, instead)
     if not insertions.done:
         raise PlanError("Every site of the schedule rounds to nothing pruned. Raise `prune`.")
     _check_alive(insertions, state.reduced)
-    _check_reduces(state, insertions)
     _check_one_pass(insertions)
     log.info("rewrite: %d literals changed, %d values aligned", state.walk.literals, state.walk.aligner.count)
     return sum(len(site.reducers) for site, _ in insertions.done)
@@ -151,21 +149,6 @@ def _check_alive(insertions: Insertions, reduced: fx.GraphModule) -> None:
                 f"Site {site.attention.described} reduces {' and '.join(site.reducers)} tokens that nothing reads "
                 f"after it ({plan.before} to {plan.after}). Leave it out, or choose an earlier one."
             )
-
-
-def _check_reduces(state: State, insertions: Insertions) -> None:
-    """Some token must go. Separators between crops are dropped by a selection, and count; and the published VisPruner
-    has a meaning with a budget of all tokens (every one is kept, which `visual` says)."""
-    if state.schedule.method == "vispruner":
-        return
-    separated = any(mark.separated is not None for mark in state.prompt.marks) if state.prompt else False
-    if all(plan.before == plan.after for _, plan in insertions.done) and not separated:
-        _, plan = insertions.done[0]
-        raise PlanError(
-            f"A budget of {state.schedule.budget} would reduce nothing: the image has "
-            f"{' and '.join(map(str, plan.before.values()))} tokens ({', '.join(plan.before)}). Choose a smaller one, "
-            "or compile with `none`."
-        )
 
 
 def _check_one_pass(insertions: Insertions) -> None:
@@ -195,7 +178,9 @@ def _eliminate(state: State) -> int:
     called = {str(node.target) for node in state.reduced.graph.nodes if node.op == "call_module"}
     for site, _ in state.insertions.done:
         if not any(name.startswith(f"reducer.{site.attention.name}.") for name in called):
-            log.warning("Site %s has no effect: nothing reads the tokens it reduces. Leave it out.", site.site.at)
+            log.warning(
+                "Site %s has no effect: nothing reads the tokens it reduces. Leave it out.", site.attention.site
+            )
     return matches
 
 
@@ -215,10 +200,10 @@ def _eliminate_alone(state: State) -> int:
     matches = eliminate(state.reduced)
     if matches == 0:
         raise PlanError(
-            "`method: lossless` found nothing to leave out: it looked for values that no output needs, such as the "
-            "last layer's tokens beside the one that a classifier reads, and this model's outputs need everything. "
-            "Keep fewer outputs (--outputs, capture(outputs=...)), name a schedule that reduces tokens, or compile "
-            "with `none`."
+            f"`method: {state.schedule.method}` found nothing to leave out: it looked for values that no output needs, "
+            "such as the last layer's tokens beside the one that a classifier reads, and this model's outputs need "
+            "everything. Keep fewer outputs (--outputs, capture(outputs=...)), name a schedule that reduces tokens, or "
+            "compile with `none`."
         )
     return matches
 
@@ -254,12 +239,12 @@ LOSSLESS: tuple[Pass, ...] = (
     Pass("one_query", ("reduced",), (), _one_query, optional=True),
     Pass("count", ("reduced",), ("plan",), _count),
 )
-"""The exact passes alone, of `method: lossless`."""
+"""The exact passes alone."""
 
 
-def passes_of(schedule: Schedule) -> tuple[Pass, ...]:
+def passes_of(schedule: Method) -> tuple[Pass, ...]:
     """The passes of a schedule's method, in order."""
-    return LOSSLESS if schedule.method == "lossless" else PASSES
+    return LOSSLESS if schedule.exact else PASSES
 
 
 def _unforeseen(step: Pass, error: Exception) -> PumerError:

@@ -19,12 +19,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
+from ..analysis.arrangement import SEPARATOR, Arrangement, arrangement
+from ..analysis.axes import Constraint, Dim, Opaque, Same, Seed
+from ..analysis.nodes import Emitter, ancestors, attribute, constant_value, copied, describe, module_path, values
+from ..analysis.rules import aten, overloads, rule
 from ..errors import AxisError
 from ..plan import PromptPlace
-from .arrangement import SEPARATOR, Arrangement, arrangement
-from .axes import Constraint, Dim, Opaque, Same, Seed
-from .graph import Emitter, ancestors, attribute, constant_value, copied, describe, module_path, values
-from .rules import aten, overloads, rule
 
 _SCATTER = aten.masked_scatter.default
 _ATTENTION = {aten.softmax.int, aten._softmax.default, aten.scaled_dot_product_attention.default}

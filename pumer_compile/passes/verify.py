@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ..analysis.axes import Dim, same_size
+from ..analysis.nodes import describe, values
+from ..analysis.propagate import propagate
+from ..analysis.rules import aten
 from ..errors import VerifyError
-from .axes import Dim, same_size
-from .graph import describe, values
-from .propagate import propagate
-from .rewrite import Rewriter
-from .rules import aten
+from ..rewrite.rewriter import Rewriter
 
 FORBIDDEN = {
     packet

@@ -2,22 +2,35 @@
 
 from .align import AlignAxis, TokenWeights, UnitWeights
 from .attention import SizeBias, TextRowsAttention
+from .base import ApplyMap, Reducer, Reduction, Signal, forced_decisions, noted_decisions, reducers_of
+from .last_query import LastQueryPruner, LastQueryReducer
 from .masked_softmax import PublishedMaskedSoftmax
 from .merger import ModalityAwareMerger
+from .prune_merge import StreamReducer
 from .pruner import TextInformedPruner
-from .reducer import ApplyMap, StreamReducer, forced_decisions, noted_decisions
+from .vispruner import VisPruner
+from .visual import VisualReducer, WithSeparators
 
 __all__ = [
     "AlignAxis",
     "ApplyMap",
+    "LastQueryPruner",
+    "LastQueryReducer",
     "ModalityAwareMerger",
     "PublishedMaskedSoftmax",
+    "Reducer",
+    "Reduction",
+    "Signal",
     "SizeBias",
     "StreamReducer",
     "TextInformedPruner",
     "TextRowsAttention",
     "TokenWeights",
     "UnitWeights",
+    "VisPruner",
+    "VisualReducer",
+    "WithSeparators",
     "forced_decisions",
     "noted_decisions",
+    "reducers_of",
 ]

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .merger import ModalityAwareMerger
+from .base import Choice, Decisions, Reducer, Signal, kept_alone, set_margin
 from .ranking import descending_rank, one_hot, top
-from .reducer import Comparison, Reduction, StreamReducer, decisions_of, relative_gap
 
 
 class LastQueryPruner(nn.Module):
@@ -35,7 +34,7 @@ class LastQueryPruner(nn.Module):
         return top(kept.float(), self.keep), scores
 
 
-class LastQueryReducer(StreamReducer):
+class LastQueryReducer(Reducer):
     """Keeps the tokens of an image that `LastQueryPruner` chooses.
 
     Args:
@@ -43,39 +42,26 @@ class LastQueryReducer(StreamReducer):
         budget: of them to keep, 1..`tokens`.
     """
 
+    reads = (Signal.LAST_QUERY,)
+
     def __init__(self, tokens: int, budget: int) -> None:
-        super().__init__(tokens, None, ModalityAwareMerger(0), carried="ones")
-        self.pruner: LastQueryPruner = LastQueryPruner(budget)  # type: ignore[assignment]  # with evidence of its own
+        super().__init__(tokens, budget)
+        self.pruner = LastQueryPruner(budget)
 
-    def forward(self, tokens: Tensor, attention: Tensor) -> Reduction:  # type: ignore[override]  # other evidence
-        """Reduce the stream.
+    @property
+    def prunes(self) -> bool:
+        """See `Reducer`; of several images one may be kept whole."""
+        return True
 
-        Args:
-            tokens: the image's part of the carrier, `[batch, before, width]`.
-            attention: of the last query to it, after softmax, `[batch, heads, 1, before]`.
-        """
-        kept, scores = self.pruner(attention.detach())
-        if self.forcing is not None:
-            forced = self.forcing.decisions
-            margin = _margin(scores, kept, forced.kept)
-            differs = (kept != forced.kept).any(1)
-            self.forcing.comparison = Comparison(
-                decisions_of(kept, None), forced, differs, torch.where(differs, margin, 0.0)
-            )
-            kept = forced.kept
-        assigned = one_hot(kept, self.tokens).float()
-        return self._combine(tokens, torch.ones_like(tokens[:, :, 0]), assigned, decisions_of(kept, None))
+    def choose(  # type: ignore[override]  # its signals by name
+        self, tokens: Tensor, last_query: Tensor, *, kept: Tensor | None = None
+    ) -> Choice:
+        """See `Reducer` and `Signal`; the tokens are the image's part of the carrier."""
+        chosen, scores = self.pruner(last_query.detach())
+        kept = chosen if kept is None else kept
+        weights = torch.ones_like(tokens[:, :, 0])
+        return Choice(kept_alone(kept), one_hot(kept, self.tokens).float(), weights, scores)
 
-
-def _margin(scores: Tensor, own: Tensor, forced: Tensor) -> Tensor:
-    """How far the scores of two choices are apart, relative to them, `[batch]`.
-
-    Choices are sets: the best token that only one of them has, and the worst that only the other has. What is no set in
-    its order (a token twice, tokens swapped) is as far as can be.
-    """
-    mine, theirs = (one_hot(kept, scores.shape[1]).any(1) for kept in (own, forced))
-    best = torch.where(mine & ~theirs, scores, -torch.inf).amax(1)
-    worst = torch.where(theirs & ~mine, scores, torch.inf).amin(1)
-    apart = relative_gap(best.unsqueeze(1), worst.unsqueeze(1), scores).squeeze(1)
-    gap = torch.where(best > worst, apart, 0.0)
-    return torch.where((forced[:, 1:] > forced[:, :-1]).all(1), gap, 1.0)
+    def margin(self, own: Choice, among: Choice, forced: Decisions) -> Tensor:
+        """See `Reducer`."""
+        return set_margin(own.evidence, own.decisions.kept, forced.kept)

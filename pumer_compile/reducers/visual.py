@@ -7,13 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .merger import ModalityAwareMerger
+from .base import Choice, Decisions, Reducer, Signal, kept_alone
 from .ranking import one_hot
-from .reducer import Comparison, Reduction, StreamReducer, decisions_of
 from .vispruner import Order, VisPruner, selection
 
 
-class VisualReducer(StreamReducer):
+class VisualReducer(Reducer):
     """Keeps the tokens that `VisPruner` selects, in their order.
 
     Args:
@@ -23,39 +22,38 @@ class VisualReducer(StreamReducer):
         important, order: see `VisPruner`.
     """
 
+    reads = (Signal.CLASS_TOKEN,)
     # A selection of hundreds of steps has no score by which a differing one could be called nearly tied.
     judged = False
 
     def __init__(
         self, crops: Sequence[Sequence[int]], budget: int, important: float, *, order: Order = "reference"
     ) -> None:
-        kept = sum(min(budget, len(crop)) for crop in crops)
-        tokens = sum(map(len, crops))
-        super().__init__(tokens, VisPruner(kept, important, order=order), ModalityAwareMerger(0), carried="ones")
+        super().__init__(sum(map(len, crops)), sum(min(budget, len(crop)) for crop in crops))
         self.of_crop = VisPruner(budget, important, order=order)
         # Crops of one length are selected from at once.
         self.shapes = [(sum(len(c) == n for c in crops), n) for n in sorted({len(c) for c in crops})]
         places = [place for _, n in self.shapes for crop in crops if len(crop) == n for place in crop]
-        self.places = None if places == list(range(tokens)) else places
+        self.places = None if places == list(range(self.tokens)) else places
 
-    def forward(self, tokens: Tensor, attention: Tensor) -> Reduction:  # type: ignore[override]  # other evidence
-        """Reduce the stream.
+    @property
+    def prunes(self) -> bool:
+        """See `Reducer`; a budget of all tokens is a selection too."""
+        return True
 
-        Args:
-            tokens: features that leave the vision tower, `[batch, before, width]`.
-            attention: that each of them gets, see `VisPruner.forward`, `[batch, before]`.
-        """
-        assert self.pruner is not None
-        kept, assigned = selection(self._keeps(tokens, attention), self.pruner.keep)
-        if self.forcing is not None:
-            forced = self.forcing.decisions.kept
-            differs = (kept != forced).any(1)
-            own = decisions_of(kept, None)
-            gap = torch.where(differs, torch.nan, 0.0)  # no score tells how near to one another two choices are
-            self.forcing.comparison = Comparison(own, self.forcing.decisions, differs, gap)
-            kept, assigned = forced, one_hot(forced, self.tokens).float()
-        ones = torch.ones_like(tokens[:, :, 0])
-        return self._combine(tokens, ones, assigned, decisions_of(kept, None))
+    def choose(  # type: ignore[override]  # its signals by name
+        self, tokens: Tensor, class_token: Tensor, *, kept: Tensor | None = None
+    ) -> Choice:
+        """See `Reducer` and `Signal`; the tokens are the features that leave the vision tower."""
+        if kept is None:
+            kept, assigned = selection(self._keeps(tokens, class_token), self.keep)
+        else:
+            assigned = one_hot(kept, self.tokens).float()
+        return Choice(kept_alone(kept), assigned, torch.ones_like(tokens[:, :, 0]))
+
+    def margin(self, own: Choice, among: Choice, forced: Decisions) -> Tensor:
+        """NaN: no score tells how near to one another two choices are."""
+        return own.weights.new_full(own.weights.shape[:1], torch.nan, dtype=torch.float32)
 
     def _keeps(self, tokens: Tensor, attention: Tensor) -> Tensor:
         """Which tokens stay, `[batch, before]`, bool."""

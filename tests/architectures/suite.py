@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from pumer_compile import Program, Reduced, Schedule, capture, export, reduce
-from pumer_compile.passes.annotate import annotate
-from pumer_compile.passes.locate import Attention, locate
+from pumer_compile.analysis.annotate import annotate
+from pumer_compile.analysis.attention import Attention, locate
 from pumer_compile.runtimes.ort import OnnxSession
 from tests.architectures.builders import Build, Inputs
 from tests.architectures.oracle import MERGE_IMAGE, MERGE_TEXT, PRUNE, Oracle

@@ -16,7 +16,7 @@ import pumer_compile as pumer
 from benchmarks.architecture_models import ARCHITECTURES
 from pumer_compile import Program, Schedule
 from pumer_compile.errors import PlanError
-from pumer_compile.passes.insert import reducers_of
+from pumer_compile.reducers import reducers_of
 from tests import test_oracle_llava as llava
 from tests.commands import done, inner_manifest, onnx_outputs, refused
 from tests.fastv import by_hand, places_left, rows_of

@@ -17,14 +17,14 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
 from pumer_compile import Program, capture, reduce
+from pumer_compile.analysis.narrow import Range, narrow
 from pumer_compile.errors import PlanError
 from pumer_compile.passes.eliminate import drop_dead, eliminate
-from pumer_compile.passes.insert import reducers_of
-from pumer_compile.passes.narrow import Range, narrow
 from pumer_compile.passes.pipeline import PASSES, State, run_passes
+from pumer_compile.reducers import reducers_of
+from tests.analysis.narrowing import compared, copy_of, last_layer, rows, same
 from tests.helpers import count_op
 from tests.models import Config, Fusion, highest, inputs_for, make, program, reduced, schedule
-from tests.passes.narrowing import compared, copy_of, last_layer, rows, same
 
 aten = torch.ops.aten
 BATCH, TOKENS, WIDTH = 2, 24, 64

@@ -14,10 +14,10 @@ import pumer_compile as pumer
 from pumer_compile import Program, Schedule, capture, reduce
 from pumer_compile.errors import PlanError
 from tests import commands
+from tests.analysis.narrowing import compared, last_layer, rows
 from tests.helpers import count_op
 from tests.meter import meter_inputs, tiny_meter
 from tests.models import Config, highest, inputs_for, make
-from tests.passes.narrowing import compared, last_layer, rows
 from tests.tiny import image_inputs, text_inputs, tiny_vilt
 
 aten = torch.ops.aten
@@ -144,7 +144,7 @@ def test_under_torch_compile() -> None:
         return module
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pumer_compile.backend.lookup_backend", lambda name: inner)
+        patch.setattr("pumer_compile.torch_compile.backend.lookup_backend", lambda name: inner)
         torch._dynamo.reset()
         compiled = torch.compile(model, backend="pumer", options={"schedule": "lossless", "inner": "eager"})
         found = compiled(**inputs)

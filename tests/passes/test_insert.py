@@ -11,18 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pumer_compile import Program, Schedule, capture
+from pumer_compile.analysis.annotate import annotate
+from pumer_compile.analysis.attention import Attention, locate
 from pumer_compile.errors import LocateError, PlanError, PumerError
-from pumer_compile.passes.annotate import annotate
-from pumer_compile.passes.insert import (
-    Insertions,
-    make_reducer,
-    plan_insertions,
-    reducers_of,
-    repeated_module,
-)
-from pumer_compile.passes.locate import locate
+from pumer_compile.methods.pumer import stream_reducer
+from pumer_compile.passes.insert import Insertions, plan_insertions
 from pumer_compile.passes.pipeline import PASSES, State, run_passes
 from pumer_compile.reduce import reduce_graph
+from pumer_compile.reducers import reducers_of
+from pumer_compile.rewrite.sites import LocatedGraph, Site, Stream, repeated_module
 from tests.helpers import paper_counts, published_counts
 from tests.models import Config, Fusion, Staged, highest, inputs_for, make, program, schedule
 
@@ -33,6 +30,14 @@ def chosen(captured: Program, wanted: Schedule) -> Insertions:
     """What is known before the walk: the sites, in order."""
     annotation = annotate(captured.module, captured.streams)
     return plan_insertions(annotation, locate(captured.module, annotation), wanted)
+
+
+def softmaxes(captured: Program, wanted: Schedule) -> list[Attention]:
+    """The attentions whose softmax becomes the published one."""
+    annotation = annotate(captured.module, captured.streams)
+    graph = LocatedGraph(annotation, locate(captured.module, annotation))
+    replaced = wanted.replacements(graph, wanted.find_sites(graph))
+    return [a for a in graph.attentions if (a.probabilities or a.context) in replaced]
 
 
 def planned(captured: Program, wanted: Schedule) -> Insertions:
@@ -51,7 +56,7 @@ def test_the_walk_makes_the_plans() -> None:
         ("cross_modal.2", None, {}),
     ]
     assert insertions.done == []
-    assert insertions.sites[0].site.prune == 0.2
+    assert insertions.sites[0].budget.prune == 0.2
 
 
 @pytest.mark.parametrize("form", ["unfused", "sdpa"])
@@ -95,14 +100,13 @@ def test_a_stream_without_budget_has_no_reducer() -> None:
 
 @pytest.mark.parametrize("semantics", SEMANTICS)
 def test_only_the_published_semantics_brings_its_softmax(semantics: str) -> None:
-    insertions = planned(program(Config()), schedule(semantics))
-    assert len(insertions.softmaxes) == (3 if semantics == "reference" else 0)
+    assert len(softmaxes(program(Config()), schedule(semantics))) == (3 if semantics == "reference" else 0)
 
 
 def test_the_published_softmax_stays_in_cross_modal_layers() -> None:
     config = Config(mask="none")
-    insertions = planned(program(config, Staged), schedule(layers=(0,), prune=2))
-    assert [a.site for a in insertions.softmaxes] == ["cross_modal.0", "cross_modal.1", "cross_modal.2"]
+    found = softmaxes(program(config, Staged), schedule(layers=(0,), prune=2))
+    assert [a.site for a in found] == ["cross_modal.0", "cross_modal.1", "cross_modal.2"]
 
 
 class Pairs(nn.Module):
@@ -148,7 +152,7 @@ def test_repeated_module(path: str, expected: str) -> None:
 
 
 def test_reference_reducers() -> None:
-    image, text = (make_reducer(s, 20, k, 4, schedule("reference"), 1) for s, k in (("image", 15), ("text", 20)))
+    image, text = (stream_reducer("reference", Stream(s, s, 20, 1), k, 4) for s, k in (("image", 15), ("text", 20)))
     assert (image.pruner.keep, image.pruner.protected, image.pruner.pads_vote) == (15, 0, True)
     assert (image.merger.similarity, image.merger.protected) == ("cosine", 1)
     assert not image.merger.keep_padding_apart
@@ -158,7 +162,7 @@ def test_reference_reducers() -> None:
 
 
 def test_paper_reducers() -> None:
-    image, text = (make_reducer(s, 20, k, 4, schedule("paper"), 1) for s, k in (("image", 15), ("text", 20)))
+    image, text = (stream_reducer("paper", Stream(s, s, 20, 1), k, 4) for s, k in (("image", 15), ("text", 20)))
     assert (image.pruner.protected, image.pruner.pads_vote) == (0, True)
     assert image.merger.similarity == text.merger.similarity == "dot"
     assert (image.averaging, text.averaging) == ("plain", "plain")
@@ -166,7 +170,7 @@ def test_paper_reducers() -> None:
 
 def test_safe_reducers() -> None:
     parts = (("image", 15, 3), ("text", 20, 0))
-    image, text = (make_reducer(s, 20, k, 4, schedule("safe"), n) for s, k, n in parts)
+    image, text = (stream_reducer("safe", Stream(s, s, 20, n), k, 4) for s, k, n in parts)
     assert (image.pruner.protected, image.pruner.pads_vote) == (3, False)
     assert (image.merger.protected, text.merger.protected) == (3, 1)
     for reducer in (image, text):
@@ -179,8 +183,8 @@ def test_safe_reducers() -> None:
 @pytest.mark.parametrize("stream", ["image", "text"])
 def test_tome_reducers(stream: str, learned: int) -> None:
     """Merging alone; learned tokens stay, and where there are none, token 0 may merge away like any other."""
-    wanted = Schedule(method="tome", sites=({"at": "vision.0", "merge": {"image": 4}},))
-    reducer = make_reducer(stream, 20, 20, 4, wanted, learned)
+    wanted = Schedule(method="tome", sites=({"at": "vision.0", "merge": {stream: 4}},))
+    reducer = wanted.reducer(Site(None, budget=wanted.resolve()[0]), Stream(stream, stream, 20, learned))
     assert reducer.pruner is None
     assert (reducer.merger.merge, reducer.merger.protected, reducer.merger.similarity) == (4, learned, "cosine")
     assert reducer.merger.keep_padding_apart
@@ -443,6 +447,6 @@ def test_attention_without_a_head_dimension_is_refused_in_words() -> None:
 def test_layers_hold_their_own_self_attention() -> None:
     """The published softmax goes into every attention of a cross-modal layer, and into no tower."""
     inputs = {"ids": torch.randint(0, 20, (2, 5)), "pixels": torch.randn(2, 3, 4, 6)}
-    insertions = planned(capture(Pairs(), inputs), schedule(layers=(0,), prune=2))
-    assert [a.site for a in insertions.softmaxes if a.cross_modal] == ["cross_modal.0", "cross_modal.1"]
-    assert "text.0" not in [a.site for a in insertions.softmaxes]
+    found = softmaxes(capture(Pairs(), inputs), schedule(layers=(0,), prune=2))
+    assert [a.site for a in found if a.cross_modal] == ["cross_modal.0", "cross_modal.1"]
+    assert "text.0" not in [a.site for a in found]

@@ -17,8 +17,9 @@ from pumer_compile.errors import PumerError, VerifyError
 from pumer_compile.passes.pipeline import PASSES, Pass, State, run_passes
 from pumer_compile.reduce import reduce_graph, with_decisions
 from pumer_compile.reducers import AlignAxis, forced_decisions
-from pumer_compile.reducers.reducer import Decisions
+from pumer_compile.reducers.base import Decisions
 from tests import models
+from tests.analysis.narrowing import last_layer
 from tests.helpers import count_op
 from tests.models import (
     Attention,
@@ -34,7 +35,6 @@ from tests.models import (
     run_layer,
     schedule,
 )
-from tests.passes.narrowing import last_layer
 
 aten = torch.ops.aten
 SEMANTICS = ("reference", "paper", "safe")

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 import pumer_compile as pumer
 from pumer_compile import Program, Schedule
+from pumer_compile.analysis.annotate import annotate
+from pumer_compile.analysis.axes import Dim
 from pumer_compile.errors import AxisError, LocateError, PlanError, ScheduleError
-from pumer_compile.passes.annotate import annotate
-from pumer_compile.passes.axes import Dim
 from pumer_compile.passes.prompt import spell_out, visual_tokens
 from tests.models import Config, program
 from tests.visual import select

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from torch import Tensor
 
+from pumer_compile.reducers.base import Decisions, forced_decisions
 from pumer_compile.reducers.last_query import LastQueryPruner, LastQueryReducer
-from pumer_compile.reducers.reducer import Decisions, forced_decisions
 
 
 def attention(*scores: float, heads: int = 2) -> Tensor:

@@ -18,7 +18,7 @@ from pumer_compile.reducers import (
     forced_decisions,
     noted_decisions,
 )
-from pumer_compile.reducers.reducer import Decisions, Reduction
+from pumer_compile.reducers.base import Decisions, Reduction
 from tests.helpers import combine, data_dependent, groups, match, order, reduce_image, reduce_text, saliency
 
 SEMANTICS = ("reference", "paper", "safe")
@@ -84,7 +84,7 @@ def sites(draw: st.DrawFn) -> dict[str, Any]:
         "image": torch.from_numpy(rng.integers(-8, 9, (batch, image, 6)).astype(np.float64)).to(dtype),
         "text_keys": keys(text),
         "image_keys": keys(image),
-        "attention": torch.from_numpy(rng.integers(0, 4, (batch, heads, text, image)) / 8).to(dtype),
+        "text_to_image": torch.from_numpy(rng.integers(0, 4, (batch, heads, text, image)) / 8).to(dtype),
         "real": torch.from_numpy(real),
         "image_real": torch.from_numpy(rng.random((batch, image)) < draw(st.sampled_from([0.5, 1.0]))),
         "learned": learned,
@@ -118,7 +118,7 @@ def test_image(semantics: str, site: dict[str, Any]) -> None:
     merge = int(site["share"] * _most(site["keep"], max(1, learned)))
     reducer = image_reducer(semantics, site["image"].shape[1], site["keep"], merge, learned)
     text_weights, weights = site["real"].float(), site["image_real"].float()
-    result = reducer(site["image"], site["image_keys"], weights, site["attention"], text_weights)
+    result = reducer(site["image"], site["image_keys"], weights, site["text_to_image"], text_weights)
     members = [
         reduce_image(
             attention,
@@ -131,7 +131,7 @@ def test_image(semantics: str, site: dict[str, Any]) -> None:
             real=alive if safe else None,
         )
         for attention, keys, real, alive in zip(
-            site["attention"].double().numpy(),
+            site["text_to_image"].double().numpy(),
             site["image_keys"].double().numpy(),
             site["real"].tolist(),
             site["image_real"].tolist(),
@@ -182,7 +182,7 @@ def test_decisions_are_what_was_done(site: dict[str, Any]) -> None:
     """`kept`, `source` and `target` alone give the groups that the map shows."""
     merge = int(site["share"] * _most(site["keep"], 1))
     reducer = image_reducer("reference", site["image"].shape[1], site["keep"], merge)
-    result = reducer(site["image"], site["image_keys"], None, site["attention"])
+    result = reducer(site["image"], site["image_keys"], None, site["text_to_image"])
     assert result.kept.shape == (len(result.map), site["keep"])
     assert result.source.shape == result.target.shape == (len(result.map), merge)
     for b in range(len(result.map)):
@@ -262,7 +262,7 @@ def example(dtype: torch.dtype = torch.float32, seed: int = 3) -> dict[str, Tens
         "tokens": torch.randn(2, 13, 5, generator=g).to(dtype),
         "keys": torch.randn(2, 2, 13, 4, generator=g).to(dtype),
         "weights": torch.tensor([[1.0] * 13, [1.0] * 9 + [0.0] * 4]),
-        "attention": torch.rand(2, 2, 6, 13, generator=g).to(dtype),
+        "text_to_image": torch.rand(2, 2, 6, 13, generator=g).to(dtype),
         "text_weights": torch.tensor([[1.0] * 6, [1.0] * 3 + [0.0] * 3]),
     }
 
@@ -288,7 +288,7 @@ def test_gradients_flow_through_tokens(semantics: str) -> None:
 @pytest.mark.parametrize("semantics", SEMANTICS)
 def test_decisions_do_not_depend_on_the_batch_or_on_luck(semantics: str) -> None:
     case = {k: v.round(decimals=1) for k, v in example().items()}
-    case["attention"] = (case["attention"] * 4).round() / 4
+    case["text_to_image"] = (case["text_to_image"] * 4).round() / 4
     reducer = image_reducer(semantics, 13, 10, 3, learned=1)
     whole = reducer(**case)
     again = reducer(**case)
@@ -315,13 +315,26 @@ def test_padding_never_changes_a_real_token_under_safe(semantics: str) -> None:
         assert not (changed & real).any()
 
 
+class Site(nn.Module):
+    """Names what a reducer takes by position, for dynamic shapes."""
+
+    def __init__(self, reducer: StreamReducer) -> None:
+        super().__init__()
+        self.reducer = reducer
+
+    def forward(
+        self, tokens: Tensor, keys: Tensor, weights: Tensor, text_to_image: Tensor, text_weights: Tensor
+    ) -> Reduction:
+        return self.reducer(tokens, keys, weights, text_to_image, text_weights)
+
+
 @pytest.mark.parametrize(("semantics", "dynamic"), [("reference", False), ("paper", False), ("safe", True)])
 def test_exported_reducer_has_no_data_dependent_operators(semantics: str, dynamic: bool) -> None:
     case = example()
     reducer = image_reducer(semantics, 13, 10, 3, learned=1)
     batch = torch.export.Dim("batch")
     shapes = {name: {0: batch} for name in case} if dynamic else None
-    exported = torch.export.export(reducer, (), case, dynamic_shapes=shapes)
+    exported = torch.export.export(Site(reducer), (), case, dynamic_shapes=shapes)
     assert not data_dependent(exported.graph_module)
     assert not data_dependent(exported.run_decompositions().graph_module)
     torch.testing.assert_close(exported.module()(**case).tokens, reducer(**case).tokens)
@@ -406,7 +419,7 @@ def test_forced_pruning_is_followed_and_measured(semantics: str) -> None:
     free = model(**case)[0]
     wanted = decisions_of(free)
     votes = [w > 0 for w in case["text_weights"][1].tolist()] if safe else None
-    scores = saliency(case["attention"][1].double().numpy(), votes)
+    scores = saliency(case["text_to_image"][1].double().numpy(), votes)
     ranked = list(range(learned)) + [i for i in order(scores, 13) if i >= learned]
     wanted.kept[1, 9] = ranked[11]
     mean = case["keys"][1].double().numpy().mean(0)[[*ranked[:9], ranked[11]]]
@@ -496,7 +509,7 @@ def near_ties() -> dict[str, Tensor]:
     tokens = torch.randn(2, 12, 6, generator=g)
     keys = torch.ones(2, 2, 12, 4) + 1e-3 * torch.randn(2, 2, 12, 4, generator=g)
     attention = (torch.ones(2, 2, 5, 12) + 1e-4 * torch.randn(2, 2, 5, 12, generator=g)) / 12
-    return {"tokens": tokens, "keys": keys, "weights": torch.ones(2, 12), "attention": attention}
+    return {"tokens": tokens, "keys": keys, "weights": torch.ones(2, 12), "text_to_image": attention}
 
 
 @pytest.mark.parametrize("semantics", SEMANTICS)

@@ -1,0 +1,13 @@
+"""Reduction methods, a file each: every module of this folder is read, and every `Method` in it is one."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+
+from .base import METHODS, PRESETS, Method
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
+
+__all__ = ["METHODS", "PRESETS", "Method"]

@@ -1,0 +1,1 @@
+"""Writing the reduced graph: where reducers are inserted, what they read, and what else is written otherwise."""

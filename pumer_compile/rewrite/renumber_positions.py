@@ -1,0 +1,93 @@
+"""Positions along a prompt that a selection has made shorter."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import fx
+
+from ..analysis.axes import Dim, Tokens
+from ..analysis.nodes import values
+from ..analysis.rules import aten
+from ..errors import UsageError
+from .carried_weights import CarriedWeights
+from .rewriter import Rewriter
+from .sites import LocatedGraph, Replacements
+
+
+def renumbered_positions(graph: LocatedGraph, *, compact: bool) -> Replacements:
+    """Positions along a prompt, made out of nothing but its length: counted over the tokens that are left.
+
+    Where they stay original (not `compact`) those that become features (rotary angles) are not: the selection takes
+    them. Comparisons of positions, as in a causal mask, come out the same either way.
+
+    Raises:
+        UsageError: positions are to be renumbered, and the caller gives them.
+    """
+    streams = set(graph.prompt_images())
+    if compact:
+        _check_not_given(graph, streams)
+    found: Replacements = {}
+    for node in graph.annotation.constraints:
+        if node.target is not aten.arange.default or not streams & set(_streams(graph, node, 0)):
+            continue
+        if compact or not _becomes_feature(node):
+            found[node] = partial(_count, node)
+    return found
+
+
+def _check_not_given(graph: LocatedGraph, streams: set[str]) -> None:
+    for node in graph.attentions[0].context.graph.find_nodes(op="placeholder"):
+        tensors = [value for value in values(node) if not value.is_floating_point()]
+        along = any(streams & set(_streams(graph, node, i)) for value in tensors for i in range(value.dim()))
+        if along and ("position" in str(node.target) or _becomes_angle(node)):
+            raise UsageError(
+                "`positions: compact` counts positions anew over the tokens that are left, and here they are given, in "
+                f"the input {node.target}, counted over the whole prompt. Leave that input out, or choose "
+                "`positions: original` (transformers' `generate` always gives them)."
+            )
+
+
+def _becomes_angle(node: fx.Node) -> bool:
+    """Whether the numbers of an input themselves are taken the cosine or sine of (rotary positions)."""
+    pending, seen = [node], {node}
+    while pending:
+        for user in pending.pop().users:
+            if user.target in (aten.cos.default, aten.sin.default):
+                return True
+            if user.target not in (aten.embedding.default, aten.cumsum.default) and user not in seen:
+                seen.add(user)
+                pending.append(user)
+    return False
+
+
+def _count(node: fx.Node, rewriter: Rewriter, carried: CarriedWeights) -> fx.Node:
+    dim = Dim(node, 0)
+    kind = rewriter.annotation.axis(dim)
+    assert isinstance(kind, Tokens)
+    epochs = {s: len(rewriter.history.steps.get(s, ())) for s in kind.streams}
+    rewriter.history.bump(dim, epochs)
+    size = rewriter.history.size(kind, epochs)
+    new = rewriter.graph.node_copy(node, lambda n: rewriter.env[n])
+    new.args = (size, *new.args[1:])
+    return new
+
+
+def _streams(graph: LocatedGraph, node: fx.Node, index: int) -> tuple[str, ...]:
+    kind = graph.annotation.axis(Dim(node, index))
+    return kind.streams if isinstance(kind, Tokens) else ()
+
+
+def _becomes_feature(node: fx.Node) -> bool:
+    """Whether integers are turned into floating-point numbers."""
+    pending, seen = [node], {node}
+    while pending:
+        for user in pending.pop().users:
+            found = values(user)
+            if found and found[0].is_floating_point():
+                return True
+            if found and found[0].dtype != torch.bool and user not in seen:
+                seen.add(user)
+                pending.append(user)
+    return False

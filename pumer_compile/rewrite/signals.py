@@ -1,0 +1,197 @@
+"""Signals: what reducers read, a function each. The set is closed: one is added with a method that reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from ..analysis.attention import NOT_KNOWN, Attention
+from ..analysis.nodes import ancestors, describe
+from ..analysis.rules import aten, shape
+from ..errors import LocateError
+from ..passes.prompt import Mark
+from ..reducers import Signal
+from .attention_rows import attention_rows
+from .carried_weights import CarriedWeights
+from .epochs import Epochs
+from .rewriter import Rewriter
+from .sites import LocatedGraph, Site
+
+
+@dataclass
+class Place:
+    """Where signals are read.
+
+    Attributes:
+        rewriter: which has passed the site's attention.
+        graph: captured.
+        site: that is being reduced.
+        epochs: of its streams.
+        carried: weights.
+        mark: that is reduced, where marks are.
+        read: what was read for the whole site, by name.
+    """
+
+    rewriter: Rewriter
+    graph: LocatedGraph
+    site: Site
+    epochs: Epochs
+    carried: CarriedWeights
+    mark: Mark | None = None
+    read: dict[str, fx.Node] = field(default_factory=dict)
+
+    @property
+    def attention(self) -> Attention:
+        """Of the site."""
+        return self.site.attention
+
+    def epoch(self, stream: str) -> int:
+        """Of one stream."""
+        return self.epochs.get(stream, 0)
+
+    def text(self) -> str:
+        """The text among the queries; '' without one."""
+        streams = self.attention.query_axis.streams
+        return next((s for s in streams if self.graph.modality(s) == "text"), "")
+
+
+def read_signal(signal: Signal, place: Place, stream: str) -> fx.Node | None:
+    """What a reducer of a stream reads; see `Signal`.
+
+    Raises:
+        LocateError: the site does not have it.
+    """
+    return _SIGNALS[signal](place, stream)
+
+
+# --- keys and weights -------------------------------------------------------------------------------------------------
+
+
+def _keys(place: Place, stream: str) -> fx.Node:
+    """This site's keys of a stream, or the nearest self-attention's."""
+    site, rewriter = place.attention, place.rewriter
+    at = rewriter.history.at(site.key_dim)
+    if stream not in site.key_axis.streams or at.get(stream, 0) != place.epoch(stream):
+        site = _nearest_self_attention(place, stream)
+    span = rewriter.history.span(site.key_axis, stream, rewriter.history.at(site.key_dim))
+    if site.key is not None:
+        return rewriter.call(aten.slice.Tensor, rewriter.env[site.key], 2, *span)
+    assert site.key_transposed is not None
+    cut = rewriter.call(aten.slice.Tensor, rewriter.env[site.key_transposed], 3, *span)
+    return rewriter.call(aten.transpose.int, cut, 2, 3)
+
+
+def _nearest_self_attention(place: Place, stream: str) -> Attention:
+    before = ancestors(place.attention.context)
+    position = place.graph.attentions.index(place.attention)
+    for attention in reversed(place.graph.attentions[:position]):
+        reads = stream in attention.query_axis.streams and stream in attention.key_axis.streams
+        if reads and attention.context in before:
+            if place.rewriter.history.at(attention.key_dim).get(stream, 0) == place.epoch(stream):
+                return attention
+            break
+    raise LocateError(
+        f"Site {place.attention.described} merges {stream} tokens, but there is no self-attention over the "
+        f"{stream} before it whose keys tell which are similar. Set `merge: {{{stream}: 0}}` there."
+    )
+
+
+def _weights(place: Place, stream: str) -> fx.Node | None:
+    """By the masks of this attention, then of those before it, the nearest first."""
+    position = place.graph.attentions.index(place.attention)
+    readers = [place.attention, *reversed(place.graph.attentions[:position])]
+    return place.carried.of(place.rewriter, stream, place.epoch(stream), readers)
+
+
+def _text_weights(place: Place, stream: str) -> fx.Node | None:
+    text = place.text()
+    return _weights(place, text) if text else None
+
+
+# --- rows of attention ------------------------------------------------------------------------------------------------
+
+
+def _text_to_image(place: Place, stream: str) -> fx.Node:
+    site, rewriter = place.attention, place.rewriter
+    rows = rewriter.history.span(site.query_axis, place.text(), place.epochs)
+    keys = rewriter.history.span(site.key_axis, stream, place.epochs)
+    found = attention_rows(rewriter, site, rows, f"reducer.{site.name}.attention.{stream}")
+    return rewriter.call(aten.slice.Tensor, found, 3, *keys)
+
+
+def _last_query(place: Place, stream: str) -> fx.Node:
+    site, rewriter = place.attention, place.rewriter
+    if "last_query" not in place.read:
+        last = int(rewriter.history.size(site.query_axis, place.epochs))
+        name = f"reducer.{site.name}.attention"
+        place.read["last_query"] = attention_rows(rewriter, site, (last - 1, last), name)
+    span = rewriter.history.span(site.key_axis, stream, place.epochs)
+    return rewriter.call(aten.slice.Tensor, place.read["last_query"], 3, *span)
+
+
+def _class_token(place: Place, stream: str) -> fx.Node:
+    mark, rewriter = place.mark, place.rewriter
+    if mark is None:
+        raise LocateError(f"Site {place.attention.described} is not where image tokens leave a vision tower.")
+    if "class_token" not in place.read:
+        place.read["class_token"] = rewriter.call(aten.mean.dim, _tower_rows(place, mark), [1, 2])
+    found = place.read["class_token"]
+    if mark.order is None:
+        return found
+    batch = shape(mark.node)[0]
+    own = rewriter.call(aten.reshape.default, found, [batch, -1])
+    # The captured graph brings the features into this order.
+    order = next(n for n in mark.node.all_input_nodes[0].all_input_nodes if n.op == "get_attr")
+    return rewriter.call(aten.index_select.default, own, 1, rewriter.env[order])
+
+
+def _tower_rows(place: Place, mark: Mark) -> fx.Node:
+    """Attention to the image's own tokens, float32: of the class token `[batch, heads, 1, tokens]`, or of every
+    token where the tower has none."""
+    attention, features, learned_of = place.attention, mark.features, place.graph.annotation.learned
+    start, tokens = _offset(features, attention), int(shape(features)[1])
+    total = shape(attention.query)[2]
+    assert isinstance(total, int)
+    learned = max((learned_of[stream] for stream in attention.query_axis.streams), default=0)
+    if start < learned:
+        raise LocateError(
+            f"{describe(features)} gives the class token of the vision tower to the prompt, beside the image's own "
+            "tokens; the selection is by the class token's attention to those. Let the model leave it out "
+            "(vision_feature_select_strategy='default')."
+        )
+    if attention.masks or NOT_KNOWN in attention.unusual:
+        raise LocateError(
+            f"The attention {attention.described} of the vision tower has a mask; which tokens it lets vote is not "
+            "known."
+        )
+    rows = (0, 1) if learned else (0, total)
+    found = attention_rows(place.rewriter, attention, rows, f"reducer.{attention.name}.attention")
+    return place.rewriter.call(aten.slice.Tensor, found, 3, start, start + tokens)
+
+
+def _offset(features: fx.Node, attention: Attention) -> int:
+    """Where the features begin among the tokens of the tower (behind its class token)."""
+    start, node = 0, features
+    while shape(node)[1] != attention.query_axis.size:
+        cut = node.target is aten.slice.Tensor and node.args[1] == 1
+        first = node.args[2] if cut and len(node.args) > 2 else None
+        source = node.args[0] if node.args else None
+        if not cut or not isinstance(first, int) or first < 0 or not isinstance(source, fx.Node):
+            raise LocateError(
+                f"{describe(features)} has {shape(features)[1]} tokens, and the attention {attention.described} "
+                f"before it {attention.query_axis.size}; which of them these are is not found."
+            )
+        start, node = start + first, source
+    return start
+
+
+_SIGNALS: dict[Signal, Callable[[Place, str], fx.Node | None]] = {
+    Signal.KEYS: _keys,
+    Signal.WEIGHTS: _weights,
+    Signal.TEXT_TO_IMAGE: _text_to_image,
+    Signal.TEXT_WEIGHTS: _text_weights,
+    Signal.LAST_QUERY: _last_query,
+    Signal.CLASS_TOKEN: _class_token,
+}

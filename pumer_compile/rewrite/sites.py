@@ -1,0 +1,203 @@
+"""Sites: where a reducer is inserted; and the questions that a method asks of a graph to find them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from torch import fx
+
+from ..analysis.annotate import Annotation
+from ..analysis.attention import NOT_KNOWN, Attention, choose
+from ..analysis.axes import Dim, Tokens
+from ..analysis.nodes import ancestors, describe
+from ..analysis.rules import shape
+from ..errors import LocateError
+from ..passes.prompt import Mark
+
+if TYPE_CHECKING:
+    from ..methods.budgets import SiteBudget
+    from ..plan import SitePlan
+    from ..reducers import Reducer
+    from .carried_weights import CarriedWeights
+    from .rewriter import Rewriter
+
+Replacement = Callable[["Rewriter", "CarriedWeights"], fx.Node | None]
+"""Writes something else in place of a captured node; None: the node itself after all."""
+Replacements = dict[fx.Node, Replacement]
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Tokens of one stream at a site, before its reducer.
+
+    Attributes:
+        name: of the stream.
+        modality: `image`, `text` or a name that the user gave.
+        tokens: how many.
+        learned: how many of these lead and are learned (class tokens).
+        crops: of image tokens that leave a tower: places of each crop's tokens in the stream, in raster order.
+        row: and how many tokens the tower gives for one crop.
+    """
+
+    name: str
+    modality: str
+    tokens: int
+    learned: int = 0
+    crops: tuple[tuple[int, ...], ...] = ()
+    row: int = 0
+
+
+@dataclass
+class Site:
+    """Where reducers are inserted: `after` a carrier, or `instead` of marks.
+
+    Attributes:
+        attention: that the signals are read from.
+        after: the residual value that is reduced; None where marks are.
+        instead: where image tokens leave the tower, for each block of a prompt.
+        streams: that may be reduced.
+        budget: of the schedule, where it has one for each site.
+        plan: token counts, once the rewriter has passed it; None where it was left out.
+        reducers: by stream.
+        passed: how many reducers each modality had passed before.
+    """
+
+    attention: Attention
+    after: fx.Node | None = None
+    instead: tuple[Mark, ...] = ()
+    streams: tuple[str, ...] = ()
+    budget: SiteBudget | None = None
+    plan: SitePlan | None = None
+    reducers: dict[str, Reducer] = field(default_factory=dict)
+    passed: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LocatedGraph:
+    """A captured graph with its axes and attentions, as methods ask for it.
+
+    Attributes:
+        annotation: axes of every value.
+        attentions: in execution order.
+        marks: where image tokens leave the vision tower, or enter the prompt.
+    """
+
+    annotation: Annotation
+    attentions: list[Attention]
+    marks: tuple[Mark, ...] = ()
+
+    # --- looking ------------------------------------------------------------------------------------------------------
+
+    def choose(self, address: str) -> list[Attention]:
+        """The attention of an address such as `cross_modal.2`: one node, or one for each time its layer runs.
+
+        Raises:
+            LocateError: there is none; the message lists what there is.
+        """
+        return choose(self.attentions, address)
+
+    def attentions_from(self, first: Attention) -> list[Attention]:
+        """An attention and those after it."""
+        return self.attentions[self.attentions.index(first) :]
+
+    def modality(self, stream: str) -> str:
+        """The modality of a stream."""
+        return self.annotation.modality[stream]
+
+    def modalities(self, axis: Tokens) -> set[str]:
+        """The modalities of an axis."""
+        return {self.annotation.modality[stream] for stream in axis.streams}
+
+    def prompt_images(self) -> tuple[str, ...]:
+        """The streams of the images in a prompt."""
+        axes = [self.annotation.axis(Dim(mark.prompted, 1)) for mark in self.marks]
+        return tuple(s for axis in axes if isinstance(axis, Tokens) for s in axis.streams)
+
+    def prompt_layers(self) -> list[Attention]:
+        """The attentions of a language model over a prompt with all its images."""
+        wanted = {*self.prompt_images(), "text"}
+        return [a for a in self.attentions if wanted <= set(a.query_axis.streams) & set(a.key_axis.streams)]
+
+    def towers(self) -> list[tuple[Attention, tuple[Mark, ...]]]:
+        """The last attention of each tower before its marks, which makes the features that leave it.
+
+        Raises:
+            LocateError: no attention gives the features of a mark.
+        """
+        found: dict[fx.Node, tuple[Attention, tuple[Mark, ...]]] = {}
+        for mark in self.marks:
+            before = ancestors(mark.node)
+            tower = [a for a in self.attentions if a.context in before]
+            if not tower:
+                raise LocateError(f"No attention over image tokens was found before {describe(mark.node)}.")
+            last = tower[-1]
+            marks = found[last.context][1] if last.context in found else ()
+            found[last.context] = (last, (*marks, mark))
+        return list(found.values())
+
+    # --- checks -------------------------------------------------------------------------------------------------------
+
+    def check_masks(self, first: Attention) -> None:
+        """From the first site on, a mask that is not understood could not be aligned.
+
+        Raises:
+            LocateError: there is one.
+        """
+        for attention in self.attentions_from(first):
+            if NOT_KNOWN in attention.unusual:
+                raise LocateError(
+                    f"The attention {attention.described} cannot follow a reducer, because "
+                    f"{attention.unusual}. Hide keys with a boolean mask (masked_fill, where), or add 0 and -inf."
+                )
+
+    def check_whole(self, attention: Attention) -> None:
+        """Queries and keys must be whole streams.
+
+        Raises:
+            LocateError: a part of one stands apart.
+        """
+        parts = [s for axis in (attention.query_axis, attention.key_axis) for s in axis.segments if not s.whole]
+        if parts:
+            raise LocateError(
+                f"Site {attention.described} is attention from {attention.query_axis} to {attention.key_axis}, where "
+                f"{parts[0].length} of the {self.annotation.streams[parts[0].stream or '']} {parts[0].stream} tokens "
+                "stand apart (learned queries, say); a reducer takes a stream whole."
+            )
+
+    def check_reducible(self, attention: Attention) -> None:
+        """A site needs a residual value, and queries `[batch, heads, tokens, head size]`.
+
+        Raises:
+            LocateError: it has not.
+        """
+        if attention.carrier is None:
+            raise LocateError(f"Site {attention.described} has no residual value to reduce: {attention.no_carrier}.")
+        if len(shape(attention.query)) != 4:
+            raise LocateError(
+                f"Site {attention.described} has queries of shape {list(shape(attention.query))}; a reducer reads "
+                "[batch, heads, tokens, head size]. Use a model whose attention keeps heads in a dimension of their "
+                "own."
+            )
+        annotation, carrier = self.annotation, attention.carrier
+        axes = enumerate(annotation.axes(carrier)[:2])
+        batches = [Dim(carrier, i) for i, axis in axes if not isinstance(axis, Tokens)]
+        first, second = (any(annotation.same(Dim(attention.query, i), b) for b in batches) for i in (0, 1))
+        if second and not first:
+            raise LocateError(
+                f"Site {attention.described} has queries of shape {list(shape(attention.query))} with the heads before "
+                "the batch; a reducer reads [batch, heads, tokens, head size]. Exchange the two in the model."
+            )
+
+
+def repeated_module(path: str) -> str:
+    """The innermost repeated module that holds a module: `encoder.layer.2` of `encoder.layer.2.attention`."""
+    parts = path.split(".")
+    last = max((i for i, part in enumerate(parts) if part.isdigit()), default=-1)
+    return ".".join(parts[: last + 1])
+
+
+def cross_modal_layers(attentions: list[Attention]) -> frozenset[str]:
+    """The repeated modules that hold a cross-modal attention; '' (the whole model) for one outside of any."""
+    return frozenset(repeated_module(a.module) for a in attentions if a.cross_modal)

@@ -1,0 +1,100 @@
+"""Outputs with one entry for each token: refused, given as they are after reduction, or restored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import fx
+
+from ..analysis.axes import Dim, Fixed
+from ..analysis.nodes import describe, values
+from ..analysis.outputs import output_nodes
+from ..analysis.rules import aten, shape
+from ..errors import OutputsError
+from ..reducers import AlignAxis, UnitWeights
+from ..reducers.align import AlignMode
+from .rewriter import Rewriter
+
+
+def reduced_dims(walk: Rewriter, node: fx.Node) -> list[Dim]:
+    """The dimensions of a captured value that a reducer has shortened."""
+    dims = [Dim(node, index) for index in range(len(shape(node)) if values(node) else 0)]
+    return [dim for dim in dims if any(walk.history.at(dim).values())]
+
+
+def check_outputs(walk: Rewriter) -> None:
+    """Refuse outputs with one entry for each token of a reduced stream.
+
+    Raises:
+        OutputsError: there is one.
+    """
+    outputs = output_nodes(walk.source)
+    token_level = {name: dims for name, node in outputs.items() if (dims := reduced_dims(walk, node))}
+    if not token_level:
+        return
+    name, dims = next(iter(token_level.items()))
+    kind = walk.annotation.axis(dims[0])
+    streams = () if isinstance(kind, Fixed) else kind.streams
+    others = [other for other in outputs if other not in token_level]
+    keep = (
+        f"Keep only the others (capture(..., outputs={others}), or --outputs {','.join(others)}), or say "
+        if others
+        else "Say "
+    )
+    raise OutputsError(
+        f"The output {name}, {describe(outputs[name])}, has one entry for each token of {kind}, and "
+        f"{', '.join(streams)} tokens are reduced: its entries would no longer be the model's. {keep}in the schedule "
+        "what to give instead: `outputs: restored` (every position gets the token it was merged into) or `outputs: "
+        "reduced` (one entry for each token that is left)."
+    )
+
+
+def restoring(captured: fx.GraphModule) -> dict[fx.Node, Callable[[Rewriter], fx.Node | None]]:
+    """The replacement of the output node that restores what it returns."""
+    return {captured.graph.output_node(): _restore}
+
+
+def _restore(walk: Rewriter) -> fx.Node:
+    """Each original position receives the token it was merged into; pruned ones get zeros, and `<name>.kept` says
+    which positions those are not, `[batch, tokens]` bool."""
+    named: dict[str, fx.Node] = {}
+    flags: dict[str, fx.Node] = {}
+    for position, (name, node) in enumerate(output_nodes(walk.source).items()):
+        value = walk.env[node]
+        for number, dim in enumerate(reduced_dims(walk, node)):
+            pieces, maps = _inverse(walk, dim)
+            scope = f"reducer.restore.output_{position}_{dim.index}"
+            value = walk.call_module(f"{scope}.tokens", AlignAxis(dim.index, pieces, _mode(node)), value, *maps)
+            ones = walk.call_module(f"{scope}.ones", UnitWeights(sum(n for n, _ in pieces)), maps[0])
+            there = walk.call_module(f"{scope}.kept", AlignAxis(1, pieces, "mean"), ones, *maps)
+            flags[f"{name}.kept" + (f"_{dim.index}" if number else "")] = walk.call(aten.gt.Scalar, there, 0.5)
+        named[name] = value
+    named.update(flags)
+    walk.name_outputs(list(named))
+    result: fx.Node = walk.graph.output(tuple(named.values()))
+    return result
+
+
+def _inverse(walk: Rewriter, dim: Dim) -> tuple[tuple[tuple[int, bool], ...], list[fx.Node]]:
+    """Lengths of the reduced segments, and for each the old position of every token, `[batch, before, after]`."""
+    epochs = walk.history.at(dim)
+    kind = walk.aligner.whole_streams(
+        walk, dim, walk.source.graph.output_node(), [s for s, epoch in epochs.items() if epoch]
+    )
+    pieces, maps = [], []
+    for segment in kind.segments:
+        stream = segment.stream or ""
+        steps = walk.history.lineage(stream, epochs.get(stream, 0))
+        pieces.append((walk.history.length(segment, epochs), bool(steps)))
+        if steps:
+            assigned = steps[0].assigned
+            for step in steps[1:]:
+                assigned = walk.call(aten.matmul.default, step.assigned, assigned)
+            maps.append(walk.call(aten.transpose.int, assigned, 1, 2))
+    return tuple(pieces), maps
+
+
+def _mode(node: fx.Node) -> AlignMode:
+    dtype = values(node)[0].dtype
+    return "any" if dtype == torch.bool else "restore" if dtype.is_floating_point else "gather"

@@ -1,0 +1,206 @@
+"""Padding that the compiled graph puts behind the texts, taken from its outputs again.
+
+Which dimension of an output holds the text's tokens is known from the annotation, and how many entries the call's own
+output has there from Dynamo's symbolic sizes. Where the two do not say which entries are padding, the graph is refused.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import SymFloat, SymInt, Tensor, fx
+
+from ..analysis.annotate import Annotation
+from ..analysis.axes import Dim, Fixed, Reduce, Select, Slice, Tokens
+from ..analysis.nodes import depends_on_parameter, describe, values
+from ..analysis.rules import argument, overloads
+from ..errors import UsageError
+from ..rewrite.epochs import Epochs, History
+from .lowering import Cut, DynamoGraph, Padding, open_size
+
+_LATER = "Leave text_length out and pad the texts outside of the model"
+
+
+def padded_streams(lowered: fx.GraphModule, annotation: Annotation, padding: Padding) -> set[str]:
+    """The streams whose last tokens are padding.
+
+    Raises:
+        UsageError: learned tokens follow the text's own in one.
+    """
+    own: dict[str, int] = {}
+    for node in lowered.graph.find_nodes(op="placeholder"):
+        if node.target in padding.ids:
+            kind = annotation.axis(Dim(node, len(values(node)[0].shape) - 1))
+            for segment in kind.segments if isinstance(kind, Tokens) else ():
+                if segment.stream:
+                    own[segment.stream] = segment.length
+    for stream, length in own.items():
+        if annotation.streams[stream] != annotation.learned[stream] + length:
+            raise UsageError(
+                f"text_length={padding.length} pads the end of the {stream} tokens, and learned tokens stand behind "
+                f"them ({annotation.streams[stream]} in all). {_LATER}."
+            )
+    return set(own)
+
+
+_ARITHMETIC = {
+    getattr(operator, f"{prefix}{name}")
+    for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow")
+    for prefix in ("", "i")
+} | {torch.add, torch.sub, torch.mul, torch.div, torch.pow}
+_METHODS = {f"{name}{suffix}" for name in ("add", "sub", "mul", "div", "pow") for suffix in ("", "_")}
+
+
+def check_numbers(graph: DynamoGraph) -> None:
+    """The number of text tokens may give shapes and positions, and enter no other computation: padded, it is another.
+
+    Raises:
+        UsageError: it does; the message names the line.
+    """
+    for node in graph.module.graph.nodes:
+        if node.target not in _ARITHMETIC and not (node.op == "call_method" and node.target in _METHODS):
+            continue
+        given = [a.meta.get("example_value") for a in node.all_input_nodes]
+        if any(isinstance(v, Tensor) for v in given) and any(_follows(v, graph) for v in given):
+            raise UsageError(
+                f"{describe(node)} computes with the text's length, which text_length={_padding(graph).length} "
+                f"changes. {_LATER}, or count its tokens by the attention mask."
+            )
+
+
+def check_places(annotation: Annotation, padding: Padding, streams: set[str]) -> None:
+    """Nothing may be read from the end of a padded text, or averaged over it: padding would be read.
+
+    Raises:
+        UsageError: something is; the message names it.
+    """
+    for node, constraints in annotation.constraints.items():
+        for constraint in constraints:
+            if isinstance(constraint, Select | Slice) and _from_the_end(annotation, node, constraint, padding, streams):
+                raise UsageError(
+                    f"{describe(node)} takes tokens counted from the end of the text, where text_length="
+                    f"{padding.length} puts padding. {_LATER}, or take the last token by the attention mask."
+                )
+        if node.target in overloads("mean") and _averages(annotation, node, streams):
+            raise UsageError(
+                f"{describe(node)} averages over the text's tokens, and text_length={padding.length} would add padding "
+                f"to them. {_LATER}, or let the model leave padding out of the mean by the attention mask."
+            )
+
+
+def _from_the_end(
+    annotation: Annotation, node: fx.Node, taken: Select | Slice, padding: Padding, streams: set[str]
+) -> bool:
+    kind = annotation.axis(taken.source)
+    if not isinstance(kind, Tokens):
+        return False
+    position = taken.index if isinstance(taken, Select) else taken.start
+    literal = argument(node, taken.index_arg if isinstance(taken, Select) else taken.start_arg)
+    start = 0
+    for segment in kind.segments:
+        inside = position - start
+        if segment.stream in streams and 0 < inside < segment.length:
+            # A text of the call's own length has no such token when it is counted from the front.
+            return (isinstance(literal, int) and literal < 0) or inside >= padding.seen
+        start += segment.length
+    return False
+
+
+def _averages(annotation: Annotation, node: fx.Node, streams: set[str]) -> bool:
+    """Whether features are averaged over tokens of these streams."""
+    gone = [c.source for c in annotation.constraints[node] if isinstance(c, Reduce)]
+    kinds = [annotation.axis(dim) for dim in gone]
+    read = {s for kind in kinds if not isinstance(kind, Fixed) for s in kind.streams}
+    return not read.isdisjoint(streams) and depends_on_parameter(node)
+
+
+def output_cuts(
+    graph: DynamoGraph,
+    lowered: fx.GraphModule,
+    annotation: Annotation,
+    history: History | None,
+    streams: set[str],
+    *,
+    restored: bool = False,
+) -> dict[int, list[Cut]]:
+    """The padding in each output of a graph, by the output's number.
+
+    Args:
+        graph: Dynamo's, with its padding.
+        lowered: the graph for the passes.
+        annotation: its axes.
+        history: of its reducers; None where there are none.
+        streams: from `padded_streams`.
+        restored: whether outputs have an entry for each original token, whatever was reduced.
+
+    Raises:
+        UsageError: an output whose size follows the text's, and whose padding cannot be told.
+    """
+    found: dict[int, list[Cut]] = {}
+    shown = _flat(graph.module.graph)
+    for number, (ours, theirs) in enumerate(zip(_flat(lowered.graph), shown, strict=True)):
+        size = theirs.meta.get("example_value") if isinstance(theirs, fx.Node) else theirs
+        if isinstance(size, SymInt | SymFloat) and _follows(size, graph):
+            raise UsageError(
+                f"The function returns a number ({size.node.expr}) that follows the text's length, which "
+                f"text_length={_padding(graph).length} fixes. Compute it outside of the compiled function."
+            )
+        if not isinstance(size, Tensor) or not isinstance(ours, fx.Node):
+            continue
+        for index, length in enumerate(size.shape):
+            if not _follows(length, graph):
+                continue
+            dim = Dim(ours, index)
+            epochs = {} if restored or history is None else history.at(dim)
+            cut = _cut(graph, annotation, history, dim, epochs, streams, length)
+            if cut is not None:
+                found.setdefault(number, []).append(cut)
+    return found
+
+
+def _cut(
+    graph: DynamoGraph,
+    annotation: Annotation,
+    history: History | None,
+    dim: Dim,
+    epochs: Epochs,
+    streams: set[str],
+    length: int | SymInt,
+) -> Cut | None:
+    kind = annotation.axis(dim)
+    texts = [s for s in kind.segments if s.stream in streams] if isinstance(kind, Tokens) else []
+    if any(epochs.get(s.stream or "", 0) for s in texts):
+        return None  # reduced: as many entries as tokens are left, whatever the text's length
+    # One entry more for each token more: the sizes of both lengths differ by just the padding.
+    padding = _padding(graph)
+    if len(texts) != 1 or open_size(length).diff(padding.symbol) != 1:
+        raise UsageError(
+            f"The output {describe(dim.node)} has {open_size(length)} entries in dimension {dim.index}, where "
+            f"{padding.symbol} is the text's length, and they index {kind}: which of them come from the padding of "
+            f"text_length={padding.length} cannot be told. Return it with the tokens in a dimension of their own, or "
+            "leave text_length out."
+        )
+    assert isinstance(kind, Tokens)
+    stop = 0
+    for segment in kind.segments:
+        stop += history.length(segment, epochs) if history is not None else segment.length
+        if segment in texts:
+            break
+    return Cut(dim.index, stop)
+
+
+def _padding(graph: DynamoGraph) -> Padding:
+    assert graph.padding is not None
+    return graph.padding
+
+
+def _follows(size: Any, graph: DynamoGraph) -> bool:
+    """Whether a number that Dynamo traced depends on the text's length."""
+    return isinstance(size, SymInt | SymFloat) and _padding(graph).symbol in size.node.expr.free_symbols
+
+
+def _flat(graph: fx.Graph) -> list[Any]:
+    returned: Any = graph.output_node().args[0]
+    return list(torch.utils._pytree.tree_leaves(returned))
