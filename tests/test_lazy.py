@@ -92,9 +92,7 @@ def test_every_public_name_is_there() -> None:
     assert set(pumer_compile.__all__) <= set(dir(pumer_compile))
     for name in pumer_compile.__all__:
         value = getattr(pumer_compile, name)
-        assert value.__name__ in (name, "Method") and value.__module__.startswith(
-            "pumer_compile."
-        )  # Schedule: a Method
+        assert callable(value) and value.__module__.startswith("pumer_compile.")
 
 
 def test_a_name_that_there_is_not() -> None:
