@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import pkgutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -74,6 +76,15 @@ def test_the_package_as_a_command() -> None:
         [sys.executable, "-m", "pumer_compile", "--version"], capture_output=True, text=True, timeout=120
     )
     assert (done.returncode, done.stdout.strip()) == (0, f"pumer-compile {pumer_compile.__version__}")
+
+
+def test_what_the_package_installs_is_there() -> None:
+    """The command and the backend are found by these names alone; a file that moves takes them along."""
+    text = (Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8")
+    project = tomllib.loads(text)["project"]
+    doors = {**project["scripts"], **project["entry-points"]["torch_dynamo_backends"]}
+    assert set(doors) == {"pumer-compile", "pumer"}
+    assert all(callable(pkgutil.resolve_name(place)) for place in doors.values())
 
 
 # --- names of the package ---------------------------------------------------------------------------------------------
