@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import yaml
 
 from ..errors import ScheduleError
+from .yaml_errors import explain_yaml
 
 if TYPE_CHECKING:
     from pydantic import BaseModel, ValidationError
@@ -26,7 +27,7 @@ def read_yaml(text: str, name: str) -> dict[str, Any]:
     try:
         data = yaml.load(text, Loader=_UniqueKeyLoader)
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2026-13-01
-        raise ScheduleError(f"{name} is not valid YAML: {' '.join(str(error).split())}") from error
+        raise ScheduleError(explain_yaml(error, name)) from error
     if not isinstance(data, dict):
         raise ScheduleError(f"{name} must hold a mapping such as `layers: [2, 5, 8]`, found {type(data).__name__}.")
     return {str(key): value for key, value in data.items()}
@@ -36,10 +37,12 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     """SafeLoader that refuses a key given twice; plain YAML keeps the last one without a word."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} appears twice", node.start_mark)
+        seen = []
+        for place, _ in node.value:
+            key = self.construct_object(place, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} appears twice", place.start_mark)
+            seen.append(key)
         return super().construct_mapping(node, deep=deep)
 
 
@@ -103,6 +106,8 @@ def _in_words(item: ErrorDetails, method: type[Method]) -> str:
         expected = f"{words} {item.get('ctx', {}).get(limit, '')}".strip()
     elif kind == "literal_error":
         return _other_choice(key, item["input"], method)
+    elif key == "layer" and isinstance(item["input"], list | tuple):
+        expected = "an integer, such as 2 (lists are for `layers`)"
     elif kind in _KINDS and key != "at":
         expected = _KINDS[kind]
     elif place and isinstance(place[-1], int):
