@@ -10,4 +10,8 @@ from .base import METHODS, PRESETS, Method
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 
+# Those of the paper first, as its schedules are the ones that are asked for.
+for _name in sorted(PRESETS, key=lambda name: PRESETS[name].method != "pumer"):
+    PRESETS[_name] = PRESETS.pop(_name)
+
 __all__ = ["METHODS", "PRESETS", "Method"]

@@ -48,6 +48,16 @@ class FastV(Method):
             )
         return layer
 
+    @field_validator("positions", mode="before")
+    @classmethod
+    def _original(cls, positions: object) -> object:
+        if positions != "original":
+            raise ValueError(
+                "`method: fastv` leaves tokens at their original positions (layers before it have counted them "
+                "already): leave out `positions`"
+            )
+        return positions
+
     def canonical(self) -> dict[str, object]:
         """See `Method.canonical`."""
         return {**super().canonical(), "budget": self.budget, "layer": self.layer}

@@ -129,11 +129,19 @@ def _missing(place: tuple[int | str, ...], method: type[Method]) -> str:
 
 
 def _other_choice(key: str, given: object, method: type[Method]) -> str:
-    """A value that is none of a key's choices; where there is one choice, the key says nothing."""
-    choices = get_args(method.model_fields[key].annotation)
-    if len(choices) > 1:
-        return f"expected one of {', '.join(choices)}, got {given!r}"
-    return f"{_name(method)} has one meaning: leave out `{key}`, got {given!r}"
+    """A value that is none of a key's choices: whose it is, if it is another method's, and what there are here."""
+    from .base import METHODS
+
+    choices = _choices(method, key)
+    if len(choices) == 1:
+        return f"{_name(method)} has one meaning: leave out `{key}`, got {given!r}"
+    others = [_name(m) for m in METHODS.values() if key in m.model_fields and given in _choices(m, key)]
+    whose = f"`{key}: {given}` is for {' and '.join(others)}; " if others else ""
+    return f"{whose}expected one of {', '.join(choices)}, got {given!r}"
+
+
+def _choices(method: type[Method], key: str) -> tuple[str, ...]:
+    return tuple(map(str, get_args(method.model_fields[key].annotation)))
 
 
 def _unknown_key(place: tuple[int | str, ...], method: type[Method]) -> str:

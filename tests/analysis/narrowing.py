@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, fx
 
 from pumer_compile import Program, Reduced, reduce
-from pumer_compile.passes import pipeline
 
 aten = torch.ops.aten
 
@@ -18,7 +17,8 @@ def compared(captured: Program, batch: int | None = None) -> Reduced:
     """The program without its dead tokens, after its outputs were compared on the captured inputs and, where the batch
     is open, on another number of samples."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "absorb_single_query", lambda module: 0)  # has tests of its own
+        # It has tests of its own.
+        patch.setattr("pumer_compile.passes.absorb_single_query.absorb_single_query", lambda module: 0)
         result = reduce(captured, "lossless")
     same(captured, result.module, dict(captured.inputs))
     if batch is not None:
@@ -49,7 +49,7 @@ def rows(module: fx.GraphModule, target: Any = aten.linear.default, dim: int = 1
 
 def last_layer(n: int, queries: int, width: int, heads: int = 0) -> int:
     """Multiply-adds of a layer of which some tokens are read; with `heads`, of one whose attention is written out, so
-    that keys and values need not be computed for one query (`one_query`)."""
+    that keys and values need not be computed for one query (`absorb_single_query`)."""
     rest = 2 * queries * width**2 + 4 * queries * width**2
     few = queries * width * (width + heads * n)
     if heads and n * width**2 > 2 * few:

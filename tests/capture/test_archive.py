@@ -14,7 +14,8 @@ from torch.export.pt2_archive import constants
 from transformers import ViltForQuestionAnswering
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from pumer_compile.capture import archive, capture
+from pumer_compile import capture
+from pumer_compile.capture import archive
 from pumer_compile.capture.loading import quiet
 from pumer_compile.errors import CaptureError, UsageError
 from tests.tiny import image_inputs, text_inputs, tiny_vilt

@@ -22,6 +22,7 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, ViltForQuestionAnswering
 
 from pumer_compile import __version__
+from pumer_compile.capture import loading
 from pumer_compile.schedule import PRESETS
 from tests.commands import (
     TOKENS,
@@ -381,7 +382,7 @@ def test_an_unknown_operator_on_a_token_axis(what: str, tmp_path: Path, out: Pat
     check = unchanged()
     message = refused(1, tmp_path / "model.pt2", "--schedule", schedule(), "-o", out)
     assert what in message and "rule" in message
-    assert "test_cli.py" in message  # the line that the operator comes from
+    assert "test_commands.py" in message  # the line that the operator comes from
     check()
 
 
@@ -444,7 +445,7 @@ def test_a_defect_of_ours_is_one_line_too(out: Path, monkeypatch: pytest.MonkeyP
     def broken(*args: Any, **options: Any) -> None:
         raise ZeroDivisionError("a defect\nover two lines")
 
-    monkeypatch.setattr("pumer_compile.capture.loading.load_model", broken)
+    monkeypatch.setattr(loading, "load_model", broken)
     result = run(folder(), "--schedule", schedule(), "-o", out)
     assert result.code == 1
     assert "Unexpected ZeroDivisionError: a defect over two lines" in result.err and "-v" in result.err

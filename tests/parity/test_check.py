@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import pumer_compile as pumer
 from pumer_compile.errors import UsageError
+from pumer_compile.parity import check as check_module
 from pumer_compile.parity.check import check
 from pumer_compile.parity.report import OutputReport, ParityReport, ReducerReport
 from pumer_compile.reduce import Reduced
@@ -287,7 +288,7 @@ def test_a_sample_must_be_judged_end_to_end(reduced: Reduced, monkeypatch: pytes
 
 def test_samples_are_drawn_until_one_is_judged_end_to_end(reduced: Reduced, monkeypatch: pytest.MonkeyPatch) -> None:
     loosen(monkeypatch)
-    monkeypatch.setattr("pumer_compile.parity.check.MORE_SAMPLES", 0)
+    monkeypatch.setattr(check_module, "MORE_SAMPLES", 0)
     more = (inputs_for(CONFIG, seed=seed) for seed in itertools.count(1))
     report = judged(reduced, turned(set(range(7))), more=more, atol=1e3)
     assert report.passed and (report.samples, report.end_to_end) == (9, 2)
@@ -296,7 +297,7 @@ def test_samples_are_drawn_until_one_is_judged_end_to_end(reduced: Reduced, monk
 
 def test_no_more_samples_than_a_proof_can_bear(reduced: Reduced, monkeypatch: pytest.MonkeyPatch) -> None:
     loosen(monkeypatch)
-    monkeypatch.setattr("pumer_compile.parity.check.MORE_SAMPLES", 0)
+    monkeypatch.setattr(check_module, "MORE_SAMPLES", 0)
     more = (inputs_for(CONFIG, seed=seed) for seed in itertools.count(1))
     report = judged(reduced, turned(set(range(1000))), more=more, atol=1e3)
     assert not report.passed and report.samples == 21

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pumer_compile import Schedule, capture, reduce
 from pumer_compile.errors import PumerError, VerifyError
-from pumer_compile.passes.manager import Pass, State, run_passes
+from pumer_compile.passes.manager import Pass, ReducedGraph, State, run_passes
 from pumer_compile.passes.pipeline import ANALYSE, PASSES
 from pumer_compile.plan import Plan
 from pumer_compile.reduce import reduce_graph, with_decisions
@@ -473,7 +473,7 @@ def state(config: Config | None = None) -> State:
 
 
 def test_a_pass_without_what_it_requires() -> None:
-    with pytest.raises(PumerError, match="Pass locate requires annotation"):
+    with pytest.raises(PumerError, match="Pass locate requires Annotation"):
         run_passes(state(), tuple(step for step in PASSES if step.name == "locate"))
 
 
@@ -501,7 +501,7 @@ def test_a_pass_that_leaves_a_broken_graph() -> None:
         y = graph.call_function(aten.relu.default, (x,))
         graph.output(y)
         x.prepend(y)
-        s.reduced = torch.fx.GraphModule(nn.Module(), graph)
+        s.add(ReducedGraph(torch.fx.GraphModule(nn.Module(), graph)))
         return 1
 
     with pytest.raises(RuntimeError, match="used before it has been defined"):

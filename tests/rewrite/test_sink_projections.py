@@ -24,7 +24,7 @@ from pumer_compile.errors import LocateError
 from pumer_compile.passes.manager import State
 from pumer_compile.reduce import with_decisions
 from pumer_compile.reducers import ApplyMap
-from pumer_compile.rewrite import sink_projections as postpone
+from pumer_compile.rewrite import sink_projections
 from tests.compiling import compiled
 from tests.helpers import count_op
 from tests.meter import meter_inputs, tiny_meter
@@ -44,12 +44,12 @@ BOTH = Config(layers=2, head=highest)
 @pytest.fixture
 def cheap(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is too small to pay is postponed too."""
-    monkeypatch.setattr(postpone, "_pays", lambda saved, *_: saved > 0)
+    monkeypatch.setattr(sink_projections, "pays", lambda saved, *_: saved > 0)
 
 
 def unpostponed(captured: Program, wanted: Schedule) -> State:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(postpone, "projections", lambda *_: {})
+        patch.setattr(sink_projections, "projections", lambda *_: {})
         return passed(captured, wanted, verified=True)
 
 
@@ -109,7 +109,7 @@ def test_a_projection_of_tokens_from_before_a_reducer_stays() -> None:
     captured = capture(make(config, kind=Beside), {"pixel_values": inputs_for(config)["pixel_values"]})
     wanted = Schedule(method="tome", sites=[{"at": f"vision.{i}", "merge": {"image": 4}} for i in (0, 1)])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(postpone, "_pays", lambda saved, *_: saved > 0)
+        patch.setattr(sink_projections, "pays", lambda saved, *_: saved > 0)
         maps = compared(captured, wanted)
     assert set(maps) == {"reducer.vision_0.image_map"}
 
@@ -371,12 +371,12 @@ def test_a_sum_that_is_broadcast() -> None:
     for args, options in (((x, row), {}), ((x, 2), {}), ((x, x), {}), ((x, number), {"alpha": 2})):
         node = graph.call_function(aten.add.Tensor, args, options)
         node.meta["val"] = torch.empty(2, 3, 4)
-        assert postpone._addends(node) == []
+        assert sink_projections._addends(node) == []
     other = graph.call_function(aten.tanh.default, (x,))
     other.meta["val"] = torch.empty(2, 3, 4)
     node = graph.call_function(aten.add.Tensor, (x, other))
     node.meta["val"] = torch.empty(2, 3, 4)
-    assert postpone._addends(node) == [x, other]
+    assert sink_projections._addends(node) == [x, other]
 
 
 # --- beside the rest ------------------------------------------------------------------------------------------------
@@ -528,5 +528,5 @@ def encoders(draw: st.DrawFn) -> tuple[Config, str, tuple[int, ...]]:
 def test_random_encoders(drawn: tuple[Config, str, tuple[int, ...]]) -> None:
     config, semantics, layers = drawn
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(postpone, "_pays", lambda saved, *_: saved > 0)
+        patch.setattr(sink_projections, "pays", lambda saved, *_: saved > 0)
         compared(_random(config), schedule(semantics, layers, prune=1, merge={"image": 1, "text": 1}))
