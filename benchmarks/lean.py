@@ -29,7 +29,7 @@ import pumer_compile as pumer
 from benchmarks.common import machine, published
 from benchmarks.performance import TEXT, tiny, vilt
 from pumer_compile.capture.inputs import make_inputs
-from pumer_compile.exporters.lean import PAYS
+from pumer_compile.exporters.lean import DEFAULT_PASSES
 from pumer_compile.exporters.onnx import OnnxOptions
 from pumer_compile.files import atomic_path
 
@@ -37,7 +37,7 @@ RESULTS = Path(__file__).parent / "results" / "lean_cpu.json"
 BEFORE = ("postpone", "one_query")
 """Passes before the export."""
 ALONE = (*BEFORE, "strides", "rows", "projections")
-TAKEN = (*BEFORE, *PAYS[None])
+TAKEN = (*BEFORE, *DEFAULT_PASSES[None])
 
 
 @contextmanager

@@ -30,7 +30,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from .analysis.outputs import lasting_names
 from .artifacts.manifest import read_manifest, read_sealed, seal_onnx
-from .capture.capture import left_as_found, set_for_inference
+from .capture.capture import restoring_model_state, set_for_inference
 from .errors import ExportError, ParityError, UsageError
 from .exporters.onnx import DEFAULT_OPSET, append_metadata, save_onnx, torch_onnx
 from .files import check_writable, publish
@@ -65,7 +65,7 @@ def export_decode(model: PreTrainedModel, inputs: Mapping[str, Tensor], path: st
     path = Path(path)
     check_writable(path)
     _check(model, inputs)
-    with left_as_found(model), torch_onnx(), torch.no_grad():
+    with restoring_model_state(model), torch_onnx(), torch.no_grad():
         set_for_inference(model)
         parts = decompose_for_generation(model, dict(inputs))
         if "decode" not in parts:
@@ -74,7 +74,7 @@ def export_decode(model: PreTrainedModel, inputs: Mapping[str, Tensor], path: st
         try:
             assert isinstance(step, PreTrainedModel)  # of a decoder: the model itself
             config = OnnxConfig(dynamic=True, opset_version=DEFAULT_OPSET)
-            with left_as_found(step):
+            with restoring_model_state(step):
                 apart = _without_mask(step)
                 converted, _ = OnnxExporter().export_program(step, given, config)
         except torch.onnx.OnnxExporterError as error:

@@ -16,12 +16,12 @@ from .axes import (
     Axis,
     AxisConflict,
     AxisKind,
+    ByPosition,
     Concat,
     Constraint,
     Dim,
     Fixed,
     Literal,
-    Opaque,
     Product,
     Reduce,
     Reshape,
@@ -31,8 +31,8 @@ from .axes import (
     Select,
     Size,
     Slice,
+    Summed,
     Tokens,
-    Total,
     constraint_dims,
     cut_axis,
     same_size,
@@ -236,7 +236,7 @@ def _apply(axes: dict[Dim, Axis], constraint: Constraint) -> None:
             _reshape([axes[s] for s in sources], [axes[r] for r in results])
         case Seed(dims, stream):
             _seed([axes[d].find() for d in dims], stream)
-        case Select() | Reduce() | Total() | Opaque() | Literal():
+        case Select() | Reduce() | Summed() | ByPosition() | Literal():
             pass
 
 

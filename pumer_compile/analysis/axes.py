@@ -87,14 +87,14 @@ class Reduce:
 
 
 @dataclass(frozen=True)
-class Total:
+class Summed:
     """`source` is summed away: the sum of fewer tokens is smaller, so what divides it matters."""
 
     source: Dim
 
 
 @dataclass(frozen=True)
-class Opaque:
+class ByPosition:
     """The operator works along `source` position by position: valid only while no reducer has touched it."""
 
     source: Dim
@@ -117,7 +117,7 @@ class Seed:
     stream: str
 
 
-Constraint = Same | Concat | Reshape | Slice | Select | Reduce | Total | Opaque | Literal | Seed
+Constraint = Same | Concat | Reshape | Slice | Select | Reduce | Summed | ByPosition | Literal | Seed
 
 
 def constraint_dims(constraint: Constraint) -> tuple[Dim, ...]:
@@ -131,7 +131,7 @@ def constraint_dims(constraint: Constraint) -> tuple[Dim, ...]:
             return (*sources, *results)
         case Slice(source, result):
             return (source, result)
-        case Select(source) | Reduce(source) | Total(source) | Opaque(source):
+        case Select(source) | Reduce(source) | Summed(source) | ByPosition(source):
             return (source,)
         case Literal(result):
             return (result,)

@@ -89,7 +89,7 @@ class Mask:
     @property
     def by_query(self) -> bool:
         """Whether it may differ from query to query, as a causal mask does."""
-        return not alike_for_queries(self.node)
+        return not broadcast_over_queries(self.node)
 
     @property
     def of_input(self) -> bool:
@@ -374,7 +374,7 @@ def is_pointwise(node: fx.Node) -> bool:
     return rule is not None and rule.__name__ == "pointwise"
 
 
-def alike_for_queries(node: fx.Node) -> bool:
+def broadcast_over_queries(node: fx.Node) -> bool:
     """Whether a value is the same along its last dimension but one: of size 1, or stretched from that."""
     while values(node):
         sizes = shape(node)
@@ -389,5 +389,5 @@ def alike_for_queries(node: fx.Node) -> bool:
             return bool((constant == constant[..., :1, :]).all())
         else:
             pointwise = node.op == "call_function" and is_pointwise(node)
-            return pointwise and all(alike_for_queries(n) for n in content_inputs(node) if values(n))
+            return pointwise and all(broadcast_over_queries(n) for n in content_inputs(node) if values(n))
     return False

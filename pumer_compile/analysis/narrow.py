@@ -15,7 +15,7 @@ from torch.fx.node import map_aggregate
 
 from ..errors import AxisError
 from ..reducers import PublishedMaskedSoftmax
-from .axes import Concat, Constraint, Dim, Literal, Opaque, Reshape, Same, same_size
+from .axes import ByPosition, Concat, Constraint, Dim, Literal, Reshape, Same, same_size
 from .dead_code import draws_nothing, is_mutable
 from .nodes import values
 from .operators import ATTENTION, DROPOUT, PIECES, PRODUCTS, SOFTMAX, aten, overloads
@@ -77,7 +77,7 @@ class Narrow:
 # --- what is read --------------------------------------------------------------------------------------------------
 
 
-def birth(node: fx.Node) -> Range | None:
+def sliced_range(node: fx.Node) -> Range | None:
     """The part of its first input that a `select` or `slice` reads; None where it is all of it, or not a number."""
     if node.target not in (aten.select.int, aten.slice.Tensor):
         return None
@@ -120,7 +120,7 @@ def narrow(node: fx.Node, wanted: Range) -> Narrow | None:
     try:
         if rule is None or not _by_position(node, wanted):
             return None
-        if birth(node) is not None:
+        if sliced_range(node) is not None:
             return _narrow_slice(node, wanted)
         constraints = list(rule(node))
     except AxisError:  # a form that its rule does not know
@@ -172,7 +172,7 @@ def _by_position(node: fx.Node, wanted: Range) -> bool:
 
 def _narrow_slice(node: fx.Node, wanted: Range) -> Narrow | None:
     """A slice of a slice. A range along another dimension is left to the readers."""
-    born = birth(node)
+    born = sliced_range(node)
     if node.target is not aten.slice.Tensor or born is None or born.dim != wanted.dim or positions(node).step != 1:
         return None
     start = born.start + wanted.start
@@ -244,7 +244,7 @@ def _axis(result: Dim, constraints: list[Constraint]) -> set[Dim] | None:
     while grown:
         larger = axis.union(*(pair for pair in pairs if pair & axis))
         axis, grown = larger, len(larger) > len(axis)
-    return None if any(isinstance(c, Opaque) and c.source in axis for c in constraints) else axis
+    return None if any(isinstance(c, ByPosition) and c.source in axis for c in constraints) else axis
 
 
 def _count(node: fx.Node, x: fx.Node) -> int:

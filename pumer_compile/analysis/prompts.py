@@ -22,7 +22,7 @@ from torch import Tensor, fx
 from ..errors import AxisError
 from ..plan import PromptPlace
 from .arrangement import SEPARATOR, Arrangement, arrangement
-from .axes import Constraint, Dim, Opaque, Same, Seed
+from .axes import ByPosition, Constraint, Dim, Same, Seed
 from .nodes import Emitter, ancestors, attribute, constant_value, copied, describe, module_path, values
 from .operators import ATTENTION, SOFTMAX, aten, overloads
 from .rules import rule
@@ -55,7 +55,7 @@ def _visual_tokens(node: fx.Node) -> list[Constraint]:
     return [
         Same(Dim(node, 0), Dim(source, 0)),
         Same(Dim(node, 2), Dim(source, 2)),
-        Opaque(Dim(source, 1)),
+        ByPosition(Dim(source, 1)),
         Seed((Dim(node, 1),), f"image@{_place(node, 1)}"),
     ]
 
@@ -64,7 +64,7 @@ def _visual_tokens(node: fx.Node) -> list[Constraint]:
 def _with_separators(node: fx.Node) -> list[Constraint]:
     image, whole = node.args[:2]
     assert isinstance(image, fx.Node) and isinstance(whole, fx.Node)
-    opaque = [Opaque(Dim(source, i)) for source, dims in ((image, (1,)), (whole, (0, 1, 2))) for i in dims]
+    opaque = [ByPosition(Dim(source, i)) for source, dims in ((image, (1,)), (whole, (0, 1, 2))) for i in dims]
     same = [Same(Dim(node, 0), Dim(image, 0)), Same(Dim(node, 2), Dim(image, 2))]
     return [*same, *opaque, Seed((Dim(node, 1),), f"image@{_place(node, 2)}")]
 

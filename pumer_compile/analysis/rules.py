@@ -17,11 +17,11 @@ from torch import fx
 
 from ..errors import AxisError
 from .axes import (
+    ByPosition,
     Concat,
     Constraint,
     Dim,
     Literal,
-    Opaque,
     Reduce,
     Reshape,
     Same,
@@ -29,7 +29,7 @@ from .axes import (
     Select,
     Size,
     Slice,
-    Total,
+    Summed,
     reshape_groups,
     same_size,
 )
@@ -165,7 +165,7 @@ def along_one_axis(node: fx.Node) -> Iterator[Constraint]:
     (x,) = tensors(node)
     yield from broadcast(x, node)
     if node.target is aten.cumsum.default and shape(x):
-        yield Opaque(Dim(x, wrap(int_arg(node, 1), len(shape(x)))))
+        yield ByPosition(Dim(x, wrap(int_arg(node, 1), len(shape(x)))))
 
 
 @rule(aten.layer_norm.default, aten.rms_norm.default, aten.native_layer_norm.default)
@@ -174,7 +174,7 @@ def normalisation(node: fx.Node) -> Iterator[Constraint]:
     x, normalised = node_arg(node, 0), list_arg(node, 1)
     rank = len(shape(x))
     yield from keep_dims(x, node, ((i, i) for i in range(rank)))
-    yield from (Opaque(Dim(x, rank - 1 - i)) for i in range(len(normalised)))
+    yield from (ByPosition(Dim(x, rank - 1 - i)) for i in range(len(normalised)))
 
 
 # --- constants ----------------------------------------------------------------------------------------------
@@ -300,7 +300,7 @@ def repeat(node: fx.Node) -> Iterator[Constraint]:
     offset = len(repeats) - len(shape(x))
     for i in range(len(shape(x))):
         once = isinstance(repeats[i + offset], int) and repeats[i + offset] == 1
-        yield Same(Dim(x, i), Dim(node, i + offset)) if once else Opaque(Dim(x, i))
+        yield Same(Dim(x, i), Dim(node, i + offset)) if once else ByPosition(Dim(x, i))
 
 
 # --- joining and cutting ------------------------------------------------------------------------------------
@@ -339,7 +339,7 @@ def slice_(node: fx.Node) -> Iterator[Constraint]:
     start, stop = argument(node, 2, "start") or 0, argument(node, 3, "end")
     plain = argument(node, 4, "step", 1) == 1 and (start or stop is not None)
     if not plain or not isinstance(size, int) or not isinstance(start, int) or not isinstance(cut, int):
-        yield Opaque(Dim(x, dim))
+        yield ByPosition(Dim(x, dim))
         return
     if cut == 0:
         yield Reduce(Dim(x, dim))
@@ -357,7 +357,7 @@ def narrow(node: fx.Node) -> Iterator[Constraint]:
         yield Same(Dim(x, dim), Dim(node, dim))
         yield Literal(Dim(node, dim), 3)
     else:
-        yield Opaque(Dim(x, dim))
+        yield ByPosition(Dim(x, dim))
 
 
 @rule(aten.select.int)
@@ -370,7 +370,7 @@ def select(node: fx.Node) -> Iterator[Constraint]:
     if isinstance(size, int) and isinstance(index, int):
         yield Select(Dim(x, dim), index % size, 2)
     else:
-        yield Opaque(Dim(x, dim))
+        yield ByPosition(Dim(x, dim))
 
 
 @rule(*overloads("split split_with_sizes chunk unbind"))
@@ -384,7 +384,7 @@ def pieces(node: fx.Node) -> Iterator[Constraint]:
         for i in range(rank):
             if i != dim:
                 yield Same(Dim(x, i), Dim(node, i - (unbinds and i > dim), output))
-    yield Opaque(Dim(x, dim))
+    yield ByPosition(Dim(x, dim))
 
 
 @rule(operator.getitem)
@@ -424,7 +424,7 @@ def gather(node: fx.Node) -> Iterator[Constraint]:
     dim = wrap(int_arg(node, 1), len(shape(x)))
     yield from keep_dims(index, node, ((i, i) for i in range(len(shape(node)))))
     for i, (a, b) in enumerate(zip(shape(x), shape(node), strict=True)):
-        yield Same(Dim(x, i), Dim(node, i)) if i != dim and same_size(a, b) else Opaque(Dim(x, i))
+        yield Same(Dim(x, i), Dim(node, i)) if i != dim and same_size(a, b) else ByPosition(Dim(x, i))
 
 
 @rule(aten.index_select.default)
@@ -434,7 +434,7 @@ def index_select(node: fx.Node) -> Iterator[Constraint]:
     dim = wrap(int_arg(node, 1), rank)
     yield from keep_dims(x, node, ((i, i) for i in range(rank) if i != dim))
     yield from (Same(Dim(index, k), Dim(node, dim)) for k in range(len(shape(index))))  # a number is one place
-    yield from (Opaque(Dim(x, d)) for d in range(rank) if d == dim)
+    yield from (ByPosition(Dim(x, d)) for d in range(rank) if d == dim)
 
 
 @rule(aten.index.Tensor)
@@ -446,7 +446,7 @@ def index(node: fx.Node) -> Iterator[Constraint]:
     first, last = min(indexed, default=0), max(indexed, default=-1)
     masks = [i for i in indexed.values() if values(i)[0].dtype in (torch.bool, torch.uint8)]
     if not indexed or len(indexed) != last + 1 - first or (masks and len(indexed) > 1):
-        yield from (Opaque(Dim(n, d)) for n in (x, *indexed.values()) for d in range(len(shape(n))))
+        yield from (ByPosition(Dim(n, d)) for n in (x, *indexed.values()) for d in range(len(shape(n))))
         return
     if masks:
         yield from _masked(node, x, masks[0], first)
@@ -461,16 +461,16 @@ def index(node: fx.Node) -> Iterator[Constraint]:
             if same_size(size, shape(node)[k + offset]):
                 yield Same(Dim(i, k), Dim(node, k + offset))
         counted = _counts_whole(i, shape(x)[d])
-        yield Same(Dim(x, d), Dim(node, counted + offset)) if counted is not None else Opaque(Dim(x, d))
+        yield Same(Dim(x, d), Dim(node, counted + offset)) if counted is not None else ByPosition(Dim(x, d))
 
 
 def _masked(node: fx.Node, x: fx.Node, mask: fx.Node, first: int) -> Iterator[Constraint]:
     """`x[mask]`: of the dimensions that the mask has, one comes out, as long as the data says."""
     own = len(shape(mask))
-    yield from (Opaque(Dim(mask, k)) for k in range(own))
+    yield from (ByPosition(Dim(mask, k)) for k in range(own))
     for d in range(len(shape(x))):
         inside = first <= d < first + own
-        yield Opaque(Dim(x, d)) if inside else Same(Dim(x, d), Dim(node, d if d < first else d - own + 1))
+        yield ByPosition(Dim(x, d)) if inside else Same(Dim(x, d), Dim(node, d if d < first else d - own + 1))
 
 
 def _counts_whole(node: fx.Node, size: Size) -> int | None:
@@ -498,13 +498,13 @@ def reduction(node: fx.Node) -> Iterator[Constraint]:
 
 @rule(*overloads("sum"))
 def total(node: fx.Node) -> Iterator[Constraint]:
-    yield from _reduced(node, lambda dim: Total(dim))
+    yield from _reduced(node, lambda dim: Summed(dim))
 
 
 @rule(*overloads("argmax argmin"), aten.max.dim, aten.min.dim)
 def arg_reduction(node: fx.Node) -> Iterator[Constraint]:
     """Gives positions, which change their meaning when tokens are reduced."""
-    yield from _reduced(node, lambda dim: Opaque(dim))
+    yield from _reduced(node, lambda dim: ByPosition(dim))
 
 
 def _reduced(node: fx.Node, gone: Callable[[Dim], Constraint]) -> Iterator[Constraint]:
@@ -574,7 +574,7 @@ def einsum(node: fx.Node) -> Iterator[Constraint]:
     operands: list[fx.Node] = list_arg(node, 1)
     left, _, right = equation.replace(" ", "").partition("->")
     if "." in equation or not right:
-        yield from (Opaque(Dim(x, i)) for x in operands for i in range(len(shape(x))))
+        yield from (ByPosition(Dim(x, i)) for x in operands for i in range(len(shape(x))))
         return
     first: dict[str, Dim] = {letter: Dim(node, i) for i, letter in enumerate(right)}
     for x, letters in zip(operands, left.split(","), strict=True):
@@ -593,7 +593,7 @@ def sdpa(node: fx.Node) -> Iterator[Constraint]:
     rank = len(shape(node))
     if argument(node, 5, "is_causal", False):
         # The triangle goes by position, and reduced tokens are not in their old order.
-        yield from (Opaque(Dim(x, rank - 2)) for x in (q, k))
+        yield from (ByPosition(Dim(x, rank - 2)) for x in (q, k))
     yield from broadcast(q, node, skip_last=1)
     yield Same(Dim(q, rank - 1), Dim(k, rank - 1), aligns=False)
     yield Same(Dim(k, rank - 2), Dim(v, rank - 2), aligns=False)
@@ -617,7 +617,7 @@ def conv2d(node: fx.Node) -> Iterator[Constraint]:
     x, weight = node_arg(node, 0), node_arg(node, 1)
     yield Same(Dim(x, 0), Dim(node, 0))
     yield Same(Dim(weight, 0), Dim(node, 1))
-    yield from (Opaque(Dim(x, i)) for i in (1, 2, 3))
+    yield from (ByPosition(Dim(x, i)) for i in (1, 2, 3))
     yield Seed((Dim(node, 2), Dim(node, 3)), "image")
 
 
@@ -625,4 +625,4 @@ def conv2d(node: fx.Node) -> Iterator[Constraint]:
 def sym_size(node: fx.Node) -> Iterator[Constraint]:
     x, dim = node_arg(node, 0), int_arg(node, 1)
     rank = len(shape(x))
-    yield from (Opaque(Dim(x, i)) if i == wrap(dim, rank) else Reduce(Dim(x, i)) for i in range(rank))
+    yield from (ByPosition(Dim(x, i)) if i == wrap(dim, rank) else Reduce(Dim(x, i)) for i in range(rank))

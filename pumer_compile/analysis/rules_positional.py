@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import fx
 
-from .axes import Constraint, Dim, Opaque, Reduce, Same, Seed, same_size
+from .axes import ByPosition, Constraint, Dim, Reduce, Same, Seed, same_size
 from .nodes import values
 from .operators import aten, overloads
 from .rules import _reduced, argument, broadcast, int_arg, keep_dims, list_arg, node_arg, rule, shape, tensors, wrap
@@ -22,7 +22,7 @@ def by_position(node: fx.Node, x: fx.Node, moved: Iterable[int]) -> Iterator[Con
     positions = set(moved)
     for i in range(len(shape(x))):
         if i in positions:
-            yield Opaque(Dim(x, i))
+            yield ByPosition(Dim(x, i))
             continue
         for output, value in enumerate(values(node)):
             if same_size(value.shape[i], shape(x)[i]):
@@ -53,7 +53,7 @@ def triangle(node: fx.Node) -> Iterator[Constraint]:
     x = node_arg(node, 0)
     rank = len(shape(x))
     yield from (Same(Dim(x, i), Dim(node, i)) for i in range(rank))
-    yield from (Opaque(Dim(x, i)) for i in (rank - 2, rank - 1))
+    yield from (ByPosition(Dim(x, i)) for i in (rank - 2, rank - 1))
 
 
 @rule(aten.constant_pad_nd.default, aten.pad.default)
@@ -84,7 +84,7 @@ def neighbours(node: fx.Node) -> Iterator[Constraint]:
     """Mixes channels, and positions with their neighbours."""
     x = node_arg(node, 0)
     yield Same(Dim(x, 0), Dim(node, 0))
-    yield from (Opaque(Dim(x, i)) for i in range(1, len(shape(x))))
+    yield from (ByPosition(Dim(x, i)) for i in range(1, len(shape(x))))
 
 
 @rule(*overloads("group_norm instance_norm batch_norm native_group_norm"))
@@ -92,7 +92,7 @@ def over_channels(node: fx.Node) -> Iterator[Constraint]:
     """Normalises channels, by statistics over positions unless they are fixed; positions stay where they are."""
     x = node_arg(node, 0)
     yield from (Same(Dim(x, i), Dim(node, i)) for i in range(len(shape(x))))
-    yield from (Opaque(Dim(x, i)) for i in range(1, len(shape(x))))
+    yield from (ByPosition(Dim(x, i)) for i in range(1, len(shape(x))))
 
 
 @rule(aten.grid_sampler.default, aten.grid_sampler_2d.default)
@@ -104,7 +104,7 @@ def sampled(node: fx.Node) -> Iterator[Constraint]:
     yield Same(Dim(grid, 0), Dim(node, 0))
     yield Same(Dim(grid, 1), Dim(node, 2))
     yield Same(Dim(grid, 2), Dim(node, 3))
-    yield from (Opaque(Dim(x, i)) for i in (2, 3))
+    yield from (ByPosition(Dim(x, i)) for i in (2, 3))
 
 
 @rule(*overloads("scatter scatter_ scatter_add scatter_reduce slice_scatter select_scatter"))
@@ -118,7 +118,7 @@ def scattered(node: fx.Node) -> Iterator[Constraint]:
         same_rank = len(shape(other)) == len(shape(x))
         for i in range(len(shape(other))):
             aligned = same_rank and i != dim and same_size(shape(other)[i], shape(node)[i])
-            yield Same(Dim(other, i), Dim(node, i)) if aligned else Opaque(Dim(other, i))
+            yield Same(Dim(other, i), Dim(node, i)) if aligned else ByPosition(Dim(other, i))
 
 
 @rule(aten.masked_scatter.default, aten.masked_scatter_.default)
@@ -127,25 +127,25 @@ def masked_scatter(node: fx.Node) -> Iterator[Constraint]:
     x, mask, source = (node_arg(node, i) for i in range(3))
     yield from (Same(Dim(x, i), Dim(node, i)) for i in range(len(shape(x))))
     yield from broadcast(mask, node)
-    yield from (Opaque(Dim(source, i)) for i in range(len(shape(source))))
+    yield from (ByPosition(Dim(source, i)) for i in range(len(shape(source))))
 
 
 @rule(*overloads("index_put index_put_ index_add index_fill index_copy"))
 def written(node: fx.Node) -> Iterator[Constraint]:
     """Writes at given places."""
-    yield from (Opaque(Dim(x, i)) for x in tensors(node) for i in range(len(shape(x))))
+    yield from (ByPosition(Dim(x, i)) for x in tensors(node) for i in range(len(shape(x))))
 
 
 @rule(*overloads("nonzero masked_select unique_consecutive bincount histc"))
 def counted(node: fx.Node) -> Iterator[Constraint]:
     """Gives as many entries as the data has."""
-    yield from (Opaque(Dim(x, i)) for x in tensors(node) for i in range(len(shape(x))))
+    yield from (ByPosition(Dim(x, i)) for x in tensors(node) for i in range(len(shape(x))))
 
 
 @rule(*overloads("var std var_mean std_mean median prod"))
 def spread(node: fx.Node) -> Iterator[Constraint]:
     """Statistics that a mean of merged tokens would change."""
-    yield from _reduced(node, Opaque)
+    yield from _reduced(node, ByPosition)
 
 
 @rule(aten.linalg_vector_norm.default, aten.linalg_norm.default, *overloads("norm"))
@@ -160,7 +160,7 @@ def norm(node: fx.Node) -> Iterator[Constraint]:
     position = 0
     for i in range(rank):
         if i in gone:
-            yield Opaque(Dim(x, i))
+            yield ByPosition(Dim(x, i))
         else:
             yield Same(Dim(x, i), Dim(node, position))
         position += keeps or i not in gone
@@ -175,7 +175,7 @@ def loss(node: fx.Node) -> Iterator[Constraint]:
     classes = 1 if rank > 1 else 0
     samples = [i for i in range(rank) if i != classes]
     labels = range(rank) if len(shape(target)) == rank else samples
-    yield from (Opaque(Dim(x, i)) for x in tensors(node) for i in range(len(shape(x))))
+    yield from (ByPosition(Dim(x, i)) for x in tensors(node) for i in range(len(shape(x))))
     yield from (Same(Dim(scores, i), Dim(target, j), aligns=False) for j, i in enumerate(labels))
     if len(shape(node)) == len(samples):  # `reduction="none"`
         yield from keep_dims(scores, node, ((i, j) for j, i in enumerate(samples)))
@@ -204,10 +204,10 @@ def repeated_in_place(node: fx.Node) -> Iterator[Constraint]:
     x, repeated = node_arg(node, 0), argument(node, 2, "dim")
     for i in range(len(shape(x))):
         other = isinstance(repeated, int) and i != wrap(repeated, len(shape(x)))
-        yield Same(Dim(x, i), Dim(node, i)) if other else Opaque(Dim(x, i))
+        yield Same(Dim(x, i), Dim(node, i)) if other else ByPosition(Dim(x, i))
 
 
 @rule(aten.repeat_interleave.Tensor, aten.repeat_interleave.self_Tensor, *overloads("unfold im2col cdist"))
 def rearranged(node: fx.Node) -> Iterator[Constraint]:
     """Positions that a reducer would change."""
-    yield from (Opaque(Dim(x, i)) for x in tensors(node) for i in range(len(shape(x))))
+    yield from (ByPosition(Dim(x, i)) for x in tensors(node) for i in range(len(shape(x))))

@@ -130,7 +130,7 @@ def comparable_decisions(session: Session, manifest: Mapping[str, Any]) -> list[
     return named if shown else []
 
 
-def twin_of(session: Session, decisions: Sequence[str]) -> Callable[[], Session] | None:
+def decision_model_of(session: Session, decisions: Sequence[str]) -> Callable[[], Session] | None:
     """What opens the twin of a session that gives these decisions; None where the session gives them itself."""
     hidden = any(name not in session.outputs for name in decisions)
     return partial(deciding, session, decisions) if hidden else None

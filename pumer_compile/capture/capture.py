@@ -143,7 +143,7 @@ def _from_module(model: nn.Module, inputs: Mapping[str, Tensor], dynamic_batch: 
     shapes = None
     if dynamic_batch:
         sample, shapes = symbolic_batch(sample)
-    with left_as_found(model), quiet():
+    with restoring_model_state(model), quiet():
         set_for_inference(model)
         try:
             exported = _export(model, sample, shapes)
@@ -161,7 +161,7 @@ def _from_module(model: nn.Module, inputs: Mapping[str, Tensor], dynamic_batch: 
 
 
 def set_for_inference(model: nn.Module) -> None:
-    """Put a model in eval mode, without its loss; `left_as_found` undoes it."""
+    """Put a model in eval mode, without its loss; `restoring_model_state` undoes it."""
     for module in model.modules():
         # Not eval(): a model may override it with work that nothing undoes.
         module.training = False
@@ -212,7 +212,7 @@ def _gradient_blocks() -> Iterator[None]:
 @contextmanager
 def _named_arguments(model: nn.Module, sample: Mapping[str, Tensor]) -> Iterator[None]:
     """Let a forward that takes any keyword (an adapter, a wrapper) take the sample's by name: torch.export finds no
-    dynamic shapes for `**kwargs`. `left_as_found` undoes it also where the block raises."""
+    dynamic shapes for `**kwargs`. `restoring_model_state` undoes it also where the block raises."""
     parameters = inspect.signature(model.forward).parameters
     if all(name in parameters for name in sample):
         yield
@@ -409,7 +409,7 @@ def _erase(node: fx.Node) -> None:
 
 
 @contextmanager
-def left_as_found(model: nn.Module) -> Iterator[None]:
+def restoring_model_state(model: nn.Module) -> Iterator[None]:
     """Put back, after the block, every attribute of the model's modules and configs that the block rebound.
 
     Training flags, an instance's own `forward`, parameters and buffers swapped while tracing, cached tensors,

@@ -28,7 +28,7 @@ from ..plan import PromptPlace, check_prompts, without_constants
 from ..reduce import Reduced
 from ..runtimes.ort import OnnxSession
 from .base import Options, Writer
-from .chain import in_precision
+from .chain import cast_program
 from .manifest import make_manifest
 from .onnx import OnnxOptions
 from .openvino import OpenVinoOptions
@@ -271,7 +271,7 @@ def _eager(reduced: Reduced | Program) -> tuple[Any, Any, Any]:
     from ..reduce import reduce
 
     program = reduced.program if isinstance(reduced, Reduced) else reduced
-    exact = in_precision(program, "float32")
+    exact = cast_program(program, "float32")
     if not isinstance(reduced, Reduced) or reduced.schedule.exact:
         return exact.module, exact.module, exact.model  # what is exact is judged against the model itself
     if exact is program:

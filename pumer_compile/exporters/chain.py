@@ -25,7 +25,7 @@ from ..errors import UsageError
 from ..reduce import reduce_graph, with_decisions
 from ..schedule import Schedule
 from .base import Precision
-from .masked_writes import spell_out_masked_writes
+from .masked_writes import lower_masked_writes
 
 
 class ReduceStep(DynamoExporter):
@@ -96,13 +96,13 @@ def reduced_export(
     twin, decisions = with_decisions(module, names)
     without_inputs(twin, program.fixed)
     outputs_apart(twin)
-    spell_out_masked_writes(twin)
+    lower_masked_writes(twin)
     read = {name: tensor for name, tensor in program.inputs.items() if name not in program.fixed}
     exported = torch.export.export(twin, args=(), kwargs=read, dynamic_shapes=dynamic_shapes, strict=False)
     return exported, names, decisions
 
 
-def in_precision(program: Program, dtype: Precision) -> Program:
+def cast_program(program: Program, dtype: Precision) -> Program:
     """The program with weights and floating-point inputs in `dtype`; the user's model stays as it is.
 
     Raises:

@@ -20,7 +20,7 @@ from ..errors import ExportError
 aten = torch.ops.aten
 
 
-def spell_out_masked_writes(module: fx.GraphModule) -> None:
+def lower_masked_writes(module: fx.GraphModule) -> None:
     """Replace masked writes by what they count, in place; the module computes the same numbers.
 
     Raises:

@@ -29,16 +29,16 @@ from transformers.exporters.configs import OnnxConfig
 from transformers.exporters.exporter_onnx import OnnxExporter
 
 from ..artifacts.manifest import KEY, seal_onnx
-from ..artifacts.session import twin_of
-from ..capture.capture import Program, left_as_found, set_for_inference
+from ..artifacts.session import decision_model_of
+from ..capture.capture import Program, restoring_model_state, set_for_inference
 from ..capture.loading import quiet
 from ..errors import ExportError, UsageError
 from ..files import content_name, sha256_file
 from ..runtimes.ort import OnnxSession, check_provider
 from ..schedule import Schedule
 from .base import Evidence, Options, Writer
-from .chain import ReduceStep, dynamic_shapes, in_precision, own_name, reduced_export
-from .lean import LEAN, PAYS, make_lean
+from .chain import ReduceStep, cast_program, dynamic_shapes, own_name, reduced_export
+from .lean import DEFAULT_PASSES, ONNX_PASSES, run_onnx_passes
 from .quantize import QuantizeMode, calibration_batches, check_environment, check_options, quantize_onnx
 from .small_numbers import small_numbers_kept
 
@@ -60,7 +60,7 @@ class OnnxOptions(Options):
     Attributes:
         opset: of the default domain, 18 or newer.
         target: a runtime whose operators and forms to use; None is portable ONNX.
-        lean: passes over the finished graph, of `lean.LEAN`; None takes what pays for the target, and nothing where the
+        lean: passes over the finished graph, of `lean.ONNX_PASSES`; None takes what pays for the target, and nothing where the
             model is converted as it is (no schedule, no target) or quantized.
         quantize: `int8` quantizes the linear layers; reducers stay float32 (see `quantize.py`).
         quantize_mode: `weights`, `dynamic` (taken where None is given) or `static`.
@@ -81,9 +81,9 @@ class OnnxOptions(Options):
             raise UsageError(f"Opset {self.opset} is not supported: choose {MIN_OPSET} to {newest}.")
         if self.target is not None and self.target not in get_args(Target):
             raise UsageError(f"No target {self.target!r}: choose {', '.join(get_args(Target))}.")
-        unknown = [name for name in self.lean or () if name not in LEAN]
+        unknown = [name for name in self.lean or () if name not in ONNX_PASSES]
         if unknown:
-            raise UsageError(f"No lean pass {unknown[0]!r}: choose from {', '.join(LEAN)}, or none.")
+            raise UsageError(f"No lean pass {unknown[0]!r}: choose from {', '.join(ONNX_PASSES)}, or none.")
         if self.lean and self.quantize is not None:
             raise UsageError("--quantize int8 makes other products of what --lean changes. Leave one of the two out.")
         mode = check_options(self.quantize, self.quantize_mode, self.calibration, dtype=self.dtype, target=self.target)
@@ -99,7 +99,7 @@ class OnnxOptions(Options):
         if self.lean is not None:
             return self.lean
         as_it_is = schedule is None and self.target is None
-        return () if as_it_is or self.quantize is not None else PAYS[self.target]
+        return () if as_it_is or self.quantize is not None else DEFAULT_PASSES[self.target]
 
 
 class ReducedOnnxExporter(OnnxExporter, ReduceStep):  # type: ignore[misc]  # one traces, the other converts
@@ -151,7 +151,7 @@ def build_onnx(program: Program, schedule: Schedule | None, options: OnnxOptions
     Raises:
         ExportError: conversion failed, or the graph has operators it must not have.
     """
-    program = in_precision(program, options.dtype)
+    program = cast_program(program, options.dtype)
     calibration = () if options.calibration is None else calibration_batches(options.calibration, program)
     shapes = dynamic_shapes(program)
     try:
@@ -164,7 +164,7 @@ def build_onnx(program: Program, schedule: Schedule | None, options: OnnxOptions
         first = next((line for line in str(error).splitlines() if line.strip()), "no message")
         raise ExportError(f"torch.onnx could not convert the graph: {first.strip()}") from error
     reduced = schedule is not None and not schedule.exact
-    build = polished(build, reduced=reduced, lean=options.passes(schedule))
+    build = finalize(build, reduced=reduced, lean=options.passes(schedule))
     if program.outputs:
         _drop_unread(build.model)
     if options.quantize_mode is not None:
@@ -180,20 +180,20 @@ def _drop_unread(model: onnx_ir.Model) -> None:
             model.graph.inputs.remove(value)
 
 
-def polished(build: OnnxBuild, *, reduced: bool, lean: Sequence[str] = ()) -> OnnxBuild:
+def finalize(build: OnnxBuild, *, reduced: bool, lean: Sequence[str] = ()) -> OnnxBuild:
     """The build with names a reader understands, and lean, in place.
 
     Args:
         build: fresh from the converter.
         reduced: whether it has reducers, and so must have no operator that decides otherwise in another runtime.
-        lean: passes of `lean.LEAN`.
+        lean: passes of `lean.ONNX_PASSES`.
 
     Raises:
         ExportError: it has such an operator.
     """
     _scope_names(build.model)
     _name_batch(build.model)
-    make_lean(build.model, lean)
+    run_onnx_passes(build.model, lean)
     _drop_unused_weights(build.model)
     if reduced:
         _check_operators(build.model)
@@ -226,7 +226,7 @@ def _through_transformers(
             f"--target {options.target} needs transformers' fusions for onnxruntime, which this version lacks: install "
             "a newer transformers or leave --target out for portable ONNX."
         ) from error
-    with left_as_found(model):
+    with restoring_model_state(model):
         set_for_inference(model)
         if hasattr(OnnxExporter, "export_program"):
             converted, _ = exporter.export_program(model, dict(program.inputs), config)
@@ -454,7 +454,7 @@ class OnnxWriter(Writer[OnnxOptions, OnnxBuild]):
     def evidence(self, build: OnnxBuild, files: Sequence[Path]) -> Evidence:
         """The artifact under onnxruntime, twice where it does not give its decisions."""
         session = OnnxSession(files[-1])
-        return Evidence(session, partial(OnnxSession, files[-1]), twin_of(session, build.decisions))
+        return Evidence(session, partial(OnnxSession, files[-1]), decision_model_of(session, build.decisions))
 
     def record(self, manifest: Mapping[str, Any], files: Sequence[Path]) -> None:
         """Into the model's metadata, with a hash of the whole behind it."""

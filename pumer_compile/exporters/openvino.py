@@ -16,14 +16,14 @@ from typing import Any, ClassVar
 from transformers import PreTrainedModel
 
 from ..artifacts.profile import Profile
-from ..capture.capture import Program, batch_inputs, left_as_found, set_for_inference
+from ..capture.capture import Program, batch_inputs, restoring_model_state, set_for_inference
 from ..capture.loading import quiet
 from ..errors import ExportError, UsageError
 from ..files import check_writable
 from ..runtimes.openvino import OpenVinoSession, load_openvino
 from ..schedule import Schedule
 from .base import Evidence, Options, Writer
-from .chain import ReduceStep, dynamic_shapes, in_precision, own_name, reduced_export
+from .chain import ReduceStep, cast_program, dynamic_shapes, own_name, reduced_export
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def build_openvino(program: Program, schedule: Schedule | None, options: OpenVin
     Raises:
         ExportError: conversion failed.
     """
-    program = in_precision(program, "float32")
+    program = cast_program(program, "float32")
     with _readable(), quiet(), contextlib.redirect_stdout(None):
         if isinstance(program.model, PreTrainedModel):
             model, outputs, decisions = _through_transformers(program, program.model, schedule)
@@ -121,7 +121,7 @@ def _through_transformers(
     exporter = ReducedOpenVinoExporter()  # type: ignore[no-untyped-call]
     exporter.follow(program, schedule)
     config = OpenVINOConfig(dynamic_shapes=dynamic_shapes(program), stateful=False)
-    with left_as_found(model):
+    with restoring_model_state(model):
         set_for_inference(model)
         converted, _ = exporter.export_program(model, dict(program.inputs), config)
     for port in converted.inputs:

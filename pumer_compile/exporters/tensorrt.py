@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 import onnx_ir
 
 from ..artifacts.profile import Profile
-from ..artifacts.session import Session, twin_of
+from ..artifacts.session import Session, decision_model_of
 from ..capture.capture import Program
 from ..errors import ExportError, UsageError
 from ..files import atomic_path, check_writable
@@ -186,7 +186,7 @@ class EngineWriter(Writer[EngineOptions, EngineBuild]):
             return Evidence(engine, reopen, partial(self._deciding, build, files[-1]) if hidden else None)
         assert build.parsed is not None
         session = OnnxSession(build.parsed)
-        decide = twin_of(session, build.decisions)
+        decide = decision_model_of(session, build.decisions)
         stand_in = "the ONNX model that the engine was built from"
         return Evidence(session, partial(OnnxSession, build.parsed), decide, stand_in=stand_in, reason=reason)
 

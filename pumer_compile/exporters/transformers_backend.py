@@ -33,9 +33,9 @@ from ..errors import UsageError
 from ..files import sha256_file
 from ..reduce import schedule_for
 from ..runtimes.tensorrt import TensorRtSession
-from .lean import PAYS
+from .lean import DEFAULT_PASSES
 from .manifest import make_manifest
-from .onnx import DEFAULT_OPSET, OnnxBuild, ReducedOnnxExporter, named, polished, torch_onnx
+from .onnx import DEFAULT_OPSET, OnnxBuild, ReducedOnnxExporter, finalize, named, torch_onnx
 from .tensorrt import EngineBuild, EngineOptions, EngineWriter
 
 FORMAT = "tensorrt"
@@ -117,10 +117,10 @@ class TensorRtExporter(ReducedOnnxExporter):
         with torch_onnx():
             converted, metadata = super().export_program(model, inputs, config)
         names = self.output_names or [str(value.name) for value in converted.graph.outputs]
-        build = polished(
+        build = finalize(
             named(converted, names, self.decision_names),
             reduced=self.schedule is not None and not self.schedule.exact,
-            lean=PAYS["tensorrt"],
+            lean=DEFAULT_PASSES["tensorrt"],
         )
         return self._built(writer, build, Program(torch.fx.GraphModule({}, torch.fx.Graph()), inputs), config), metadata
 

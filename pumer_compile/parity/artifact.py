@@ -20,12 +20,12 @@ from torch.export import ExportedProgram
 from ..artifacts.engine import Engine
 from ..artifacts.manifest import read_manifest
 from ..artifacts.profile import Profile
-from ..artifacts.session import comparable_decisions, twin_of
+from ..artifacts.session import comparable_decisions, decision_model_of
 from ..capture.capture import Program, capture
 from ..capture.loading import LoadedModel, load_model
 from ..capture.samples import Kinds, Samples, captured_batch, describe_samples, kinds_of, proof_batches, proof_sizes
 from ..capture.weights import check_model
-from ..exporters.chain import in_precision
+from ..exporters.chain import cast_program
 from ..plan import PromptPlace, check_prompts, without_constants
 from ..reduce import reduce
 from ..schedule import Schedule
@@ -79,7 +79,7 @@ def parity(
     if given is None and "samples" not in manifest:  # an older artifact: now the graph tells more of its inputs
         drawn = Samples(describe_samples(program, _prompts(manifest)), _prompts(manifest))
         batches = proof_batches(drawn, _sizes(manifest, drawn.kinds))
-    exact = in_precision(program, "float32") if program.model is not None else program
+    exact = cast_program(program, "float32") if program.model is not None else program
     schedule = Schedule.from_manifest(manifest["schedule"]) if manifest["schedule"] else None
     # What is exact is judged against the model itself.
     reducing = schedule is not None and not schedule.exact
@@ -93,7 +93,7 @@ def parity(
         batches,
         manifest.get("quantize") or manifest["dtype"],
         decisions,
-        decide=twin_of(engine.session, decisions),
+        decide=decision_model_of(engine.session, decisions),
         reopen=partial(Engine, path, provider=provider),
         more=drawn or (),
         model=exact.model,

@@ -20,7 +20,7 @@ from transformers.exporters.utils import get_leaf_tensors
 
 from ..analysis.outputs import artifact_outputs, model_outputs, output_nodes
 from ..artifacts.session import Session
-from ..capture.capture import batch_inputs, left_as_found, set_for_inference
+from ..capture.capture import batch_inputs, restoring_model_state, set_for_inference
 from ..capture.inputs import describe_inputs
 from ..capture.loading import first_line
 from ..errors import UsageError
@@ -367,7 +367,7 @@ class _Comparison:
 
     def _model(self, model: nn.Module, batch: Mapping[str, Tensor], captured: Arrays) -> None:
         """The captured graph against the model's own forward."""
-        with left_as_found(model), in_fixed_order():
+        with restoring_model_state(model), in_fixed_order():
             set_for_inference(model)
             given = _running(lambda: model(**_in_its_dtype(model, batch)), "The model", batch)
         own = model_outputs(given)

@@ -39,7 +39,7 @@ class Count(Pass):
 
 
 def tokens_after_layers(
-    attentions: list[Attention], insertions: Insertions, walk: Rewriter
+    attentions: list[Attention], insertions: Insertions, rewriter: Rewriter
 ) -> dict[str, dict[str, int]]:
     """Tokens by stream after every attention node, by its address (and `@1` where its layer runs again)."""
     after = {plan.name: plan.after for _, plan in insertions.done}
@@ -51,7 +51,7 @@ def tokens_after_layers(
             present: dict[str, int] = {}
             for segment in axis.segments:
                 if segment.stream:
-                    length = walk.history.length(segment, walk.history.at(dim))
+                    length = rewriter.history.length(segment, rewriter.history.at(dim))
                     present[segment.stream] = present.get(segment.stream, 0) + length
             counts.update(present)
         name = attention.site + (f"@{attention.call}" if attention.call else "")

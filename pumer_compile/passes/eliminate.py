@@ -29,10 +29,10 @@ from ..analysis.narrow import (
     Cut,
     Narrow,
     Range,
-    birth,
     leaves,
     narrow,
     positions,
+    sliced_range,
 )
 from ..analysis.nodes import describe, values
 from ..analysis.operators import ATTENTION, PIECES, PRODUCTS, aten, overloads
@@ -65,7 +65,7 @@ def eliminate(module: fx.GraphModule) -> int:
     reducers, products, narrowed = _called(module), _products(module.graph), 0
     drop_dead(module.graph)
     # Again, because what is no longer there reads nothing.
-    while plans := worth_it(find(module.graph)):
+    while plans := profitable(find(module.graph)):
         before = [(node.name, values(node)) for node in _outputs(module)]
         _emit(module.graph, plans)
         drop_dead(module.graph)
@@ -107,12 +107,12 @@ def find(graph: fx.Graph) -> Plans:
             plan = narrow(node, wanted)
             if plan is not None:
                 plans[node] = plan
-        for leaf in _asked(node, plans.get(node), node in shared):
+        for leaf in _demands(node, plans.get(node), node in shared):
             _join(wants, leaf)
     return plans
 
 
-def _asked(node: fx.Node, plan: Narrow | None, shared: bool) -> list[fx.Node | Cut]:
+def _demands(node: fx.Node, plan: Narrow | None, shared: bool) -> list[fx.Node | Cut]:
     """What a node asks for: values in whole or in part."""
     if node.target in _NEW:
         return []  # a dtype and a device
@@ -120,7 +120,7 @@ def _asked(node: fx.Node, plan: Narrow | None, shared: bool) -> list[fx.Node | C
         return leaves((plan.args, plan.kwargs))
     if node.target is aten.sym_size.int and isinstance(node.meta.get("val"), torch.SymInt):
         return []  # only sizes that are numbers change
-    born = None if shared else birth(node)
+    born = None if shared else sliced_range(node)
     source = node.args[0] if node.args else None
     return [Cut(x, born) if born and x is source else x for x in node.all_input_nodes]
 
@@ -163,12 +163,12 @@ def _narrow_pieces(node: fx.Node, wants: dict[fx.Node, Range | None], plans: Pla
 # --- what is worth it -------------------------------------------------------------------------------------------
 
 
-def worth_it(plans: Plans) -> Plans:
+def profitable(plans: Plans) -> Plans:
     """The plans of those regions whose matrix products shrink by more than what cutting at their borders costs."""
     kept: Plans = {}
     for region in _regions(plans):
         saved = sum(multiply_adds(n) * (1 - plans[n].range.length / shape(n)[plans[n].range.dim]) for n in region)
-        saved += sum(map(multiply_adds, _unread(region, plans)))
+        saved += sum(map(multiply_adds, _dead_producers(region, plans)))
         cuts = {
             leaf
             for node in region
@@ -181,7 +181,7 @@ def worth_it(plans: Plans) -> Plans:
     return kept
 
 
-def _unread(region: set[fx.Node], plans: Plans) -> set[fx.Node]:
+def _dead_producers(region: set[fx.Node], plans: Plans) -> set[fx.Node]:
     """What is computed for the parts of joined values that a region does not take, and for nothing else."""
     reads = {n: {x.node if isinstance(x, Cut) else x for x in leaves((plans[n].args, plans[n].kwargs))} for n in region}
     found: set[fx.Node] = set()
@@ -216,11 +216,11 @@ def _emit(graph: fx.Graph, plans: Plans) -> None:
     slices: dict[Cut, fx.Node] = {}
     trivial = []
     for node in list(graph.nodes):
-        born = birth(node)
+        born = sliced_range(node)
         if node in plans:
             plan = plans[node]
             with graph.inserting_before(node):
-                take = partial(_take, node=node, plans=plans, slices=slices)
+                take = partial(_materialize_cut, node=node, plans=plans, slices=slices)
                 node.args, node.kwargs = map_aggregate((plan.args, plan.kwargs), take)
             if node.target in VIEWS:
                 node.target = aten.reshape.default  # a slice has other strides
@@ -233,7 +233,7 @@ def _emit(graph: fx.Graph, plans: Plans) -> None:
         node.replace_all_uses_with(source)
 
 
-def _take(leaf: Any, node: fx.Node, plans: Plans, slices: dict[Cut, fx.Node]) -> Any:
+def _materialize_cut(leaf: Any, node: fx.Node, plans: Plans, slices: dict[Cut, fx.Node]) -> Any:
     """What a narrowed node reads for a `Cut`."""
     if not isinstance(leaf, Cut):
         return leaf

@@ -30,8 +30,8 @@ FORBIDDEN = {
 """Data-dependent shapes, and scatters that export to wrong values without an error."""
 
 
-def verify(module: fx.GraphModule, walk: Rewriter) -> int:
-    """Check the rewritten graph against the walk that made it, and record fake values on its nodes.
+def verify(module: fx.GraphModule, rewriter: Rewriter) -> int:
+    """Check the rewritten graph against the rewriter that made it, and record fake values on its nodes.
 
     Returns:
         How many values past a reducer were checked.
@@ -43,22 +43,22 @@ def verify(module: fx.GraphModule, walk: Rewriter) -> int:
     for node in module.graph.nodes:
         if isinstance(node.target, torch._ops.OpOverload) and node.target.overloadpacket in FORBIDDEN:
             raise VerifyError(f"{describe(node)} has a data-dependent shape or exports to wrong values.")
-    inputs = {str(n.target): values(n)[0] for n in walk.source.graph.nodes if n.op == "placeholder" and values(n)}
+    inputs = {str(n.target): values(n)[0] for n in rewriter.source.graph.nodes if n.op == "placeholder" and values(n)}
     found, _ = propagate(module, inputs)
     for node, value in found.items():
         if isinstance(value, Tensor):
             node.meta["val"] = value
-    return _check_shapes(module, walk, found)
+    return _check_shapes(module, rewriter, found)
 
 
-def _check_shapes(module: fx.GraphModule, walk: Rewriter, found: dict[fx.Node, Any]) -> int:
+def _check_shapes(module: fx.GraphModule, rewriter: Rewriter, found: dict[fx.Node, Any]) -> int:
     live = set(module.graph.nodes)
     checked = 0
-    for captured, new in walk.env.items():
+    for captured, new in rewriter.env.items():
         value = found.get(new)
         if new not in live or not isinstance(value, Tensor):
             continue
-        expected = walk.history.expected_shape(captured)
+        expected = rewriter.history.expected_shape(captured)
         agree = len(expected) == value.dim() and all(
             same_size(a, b) for a, b in zip(expected, value.shape, strict=True)
         )
@@ -67,7 +67,7 @@ def _check_shapes(module: fx.GraphModule, walk: Rewriter, found: dict[fx.Node, A
                 f"{describe(captured)} has shape {list(value.shape)} after reduction, and the plan says "
                 f"{expected}. This is a defect of a rule in analysis/rules.py."
             )
-        checked += any(walk.history.at(Dim(captured, i)) for i in range(value.dim()))
+        checked += any(rewriter.history.at(Dim(captured, i)) for i in range(value.dim()))
     return checked
 
 

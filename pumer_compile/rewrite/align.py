@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from ..analysis.axes import Dim, Same, Tokens, same_size
-from ..analysis.masks import alike_for_queries
+from ..analysis.masks import broadcast_over_queries
 from ..analysis.nodes import describe, values
 from ..analysis.operators import aten
 from ..analysis.rules import shape
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Aligner:
-    """Aligns the values of a walk, each once.
+    """Aligns the values of a rewriter, each once.
 
     Attributes:
         count: of the alignments inserted.
@@ -35,85 +35,87 @@ class Aligner:
     _aligned: dict[tuple[Any, ...], fx.Node] = field(default_factory=dict)
     _maps: dict[tuple[str, int, int], fx.Node] = field(default_factory=dict)
 
-    def value(self, walk: Rewriter, node: fx.Node, source: fx.Node, targets: dict[int, Epochs]) -> fx.Node:
+    def value(self, rewriter: Rewriter, node: fx.Node, source: fx.Node, targets: dict[int, Epochs]) -> fx.Node:
         """The newest value of `source`, brought to the target epochs of each dimension."""
-        value = walk.env[source]
+        value = rewriter.env[source]
         rank = len(shape(source))
-        if source in walk.sums:
-            return self._sum(walk, node, source, targets)
-        if rank > 2 and source in walk.masks and rank - 2 in targets and alike_for_queries(source):
-            return self._alike(walk, node, source, targets)
+        if source in rewriter.sums:
+            return self._sum(rewriter, node, source, targets)
+        if rank > 2 and source in rewriter.masks and rank - 2 in targets and broadcast_over_queries(source):
+            return self._alike(rewriter, node, source, targets)
         for index, target in sorted(targets.items()):
             key = (source, value, index, tuple(sorted(target.items())))
             if key not in self._aligned:
-                self._aligned[key] = self._emit(walk, node, source, value, index, target)
+                self._aligned[key] = self._emit(rewriter, node, source, value, index, target)
             value = self._aligned[key]
         return value
 
-    def _sum(self, walk: Rewriter, node: fx.Node, source: fx.Node, targets: dict[int, Epochs]) -> fx.Node:
+    def _sum(self, rewriter: Rewriter, node: fx.Node, source: fx.Node, targets: dict[int, Epochs]) -> fx.Node:
         """A mask and a bias in one: each is aligned as what it is, and put together again."""
         key = (
             source,
-            walk.env[source],
+            rewriter.env[source],
             "sum",
             *((i, *sorted(target.items())) for i, target in sorted(targets.items())),
         )
         if key not in self._aligned:
             inputs = {}
             for x in source.all_input_nodes:
-                wanted = _input_targets(walk, source, x, targets)
-                inputs[x] = self.value(walk, node, x, wanted) if wanted else walk.env[x]
-            self._aligned[key] = walk.recomputed(source, inputs, targets)
+                wanted = _input_targets(rewriter, source, x, targets)
+                inputs[x] = self.value(rewriter, node, x, wanted) if wanted else rewriter.env[x]
+            self._aligned[key] = rewriter.recomputed(source, inputs, targets)
         return self._aligned[key]
 
-    def _alike(self, walk: Rewriter, node: fx.Node, source: fx.Node, targets: dict[int, Epochs]) -> fx.Node:
+    def _alike(self, rewriter: Rewriter, node: fx.Node, source: fx.Node, targets: dict[int, Epochs]) -> fx.Node:
         """A mask whose rows are all the same: one row is aligned, and stretched over the queries that are left."""
         key = (
             source,
-            walk.env[source],
+            rewriter.env[source],
             "alike",
             *((i, *sorted(target.items())) for i, target in sorted(targets.items())),
         )
         if key not in self._aligned:
             queries, rank = len(shape(source)) - 2, len(shape(source))
-            value = walk.call(aten.slice.Tensor, walk.env[source], queries, 0, 1)
+            value = rewriter.call(aten.slice.Tensor, rewriter.env[source], queries, 0, 1)
             for index, target in sorted(targets.items()):
                 if index != queries:
-                    value = self._emit(walk, node, source, value, index, target)
+                    value = self._emit(rewriter, node, source, value, index, target)
             changed = [s for s, epoch in targets[queries].items() if epoch]
-            rows = walk.history.size(self.whole_streams(walk, Dim(source, queries), node, changed), targets[queries])
-            self._aligned[key] = walk.call(
+            rows = rewriter.history.size(
+                self.whole_streams(rewriter, Dim(source, queries), node, changed), targets[queries]
+            )
+            self._aligned[key] = rewriter.call(
                 aten.expand.default, value, [rows if index == queries else -1 for index in range(rank)]
             )
         return self._aligned[key]
 
     def _emit(
-        self, walk: Rewriter, node: fx.Node, source: fx.Node, value: fx.Node, index: int, target: Epochs
+        self, rewriter: Rewriter, node: fx.Node, source: fx.Node, value: fx.Node, index: int, target: Epochs
     ) -> fx.Node:
         dim = Dim(source, index)
-        have = walk.history.at(dim)
-        kind = self.whole_streams(walk, dim, node, [s for s, epoch in target.items() if epoch != have.get(s, 0)])
+        have = rewriter.history.at(dim)
+        kind = self.whole_streams(rewriter, dim, node, [s for s, epoch in target.items() if epoch != have.get(s, 0)])
         pieces, maps = [], []
         for segment in kind.segments:
             old, new = (e.get(segment.stream or "", 0) for e in (have, target))
-            pieces.append((walk.history.length(segment, have), new != old))
+            pieces.append((rewriter.history.length(segment, have), new != old))
             if new != old:
-                maps.append(self._map(walk, segment.stream or "", old, new))
-        mode = self._mode(walk, node, source, kind, have, target)
+                maps.append(self._map(rewriter, segment.stream or "", old, new))
+        mode = self._mode(rewriter, node, source, kind, have, target)
         self.count += 1
-        module = AlignAxis(index, tuple(pieces), mode, fold=self._fold(walk, source) or 1)
-        return walk.call_module(f"reducer.align.{source.name}_{self.count}", module, value, *maps)
+        module = AlignAxis(index, tuple(pieces), mode, fold=self._fold(rewriter, source) or 1)
+        return rewriter.call_module(f"reducer.align.{source.name}_{self.count}", module, value, *maps)
 
-    def whole_streams(self, walk: Rewriter, dim: Dim, node: fx.Node, streams: Collection[str]) -> Tokens:
+    def whole_streams(self, rewriter: Rewriter, dim: Dim, node: fx.Node, streams: Collection[str]) -> Tokens:
         """The axis of a dimension that the maps of some streams can be applied to, for the use of `node`.
 
         Raises:
             AxisError: they are cut, the axis is flattened, or does not come after the batch.
         """
-        source, kind = dim.node, walk.annotation.axis(dim)
-        assert walk.batch is not None, "a reducer names the batch"
+        source, kind = dim.node, rewriter.annotation.axis(dim)
+        assert rewriter.batch is not None, "a reducer names the batch"
         whole = isinstance(kind, Tokens) and all(s.whole for s in kind.segments if s.stream in streams)
-        if isinstance(kind, Tokens) and whole and dim.index > 0 and self._fold(walk, source) is not None:
+        if isinstance(kind, Tokens) and whole and dim.index > 0 and self._fold(rewriter, source) is not None:
             return kind
         raise AxisError(
             f"{describe(node)} needs {source.name} at the tokens after a reducer, but its axis {kind} "
@@ -121,28 +123,28 @@ class Aligner:
             "it takes whole streams behind a dimension that is the batch or 1."
         )
 
-    def _fold(self, walk: Rewriter, source: fx.Node) -> int | None:
+    def _fold(self, rewriter: Rewriter, source: fx.Node) -> int | None:
         """How many rows of a value belong to each sample (heads folded into the batch, say); None where its first
         dimension is not the batch."""
-        assert walk.batch is not None
-        batch, first = shape(walk.batch.node)[walk.batch.index], Dim(source, 0)
-        if same_size(shape(source)[0], 1) or same_size(batch, 1) or walk.annotation.same(first, walk.batch):
+        assert rewriter.batch is not None
+        batch, first = shape(rewriter.batch.node)[rewriter.batch.index], Dim(source, 0)
+        if same_size(shape(source)[0], 1) or same_size(batch, 1) or rewriter.annotation.same(first, rewriter.batch):
             return 1
-        return walk.annotation.folded(first, walk.batch)
+        return rewriter.annotation.folded(first, rewriter.batch)
 
     def _mode(
-        self, walk: Rewriter, node: fx.Node, source: fx.Node, kind: Tokens, have: Epochs, target: Epochs
+        self, rewriter: Rewriter, node: fx.Node, source: fx.Node, kind: Tokens, have: Epochs, target: Epochs
     ) -> AlignMode:
         dtype = values(source)[0].dtype
         if dtype == torch.bool:
             # A merged token counts as real where any of its parts is.
-            return "all" if walk.masks.get(source) == "drop" else "any"
+            return "all" if rewriter.masks.get(source) == "drop" else "any"
         if dtype.is_floating_point:
-            return "log_mean_exp" if walk.masks.get(source) == "additive" else "mean"
+            return "log_mean_exp" if rewriter.masks.get(source) == "additive" else "mean"
         merged = [
             s
             for s in kind.streams
-            if any(step.merged for step in walk.history.lineage(s, target.get(s, 0), have.get(s, 0)))
+            if any(step.merged for step in rewriter.history.lineage(s, target.get(s, 0), have.get(s, 0)))
         ]
         if merged:
             raise SiteError(
@@ -152,24 +154,24 @@ class Aligner:
             )
         return "gather"
 
-    def _map(self, walk: Rewriter, stream: str, old: int, new: int) -> fx.Node:
+    def _map(self, rewriter: Rewriter, stream: str, old: int, new: int) -> fx.Node:
         """The map from one epoch of a stream to a later one, composed where it spans several reducers."""
         key = (stream, old, new)
         if key not in self._maps:
-            first, *rest = walk.history.lineage(stream, new, old)
+            first, *rest = rewriter.history.lineage(stream, new, old)
             composed = first.map
             for step in rest:
-                composed = walk.call(aten.matmul.default, step.map, composed)
+                composed = rewriter.call(aten.matmul.default, step.map, composed)
             self._maps[key] = composed
         return self._maps[key]
 
 
-def _input_targets(walk: Rewriter, source: fx.Node, x: fx.Node, targets: dict[int, Epochs]) -> dict[int, Epochs]:
+def _input_targets(rewriter: Rewriter, source: fx.Node, x: fx.Node, targets: dict[int, Epochs]) -> dict[int, Epochs]:
     """The epochs that the dimensions of an input need, for those of what is computed from it to be at given ones."""
     found: dict[int, Epochs] = {}
-    for constraint in walk.annotation.constraints.get(source, []):
+    for constraint in rewriter.annotation.constraints.get(source, []):
         if isinstance(constraint, Same):
             for mine, other in ((constraint.a, constraint.b), (constraint.b, constraint.a)):
                 if mine.node is source and mine.index in targets and other.node is x:
                     found[other.index] = targets[mine.index]
-    return {index: target for index, target in found.items() if walk.history.behind(Dim(x, index), target)}
+    return {index: target for index, target in found.items() if rewriter.history.behind(Dim(x, index), target)}

@@ -1,4 +1,4 @@
-"""History: which reducers shortened each stream, and which of them a value of the walk has seen.
+"""EpochTable: which reducers shortened each stream, and which of them a value of the rewriter has seen.
 
 Each value's token axes are at an epoch for each stream: 0 before the first reducer of that stream; every reducer
 makes a new one out of the one it read, so that a model which runs a text once for each image has a branch of epochs
@@ -42,7 +42,7 @@ class Step:
 
 
 @dataclass
-class History:
+class EpochTable:
     """The reducers so far, and where each value stands among them.
 
     Attributes:

@@ -83,7 +83,7 @@ class InsertReducer:
         rewriter.history.bump(Dim(carrier, dim), {s: epoch for s, epoch in epochs.items() if s in axis.streams})
         if attention.cross_modal:
             for stream, epoch in epochs.items():
-                rewriter.promise(attention.context, stream, place.epoch(stream), epoch)
+                rewriter.reduce_later_uses(attention.context, stream, place.epoch(stream), epoch)
         return new
 
     def _token_dim(self, rewriter: Rewriter, carrier: fx.Node) -> tuple[int, Tokens]:

@@ -1,6 +1,6 @@
 """Rewrite: copy the captured graph, letting every size follow the reducers.
 
-The walk copies node after node. At the sites the inserted reducers replace the carrier, so whatever comes
+The rewriter copies node after node. At the sites the inserted reducers replace the carrier, so whatever comes
 later sees the reduced stream and whatever came earlier saw the old one: each value is at an epoch of each
 stream (`history.py`). Literals that bake a token count get the new one; an input left at an older epoch than the
 others is aligned (`align.py`). What no rule aligns is an error.
@@ -19,17 +19,17 @@ from torch import fx, nn
 
 from ..analysis.annotate import Annotation
 from ..analysis.axes import (
+    ByPosition,
     Concat,
     Constraint,
     Dim,
     Literal,
-    Opaque,
     Reshape,
     Same,
     Select,
     Slice,
+    Summed,
     Tokens,
-    Total,
 )
 from ..analysis.dead_code import drop_dead
 from ..analysis.nodes import ancestors, attribute, content_inputs, depends_on_parameter, describe, module_path, values
@@ -39,12 +39,12 @@ from ..analysis.rules import shape
 from ..errors import AxisError, SiteError
 from ..reducers.align import MaskKind
 from .align import Aligner
-from .epochs import Epochs, History
+from .epochs import Epochs, EpochTable
 
 
 @dataclass
 class Rewriter:
-    """The walk and its state.
+    """The rewriter and its state.
 
     Attributes:
         source: captured graph module; it is not changed.
@@ -55,7 +55,7 @@ class Rewriter:
         history: the reducers so far, and which of them each value has seen.
         aligner: brings values from before a reducer to the tokens after it.
         used: new node that a captured node read for an input (aligned where needed).
-        layers: paths of the modules in whose uses a promised value is reduced (`promise`).
+        layers: paths of the modules in whose uses a promised value is reduced (`reduce_later_uses`).
         probabilities: of fused attentions that were written out.
         literals: how many were changed.
         batch: the batch dimension of the first reduced value, which alignment maps follow.
@@ -67,7 +67,7 @@ class Rewriter:
     masks: dict[fx.Node, MaskKind]
     sums: frozenset[fx.Node] = frozenset()
     env: dict[fx.Node, fx.Node] = field(default_factory=dict)
-    history: History = field(init=False)
+    history: EpochTable = field(init=False)
     aligner: Aligner = field(default_factory=Aligner)
     used: dict[tuple[fx.Node, fx.Node], fx.Node] = field(default_factory=dict)
     layers: frozenset[str] = frozenset()
@@ -78,12 +78,12 @@ class Rewriter:
     graph: fx.Graph = field(default_factory=fx.Graph)
     _modules: dict[str, nn.Module] = field(default_factory=dict)
     _totals: dict[fx.Node, Epochs] = field(default_factory=dict)
-    _promised: dict[fx.Node, dict[int, Epochs]] = field(default_factory=dict)
+    _pending: dict[fx.Node, dict[int, Epochs]] = field(default_factory=dict)
     _features: set[fx.Node] = field(default_factory=set)
     _origin: fx.Node | None = None
 
     def __post_init__(self) -> None:
-        self.history = History(self.annotation)
+        self.history = EpochTable(self.annotation)
 
     def run(
         self,
@@ -168,7 +168,7 @@ class Rewriter:
             start = stop
         return result
 
-    def promise(self, site: fx.Node, stream: str, old: int, new: int) -> None:
+    def reduce_later_uses(self, site: fx.Node, stream: str, old: int, new: int) -> None:
         """Every later use, in a cross-modal layer, of a feature that the site depends on sees the reduced stream.
 
         So the image layer of a co-attention pair gets the image its text layer reduced. Uses elsewhere (a tower that
@@ -179,23 +179,23 @@ class Rewriter:
                 continue
             for index in range(len(shape(node))):
                 dim = Dim(node, index)
-                have = self._promised.get(node, {}).get(index) or self.history.at(dim)
+                have = self._pending.get(node, {}).get(index) or self.history.at(dim)
                 if stream in self.history.streams(dim) and have.get(stream, 0) == old:
-                    self._promised.setdefault(node, {})[index] = {**have, stream: new}
+                    self._pending.setdefault(node, {})[index] = {**have, stream: new}
 
-    # --- the walk -------------------------------------------------------------------------------------------
+    # --- the rewriter -------------------------------------------------------------------------------------------
 
     def visit(self, node: fx.Node) -> None:
         """Copy one node."""
-        promised = [n for n in node.all_input_nodes if n in self._promised] if self._promised else []
+        promised = [n for n in node.all_input_nodes if n in self._pending] if self._pending else []
         if not promised or not self._in_layers(node):
             self._visit(node)
             return
         at = self.history.at
-        before = {n: (self.env[n], {Dim(n, i): at(Dim(n, i)) for i in self._promised[n]}) for n in promised}
+        before = {n: (self.env[n], {Dim(n, i): at(Dim(n, i)) for i in self._pending[n]}) for n in promised}
         for source in promised:
-            self.env[source] = self.aligner.value(self, node, source, self._promised[source])
-            for index, epochs in self._promised[source].items():
+            self.env[source] = self.aligner.value(self, node, source, self._pending[source])
+            for index, epochs in self._pending[source].items():
                 self.history.record(Dim(source, index), epochs)
         self._visit(node)
         for source, (value, epochs_of) in before.items():
@@ -275,9 +275,9 @@ class Rewriter:
                             self._check_whole(node, result, stream)
                     streams = self.history.streams(result)
                     self.history.record(result, {s: e for s, e in self.history.at(source).items() if s in streams})
-            case Total(source):
+            case Summed(source):
                 self._totals[node] = dict(self.history.at(source))
-            case Opaque(source) if self.history.at(source):
+            case ByPosition(source) if self.history.at(source):
                 raise SiteError(
                     f"{describe(node)} works position by position along the token axis "
                     f"{self.annotation.axis(source)} of {source.node.name}, which a reducer has changed. "

@@ -25,25 +25,25 @@ _SAME = frozenset(overloads("to alias contiguous"))
 _DROPOUT = frozenset(overloads("dropout"))
 
 
-def projections(walk: Rewriter, carrier: fx.Node, dim: int, reduced: dict[str, int]) -> dict[fx.Node, fx.Node]:
+def projections(rewriter: Rewriter, carrier: fx.Node, dim: int, reduced: dict[str, int]) -> dict[fx.Node, fx.Node]:
     """The captured linear layers that pay to be computed after a carrier's reducers, by the addend that they are.
 
     Args:
-        walk: which has passed the carrier.
+        rewriter: which has passed the carrier.
         carrier: captured.
         dim: its token dimension.
         reduced: tokens behind the reducers, by stream.
     """
-    axis, epochs = walk.annotation.axis(Dim(carrier, dim)), walk.history.at(Dim(carrier, dim))
+    axis, epochs = rewriter.annotation.axis(Dim(carrier, dim)), rewriter.history.at(Dim(carrier, dim))
     assert isinstance(axis, Tokens)
-    before = {s.stream: walk.history.length(s, epochs) for s in axis.segments}
-    total = sum(walk.history.length(s, epochs) for s in axis.segments)
+    before = {s.stream: rewriter.history.length(s, epochs) for s in axis.segments}
+    total = sum(rewriter.history.length(s, epochs) for s in axis.segments)
     maps = sum(after * before[stream] for stream, after in reduced.items())
     fewer = sum(before[stream] - after for stream, after in reduced.items())
-    found, shared = {}, may_be_changed(walk.source.graph)
+    found, shared = {}, may_be_changed(rewriter.source.graph)
     for addend in _addends(carrier):
         linear = _projection(addend, dim)
-        if linear is None or walk.history.at(Dim(node_arg(linear, 0), dim)) != epochs:
+        if linear is None or rewriter.history.at(Dim(node_arg(linear, 0), dim)) != epochs:
             continue
         if not shared.isdisjoint(linear.all_input_nodes):
             continue  # they would be read later than they are
@@ -55,30 +55,30 @@ def projections(walk: Rewriter, carrier: fx.Node, dim: int, reduced: dict[str, i
 
 
 def reduced_sum(
-    walk: Rewriter, carrier: fx.Node, linears: dict[fx.Node, fx.Node], reduce: Callable[[fx.Node], fx.Node]
+    rewriter: Rewriter, carrier: fx.Node, linears: dict[fx.Node, fx.Node], reduce: Callable[[fx.Node], fx.Node]
 ) -> fx.Node:
     """A reduced carrier, as the sum of its reduced addends.
 
     Args:
-        walk: which has passed the carrier.
+        rewriter: which has passed the carrier.
         carrier: captured.
         linears: what `projections` gave.
         reduce: applies the reducers' maps to a new value with the carrier's tokens.
     """
-    new = walk.env[carrier]
+    new = rewriter.env[carrier]
     parts: dict[fx.Node, fx.Node] = {}
     for addend, value in zip(_addends(carrier), new.all_input_nodes, strict=True):
         linear = linears.get(addend)
-        parts[value] = reduce(value) if linear is None else _with_input(walk, walk.env[linear], reduce)
-    return walk.graph.node_copy(new, parts.__getitem__)
+        parts[value] = reduce(value) if linear is None else _with_input(rewriter, rewriter.env[linear], reduce)
+    return rewriter.graph.node_copy(new, parts.__getitem__)
 
 
-def _with_input(walk: Rewriter, linear: fx.Node, reduce: Callable[[fx.Node], fx.Node]) -> fx.Node:
+def _with_input(rewriter: Rewriter, linear: fx.Node, reduce: Callable[[fx.Node], fx.Node]) -> fx.Node:
     """A copy of a new node that reads its first input reduced."""
     given = linear.args[0]
     assert isinstance(given, fx.Node)
     reduced = reduce(given)
-    return walk.graph.node_copy(linear, lambda n: reduced if n is given else n)
+    return rewriter.graph.node_copy(linear, lambda n: reduced if n is given else n)
 
 
 def _addends(carrier: fx.Node) -> list[fx.Node]:

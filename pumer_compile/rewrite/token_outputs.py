@@ -18,24 +18,24 @@ from ..reducers.align import AlignMode
 from .rewriter import Rewriter
 
 
-def reduced_dims(walk: Rewriter, node: fx.Node) -> list[Dim]:
+def reduced_dims(rewriter: Rewriter, node: fx.Node) -> list[Dim]:
     """The dimensions of a captured value that a reducer has shortened."""
     dims = [Dim(node, index) for index in range(len(shape(node)) if values(node) else 0)]
-    return [dim for dim in dims if any(walk.history.at(dim).values())]
+    return [dim for dim in dims if any(rewriter.history.at(dim).values())]
 
 
-def check_outputs(walk: Rewriter) -> None:
+def check_outputs(rewriter: Rewriter) -> None:
     """Refuse outputs with one entry for each token of a reduced stream.
 
     Raises:
         OutputsError: there is one.
     """
-    outputs = output_nodes(walk.source)
-    token_level = {name: dims for name, node in outputs.items() if (dims := reduced_dims(walk, node))}
+    outputs = output_nodes(rewriter.source)
+    token_level = {name: dims for name, node in outputs.items() if (dims := reduced_dims(rewriter, node))}
     if not token_level:
         return
     name, dims = next(iter(token_level.items()))
-    kind = walk.annotation.axis(dims[0])
+    kind = rewriter.annotation.axis(dims[0])
     streams = () if isinstance(kind, Fixed) else kind.streams
     others = [other for other in outputs if other not in token_level]
     keep = (
@@ -56,43 +56,43 @@ def restoring(captured: fx.GraphModule) -> dict[fx.Node, Callable[[Rewriter], fx
     return {captured.graph.output_node(): _restore}
 
 
-def _restore(walk: Rewriter) -> fx.Node:
+def _restore(rewriter: Rewriter) -> fx.Node:
     """Each original position receives the token it was merged into; pruned ones get zeros, and `<name>.kept` says
     which positions those are not, `[batch, tokens]` bool."""
     named: dict[str, fx.Node] = {}
     flags: dict[str, fx.Node] = {}
-    for position, (name, node) in enumerate(output_nodes(walk.source).items()):
-        value = walk.env[node]
-        for number, dim in enumerate(reduced_dims(walk, node)):
-            pieces, maps = _inverse(walk, dim)
+    for position, (name, node) in enumerate(output_nodes(rewriter.source).items()):
+        value = rewriter.env[node]
+        for number, dim in enumerate(reduced_dims(rewriter, node)):
+            pieces, maps = _inverse(rewriter, dim)
             scope = f"reducer.restore.output_{position}_{dim.index}"
-            value = walk.call_module(f"{scope}.tokens", AlignAxis(dim.index, pieces, _mode(node)), value, *maps)
-            ones = walk.call_module(f"{scope}.ones", UnitWeights(sum(n for n, _ in pieces)), maps[0])
-            there = walk.call_module(f"{scope}.kept", AlignAxis(1, pieces, "mean"), ones, *maps)
-            flags[f"{name}.kept" + (f"_{dim.index}" if number else "")] = walk.call(aten.gt.Scalar, there, 0.5)
+            value = rewriter.call_module(f"{scope}.tokens", AlignAxis(dim.index, pieces, _mode(node)), value, *maps)
+            ones = rewriter.call_module(f"{scope}.ones", UnitWeights(sum(n for n, _ in pieces)), maps[0])
+            there = rewriter.call_module(f"{scope}.kept", AlignAxis(1, pieces, "mean"), ones, *maps)
+            flags[f"{name}.kept" + (f"_{dim.index}" if number else "")] = rewriter.call(aten.gt.Scalar, there, 0.5)
         named[name] = value
     named.update(flags)
-    walk.name_outputs(list(named))
-    result: fx.Node = walk.graph.output(tuple(named.values()))
+    rewriter.name_outputs(list(named))
+    result: fx.Node = rewriter.graph.output(tuple(named.values()))
     return result
 
 
-def _inverse(walk: Rewriter, dim: Dim) -> tuple[tuple[tuple[int, bool], ...], list[fx.Node]]:
+def _inverse(rewriter: Rewriter, dim: Dim) -> tuple[tuple[tuple[int, bool], ...], list[fx.Node]]:
     """Lengths of the reduced segments, and for each the old position of every token, `[batch, before, after]`."""
-    epochs = walk.history.at(dim)
-    kind = walk.aligner.whole_streams(
-        walk, dim, walk.source.graph.output_node(), [s for s, epoch in epochs.items() if epoch]
+    epochs = rewriter.history.at(dim)
+    kind = rewriter.aligner.whole_streams(
+        rewriter, dim, rewriter.source.graph.output_node(), [s for s, epoch in epochs.items() if epoch]
     )
     pieces, maps = [], []
     for segment in kind.segments:
         stream = segment.stream or ""
-        steps = walk.history.lineage(stream, epochs.get(stream, 0))
-        pieces.append((walk.history.length(segment, epochs), bool(steps)))
+        steps = rewriter.history.lineage(stream, epochs.get(stream, 0))
+        pieces.append((rewriter.history.length(segment, epochs), bool(steps)))
         if steps:
             assigned = steps[0].assigned
             for step in steps[1:]:
-                assigned = walk.call(aten.matmul.default, step.assigned, assigned)
-            maps.append(walk.call(aten.transpose.int, assigned, 1, 2))
+                assigned = rewriter.call(aten.matmul.default, step.assigned, assigned)
+            maps.append(rewriter.call(aten.transpose.int, assigned, 1, 2))
     return tuple(pieces), maps
 
 

@@ -27,7 +27,7 @@ from ..passes.pipeline import ANALYSE, EXACT, EXACT_ALONE, REDUCE
 from ..rewrite.rewriter import Rewriter
 from ..schedule import Merge, Schedule, as_trained, trained_with
 from . import dynamo
-from .causal_mask import spell_out_causal
+from .causal_mask import materialize_causal_mask
 from .lowering import Cut, DynamoGraph, may_attend
 from .padding import plan_padding, with_labels
 from .prompts import (
@@ -169,7 +169,7 @@ def _reduced(graph: DynamoGraph, options: Options, schedule: Schedule | None, wh
     if graph.padding is not None:
         graph.padding = with_labels(graph.padding, lowered)
     if reduces_prompts(schedule):
-        spell_out_causal(lowered, graph.mode)
+        materialize_causal_mask(lowered, graph.mode)
     unknown = [name for name in options.streams if name not in inputs]
     if unknown:
         raise UsageError(f"options['streams'] names the input {unknown[0]!r}, but there are {', '.join(inputs)}.")

@@ -16,7 +16,7 @@ from ..analysis.nodes import Emitter
 aten = torch.ops.aten
 
 
-def spell_out_causal(lowered: fx.GraphModule, mode: FakeTensorMode) -> None:
+def materialize_causal_mask(lowered: fx.GraphModule, mode: FakeTensorMode) -> None:
     """Write `is_causal=True` as the mask that it stands for, and `enable_gqa=True` beside it as repeated heads.
 
     Args:

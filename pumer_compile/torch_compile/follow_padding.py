@@ -18,7 +18,7 @@ import torch
 from torch import fx
 
 from ..analysis import rules_positional as _positional  # noqa: F401  (importing it registers its rules)
-from ..analysis.axes import Concat, Constraint, Dim, Opaque, Reduce, Reshape, Same, Total, constraint_dims
+from ..analysis.axes import ByPosition, Concat, Constraint, Dim, Reduce, Reshape, Same, Summed, constraint_dims
 from ..analysis.nodes import attribute, constant_value, describe, values
 from ..analysis.operators import aten, overloads
 from ..analysis.rules import argument, int_arg, list_arg, rule_for, wrap
@@ -305,7 +305,7 @@ class _Walk:
     def _spent(self, node: fx.Node, constraints: Sequence[Constraint]) -> list[Dim]:
         """Dimensions of inputs that the node's own do not carry, or along which it works by position."""
         carried = {d for c in constraints for d in constraint_dims(c) if carries(c, node)}
-        opaque = {c.source for c in constraints if isinstance(c, Opaque | Reduce | Total)}
+        opaque = {c.source for c in constraints if isinstance(c, ByPosition | Reduce | Summed)}
         opaque |= {d for pair in same_pairs(constraints) if all(d.node is not node for d in pair) for d in pair}
         inputs = [d for x in dict.fromkeys(node.all_input_nodes) for d in dims_of(x)]
         outputs = 0 if node.target is not operator.getitem else int_arg(node, 1)

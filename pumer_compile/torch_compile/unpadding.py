@@ -18,7 +18,7 @@ from ..analysis.annotate import Annotation
 from ..analysis.axes import Dim, Tokens
 from ..analysis.nodes import describe, values
 from ..errors import CaptureError, UsageError
-from ..rewrite.epochs import Epochs, History
+from ..rewrite.epochs import Epochs, EpochTable
 from .follow_padding import follow_padding
 from .lowering import Cut, DynamoGraph, Padding, open_size
 from .places import Places
@@ -122,7 +122,7 @@ def output_cuts(
     graph: DynamoGraph,
     lowered: fx.GraphModule,
     annotation: Annotation,
-    history: History | None,
+    history: EpochTable | None,
     streams: set[str],
     places: OutputPlaces,
     *,
@@ -168,7 +168,7 @@ def output_cuts(
 def _cut(
     graph: DynamoGraph,
     annotation: Annotation,
-    history: History | None,
+    history: EpochTable | None,
     dim: Dim,
     epochs: Epochs,
     streams: set[str],

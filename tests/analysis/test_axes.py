@@ -12,11 +12,11 @@ from torch import fx
 from pumer_compile.analysis.axes import (
     Axis,
     AxisConflict,
+    ByPosition,
     Concat,
     Dim,
     Fixed,
     Literal,
-    Opaque,
     Product,
     Reduce,
     Reshape,
@@ -25,8 +25,8 @@ from pumer_compile.analysis.axes import (
     Segment,
     Select,
     Slice,
+    Summed,
     Tokens,
-    Total,
     constraint_dims,
     cut,
     cut_axis,
@@ -291,6 +291,6 @@ def test_every_constraint_says_which_dimensions_it_speaks_of() -> None:
     assert constraint_dims(Reshape((a,), (b, c))) == (a, b, c)
     assert constraint_dims(Slice(a, b, 0, 1, 2, 3)) == (a, b)
     assert constraint_dims(Select(a, 0, 2)) == (a,)
-    assert constraint_dims(Reduce(a)) == constraint_dims(Total(a)) == constraint_dims(Opaque(a)) == (a,)
+    assert constraint_dims(Reduce(a)) == constraint_dims(Summed(a)) == constraint_dims(ByPosition(a)) == (a,)
     assert constraint_dims(Literal(a, 1)) == (a,)
     assert constraint_dims(Seed((a, b), "image")) == (a, b)

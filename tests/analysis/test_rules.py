@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from pumer_compile.analysis.annotate import Annotation, annotate
-from pumer_compile.analysis.axes import Dim, Literal, Opaque, Reduce, Same, Seed, Select, Slice
+from pumer_compile.analysis.axes import ByPosition, Dim, Literal, Reduce, Same, Seed, Select, Slice
 from pumer_compile.analysis.operators import overloads
 from pumer_compile.analysis.rules import _RULES, argument, rule, rule_for, wrap
 from pumer_compile.errors import NoRuleError
@@ -169,7 +169,7 @@ def test_counting_over_a_part_does_not() -> None:
     rows = builder.call(aten.unsqueeze.default, builder.call(aten.arange.default, 2), 1)
     result = finish(builder, builder.call(aten.index.Tensor, x, [rows, some]), [x])
     assert result.axes() == [["2", "6"]]
-    assert result.said_of_tokens() == {"Opaque"}
+    assert result.said_of_tokens() == {"ByPosition"}
 
 
 def index_by(builder: Builder, x: fx.Node, index: fx.Node) -> Any:
@@ -182,7 +182,7 @@ def test_counting_from_another_number_does_not() -> None:
     shifted = builder.call(aten.add.Tensor, builder.call(aten.arange.default, 7), -1)
     result = index_by(builder, x, shifted)
     assert result.axes() == [["2", "7"]]
-    assert result.said_of_tokens() == {"Opaque"}
+    assert result.said_of_tokens() == {"ByPosition"}
 
 
 def test_counting_in_rows_does_not() -> None:
@@ -190,7 +190,7 @@ def test_counting_in_rows_does_not() -> None:
     x = builder.seeded("2 text:14", 0)
     result = index_by(builder, x, builder.call(aten.view.default, builder.call(aten.arange.default, 14), [2, 7]))
     assert result.axes() == [["2", "2", "7"]]
-    assert result.said_of_tokens() == {"Opaque"}
+    assert result.said_of_tokens() == {"ByPosition"}
 
 
 @pytest.mark.parametrize("goes", ["stretched", "squeezed"])
@@ -350,8 +350,8 @@ def test_a_symbolic_batch_is_followed_through_products() -> None:
     assert sizes
     for node in sizes:
         said = annotation.constraints[node]
-        assert {type(c) for c in said} == {Opaque, Reduce}
-        assert [c.source.index for c in said if isinstance(c, Opaque)] == [node.args[1]]
+        assert {type(c) for c in said} == {ByPosition, Reduce}
+        assert [c.source.index for c in said if isinstance(c, ByPosition)] == [node.args[1]]
 
 
 # --- the table itself ---------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from torch.export import Dim, ExportedProgram
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel, ViltModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from pumer_compile.capture.capture import Program, batch_inputs, capture, left_as_found, plain_graph_module
+from pumer_compile.capture.capture import Program, batch_inputs, capture, plain_graph_module, restoring_model_state
 from pumer_compile.capture.loading import LoadedModel
 from pumer_compile.errors import CaptureError, PumerError, UsageError
 from tests.tiny import image_inputs, talkative_transformers, text_inputs, tiny_vilt
@@ -380,7 +380,7 @@ def test_left_as_found_restores_everything_rebound():
     model = tiny_vilt()
     before = snapshot(model)
     weight = model.classifier[3].weight
-    with pytest.raises(KeyError), left_as_found(model):
+    with pytest.raises(KeyError), restoring_model_state(model):
         model.forward = lambda **_: None
         model.config.max_image_length = 3
         model.classifier[3].weight = nn.Parameter(torch.zeros(1))

@@ -17,7 +17,7 @@ from torch import Tensor
 import pumer_compile as pumer
 from pumer_compile.capture.loading import load_model
 from pumer_compile.errors import ExportError, UsageError
-from pumer_compile.exporters.chain import in_precision
+from pumer_compile.exporters.chain import cast_program
 from pumer_compile.exporters.onnx import (
     MIN_OPSET,
     OnnxOptions,
@@ -189,8 +189,8 @@ def test_options_that_are_taken() -> None:
 
 def test_the_model_of_the_user_keeps_its_precision() -> None:
     captured = pumer.capture(load_model(folder(layers=1)), {n: torch.from_numpy(a) for n, a in feed().items()})
-    assert in_precision(captured, "float32") is captured
-    half = in_precision(captured, "float16")
+    assert cast_program(captured, "float32") is captured
+    half = cast_program(captured, "float16")
     assert half.inputs["pixel_values"].dtype == torch.float16 and half.inputs["input_ids"].dtype == torch.int64
     assert {p.dtype for p in half.module.parameters()} == {torch.float16}
     assert {p.dtype for p in captured.module.parameters()} == {torch.float32}

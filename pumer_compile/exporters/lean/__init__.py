@@ -1,6 +1,6 @@
 """Lean: passes over a converted ONNX graph, for what runtimes do not do by themselves. Exact, and no model's alone.
 
-Each is an `onnx_ir` pass in a file of its own, with what it gains where it was measured (`benchmarks/lean.py`). `PAYS`
+Each is an `onnx_ir` pass in a file of its own, with what it gains where it was measured (`benchmarks/lean.py`). `DEFAULT_PASSES`
 says which of them run for a target; `--lean` (`OnnxOptions.lean`) chooses others.
 """
 
@@ -18,14 +18,14 @@ from .strides import PadStrides
 
 log = logging.getLogger("pumer_compile")
 
-LEAN: Mapping[str, type[onnx_ir.passes.InPlacePass]] = {
+ONNX_PASSES: Mapping[str, type[onnx_ir.passes.InPlacePass]] = {
     "projections": JoinProjections,
     "rows": TokensAsRows,
     "strides": PadStrides,
     "attention": ScaleQueries,
 }
 """Every pass by name, in the order in which they run."""
-PAYS: Mapping[str | None, tuple[str, ...]] = {
+DEFAULT_PASSES: Mapping[str | None, tuple[str, ...]] = {
     None: ("strides",),
     "onnxruntime-cpu": ("strides",),
     "onnxruntime-cuda": (),
@@ -35,15 +35,15 @@ PAYS: Mapping[str | None, tuple[str, ...]] = {
 on."""
 
 
-def make_lean(model: onnx_ir.Model, names: Iterable[str]) -> None:
+def run_onnx_passes(model: onnx_ir.Model, names: Iterable[str]) -> None:
     """Run passes on a model, in place.
 
     Args:
         model: valid, with known shapes, its nodes named after their modules.
-        names: of `LEAN`.
+        names: of `ONNX_PASSES`.
     """
     chosen = set(names)
-    for name, kind in LEAN.items():
+    for name, kind in ONNX_PASSES.items():
         if name in chosen:
             before = model.graph.num_nodes()
             modified = kind()(model).modified
