@@ -11,7 +11,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from benchmarks.lean import gain
+from benchmarks.graph_optimizations import gain
 from benchmarks.mutation import table
 from examples.easy_vqa.results import render_table
 
@@ -179,7 +179,7 @@ def fill(text: str, name: str, content: str) -> str:
 
 SECTIONS = {
     "README.md": (easy_vqa, distillation, quantization, engines, performance, torch_compile),
-    "docs/lean.md": (lean,),
+    "docs/graph-optimizations.md": (lean,),
     "docs/proof.md": (mutation,),
 }
 """What each page holds, between marks named after the functions."""

@@ -216,9 +216,10 @@ Profiles = Annotated[
         rich_help_panel=FORMAT,
     ),
 ]
-Lean = Annotated[
+OnnxPasses = Annotated[
     str | None,
     typer.Option(
+        "--onnx-passes",
         "--lean",
         metavar="NAME,...",
         help="Passes over the finished graph, of strides, rows, projections, attention, or none; default: what "
@@ -429,7 +430,7 @@ def profiles(items: list[str] | None) -> tuple[Profile, ...] | None:
     return tuple(Profile.parse(item) for item in items) if items else None
 
 
-def lean(text: str | None) -> tuple[str, ...] | None:
+def onnx_passes(text: str | None) -> tuple[str, ...] | None:
     """Passes from `strides,rows`; `none` is none of them."""
     if text is None:
         return None

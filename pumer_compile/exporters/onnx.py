@@ -15,7 +15,7 @@ import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
@@ -38,7 +38,7 @@ from ..runtimes.ort import OnnxSession, check_provider
 from ..schedule import Schedule
 from .base import Evidence, Options, Writer
 from .chain import ReduceStep, cast_program, dynamic_shapes, own_name, reduced_export
-from .lean import DEFAULT_PASSES, ONNX_PASSES, run_onnx_passes
+from .onnx_passes import DEFAULT_PASSES, ONNX_PASSES, run_onnx_passes
 from .quantize import QuantizeMode, calibration_batches, check_environment, check_options, quantize_onnx
 from .small_numbers import small_numbers_kept
 
@@ -60,8 +60,8 @@ class OnnxOptions(Options):
     Attributes:
         opset: of the default domain, 18 or newer.
         target: a runtime whose operators and forms to use; None is portable ONNX.
-        lean: passes over the finished graph, of `lean.ONNX_PASSES`; None takes what pays for the target, and nothing where the
-            model is converted as it is (no schedule, no target) or quantized.
+        onnx_passes: over the finished graph, of `ONNX_PASSES`; None takes what pays for the target, and nothing where
+            the model is converted as it is (no schedule, no target) or quantized.
         quantize: `int8` quantizes the linear layers; reducers stay float32 (see `quantize.py`).
         quantize_mode: `weights`, `dynamic` (taken where None is given) or `static`.
         calibration: samples for `static`, an `.npz` file of arrays by input name.
@@ -69,23 +69,29 @@ class OnnxOptions(Options):
 
     opset: int = DEFAULT_OPSET
     target: Target | None = None
-    lean: tuple[str, ...] | None = None
+    onnx_passes: tuple[str, ...] | None = None
     quantize: str | None = None
     quantize_mode: QuantizeMode | None = None
     calibration: Path | None = None
+    lean: InitVar[tuple[str, ...] | None] = None
+    """What `onnx_passes` was called before."""
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, lean: tuple[str, ...] | None = None) -> None:
         super().__post_init__()
+        if lean is not None:
+            object.__setattr__(self, "onnx_passes", lean)
         newest = onnx.defs.onnx_opset_version()
         if not MIN_OPSET <= self.opset <= newest:
             raise UsageError(f"Opset {self.opset} is not supported: choose {MIN_OPSET} to {newest}.")
         if self.target is not None and self.target not in get_args(Target):
             raise UsageError(f"No target {self.target!r}: choose {', '.join(get_args(Target))}.")
-        unknown = [name for name in self.lean or () if name not in ONNX_PASSES]
+        unknown = [name for name in self.onnx_passes or () if name not in ONNX_PASSES]
         if unknown:
-            raise UsageError(f"No lean pass {unknown[0]!r}: choose from {', '.join(ONNX_PASSES)}, or none.")
-        if self.lean and self.quantize is not None:
-            raise UsageError("--quantize int8 makes other products of what --lean changes. Leave one of the two out.")
+            raise UsageError(f"No ONNX pass {unknown[0]!r}: choose from {', '.join(ONNX_PASSES)}, or none.")
+        if self.onnx_passes and self.quantize is not None:
+            raise UsageError(
+                "--quantize int8 makes other products of what --onnx-passes changes. Leave one of the two out."
+            )
         mode = check_options(self.quantize, self.quantize_mode, self.calibration, dtype=self.dtype, target=self.target)
         object.__setattr__(self, "quantize_mode", mode)  # the manifest names the mode, taken or given
 
@@ -95,9 +101,9 @@ class OnnxOptions(Options):
         return self.quantize or self.dtype
 
     def passes(self, schedule: Schedule | None) -> tuple[str, ...]:
-        """The lean passes that run on a model reduced by a schedule (None: not at all)."""
-        if self.lean is not None:
-            return self.lean
+        """The ONNX passes that run on a model reduced by a schedule (None: not at all)."""
+        if self.onnx_passes is not None:
+            return self.onnx_passes
         as_it_is = schedule is None and self.target is None
         return () if as_it_is or self.quantize is not None else DEFAULT_PASSES[self.target]
 
@@ -164,7 +170,7 @@ def build_onnx(program: Program, schedule: Schedule | None, options: OnnxOptions
         first = next((line for line in str(error).splitlines() if line.strip()), "no message")
         raise ExportError(f"torch.onnx could not convert the graph: {first.strip()}") from error
     reduced = schedule is not None and not schedule.exact
-    build = finalize(build, reduced=reduced, lean=options.passes(schedule))
+    build = finalize(build, reduced=reduced, passes=options.passes(schedule))
     if program.outputs:
         _drop_unread(build.model)
     if options.quantize_mode is not None:
@@ -180,20 +186,20 @@ def _drop_unread(model: onnx_ir.Model) -> None:
             model.graph.inputs.remove(value)
 
 
-def finalize(build: OnnxBuild, *, reduced: bool, lean: Sequence[str] = ()) -> OnnxBuild:
-    """The build with names a reader understands, and lean, in place.
+def finalize(build: OnnxBuild, *, reduced: bool, passes: Sequence[str] = ()) -> OnnxBuild:
+    """The build with names a reader understands, after its ONNX passes, in place.
 
     Args:
         build: fresh from the converter.
         reduced: whether it has reducers, and so must have no operator that decides otherwise in another runtime.
-        lean: passes of `lean.ONNX_PASSES`.
+        passes: of `ONNX_PASSES`.
 
     Raises:
         ExportError: it has such an operator.
     """
     _scope_names(build.model)
     _name_batch(build.model)
-    run_onnx_passes(build.model, lean)
+    run_onnx_passes(build.model, passes)
     _drop_unused_weights(build.model)
     if reduced:
         _check_operators(build.model)

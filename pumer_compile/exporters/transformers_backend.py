@@ -33,9 +33,9 @@ from ..errors import UsageError
 from ..files import sha256_file
 from ..reduce import schedule_for
 from ..runtimes.tensorrt import TensorRtSession
-from .lean import DEFAULT_PASSES
 from .manifest import make_manifest
 from .onnx import DEFAULT_OPSET, OnnxBuild, ReducedOnnxExporter, finalize, named, torch_onnx
+from .onnx_passes import DEFAULT_PASSES
 from .tensorrt import EngineBuild, EngineOptions, EngineWriter
 
 FORMAT = "tensorrt"
@@ -120,7 +120,7 @@ class TensorRtExporter(ReducedOnnxExporter):
         build = finalize(
             named(converted, names, self.decision_names),
             reduced=self.schedule is not None and not self.schedule.exact,
-            lean=DEFAULT_PASSES["tensorrt"],
+            passes=DEFAULT_PASSES["tensorrt"],
         )
         return self._built(writer, build, Program(torch.fx.GraphModule({}, torch.fx.Graph()), inputs), config), metadata
 

@@ -190,7 +190,7 @@ CHOICES = {
     "--dtype": ("float32", "float16", "bfloat16"),
     "--quantize-mode": ("weights", "dynamic", "static"),
     "--target": ("onnxruntime-cpu", "onnxruntime-cuda", "tensorrt"),
-    "--lean": ("strides", "rows", "projections", "attention", "none"),
+    "--onnx-passes": ("strides", "rows", "projections", "attention", "none"),
     "--builder": ("tensorrt", "tensorrt-rtx"),
     "--semantics": ("safe", "reference", "paper", "stable"),
     "--component": ("vision",),

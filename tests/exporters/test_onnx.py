@@ -173,8 +173,8 @@ def test_operators_of_onnxruntime(eager: dict[str, np.ndarray]) -> None:
         ({"opset": onnx.defs.onnx_opset_version() + 1}, str(onnx.defs.onnx_opset_version())),
         ({"dtype": "int8"}, "float32, float16, bfloat16"),
         ({"target": "openvino"}, "onnxruntime-cpu, onnxruntime-cuda, tensorrt"),
-        ({"lean": ("stride",)}, "projections, rows, strides, attention"),
-        ({"lean": ("rows",), "quantize": "int8"}, "--lean"),
+        ({"onnx_passes": ("stride",)}, "projections, rows, strides, attention"),
+        ({"lean": ("rows",), "quantize": "int8"}, "--onnx-passes"),
     ],
 )
 def test_options_that_are_refused(options: dict[str, Any], words: str) -> None:

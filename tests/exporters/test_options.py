@@ -28,7 +28,7 @@ FLAGS: dict[str, tuple[tuple[str, ...], Any]] = {
     "profiles": (("--profile", "batch=1:2:4", "--profile", "batch=8:8:8"), (Profile(1, 2, 4), Profile(8, 8, 8))),
     "opset": (("--opset", "19"), 19),
     "target": (("--target", "tensorrt"), "tensorrt"),
-    "lean": (("--lean", "strides,rows"), ("strides", "rows")),
+    "onnx_passes": (("--onnx-passes", "strides,rows"), ("strides", "rows")),
     "quantize": (("--quantize", "int8"), "int8"),
     "quantize_mode": (("--quantize", "int8", "--quantize-mode", "weights"), "weights"),
     "calibration": (

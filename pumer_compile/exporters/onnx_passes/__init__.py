@@ -1,7 +1,7 @@
-"""Lean: passes over a converted ONNX graph, for what runtimes do not do by themselves. Exact, and no model's alone.
+"""ONNX optimizations that runtimes miss. Exact; for any model.
 
-Each is an `onnx_ir` pass in a file of its own, with what it gains where it was measured (`benchmarks/lean.py`). `DEFAULT_PASSES`
-says which of them run for a target; `--lean` (`OnnxOptions.lean`) chooses others.
+Each is an `onnx_ir` pass in a file of its own, with what it gains where it was measured (`benchmarks/graph_optimizations.py`).
+`DEFAULT_PASSES` says which of them run for a target; `--onnx-passes` (`OnnxOptions.onnx_passes`) chooses others.
 """
 
 from __future__ import annotations
@@ -47,4 +47,4 @@ def run_onnx_passes(model: onnx_ir.Model, names: Iterable[str]) -> None:
         if name in chosen:
             before = model.graph.num_nodes()
             modified = kind()(model).modified
-            log.info("lean %s: %d nodes, %d now", name, before, model.graph.num_nodes() if modified else before)
+            log.info("ONNX pass %s: %d nodes, %d now", name, before, model.graph.num_nodes() if modified else before)

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pumer_compile.exporters.lean.rows import TokensAsRows
-from tests.exporters.lean.graphs import Graph, numbers, operators, passed
+from pumer_compile.exporters.onnx_passes.rows import TokensAsRows
+from tests.exporters.onnx_passes.graphs import Graph, numbers, operators, passed
 
 
 def block(batch: int | str, tokens: int, width: int) -> Graph:

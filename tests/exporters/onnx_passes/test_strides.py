@@ -9,8 +9,8 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from pumer_compile.exporters.lean.strides import LINE, PAGE, PadStrides
-from tests.exporters.lean.graphs import Graph, numbers, operators, passed
+from pumer_compile.exporters.onnx_passes.strides import LINE, PAGE, PadStrides
+from tests.exporters.onnx_passes.graphs import Graph, numbers, operators, passed
 
 WIDE = PAGE // 4
 MORE = LINE // 4

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pumer_compile.exporters.lean.projections import JoinProjections
-from tests.exporters.lean.graphs import Graph, numbers, operators, passed
+from pumer_compile.exporters.onnx_passes.projections import JoinProjections
+from tests.exporters.onnx_passes.graphs import Graph, numbers, operators, passed
 
 SIZES = [(4, 4, 4), (4, 2, 6)]  # colliding, and not
 

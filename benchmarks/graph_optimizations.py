@@ -1,9 +1,9 @@
-"""What each pass that makes a graph lean gains under onnxruntime, by itself and with the others.
+"""What each exact optimization of a graph gains under onnxruntime, by itself and with the others.
 
 Full-size ViLT-B/32, random weights. Every variant of the reduced model is opened anew in each round, in random order,
 because where its buffers come to lie in memory moves its time by several percent; ratios are of runs in one round.
 
-    python -m benchmarks.lean
+    python -m benchmarks.graph_optimizations
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ import pumer_compile as pumer
 from benchmarks.common import machine, published
 from benchmarks.performance import TEXT, tiny, vilt
 from pumer_compile.capture.inputs import make_inputs
-from pumer_compile.exporters.lean import DEFAULT_PASSES
 from pumer_compile.exporters.onnx import OnnxOptions
+from pumer_compile.exporters.onnx_passes import DEFAULT_PASSES
 from pumer_compile.files import atomic_path
 
 RESULTS = Path(__file__).parent / "results" / "lean_cpu.json"
@@ -65,7 +65,7 @@ def build(
     for name, chosen in variants.items():
         paths[name] = folder / f"{name}.onnx"
         with without(set(BEFORE) - set(chosen)):
-            options = OnnxOptions(lean=tuple(n for n in chosen if n not in BEFORE))
+            options = OnnxOptions(onnx_passes=tuple(n for n in chosen if n not in BEFORE))
             pumer.export(pumer.reduce(program, published(schedule)), paths[name], options=options, verify=False)
     return paths
 

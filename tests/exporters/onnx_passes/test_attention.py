@@ -18,8 +18,8 @@ from onnx import TensorProto, helper
 import pumer_compile as pumer
 from pumer_compile.exporters import EngineOptions
 from pumer_compile.exporters import tensorrt as exporter
-from pumer_compile.exporters.lean.attention import ScaleQueries
 from pumer_compile.exporters.onnx import OnnxOptions, build_onnx
+from pumer_compile.exporters.onnx_passes.attention import ScaleQueries
 from pumer_compile.exporters.tensorrt import unsupported
 from pumer_compile.runtimes.tensorrt_library import load_library, make_logger
 from tests.models import Config, highest, program
