@@ -45,7 +45,7 @@ def without(names: set[str]) -> Iterator[None]:
     """Compile without some of `BEFORE`."""
     off = {
         "postpone": ("pumer_compile.rewrite.sink_projections.projections", {}),
-        "one_query": ("pumer_compile.passes.pipeline.one_query", 0),
+        "one_query": ("pumer_compile.passes.absorb_single_query.absorb_single_query", 0),
     }
     with ExitStack() as stack:
         for name in names:

@@ -76,7 +76,7 @@ class OnnxOptions(Options):
     lean: InitVar[tuple[str, ...] | None] = None
     """What `onnx_passes` was called before."""
 
-    def __post_init__(self, lean: tuple[str, ...] | None = None) -> None:
+    def __post_init__(self, lean: tuple[str, ...] | None) -> None:
         super().__post_init__()
         if lean is not None:
             object.__setattr__(self, "onnx_passes", lean)
@@ -89,9 +89,7 @@ class OnnxOptions(Options):
         if unknown:
             raise UsageError(f"No ONNX pass {unknown[0]!r}: choose from {', '.join(ONNX_PASSES)}, or none.")
         if self.onnx_passes and self.quantize is not None:
-            raise UsageError(
-                "--quantize int8 makes other products of what --onnx-passes changes. Leave one of the two out."
-            )
+            raise UsageError("--quantize int8 makes other products of what --onnx-passes changes. Leave one out.")
         mode = check_options(self.quantize, self.quantize_mode, self.calibration, dtype=self.dtype, target=self.target)
         object.__setattr__(self, "quantize_mode", mode)  # the manifest names the mode, taken or given
 

@@ -17,7 +17,7 @@ from ..analysis.rules import shape
 from ..errors import LocateError
 from ..plan import SitePlan
 from ..reducers import ApplyMap, Reducer, Reduction, Signal, WithSeparators
-from . import sink_projections as postpone
+from . import sink_projections
 from .carried_weights import CarriedWeights
 from .epochs import Epochs, Step
 from .rewriter import Rewriter
@@ -69,13 +69,15 @@ class InsertReducer:
             return None
         reducers = {s: reducer for s, reducer in made.items() if s in axis.streams}
         signals = {s: self._signals(place, s, reducer) for s, reducer in made.items()}
-        linears = postpone.projections(rewriter, carrier, dim, {s: r.tokens_after for s, r in reducers.items()})
+        linears = sink_projections.projections(rewriter, carrier, dim, {s: r.tokens_after for s, r in reducers.items()})
         parts = [] if linears else self._parts(rewriter, rewriter.env[carrier], dim)
         of_stream = dict(parts)
         results = {s: self._call(rewriter, s, r, of_stream.get(s), signals[s]) for s, r in made.items()}
         if linears:
             maps = {s: rewriter.field(results[s], Reduction, "map") for s in reducers}
-            new = postpone.reduced_sum(rewriter, carrier, linears, lambda x: self._mapped(rewriter, x, dim, maps))
+            new = sink_projections.reduced_sum(
+                rewriter, carrier, linears, lambda x: self._mapped(rewriter, x, dim, maps)
+            )
         else:
             reduced = {s: rewriter.field(results[s], Reduction, "tokens") for s in reducers}
             new = self._joined(rewriter, [reduced.get(name, part) for name, part in parts], dim)

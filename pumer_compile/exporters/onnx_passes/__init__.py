@@ -1,7 +1,8 @@
 """ONNX optimizations that runtimes miss. Exact; for any model.
 
-Each is an `onnx_ir` pass in a file of its own, with what it gains where it was measured (`benchmarks/graph_optimizations.py`).
-`DEFAULT_PASSES` says which of them run for a target; `--onnx-passes` (`OnnxOptions.onnx_passes`) chooses others.
+Each is an `onnx_ir` pass in a file of its own, with what it gains where it was measured
+(`benchmarks/graph_optimizations.py`). `DEFAULT_PASSES` says which of them run for a target; `--onnx-passes`
+(`OnnxOptions.onnx_passes`) chooses others.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
     Split(Add(MatMul(x, [query | key | value]), [biases]))
 
 On the processor the wide product is 3 to 8% faster on a few hundred rows, and the copy that parts its result takes that
-back: measured, it does not pay there, and no target has it by itself (`--lean projections`).
+back: measured, it does not pay there, and no target has it by itself (`--onnx-passes projections`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the lean passes ask of values, and how they make new ones."""
+"""What the ONNX passes ask of values, and how they make new ones."""
 
 from __future__ import annotations
 
