@@ -478,8 +478,9 @@ def _ordinary(kind: InputKind) -> list[int]:
 
 # A proof at the largest batch of a profile would need that much time and memory in eager PyTorch.
 LARGEST_PROVED_BATCH = 16
-# Samples in which every length is at its smallest and its largest.
-EXTREMES = 4
+# Samples of a proof, at least. The first four have every length at its smallest and its largest; eight show most faults
+# that one sample in four has.
+LEAST_SAMPLES = 8
 
 
 def captured_batch(kinds: Kinds) -> int:
@@ -503,10 +504,10 @@ def proof_sizes(captured: int, dynamic: bool, profiles: Sequence[Profile]) -> tu
 
 
 def proof_batches(samples: Samples, sizes: Sequence[int]) -> list[dict[str, Tensor]]:
-    """A batch of every size, and at least two batches and `EXTREMES` samples."""
+    """A batch of every size, and at least two batches and `LEAST_SAMPLES` samples."""
     samples.size = sizes[0]  # what an artifact takes, for further ones as well
     made = [samples.batch(size) for size in sizes]
-    while len(made) < 2 or samples.drawn < EXTREMES:
+    while len(made) < 2 or samples.drawn < LEAST_SAMPLES:
         made.append(samples.batch(sizes[0]))
     return made
 

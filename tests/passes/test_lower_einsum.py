@@ -253,4 +253,4 @@ def test_what_stands_in_the_way_is_named(how, says: str) -> None:
         reduce_graph(captured, schedule("safe", (0,), merge={"image": 2}))
     message = str(caught.value)
     assert "No attention over tokens was found" in message
-    assert "layers.0.attention" in message and "test_einsum.py:" in message
+    assert "layers.0.attention" in message and "test_lower_einsum.py:" in message
