@@ -21,7 +21,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """A folder for what `tests.commands` makes once; processes that pytest-xdist starts inherit its name."""
+    """A folder for what `tests.support.commands` makes once; processes that pytest-xdist starts inherit its name."""
     if not hasattr(config, "workerinput"):
         folder = tempfile.mkdtemp(prefix="pumer-compile-tests-")
         os.environ["PUMER_COMPILE_TESTS"] = folder

@@ -11,7 +11,7 @@ from torch import nn
 import pumer_compile as pumer
 from pumer_compile.distill import Teacher, distillation_loss
 from pumer_compile.errors import UsageError
-from tests.tiny import image_inputs, text_inputs, tiny_vilt
+from tests.support.tiny import image_inputs, text_inputs, tiny_vilt
 
 
 def divergence(student: list[float], teacher: list[float], temperature: float) -> float:

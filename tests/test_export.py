@@ -25,10 +25,10 @@ from pumer_compile.exporters.onnx import OnnxBuild, OnnxOptions, build_onnx
 from pumer_compile.files import sha256_file
 from pumer_compile.parity import check as parity_check
 from pumer_compile.reduce import Reduced, with_decisions
-from tests.commands import artifact, feed, folder, inner_manifest, onnx_outputs, run, schedule, snapshot
-from tests.models import Config, highest, inputs_for, make, program
-from tests.models import schedule as budgets
-from tests.tiny import tiny_vilt
+from tests.support.commands import artifact, feed, folder, inner_manifest, onnx_outputs, run, schedule, snapshot
+from tests.support.models import Config, highest, inputs_for, make, program
+from tests.support.models import schedule as budgets
+from tests.support.tiny import tiny_vilt
 
 CONFIG = Config(layers=1, head=highest)
 ROOT = Path(__file__).parents[1]
@@ -62,12 +62,12 @@ def converted(reduced: Reduced, monkeypatch: pytest.MonkeyPatch) -> OnnxBuild:
 
 
 class Server:
-    """Commands in processes that can be killed; see `tests/kill_server.py`."""
+    """Commands in processes that can be killed; see `tests/support/kill_server.py`."""
 
     def __init__(self) -> None:
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.kill_server"],
+            [sys.executable, "-m", "tests.support.kill_server"],
             cwd=ROOT,
             env=environment,
             stdin=subprocess.PIPE,

@@ -16,10 +16,10 @@ from benchmarks.architecture_models import ARCHITECTURES
 from pumer_compile import Schedule
 from pumer_compile.errors import ParityError, UsageError
 from pumer_compile.generation import Generator, _check_step, export_decode
-from tests.commands import artifact
+from tests.support.commands import artifact
+from tests.support.tiny import tiny_vilt
+from tests.support.visual import select, visual_cues
 from tests.test_oracle_llava import model, tensors
-from tests.tiny import tiny_vilt
-from tests.visual import select, visual_cues
 
 TOKENS = 20
 

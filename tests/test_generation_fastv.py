@@ -16,7 +16,7 @@ from pumer_compile import Schedule
 from pumer_compile.errors import UsageError
 from pumer_compile.exporters.onnx import append_metadata
 from pumer_compile.generation import KEY, Generator, _described, export_decode
-from tests.fastv import by_hand
+from tests.support.fastv import by_hand
 from tests.test_generation import TOKENS
 from tests.test_oracle_llava import model, tensors
 

@@ -1,4 +1,4 @@
-"""Hashes of schedules and graphs are what they were; `python -m tests.graph_hashes` compares the others."""
+"""Hashes of schedules and graphs are what they were; `python -m tests.support.graph_hashes` compares the others."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from tests.graph_hashes import GOLDEN, PAIRS, fx_hash, schedules
+from tests.support.graph_hashes import GOLDEN, PAIRS, fx_hash, schedules
 
 KEPT = json.loads(GOLDEN.read_text(encoding="utf-8"))
 

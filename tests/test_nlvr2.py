@@ -1,7 +1,7 @@
 """Heads beside question answering, in eager PyTorch and as artifacts: two images and one text, retrieval, entailment.
 
 ViLT is held against its own layers run by hand (`test_oracle_vilt.encode`), METER against its layers run by
-`tests.pairs.Oracle`; both give the published vectors where there are any.
+`tests.support.pairs.Oracle`; both give the published vectors where there are any.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from pumer_compile.frontends.meter import (
     MeterForVisualEntailment,
     MeterForVisualReasoning,
 )
-from tests.commands import done, inner_manifest, onnx_outputs, tensorrt_refuses
-from tests.meter import classify_by_hand, meter_inputs, tiny_meter
-from tests.models import passed
-from tests.pairs import Oracle, of_meter
+from tests.support.commands import done, inner_manifest, onnx_outputs, tensorrt_refuses
+from tests.support.meter import classify_by_hand, meter_inputs, tiny_meter
+from tests.support.models import passed
+from tests.support.pairs import Oracle, of_meter
+from tests.support.tiny import text_inputs, tiny_vilt
 from tests.test_oracle_vilt import encode
-from tests.tiny import text_inputs, tiny_vilt
 
 Inputs = dict[str, Tensor]
 NO_SITES: dict[str, Any] = {"layers": []}

@@ -19,8 +19,8 @@ from pumer_compile import Program, Reduced, Schedule
 from pumer_compile.capture.loading import load_model
 from pumer_compile.errors import LocateError, UsageError
 from pumer_compile.reducers import reducers_of
-from tests.commands import done, inner_manifest, onnx_outputs, refused, tensorrt_refuses
-from tests.visual import logits_by_hand, select, visual_cues
+from tests.support.commands import done, inner_manifest, onnx_outputs, refused, tensorrt_refuses
+from tests.support.visual import logits_by_hand, select, visual_cues
 
 FOLDER = Path(__file__).parent / "oracle" / "llava-tiny"
 CASES: dict[str, dict[str, Any]] = json.loads((FOLDER / "cases.json").read_text(encoding="utf-8"))

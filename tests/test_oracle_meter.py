@@ -26,9 +26,9 @@ from pumer_compile.parity.artifact import check
 from pumer_compile.reduce import reduce_graph, with_decisions
 from pumer_compile.reducers import reducers_of
 from pumer_compile.runtimes.ort import OnnxSession
-from tests.commands import done, inner_manifest, onnx_outputs, tensorrt_refuses
-from tests.helpers import data_dependent
-from tests.models import passed
+from tests.support.commands import done, inner_manifest, onnx_outputs, tensorrt_refuses
+from tests.support.helpers import data_dependent
+from tests.support.models import passed
 
 FOLDER = Path(__file__).parent / "oracle" / "meter-tiny"
 CASES: dict[str, dict[str, Any]] = json.loads((FOLDER / "cases.json").read_text(encoding="utf-8"))

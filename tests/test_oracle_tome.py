@@ -20,10 +20,10 @@ from pumer_compile.capture.loading import load_model
 from pumer_compile.errors import PlanError, ScheduleError
 from pumer_compile.reduce import reduce_graph
 from pumer_compile.reducers import reducers_of
-from tests.commands import done, inner_manifest, onnx_outputs, tensorrt_refuses
-from tests.helpers import data_dependent
-from tests.models import passed
-from tests.tome import Tome
+from tests.support.commands import done, inner_manifest, onnx_outputs, tensorrt_refuses
+from tests.support.helpers import data_dependent
+from tests.support.models import passed
+from tests.support.tome import Tome
 
 FOLDER = Path(__file__).parent / "oracle" / "tome-tiny"
 CASES: dict[str, dict[str, Any]] = json.loads((FOLDER / "cases.json").read_text(encoding="utf-8"))

@@ -1,6 +1,6 @@
 """ViLT in eager PyTorch: against vectors of the published implementation, and against its own layers run by hand.
 
-`by_hand` runs transformers' `ViltLayer` parts one after the other, with the algorithms of `tests.helpers` between
+`by_hand` runs transformers' `ViltLayer` parts one after the other, with the algorithms of `helpers.py` between
 attention and MLP. Under `reference` it must give the published vectors too, so that it can stand in for them on
 inputs and schedules that have none.
 """
@@ -22,7 +22,7 @@ from transformers import ViltForQuestionAnswering
 from pumer_compile import Program, Reduced, Schedule, capture, reduce
 from pumer_compile.reduce import reduce_graph
 from pumer_compile.reducers import reducers_of
-from tests.helpers import combine, data_dependent, paper_counts, published_counts, reduce_image, reduce_text
+from tests.support.helpers import combine, data_dependent, paper_counts, published_counts, reduce_image, reduce_text
 
 FOLDER = Path(__file__).parent / "oracle" / "vilt-tiny"
 CASES: dict[str, dict[str, Any]] = json.loads((FOLDER / "cases.json").read_text())

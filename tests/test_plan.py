@@ -17,7 +17,7 @@ from pumer_compile.plan import Plan, SitePlan
 from pumer_compile.rewrite.sites import Site as Place
 from pumer_compile.rewrite.sites import Stream
 from pumer_compile.schedule import Merge, Schedule
-from tests.helpers import paper_counts, published_counts
+from tests.support.helpers import paper_counts, published_counts
 
 ORACLE = Path(__file__).parent / "oracle" / "vilt-tiny" / "cases.json"
 SHARES = st.floats(0, 1, exclude_max=True, allow_nan=False)

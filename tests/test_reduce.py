@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import pumer_compile as pumer
 from pumer_compile import Schedule
-from tests.commands import SCHEDULE, artifact, done, refused
-from tests.tiny import image_inputs, text_inputs, tiny_vilt
+from tests.support.commands import SCHEDULE, artifact, done, refused
+from tests.support.tiny import image_inputs, text_inputs, tiny_vilt
 
 KEYS: dict[str, Any] = {"layers": [0], "prune": 0.2, "merge": {"image": 0.3, "text": 0.2}}
 TRAINED = {"layers": [1], "prune": 0.1, "semantics": "reference"}

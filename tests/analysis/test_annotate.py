@@ -12,7 +12,7 @@ from pumer_compile.analysis.annotate import Annotation, annotate
 from pumer_compile.analysis.axes import Dim, Fixed, Product, Segment, Tokens
 from pumer_compile.analysis.nodes import values
 from pumer_compile.errors import AxisError, NoRuleError
-from tests.models import Config, Fusion, describe, inputs_for, make, program
+from tests.support.models import Config, Fusion, describe, inputs_for, make, program
 
 aten = torch.ops.aten
 

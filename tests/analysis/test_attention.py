@@ -14,8 +14,8 @@ from pumer_compile.analysis.annotate import annotate
 from pumer_compile.analysis.attention import Attention, choose, locate, mask_kinds
 from pumer_compile.analysis.nodes import values
 from pumer_compile.errors import LocateError, UsageError
-from tests.helpers import count_op
-from tests.models import Config, describe, program, variants
+from tests.support.helpers import count_op
+from tests.support.models import Config, describe, program, variants
 
 aten = torch.ops.aten
 

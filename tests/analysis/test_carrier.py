@@ -13,7 +13,7 @@ from pumer_compile import capture
 from pumer_compile.analysis.annotate import annotate
 from pumer_compile.analysis.attention import locate
 from pumer_compile.reduce import reduce_graph
-from tests.models import Config, Fusion, inputs_for, make, schedule
+from tests.support.models import Config, Fusion, inputs_for, make, schedule
 
 POST = Config(norm="post", text=5, grid=(3, 4), layers=2, heads=2, width=16)
 

@@ -20,7 +20,7 @@ from pumer_compile.analysis.masks import MaskReader
 from pumer_compile.errors import LocateError
 from pumer_compile.reduce import reduce_graph
 from pumer_compile.reducers import TokenWeights
-from tests.models import WEIGHTED, Config, Fusion, State, _probabilities, _reduce, inputs_for, make, schedule
+from tests.support.models import WEIGHTED, Config, Fusion, State, _probabilities, _reduce, inputs_for, make, schedule
 
 SMALL = Config(text=5, grid=(3, 4), layers=2, heads=2, width=16, patch_mask=True)
 BUDGETS = (3, 2, 1)

@@ -20,11 +20,11 @@ import pumer_compile as pumer
 from pumer_compile import Program, Schedule, capture, reduce
 from pumer_compile.analysis.outputs import output_nodes, select_outputs, set_outputs
 from pumer_compile.errors import ScheduleError, UsageError
-from tests.commands import done, feed, inner_manifest, onnx_outputs, refused
-from tests.helpers import count_op
-from tests.models import inputs_for, make
-from tests.pairs import CoAttention, PairConfig
-from tests.tiny import tiny_vilt
+from tests.support.commands import done, feed, inner_manifest, onnx_outputs, refused
+from tests.support.helpers import count_op
+from tests.support.models import inputs_for, make
+from tests.support.pairs import CoAttention, PairConfig
+from tests.support.tiny import tiny_vilt
 
 aten = torch.ops.aten
 

@@ -15,8 +15,8 @@ from pumer_compile.analysis.annotate import annotate
 from pumer_compile.analysis.axes import Dim
 from pumer_compile.analysis.prompts import lower_masked_scatter, visual_tokens
 from pumer_compile.errors import AxisError, LocateError, PlanError, ScheduleError
-from tests.models import Config, program
-from tests.visual import select
+from tests.support.models import Config, program
+from tests.support.visual import select
 
 IMAGE = 99
 SCATTER = torch.ops.aten.masked_scatter.default
@@ -104,7 +104,7 @@ def captured(model: nn.Module, inputs: Tensors) -> Program:
 
 
 def by_hand(model: Talker, inputs: Tensors, budget: int, important: float) -> Tensor:
-    """The prompt put together without the tokens that `tests.visual.select` leaves out."""
+    """The prompt put together without the tokens that `tests.support.visual.select` leaves out."""
     tower, start = model.tower, int((inputs["input_ids"][0] == IMAGE).nonzero()[0])
     with torch.no_grad():
         x = tower.patch(inputs["pixel_values"]).flatten(2).transpose(1, 2)

@@ -14,7 +14,7 @@ from pumer_compile.analysis.axes import ByPosition, Dim, Literal, Reduce, Same, 
 from pumer_compile.analysis.operators import overloads
 from pumer_compile.analysis.rules import _RULES, argument, rule, rule_for, wrap
 from pumer_compile.errors import NoRuleError
-from tests.analysis.rule_cases import CASES, Builder, P, T, X, build, finish
+from tests.support.rule_cases import CASES, Builder, P, T, X, build, finish
 
 aten = torch.ops.aten
 

@@ -1,7 +1,7 @@
 """Reducing a model by hand: its own forward, with some layers run by functions that reduce in between.
 
 Nothing here comes from the package: an `Oracle` holds two streams and what was done to them so far, with the loops and
-lists of `tests.helpers`. A test replaces the `forward` of the layers that hold cross-modal attention, which tell the
+lists of `helpers.py`. A test replaces the `forward` of the layers that hold cross-modal attention, which tell the
 oracle what they attend to, and bring to the reduced tokens what comes from elsewhere.
 """
 
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tests.helpers import combine, paper_counts, published_counts, published_softmax, reduce_image, reduce_text
+from tests.support.helpers import combine, paper_counts, published_counts, published_softmax, reduce_image, reduce_text
 
 PRUNE, MERGE_IMAGE, MERGE_TEXT = 0.1, 0.3, 0.2
 

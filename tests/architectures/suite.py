@@ -20,7 +20,7 @@ from pumer_compile.analysis.attention import Attention, locate
 from pumer_compile.runtimes.ort import OnnxSession
 from tests.architectures.builders import Build, Inputs
 from tests.architectures.oracle import MERGE_IMAGE, MERGE_TEXT, PRUNE, Oracle
-from tests.commands import tensorrt_refuses
+from tests.support.commands import tensorrt_refuses
 
 Forward = Callable[..., Any]
 each_semantics = pytest.mark.parametrize("semantics", ["safe", "reference"])

@@ -16,9 +16,17 @@ from pumer_compile.artifacts.engine import Engine
 from pumer_compile.capture.image_prompt import make_image_prompt
 from pumer_compile.errors import PlanError, UsageError
 from tests.architectures.test_prompts import built
-from tests.commands import tensorrt_refuses
-from tests.crops import TOKENS, crops_inputs, crops_model, logits_of_crops, packing, prompt_of_crops, run_by_hand
-from tests.visual import select, visual_cues
+from tests.support.commands import tensorrt_refuses
+from tests.support.crops import (
+    TOKENS,
+    crops_inputs,
+    crops_model,
+    logits_of_crops,
+    packing,
+    prompt_of_crops,
+    run_by_hand,
+)
+from tests.support.visual import select, visual_cues
 
 MODELS = ["LLaVA-NeXT", "LLaVA-OneVision"]
 # Height and width: a picture that is padded above and below, left and right, one that fills two crops, a tiny one.

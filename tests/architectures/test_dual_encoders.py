@@ -17,8 +17,8 @@ from pumer_compile import Program, Reduced, Schedule, export, reduce
 from pumer_compile.errors import LocateError, PlanError
 from tests.architectures.builders import Build, Inputs, clip, siglip, words_and_pixels
 from tests.architectures.suite import Forward, built, captured, cast, difference, forwards, located, run
-from tests.commands import tensorrt_refuses
-from tests.helpers import combine, groups, match
+from tests.support.commands import tensorrt_refuses
+from tests.support.helpers import combine, groups, match
 
 OUTPUT = ("logits_per_image",)
 MERGED = {0: 6, 1: 9}

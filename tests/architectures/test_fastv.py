@@ -18,8 +18,8 @@ from pumer_compile import Program, Schedule
 from pumer_compile.errors import PlanError
 from pumer_compile.reducers import reducers_of
 from tests import test_oracle_llava as llava
-from tests.commands import done, inner_manifest, onnx_outputs, refused
-from tests.fastv import by_hand, places_left, rows_of
+from tests.support.commands import done, inner_manifest, onnx_outputs, refused
+from tests.support.fastv import by_hand, places_left, rows_of
 
 MODELS = ["LLaVA", "PaliGemma"]
 

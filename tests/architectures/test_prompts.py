@@ -13,7 +13,7 @@ import pumer_compile as pumer
 from benchmarks.architecture_models import ARCHITECTURES
 from pumer_compile import Schedule
 from pumer_compile.errors import PumerError
-from tests.visual import logits_by_hand, select, visual_cues
+from tests.support.visual import logits_by_hand, select, visual_cues
 
 BUDGET, WORDS = 12, 14
 

@@ -14,7 +14,7 @@ import torch
 import pumer_compile as pumer
 from pumer_compile.artifacts.runtime import TensorSpec
 from pumer_compile.errors import ExportError, UsageError
-from tests.commands import artifact, feed, folder, inner_manifest, onnx_outputs, with_manifest
+from tests.support.commands import artifact, feed, folder, inner_manifest, onnx_outputs, with_manifest
 
 OPEN = ("--dynamic-batch",)
 

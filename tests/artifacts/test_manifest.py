@@ -18,7 +18,7 @@ from pumer_compile.capture.loading import load_model
 from pumer_compile.errors import UsageError
 from pumer_compile.files import sha256_file
 from pumer_compile.schedule import Schedule
-from tests.commands import (
+from tests.support.commands import (
     SCHEDULE,
     TOKENS,
     artifact,

@@ -18,8 +18,8 @@ from pumer_compile.bench.bench import BenchReport, Comparison, Measurement, alte
 from pumer_compile.errors import ExportError, UsageError
 from pumer_compile.files import sha256_file
 from tests.analysis.test_prompts import prompts, talker
-from tests.commands import artifact, done, feed, refused
-from tests.fake_tensorrt import engine_of, install
+from tests.support.commands import artifact, done, feed, refused
+from tests.support.fake_tensorrt import engine_of, install
 
 OPEN = ("--dynamic-batch",)
 

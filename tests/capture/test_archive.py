@@ -18,7 +18,7 @@ from pumer_compile import capture
 from pumer_compile.capture import archive
 from pumer_compile.capture.loading import quiet
 from pumer_compile.errors import CaptureError, UsageError
-from tests.tiny import image_inputs, text_inputs, tiny_vilt
+from tests.support.tiny import image_inputs, text_inputs, tiny_vilt
 
 
 class Model(nn.Module):

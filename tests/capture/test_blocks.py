@@ -15,7 +15,7 @@ import pumer_compile as pumer
 from pumer_compile.capture.blocks import inline_blocks
 from pumer_compile.capture.capture import plain_graph_module
 from pumer_compile.errors import CaptureError
-from tests.models import Config, Fusion, inputs_for, make, schedule
+from tests.support.models import Config, Fusion, inputs_for, make, schedule
 
 aten = torch.ops.aten
 

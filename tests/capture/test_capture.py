@@ -13,7 +13,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from pumer_compile.capture.capture import Program, batch_inputs, capture, plain_graph_module, restoring_model_state
 from pumer_compile.capture.loading import LoadedModel
 from pumer_compile.errors import CaptureError, PumerError, UsageError
-from tests.tiny import image_inputs, talkative_transformers, text_inputs, tiny_vilt
+from tests.support.tiny import image_inputs, talkative_transformers, text_inputs, tiny_vilt
 
 
 def vilt_inputs(batch=2):

@@ -18,7 +18,7 @@ from pumer_compile.capture.capture import capture
 from pumer_compile.capture.inputs import describe, load_inputs, make_inputs
 from pumer_compile.capture.loading import LoadedModel
 from pumer_compile.errors import UsageError
-from tests.tiny import image_inputs, text_inputs, tiny_vilt
+from tests.support.tiny import image_inputs, text_inputs, tiny_vilt
 
 
 def shapes(inputs):

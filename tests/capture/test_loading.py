@@ -12,7 +12,7 @@ from transformers import BertConfig, BertModel, CLIPConfig, CLIPModel, ViltForMa
 
 from pumer_compile.capture.loading import load_model
 from pumer_compile.errors import CaptureError, UsageError
-from tests.tiny import image_inputs, talkative_transformers, text_inputs, tiny_vilt
+from tests.support.tiny import image_inputs, talkative_transformers, text_inputs, tiny_vilt
 
 ORACLE = "tests/oracle/vilt-tiny"
 

@@ -24,7 +24,7 @@ from pumer_compile.capture.samples import (
 )
 from pumer_compile.errors import UsageError
 from pumer_compile.plan import PromptPlace
-from tests.tiny import tiny_vilt
+from tests.support.tiny import tiny_vilt
 
 
 class Reader(nn.Module):

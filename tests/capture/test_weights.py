@@ -15,8 +15,8 @@ from pumer_compile.artifacts.manifest import read_manifest
 from pumer_compile.capture.loading import load_model
 from pumer_compile.capture.weights import check_model, read_weights
 from pumer_compile.errors import UsageError
-from tests.commands import artifact, folder, refused
-from tests.tiny import image_inputs, text_inputs, tiny_vilt
+from tests.support.commands import artifact, folder, refused
+from tests.support.tiny import image_inputs, text_inputs, tiny_vilt
 
 OTHERS: dict[str, tuple[dict[str, Any], str]] = {
     "a larger vocabulary": ({"vocab_size": 80}, r"1 of shape \[60, 24\] where that has 0"),

@@ -24,7 +24,7 @@ from transformers import BertConfig, BertForSequenceClassification, ViltForQuest
 from pumer_compile import __version__
 from pumer_compile.capture import loading
 from pumer_compile.schedule import PRESETS
-from tests.commands import (
+from tests.support.commands import (
     TOKENS,
     artifact,
     done,
@@ -37,8 +37,8 @@ from tests.commands import (
     schedule,
     snapshot,
 )
-from tests.models import Config, inputs_for, make
-from tests.tiny import tiny_vilt
+from tests.support.models import Config, inputs_for, make
+from tests.support.tiny import tiny_vilt
 
 
 @pytest.fixture

@@ -13,9 +13,9 @@ import torch
 from transformers import ViltForQuestionAnswering
 
 from pumer_compile import Schedule, capture, reduce
-from tests.commands import done, feed, inner_manifest, onnx_outputs, tensorrt_refuses
-from tests.tiny import tiny_vilt
-from tests.vilt import Shares, reduced_vilt
+from tests.support.commands import done, feed, inner_manifest, onnx_outputs, tensorrt_refuses
+from tests.support.tiny import tiny_vilt
+from tests.support.vilt import Shares, reduced_vilt
 
 ORACLE = Path(__file__).parents[1] / "oracle" / "vilt-tiny"
 CASES = json.loads((ORACLE / "cases.json").read_text(encoding="utf-8"))

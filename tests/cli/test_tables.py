@@ -28,7 +28,7 @@ from pumer_compile.cli.tables import (
 from pumer_compile.parity.report import OutputReport, ParityReport, ReducerReport
 from pumer_compile.plan import Plan, SitePlan
 from pumer_compile.schedule import Schedule
-from tests.commands import artifact, done, folder, schedule
+from tests.support.commands import artifact, done, folder, schedule
 
 LAYER = "language_model.model.layers"
 

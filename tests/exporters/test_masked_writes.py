@@ -17,7 +17,7 @@ from pumer_compile.exporters.chain import reduced_export
 from pumer_compile.exporters.onnx import OnnxOptions, build_onnx, save_onnx
 from tests import test_oracle_llava as llava
 from tests.analysis.test_prompts import IMAGE, Talker, prompts
-from tests.commands import onnx_outputs
+from tests.support.commands import onnx_outputs
 
 Tensors = dict[str, Tensor]
 Write = Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -25,9 +25,9 @@ from pumer_compile.exporters.onnx import (
     build_onnx,
     save_onnx,
 )
-from tests.commands import artifact, done, feed, folder, inner_manifest, onnx_outputs, refused, schedule
-from tests.models import Config, highest, inputs_for, program
-from tests.models import schedule as budgets
+from tests.support.commands import artifact, done, feed, folder, inner_manifest, onnx_outputs, refused, schedule
+from tests.support.models import Config, highest, inputs_for, program
+from tests.support.models import schedule as budgets
 
 HALF = ("--dtype", "float16", "--with-decisions")
 FUSED = ("--target", "onnxruntime-cpu")

@@ -22,9 +22,9 @@ from pumer_compile.exporters import OpenVinoOptions
 from pumer_compile.files import sha256_file
 from pumer_compile.reduce import with_decisions
 from tests.cli.test_oracle import CASES, EXPECTED, ORACLE, given, write_schedule
-from tests.commands import TOKENS, done, feed, folder, refused, run, schedule
-from tests.models import Config, Fusion, highest, inputs_for, make, program
-from tests.models import schedule as budgets
+from tests.support.commands import TOKENS, done, feed, folder, refused, run, schedule
+from tests.support.models import Config, Fusion, highest, inputs_for, make, program
+from tests.support.models import schedule as budgets
 
 openvino = pytest.importorskip("openvino")
 pytest.importorskip("transformers.exporters.exporter_openvino")

@@ -18,8 +18,8 @@ from pumer_compile.artifacts.profile import Profile
 from pumer_compile.capture.capture import Program
 from pumer_compile.errors import UsageError
 from pumer_compile.schedule import Schedule
-from tests.commands import feed, refused
-from tests.tiny import tiny_vilt
+from tests.support.commands import feed, refused
+from tests.support.tiny import tiny_vilt
 
 EACH = pytest.mark.parametrize("known", FORMATS, ids=lambda known: known.suffixes[0])
 # Every option of every format: how it is given on the command line, and what it is then.

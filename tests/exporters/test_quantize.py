@@ -22,9 +22,9 @@ from pumer_compile.exporters import OnnxOptions
 from pumer_compile.exporters.onnx import build_onnx, save_onnx
 from pumer_compile.exporters.quantize import linear_layers, quantize_onnx
 from pumer_compile.files import sha256_file
-from tests.commands import TOKENS, artifact, done, feed, folder, onnx_outputs, refused, run, schedule
-from tests.models import Config, highest, inputs_for, program
-from tests.models import schedule as budgets
+from tests.support.commands import TOKENS, artifact, done, feed, folder, onnx_outputs, refused, run, schedule
+from tests.support.models import Config, highest, inputs_for, program
+from tests.support.models import schedule as budgets
 
 pytest.importorskip("transformers.exporters.quantizers")
 

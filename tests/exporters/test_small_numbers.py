@@ -14,7 +14,7 @@ from pumer_compile.errors import ExportError
 from pumer_compile.exporters.onnx import OnnxOptions, build_onnx
 from pumer_compile.exporters.small_numbers import small_numbers_kept
 from pumer_compile.reducers import PublishedMaskedSoftmax
-from tests.commands import onnx_outputs
+from tests.support.commands import onnx_outputs
 
 
 class Small(nn.Module):

@@ -25,10 +25,10 @@ from pumer_compile.files import sha256_file
 from pumer_compile.reduce import Reduced
 from pumer_compile.runtimes import tensorrt_library
 from pumer_compile.runtimes.tensorrt_library import Library, load_library
-from tests.commands import TOKENS, artifact, done, folder, refused, run, schedule, snapshot
-from tests.fake_tensorrt import install
-from tests.models import Config, highest, program
-from tests.models import schedule as budgets
+from tests.support.commands import TOKENS, artifact, done, folder, refused, run, schedule, snapshot
+from tests.support.fake_tensorrt import install
+from tests.support.models import Config, highest, program
+from tests.support.models import schedule as budgets
 
 RTX = load_library("tensorrt-rtx")
 MAGIC = b"vtrt"

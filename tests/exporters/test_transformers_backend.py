@@ -18,9 +18,9 @@ from pumer_compile.artifacts.manifest import read_manifest
 from pumer_compile.errors import ScheduleError, UsageError
 from pumer_compile.exporters.transformers_backend import TensorRtConfig, TensorRtExporter, TensorRtRunner
 from pumer_compile.files import sha256_file
-from tests.commands import artifact, feed, onnx_outputs
-from tests.fake_tensorrt import engine_of, install
-from tests.tiny import tiny_vilt
+from tests.support.commands import artifact, feed, onnx_outputs
+from tests.support.fake_tensorrt import engine_of, install
+from tests.support.tiny import tiny_vilt
 
 SCHEDULE = {"layers": [0], "prune": 0.1, "merge": {"image": 0.3, "text": 0.2}}
 

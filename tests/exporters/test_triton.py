@@ -22,8 +22,18 @@ from pumer_compile.exporters import onnx as onnx_exporter
 from pumer_compile.exporters import triton
 from pumer_compile.exporters.triton import DEFAULT_MAX_BATCH, MARK, ServedModel, write_triton_repository
 from pumer_compile.files import sha256_file
-from tests.commands import artifact, done, feed, folder, inner_manifest, onnx_outputs, refused, schedule, snapshot
-from tests.fake_tensorrt import engine_of, install
+from tests.support.commands import (
+    artifact,
+    done,
+    feed,
+    folder,
+    inner_manifest,
+    onnx_outputs,
+    refused,
+    schedule,
+    snapshot,
+)
+from tests.support.fake_tensorrt import engine_of, install
 
 OPEN = ("--dynamic-batch",)
 

@@ -35,8 +35,8 @@ from pumer_compile.frontends.meter import (
     MeterModel,
 )
 from pumer_compile.frontends.meter.positions import resize_positions
-from tests.helpers import published_softmax
-from tests.meter import classify_by_hand, meter_inputs, pooled_by_hand, tiny_meter
+from tests.support.helpers import published_softmax
+from tests.support.meter import classify_by_hand, meter_inputs, pooled_by_hand, tiny_meter
 
 ORACLE = Path(__file__).parents[1] / "oracle" / "meter-tiny"
 EXPECTED = dict(np.load(ORACLE / "expected.npz"))

@@ -12,7 +12,7 @@ from pumer_compile import frontends
 from pumer_compile.capture.capture import capture
 from pumer_compile.errors import CaptureError
 from pumer_compile.frontends.vilt import hat_weights, nearest_indices, visual_embed
-from tests.tiny import image_inputs, text_inputs, tiny_vilt
+from tests.support.tiny import image_inputs, text_inputs, tiny_vilt
 
 # name: image sizes in one batch, canvas. The tiny model's own image size is 96, its patches are 16.
 CANVASES = {

@@ -18,8 +18,8 @@ from pumer_compile.errors import LocateError, PlanError, ScheduleError
 from pumer_compile.reducers import reducers_of
 from pumer_compile.reducers.last_query import LastQueryReducer
 from tests.analysis.test_prompts import IMAGE, Block, Talker, Tensors, prompts
-from tests.fastv import places_left, rows_of
-from tests.models import Config, program
+from tests.support.fastv import places_left, rows_of
+from tests.support.models import Config, program
 
 
 class Deep(Talker):

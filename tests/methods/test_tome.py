@@ -15,10 +15,10 @@ from pumer_compile import Program, Schedule, capture
 from pumer_compile.errors import PlanError, PumerError
 from pumer_compile.passes.count import tokens_after_layers
 from pumer_compile.reducers import SizeBias
-from tests.helpers import groups, match
-from tests.models import Attention, Config, Fusion, Layer, Staged, describe, inputs_for, make, passed, reduced
-from tests.pairs import CoAttention, Oracle, Pair, PairConfig
-from tests.tome import Tome
+from tests.support.helpers import groups, match
+from tests.support.models import Attention, Config, Fusion, Layer, Staged, describe, inputs_for, make, passed, reduced
+from tests.support.pairs import CoAttention, Oracle, Pair, PairConfig
+from tests.support.tome import Tome
 
 
 class Tower(Fusion):

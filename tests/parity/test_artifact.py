@@ -23,9 +23,9 @@ from pumer_compile.parity.report import OutputReport, ParityReport
 from pumer_compile.reduce import Reduced, with_decisions
 from pumer_compile.reducers import forced_decisions
 from pumer_compile.reducers.base import Decisions
-from tests.commands import artifact, done, feed, folder, inner_manifest, refused, run, with_manifest
-from tests.models import Config, Fusion, inputs_for, make, program, schedule
-from tests.tiny import tiny_vilt
+from tests.support.commands import artifact, done, feed, folder, inner_manifest, refused, run, with_manifest
+from tests.support.models import Config, Fusion, inputs_for, make, program, schedule
+from tests.support.tiny import tiny_vilt
 
 Arrays = dict[str, np.ndarray]
 TEXT, IMAGE = "reducer.cross_modal_0.text", "reducer.cross_modal_0.image"

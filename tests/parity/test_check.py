@@ -23,7 +23,7 @@ from pumer_compile.reducers.merger import ModalityAwareMerger
 from pumer_compile.reducers.prune_merge import StreamReducer
 from pumer_compile.reducers.pruner import TextInformedPruner
 from pumer_compile.reducers.visual import VisualReducer
-from tests.models import Config, Fusion, inputs_for, program, schedule
+from tests.support.models import Config, Fusion, inputs_for, program, schedule
 
 Arrays = dict[str, np.ndarray]
 CONFIG = Config(layers=2, batch=3)

@@ -13,7 +13,7 @@ import pytest
 
 from pumer_compile.errors import UsageError
 from pumer_compile.parity.replay import check_recording
-from tests.commands import artifact, done, folder, inner_manifest, refused, snapshot
+from tests.support.commands import artifact, done, folder, inner_manifest, refused, snapshot
 
 HALF = ("--dtype", "float16", "--with-decisions")
 

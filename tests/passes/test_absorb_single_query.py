@@ -26,12 +26,12 @@ from pumer_compile.passes.absorb_single_query import absorb_single_query
 from pumer_compile.passes.manager import State, run_passes
 from pumer_compile.passes.pipeline import COUNT, PASSES, passes_of
 from pumer_compile.schedule import Schedule
-from tests import commands
-from tests.analysis.narrowing import copy_of
-from tests.helpers import count_op
-from tests.meter import meter_inputs, tiny_meter
-from tests.models import Config, highest, inputs_for, make, program, schedule
-from tests.tiny import image_inputs, text_inputs, tiny_vilt
+from tests.support import commands
+from tests.support.helpers import count_op
+from tests.support.meter import meter_inputs, tiny_meter
+from tests.support.models import Config, highest, inputs_for, make, program, schedule
+from tests.support.narrowing import copy_of
+from tests.support.tiny import image_inputs, text_inputs, tiny_vilt
 
 aten = torch.ops.aten
 BATCH, TOKENS, HEADS, SIZE = 2, 24, 4, 8

@@ -24,9 +24,9 @@ from pumer_compile.passes.eliminate import eliminate
 from pumer_compile.passes.manager import State, run_passes
 from pumer_compile.passes.pipeline import PASSES
 from pumer_compile.reducers import reducers_of
-from tests.analysis.narrowing import compared, copy_of, last_layer, rows, same
-from tests.helpers import count_op
-from tests.models import Config, Fusion, highest, inputs_for, make, program, reduced, schedule
+from tests.support.helpers import count_op
+from tests.support.models import Config, Fusion, highest, inputs_for, make, program, reduced, schedule
+from tests.support.narrowing import compared, copy_of, last_layer, rows, same
 
 aten = torch.ops.aten
 BATCH, TOKENS, WIDTH = 2, 24, 64

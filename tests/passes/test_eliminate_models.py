@@ -13,12 +13,12 @@ from transformers import BertConfig, BertForSequenceClassification, CLIPVisionCo
 import pumer_compile as pumer
 from pumer_compile import Program, Schedule, capture, reduce
 from pumer_compile.errors import PlanError
-from tests import commands
-from tests.analysis.narrowing import compared, last_layer, rows
-from tests.helpers import count_op
-from tests.meter import meter_inputs, tiny_meter
-from tests.models import Config, highest, inputs_for, make
-from tests.tiny import image_inputs, text_inputs, tiny_vilt
+from tests.support import commands
+from tests.support.helpers import count_op
+from tests.support.meter import meter_inputs, tiny_meter
+from tests.support.models import Config, highest, inputs_for, make
+from tests.support.narrowing import compared, last_layer, rows
+from tests.support.tiny import image_inputs, text_inputs, tiny_vilt
 
 aten = torch.ops.aten
 

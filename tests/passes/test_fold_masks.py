@@ -14,9 +14,9 @@ import pumer_compile as pumer
 from pumer_compile import capture, reduce
 from pumer_compile.artifacts.manifest import read_manifest
 from pumer_compile.errors import UsageError
-from tests import commands
-from tests.models import Config, Fusion, highest, inputs_for, make, schedule
-from tests.tiny import tiny_vilt
+from tests.support import commands
+from tests.support.models import Config, Fusion, highest, inputs_for, make, schedule
+from tests.support.tiny import tiny_vilt
 
 aten = torch.ops.aten
 

@@ -21,8 +21,8 @@ from pumer_compile.passes.pipeline import ANALYSE, REDUCE
 from pumer_compile.reduce import reduce_graph
 from pumer_compile.reducers import reducers_of
 from pumer_compile.rewrite.sites import LocatedGraph, Site, Stream, repeated_module
-from tests.helpers import paper_counts, published_counts
-from tests.models import Config, Fusion, Staged, highest, inputs_for, make, program, schedule
+from tests.support.helpers import paper_counts, published_counts
+from tests.support.models import Config, Fusion, Staged, highest, inputs_for, make, program, schedule
 
 SEMANTICS = ("reference", "paper", "safe")
 

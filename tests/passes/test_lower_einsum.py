@@ -1,6 +1,6 @@
 """Attention written with einsum, or whose keys and values have fewer heads than its queries: reduced like any other.
 
-The oracle is the plain model of the same function, reduced by hand (`tests.models`).
+The oracle is the plain model of the same function, reduced by hand (`tests.support.models`).
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from pumer_compile import capture
 from pumer_compile.errors import LocateError
 from pumer_compile.passes.lower_einsum import lower_einsum
 from pumer_compile.reduce import reduce_graph
-from tests.helpers import count_op
-from tests.models import Config, Fusion, inputs_for, make, reduced, schedule
+from tests.support.helpers import count_op
+from tests.support.models import Config, Fusion, inputs_for, make, reduced, schedule
 
 aten = torch.ops.aten
 SMALL = Config(text=5, grid=(3, 4), layers=2, heads=4, width=16)

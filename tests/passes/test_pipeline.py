@@ -21,10 +21,9 @@ from pumer_compile.plan import Plan
 from pumer_compile.reduce import reduce_graph, with_decisions
 from pumer_compile.reducers import AlignAxis, forced_decisions
 from pumer_compile.reducers.base import Decisions
-from tests import models
-from tests.analysis.narrowing import last_layer
-from tests.helpers import count_op
-from tests.models import (
+from tests.support import models
+from tests.support.helpers import count_op
+from tests.support.models import (
     Attention,
     Config,
     Fusion,
@@ -38,6 +37,7 @@ from tests.models import (
     run_layer,
     schedule,
 )
+from tests.support.narrowing import last_layer
 
 aten = torch.ops.aten
 SEMANTICS = ("reference", "paper", "safe")

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from pumer_compile import Schedule, capture
 from pumer_compile.passes.count import tokens_after_layers
-from tests.models import Config, inputs_for, make, passed, reduced
-from tests.pairs import CoAttention, Oracle, PairConfig
+from tests.support.models import Config, inputs_for, make, passed, reduced
+from tests.support.pairs import CoAttention, Oracle, PairConfig
 
 SEMANTICS = ("reference", "paper", "safe", "tome")
 # A capture takes a second: a failing example is shown as it is, and not made smaller.

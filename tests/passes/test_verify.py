@@ -14,8 +14,8 @@ from pumer_compile.passes.manager import State, run_passes
 from pumer_compile.passes.pipeline import ANALYSE, REDUCE
 from pumer_compile.passes.verify import FORBIDDEN, verify
 from pumer_compile.reduce import reduce_graph
-from tests.helpers import data_dependent
-from tests.models import Config, inputs_for, program, schedule
+from tests.support.helpers import data_dependent
+from tests.support.models import Config, inputs_for, program, schedule
 
 aten = torch.ops.aten
 CONFIG = Config(mask="none", layers=2)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pumer_compile.reducers import AlignAxis, TokenWeights
-from tests.helpers import data_dependent
+from tests.support.helpers import data_dependent
 
 Members = list[list[list[int]]]
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pumer_compile.reducers import PublishedMaskedSoftmax
-from tests.helpers import data_dependent, published_softmax
+from tests.support.helpers import data_dependent, published_softmax
 
 
 def oracle(scores: Tensor, weights: Tensor | None) -> np.ndarray:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pumer_compile.reducers import ModalityAwareMerger
-from tests.helpers import groups, margin, match
+from tests.support.helpers import groups, margin, match
 
 
 def pairs_of(merger: ModalityAwareMerger, keys: Tensor, weights: Tensor | None = None) -> list[list[tuple]]:

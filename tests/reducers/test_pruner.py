@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pumer_compile.reducers import TextInformedPruner
-from tests.helpers import order, saliency
+from tests.support.helpers import order, saliency
 
 
 @st.composite

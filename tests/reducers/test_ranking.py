@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pumer_compile.reducers.ranking import descending_rank, first_largest, indices, one_hot, ranked, top
-from tests.helpers import data_dependent
+from tests.support.helpers import data_dependent
 
 
 @st.composite

@@ -19,7 +19,7 @@ from pumer_compile.reducers import (
     noted_decisions,
 )
 from pumer_compile.reducers.base import Decisions, Reduction
-from tests.helpers import combine, data_dependent, groups, match, order, reduce_image, reduce_text, saliency
+from tests.support.helpers import combine, data_dependent, groups, match, order, reduce_image, reduce_text, saliency
 
 SEMANTICS = ("reference", "paper", "safe")
 

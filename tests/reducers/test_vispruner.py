@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
 from pumer_compile.reducers.vispruner import VisPruner, leap, removals
-from tests.commands import onnx_outputs, tensorrt_refuses
-from tests.helpers import data_dependent
+from tests.support.commands import onnx_outputs, tensorrt_refuses
+from tests.support.helpers import data_dependent
 
 FOLDER = Path(__file__).parents[1] / "oracle" / "llava-tiny"
 CASES: dict[str, dict[str, Any]] = json.loads((FOLDER / "cases.json").read_text(encoding="utf-8"))

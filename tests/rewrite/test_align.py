@@ -14,10 +14,10 @@ from pumer_compile.analysis.axes import Dim, Tokens
 from pumer_compile.errors import AxisError
 from pumer_compile.reduce import reduce_graph
 from pumer_compile.reducers import AlignAxis
-from tests.helpers import combine
-from tests.models import Config, Fusion, highest, inputs_for, make, reduced, reduced_states, schedule
-from tests.rewrite.walks import BASE, SITES
-from tests.rewrite.walks import walk as walked
+from tests.support.helpers import combine
+from tests.support.models import Config, Fusion, highest, inputs_for, make, reduced, reduced_states, schedule
+from tests.support.walks import BASE, SITES
+from tests.support.walks import walk as walked
 
 
 class Skip(Fusion):

@@ -15,8 +15,8 @@ from pumer_compile.errors import LocateError, PlanError, PumerError
 from pumer_compile.passes.count import tokens_after_layers
 from pumer_compile.reduce import reduce_graph
 from pumer_compile.reducers import AlignAxis
-from tests.models import describe, inputs_for, make, passed, schedule
-from tests.pairs import (
+from tests.support.models import describe, inputs_for, make, passed, schedule
+from tests.support.pairs import (
     Bridge,
     CoAttention,
     CrossLayer,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pumer_compile.analysis.attention import locate
 from pumer_compile.analysis.axes import Dim, Fixed, Product, Segment, Tokens
 from pumer_compile.rewrite.epochs import Step
-from tests.models import schedule
-from tests.rewrite.walks import BASE, walk
+from tests.support.models import schedule
+from tests.support.walks import BASE, walk
 
 
 def test_sizes_by_epoch() -> None:

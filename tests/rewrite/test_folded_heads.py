@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import pumer_compile as pumer
 from pumer_compile.reducers import AlignAxis
-from tests.models import Config, Fusion, inputs_for, make
+from tests.support.models import Config, Fusion, inputs_for, make
 
 
 class Pooled(Fusion):

@@ -12,8 +12,8 @@ from torch import Tensor
 import pumer_compile as pumer
 from pumer_compile.reduce import reduce_graph
 from pumer_compile.reducers import reducers_of
-from tests.models import Config, Fusion, highest, inputs_for, make
-from tests.models import schedule as budgets
+from tests.support.models import Config, Fusion, highest, inputs_for, make
+from tests.support.models import schedule as budgets
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -18,9 +18,9 @@ from pumer_compile import capture
 from pumer_compile.analysis.attention import locate
 from pumer_compile.errors import AxisError, PumerError
 from pumer_compile.reduce import reduce_graph
-from tests.helpers import count_op
-from tests.models import Config, Fusion, Head, inputs_for, make, program, reduced, schedule
-from tests.rewrite.walks import BASE, IMAGE, SITES, TEXT, TEXT_AFTER, compared, walk
+from tests.support.helpers import count_op
+from tests.support.models import Config, Fusion, Head, inputs_for, make, program, reduced, schedule
+from tests.support.walks import BASE, IMAGE, SITES, TEXT, TEXT_AFTER, compared, walk
 
 aten = torch.ops.aten
 
@@ -323,7 +323,7 @@ def test_new_nodes_say_where_they_come_from() -> None:
     _, module = walk(BASE, schedule("paper", (0,)))
     for node in module.graph.nodes:
         if node.op == "call_module":
-            assert "tests/models.py" in node.meta["stack_trace"]
+            assert "tests/support/models.py" in node.meta["stack_trace"]
 
 
 def test_parameters_are_shared_and_keep_their_names() -> None:

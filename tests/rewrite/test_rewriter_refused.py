@@ -12,8 +12,8 @@ from torch import Tensor
 from pumer_compile import capture
 from pumer_compile.errors import AxisError, NoRuleError
 from pumer_compile.reduce import reduce_graph
-from tests.models import Config, Fusion, Head, inputs_for, make, program, schedule
-from tests.rewrite.walks import BASE, compared
+from tests.support.models import Config, Fusion, Head, inputs_for, make, program, schedule
+from tests.support.walks import BASE, compared
 
 
 def second_text(x: Tensor, text: int) -> Tensor:
@@ -186,7 +186,7 @@ def test_positions_after_a_reducer_are_refused(head: Head) -> None:
     message = str(caught.value)
     assert f"aten.{operator}" in message
     assert says in message
-    assert "tests/models.py:" in message
+    assert "tests/support/models.py:" in message
     assert "\n" not in message
     assert not isinstance(caught.value, NoRuleError)
 

@@ -25,16 +25,16 @@ from pumer_compile.passes.manager import State
 from pumer_compile.reduce import with_decisions
 from pumer_compile.reducers import ApplyMap
 from pumer_compile.rewrite import sink_projections
-from tests.compiling import compiled
-from tests.helpers import count_op
-from tests.meter import meter_inputs, tiny_meter
 from tests.methods.test_tome import Images
 from tests.methods.test_tome import given as of_tower
-from tests.models import Config, Fusion, Layer, describe, highest, inputs_for, make, passed, schedule
-from tests.models import program as fusion
-from tests.pairs import CoAttention, PairConfig
 from tests.rewrite.test_two_images import OwnPlaces, TextOnce, two_images
-from tests.tiny import image_inputs, text_inputs, tiny_vilt
+from tests.support.compiling import compiled
+from tests.support.helpers import count_op
+from tests.support.meter import meter_inputs, tiny_meter
+from tests.support.models import Config, Fusion, Layer, describe, highest, inputs_for, make, passed, schedule
+from tests.support.models import program as fusion
+from tests.support.pairs import CoAttention, PairConfig
+from tests.support.tiny import image_inputs, text_inputs, tiny_vilt
 
 aten = torch.ops.aten
 SEMANTICS = ("reference", "paper", "safe")

@@ -15,8 +15,8 @@ from transformers.utils import ModelOutput
 from pumer_compile import Program, Schedule, capture
 from pumer_compile.errors import PumerError, VerifyError
 from pumer_compile.reduce import reduce_graph
-from tests.models import Config, Fusion, State, inputs_for, make, passed, reduced_states, schedule
-from tests.pairs import CoAttention, Oracle, PairConfig
+from tests.support.models import Config, Fusion, State, inputs_for, make, passed, reduced_states, schedule
+from tests.support.pairs import CoAttention, Oracle, PairConfig
 
 SEMANTICS = ("reference", "paper", "safe")
 CONFIG = Config(mask="none", layers=2)

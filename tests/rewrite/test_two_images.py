@@ -15,9 +15,9 @@ from pumer_compile.analysis.annotate import annotate
 from pumer_compile.analysis.attention import locate
 from pumer_compile.errors import AxisError, PumerError
 from pumer_compile.passes.count import tokens_after_layers
-from tests.helpers import combine, reduce_image, reduce_text
-from tests.models import Config, Fusion, Layer, attend, inputs_for, make, passed, reduced, schedule
-from tests.pairs import CoAttention, Oracle, PairConfig
+from tests.support.helpers import combine, reduce_image, reduce_text
+from tests.support.models import Config, Fusion, Layer, attend, inputs_for, make, passed, reduced, schedule
+from tests.support.pairs import CoAttention, Oracle, PairConfig
 
 SEMANTICS = ("reference", "paper", "safe")
 ONE = (0.2, 0.3, 0.25)

@@ -14,7 +14,7 @@ from pumer_compile import OnnxSession
 from pumer_compile.artifacts.runtime import TensorSpec, fitted, to_numpy
 from pumer_compile.errors import ExportError, UsageError
 from pumer_compile.runtimes.ort import CPU, CUDA, TENSORRT, placement
-from tests.commands import artifact, feed, inner_manifest, onnx_outputs
+from tests.support.commands import artifact, feed, inner_manifest, onnx_outputs
 
 OPEN = ("--dynamic-batch",)
 

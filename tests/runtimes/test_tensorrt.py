@@ -21,8 +21,8 @@ from pumer_compile.artifacts.session import open_session
 from pumer_compile.errors import ExportError, UsageError
 from pumer_compile.runtimes.compatibility import check_device, engine_library
 from pumer_compile.runtimes.tensorrt import choose_profile
-from tests.commands import artifact, done, feed, folder, onnx_outputs, refused
-from tests.fake_tensorrt import DataType, EngineInvalidityDiagnostics, EngineValidity, engine_of, install
+from tests.support.commands import artifact, done, feed, folder, onnx_outputs, refused
+from tests.support.fake_tensorrt import DataType, EngineInvalidityDiagnostics, EngineValidity, engine_of, install
 
 OPEN = ("--dynamic-batch",)
 PROFILES = [(1, 1, 2), (2, 4, 8)]

@@ -33,7 +33,7 @@ from pumer_compile.schedule import PRESETS
 from pumer_compile.torch_compile import backend as backend_module
 from pumer_compile.torch_compile.backend import Options, default_schedule
 from tests import test_oracle_vilt as oracle
-from tests.compiling import (
+from tests.support.compiling import (
     FEW,
     PLAIN,
     SMALL,
@@ -50,8 +50,8 @@ from tests.compiling import (
     padded,
     vilt_inputs,
 )
-from tests.models import Config, inputs_for, make, schedule
-from tests.tiny import image_inputs, text_inputs, tiny_vilt
+from tests.support.models import Config, inputs_for, make, schedule
+from tests.support.tiny import image_inputs, text_inputs, tiny_vilt
 
 __all__ = ["fresh_dynamo"]
 

@@ -30,9 +30,9 @@ from tests import test_oracle_llava as oracle
 from tests.architectures.test_crops import BLOCKS, images
 from tests.architectures.test_crops import by_hand as images_by_hand
 from tests.architectures.test_prompts import built
-from tests.crops import crops_inputs, crops_model
-from tests.tiny import tiny_vilt
-from tests.visual import logits_by_hand, select, visual_cues
+from tests.support.crops import crops_inputs, crops_model
+from tests.support.tiny import tiny_vilt
+from tests.support.visual import logits_by_hand, select, visual_cues
 
 TOKENS = 20
 MODELS = ("LLaVA", "PaliGemma")

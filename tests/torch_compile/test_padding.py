@@ -16,8 +16,8 @@ from transformers import BlipConfig, BlipForConditionalGeneration, PreTrainedMod
 import pumer_compile as pumer
 from pumer_compile import Schedule
 from pumer_compile.reduce import reduce_graph
-from tests.compiling import SMALL, assert_near, compiled, fresh_dynamo, graphs, padded, shortened
-from tests.models import Fusion, inputs_for, make
+from tests.support.compiling import SMALL, assert_near, compiled, fresh_dynamo, graphs, padded, shortened
+from tests.support.models import Fusion, inputs_for, make
 
 __all__ = ["fresh_dynamo"]
 

@@ -12,7 +12,7 @@ import torch._dynamo
 from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 
-from tests.compiling import (
+from tests.support.compiling import (
     FEW,
     PLAIN,
     SMALL,
@@ -26,8 +26,8 @@ from tests.compiling import (
     shortened,
     vilt_inputs,
 )
-from tests.models import Fusion, inputs_for, make, schedule
-from tests.tiny import tiny_vilt
+from tests.support.models import Fusion, inputs_for, make, schedule
+from tests.support.tiny import tiny_vilt
 
 __all__ = ["fresh_dynamo"]
 

@@ -22,9 +22,9 @@ from pumer_compile.exporters.onnx import OnnxOptions, build_onnx
 from pumer_compile.exporters.onnx_passes.attention import ScaleQueries
 from pumer_compile.exporters.tensorrt import unsupported
 from pumer_compile.runtimes.tensorrt_library import load_library, make_logger
-from tests.models import Config, highest, program
-from tests.models import schedule as budgets
-from tests.tiny import image_inputs, text_inputs, tiny_vilt
+from tests.support.models import Config, highest, program
+from tests.support.models import schedule as budgets
+from tests.support.tiny import image_inputs, text_inputs, tiny_vilt
 
 RTX = load_library("tensorrt-rtx")
 

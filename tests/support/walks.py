@@ -16,7 +16,7 @@ from pumer_compile.passes.insert import plan_insertions
 from pumer_compile.reduce import reduce_graph
 from pumer_compile.rewrite.rewriter import Rewriter
 from pumer_compile.rewrite.sites import LocatedGraph, cross_modal_layers
-from tests.models import Config, Fusion, Head, inputs_for, make, program, reduced, schedule
+from tests.support.models import Config, Fusion, Head, inputs_for, make, program, reduced, schedule
 
 BASE = Config(mask="none", layers=2)
 SITES = {0: (0.2, 0.3, 0.25)}

@@ -1,7 +1,7 @@
 """Small fusion encoders written by hand, and the same forward passes with reducers in them, written again.
 
 `Fusion` is what a user brings: text ids, a patch convolution, layers over both. `reduced` runs its layers one by one
-with the algorithms of `tests.helpers`; it shares no code with the package.
+with the algorithms of `tests.support.helpers`; it shares no code with the package.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pumer_compile import Program, Schedule, capture
 from pumer_compile.passes.manager import State as PassState
 from pumer_compile.passes.manager import run_passes
 from pumer_compile.passes.pipeline import PASSES
-from tests.helpers import (
+from tests.support.helpers import (
     combine,
     paper_counts,
     published_counts,

@@ -1,7 +1,7 @@
 """Co-attention models written by hand, and the same forward passes with reducers in them, written again.
 
 Every model keeps text and image apart: text layers attend to the image, image layers to the text. The oracles run one
-sample at a time with the algorithms of `tests.helpers` and share no code with the package.
+sample at a time with the algorithms of `tests.support.helpers` and share no code with the package.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tests.helpers import combine
-from tests.models import WEIGHTED, Attention, Config, Fusion, Layer, attend, carry, choose
+from tests.support.helpers import combine
+from tests.support.models import WEIGHTED, Attention, Config, Fusion, Layer, attend, carry, choose
 
 Budgets = tuple[Any, Any, Any]
 Sites = Mapping[int, Budgets]
@@ -212,7 +212,7 @@ class CrossOnly(CoAttention):
 
 @dataclass
 class Stream:
-    """One sample's tokens of one stream; `sizes` and `shares` as in `tests.models.State`. `history` are the groups of
+    """One sample's tokens of one stream; `sizes` and `shares` as in `models.State`. `history` are the groups of
     each reducer so far, with the weights of their mean; `tokens` were there before them."""
 
     x: Tensor

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pumer_compile.frontends.meter import MeterConfig, MeterForQuestionAnswering
-from tests.helpers import published_softmax
+from tests.support.helpers import published_softmax
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 Weights = Mapping[str, Tensor]

@@ -9,7 +9,7 @@ import torch
 import transformers as hf
 from torch import Tensor
 
-from tests.visual import select, visual_cues
+from tests.support.visual import select, visual_cues
 
 IMAGE, SIDE, PATCH = 99, 48, 8
 TOKENS = (SIDE // PATCH) ** 2

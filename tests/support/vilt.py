@@ -1,6 +1,6 @@
 """Stock ViLT layers run by hand, one sample at a time, with the published reduction in between.
 
-Shares no code with the package: the algorithms are those of `tests.helpers`, the weights those of transformers' model.
+Shares no code with the package: the algorithms are those of `helpers.py`, the weights those of transformers' model.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import ViltForQuestionAnswering
 
-from tests.helpers import combine, published_counts, published_softmax, reduce_image, reduce_text
+from tests.support.helpers import combine, published_counts, published_softmax, reduce_image, reduce_text
 
 Shares = tuple[float, float, float]
 """Image pruned, image merged, text merged."""

@@ -14,8 +14,8 @@ import pumer_compile as pumer
 from pumer_compile import Schedule
 from pumer_compile.reduce import reduce_graph
 from pumer_compile.torch_compile import backend as backend_module
-from tests.models import Config, highest, schedule
-from tests.tiny import image_inputs, text_inputs
+from tests.support.models import Config, highest, schedule
+from tests.support.tiny import image_inputs, text_inputs
 
 # Its head reads every token, so what a reducer in the last layer does is seen.
 PLAIN = Config(layers=2, head=highest)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tests.helpers import combine, groups, match
+from tests.support.helpers import combine, groups, match
 
 
 class Tome:

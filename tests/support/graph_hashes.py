@@ -1,7 +1,7 @@
 """Hashes of graphs and schedules, to show that a change of the code's structure changes neither.
 
-    python -m tests.graph_hashes           # compare with tests/golden/graph_hashes.json; the ONNX graphs too (minutes)
-    python -m tests.graph_hashes --write   # take today's
+    python -m tests.support.graph_hashes           # compare with tests/golden/graph_hashes.json (minutes)
+    python -m tests.support.graph_hashes --write   # take today's
 
 One hash is of the reduced module's code (`fx`), one of its ONNX graph: operators, attributes, shapes, and hashes of the
 initializers. `tests/test_graph_hashes.py` compares schedules and some `fx`; the others are for whoever moves code.
@@ -27,10 +27,10 @@ from pumer_compile import OnnxOptions, Program, Schedule
 from pumer_compile.capture.inputs import load_inputs, make_inputs
 from pumer_compile.capture.loading import load_model
 from pumer_compile.schedule import PRESETS
-from tests.crops import crops_inputs, crops_model
+from tests.support.crops import crops_inputs, crops_model
 
-GOLDEN = Path(__file__).parent / "golden" / "graph_hashes.json"
-ORACLES = Path(__file__).parent / "oracle"
+GOLDEN = Path(__file__).parents[1] / "golden" / "graph_hashes.json"
+ORACLES = Path(__file__).parents[1] / "oracle"
 BUDGETS: dict[str, Any] = {"prune": 0.2, "merge": {"image": 0.3, "text": 0.2}}
 TOWER = {
     "sites": [

@@ -24,7 +24,7 @@ import torch
 from pumer_compile.cli import commands as cli
 from pumer_compile.exporters.tensorrt import unsupported
 from pumer_compile.runtimes.tensorrt_library import load_library
-from tests.tiny import tiny_vilt
+from tests.support.tiny import tiny_vilt
 
 
 @dataclass(frozen=True)
