@@ -6,16 +6,20 @@ STAMP := .venv/.installed
 NEWEST := .venv-newest/bin
 NEWEST_STAMP := .venv-newest/.installed
 NEWEST_TESTS := tests/capture/test_capture.py tests/capture/test_loading.py tests/test_generation.py tests/test_oracle_llava.py
+# Folders with tests that have the marker `fast`.
+FAST_TESTS := tests/reducers tests/analysis/test_axes.py tests/analysis/test_rules.py tests/methods tests/parity \
+    tests/rewrite tests/test_plan.py tests/test_files.py tests/test_layers.py tests/test_distill.py
 BENCHMARK ?= benchmarks.performance
 # Test processes: one for each core.
 JOBS ?= auto
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-newest lint bench clean
+.PHONY: help demo test test-fast test-newest lint bench clean
 
 help:
 	@echo "make demo   compile a fine-tuned ViLT to a reduced ONNX model, run it and prove it"
 	@echo "make test   run the tests"
+	@echo "make test-fast  those that neither capture nor export a model (a minute)"
 	@echo "make test-newest  a few of them on the newest versions that pip finds"
 	@echo "make lint   ruff and mypy"
 	@echo "make bench  measure full-size ViLT-B/32 and METER beside their peers (about an hour)"
@@ -27,6 +31,10 @@ demo: $(STAMP)
 test: $(STAMP)
 	@echo "==> pytest"
 	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
+
+test-fast: $(STAMP)
+	@echo "==> pytest, fast tests"
+	@$(BIN)/python -m pytest -n $(JOBS) -m fast $(PYTEST_ARGS) $(FAST_TESTS)
 
 test-newest: $(NEWEST_STAMP)
 	@echo "==> pytest on what pip finds today"

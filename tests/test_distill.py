@@ -13,6 +13,8 @@ from pumer_compile.distill import Teacher, distillation_loss
 from pumer_compile.errors import UsageError
 from tests.support.tiny import image_inputs, text_inputs, tiny_vilt
 
+pytestmark = pytest.mark.fast
+
 
 def divergence(student: list[float], teacher: list[float], temperature: float) -> float:
     """`KL(teacher || student)` of one sample, with sums and logarithms."""

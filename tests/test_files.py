@@ -10,6 +10,8 @@ import pytest
 from pumer_compile.errors import UsageError
 from pumer_compile.files import atomic_path, check_writable, content_name, publish, sha256_file
 
+pytestmark = pytest.mark.fast
+
 
 def entries(folder):
     return sorted(path.name for path in folder.iterdir())

@@ -6,7 +6,11 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 import pumer_compile
+
+pytestmark = pytest.mark.fast
 
 PACKAGE = Path(pumer_compile.__file__).parent
 # From the lowest to the highest; what is not named here is below them all.

@@ -19,6 +19,8 @@ from pumer_compile.rewrite.sites import Stream
 from pumer_compile.schedule import Merge, Schedule
 from tests.support.helpers import paper_counts, published_counts
 
+pytestmark = pytest.mark.fast
+
 ORACLE = Path(__file__).parent / "oracle" / "vilt-tiny" / "cases.json"
 SHARES = st.floats(0, 1, exclude_max=True, allow_nan=False)
 

@@ -37,6 +37,8 @@ from pumer_compile.analysis.axes import (
 )
 from pumer_compile.errors import AxisError
 
+pytestmark = pytest.mark.fast
+
 
 def joined(*parts: Axis) -> Axis:
     axis = Axis(sum(part.size for part in parts))

@@ -16,6 +16,8 @@ from pumer_compile.analysis.rules import _RULES, argument, rule, rule_for, wrap
 from pumer_compile.errors import NoRuleError
 from tests.support.rule_cases import CASES, Builder, P, T, X, build, finish
 
+pytestmark = pytest.mark.fast
+
 aten = torch.ops.aten
 
 

@@ -12,6 +12,8 @@ import pytest
 from pumer_compile.errors import ScheduleError, UsageError
 from pumer_compile.schedule import PRESETS, Merge, Schedule, Site, as_trained, trained_with
 
+pytestmark = pytest.mark.fast
+
 EXAMPLE = """
 method: pumer                 # pumer | tome | vispruner
 semantics: reference

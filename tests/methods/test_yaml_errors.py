@@ -7,6 +7,8 @@ import pytest
 from pumer_compile.errors import ScheduleError
 from pumer_compile.schedule import Schedule
 
+pytestmark = pytest.mark.fast
+
 BROKEN = {
     "an open list": ("layers: [2, 5\nprune: 0.1", 1, "the list that begins with `[` is not closed"),
     "an open list at the end": ("prune: 0.1\nlayers: [2, 5\n", 2, "the list that begins with `[` is not closed"),

@@ -10,6 +10,8 @@ import pytest
 
 from pumer_compile.parity.report import OutputReport, ParityReport, ReducerReport
 
+pytestmark = pytest.mark.fast
+
 
 def report(error: float = 1.0, **changes: Any) -> ParityReport:
     """Of one reducer and one output, which is off by `error`."""

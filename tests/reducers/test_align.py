@@ -16,6 +16,8 @@ from torch import Tensor
 from pumer_compile.reducers import AlignAxis, TokenWeights
 from tests.support.helpers import data_dependent
 
+pytestmark = pytest.mark.fast
+
 Members = list[list[list[int]]]
 
 

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from pumer_compile.reducers import SizeBias, TextRowsAttention
 
+pytestmark = pytest.mark.fast
+
 
 def whole(query: Tensor, key: Tensor, mask: Tensor | None, scale: float | None = None) -> Tensor:
     """All rows in float64, element by element of the mask."""

@@ -13,6 +13,8 @@ from torch import Tensor
 from pumer_compile.reducers.base import Decisions, forced_decisions
 from pumer_compile.reducers.last_query import LastQueryPruner, LastQueryReducer
 
+pytestmark = pytest.mark.fast
+
 
 def attention(*scores: float, heads: int = 2) -> Tensor:
     """Of every head the same, `[1, heads, 1, tokens]`."""

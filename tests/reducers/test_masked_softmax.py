@@ -12,6 +12,8 @@ from torch import Tensor
 from pumer_compile.reducers import PublishedMaskedSoftmax
 from tests.support.helpers import data_dependent, published_softmax
 
+pytestmark = pytest.mark.fast
+
 
 def oracle(scores: Tensor, weights: Tensor | None) -> np.ndarray:
     """Head by head, sample by sample."""

@@ -12,6 +12,8 @@ from torch import Tensor
 from pumer_compile.reducers import ModalityAwareMerger
 from tests.support.helpers import groups, margin, match
 
+pytestmark = pytest.mark.fast
+
 
 def pairs_of(merger: ModalityAwareMerger, keys: Tensor, weights: Tensor | None = None) -> list[list[tuple]]:
     """The merger's pairs of token positions, by sample."""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pumer_compile.reducers import TextInformedPruner
 from tests.support.helpers import order, saliency
+
+pytestmark = pytest.mark.fast
 
 
 @st.composite

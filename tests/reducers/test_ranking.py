@@ -12,6 +12,8 @@ from torch import Tensor
 from pumer_compile.reducers.ranking import descending_rank, first_largest, indices, one_hot, ranked, top
 from tests.support.helpers import data_dependent
 
+pytestmark = pytest.mark.fast
+
 
 @st.composite
 def scores(draw: st.DrawFn, least: int = 1) -> Tensor:

@@ -21,6 +21,8 @@ from pumer_compile.reducers import (
 from pumer_compile.reducers.base import Decisions, Reduction
 from tests.support.helpers import combine, data_dependent, groups, match, order, reduce_image, reduce_text, saliency
 
+pytestmark = pytest.mark.fast
+
 SEMANTICS = ("reference", "paper", "safe")
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import pytest
+
 from pumer_compile.analysis.attention import locate
 from pumer_compile.analysis.axes import Dim, Fixed, Product, Segment, Tokens
 from pumer_compile.rewrite.epochs import Step
 from tests.support.models import schedule
 from tests.support.walks import BASE, walk
+
+pytestmark = pytest.mark.fast
 
 
 def test_sizes_by_epoch() -> None:

@@ -374,15 +374,15 @@ CASES: dict[str, tuple[Any, list[str], Callable[..., tuple], list[str], set[str]
         {"ByPosition"},
     ),
     # reductions
-    "sum over tokens": (aten.sum.dim_IntList, [X], lambda x: (x, [1]), ["2 8"], {"Total"}),
+    "sum over tokens": (aten.sum.dim_IntList, [X], lambda x: (x, [1]), ["2 8"], {"Summed"}),
     "sum over features": (aten.sum.dim_IntList, [X], lambda x: (x, [-1]), [f"2 {T}"], set()),
-    "sum of everything": (aten.sum.default, [X], lambda x: (x,), [""], {"Total"}),
+    "sum of everything": (aten.sum.default, [X], lambda x: (x,), [""], {"Summed"}),
     "sum over no dimension, which is all": (
         aten.sum.dim_IntList,
         [X],
         lambda x: (x, []),
         [""],
-        {"Total"},
+        {"Summed"},
     ),
     "mean keeps the dimension": (aten.mean.dim, [X], lambda x: (x, [1], True), ["2 1 8"], {"Reduce"}),
     "mean over several": (aten.mean.dim, ["2 4 text:7 8"], lambda x: (x, [1, 3]), [f"2 {T}"], set()),
