@@ -30,7 +30,7 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	@echo "==> pytest"
-	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --durations=25 $(PYTEST_ARGS)
 
 test-fast: $(STAMP)
 	@echo "==> pytest, fast tests"
