@@ -16,17 +16,9 @@ from torch import Tensor, fx
 
 from ..errors import AxisError
 from .nodes import after_attention, describe, values
-from .operators import aten, overloads
+from .operators import CASTS, MOVES
 
 SEPARATOR = -1
-
-_CASTS = {aten.to.device, aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default, aten.alias.default}
-_MOVES = _CASTS | set(
-    overloads(
-        "view reshape _unsafe_view permute transpose contiguous clone flatten slice select unsqueeze squeeze expand "
-        "cat stack split split_with_sizes chunk unbind"
-    )
-)
 
 
 @dataclass(frozen=True)
@@ -111,7 +103,7 @@ def _projected(scatter: fx.Node, source: fx.Node) -> fx.Node:
 
 
 def _moves(node: fx.Node) -> bool:
-    return node.target in _MOVES or node.target is operator.getitem
+    return node.target in MOVES or node.target is operator.getitem
 
 
 def _moved(source: fx.Node, projected: fx.Node, numbers: Tensor) -> Tensor:
@@ -128,7 +120,7 @@ def _moved(source: fx.Node, projected: fx.Node, numbers: Tensor) -> Tensor:
         elif not _moves(node):
             (value,) = values(node)
             known[node] = torch.full([int(size) for size in value.shape], SEPARATOR, dtype=torch.int32)
-        elif node.target in _CASTS:
+        elif node.target in CASTS:
             known[node] = known[node.all_input_nodes[0]]
         else:
             args = fx.map_arg(node.args, known.__getitem__)

@@ -12,12 +12,11 @@ from ..reducers.align import MaskKind
 from .annotate import Annotation
 from .axes import Dim, Fixed, Segment, Tokens
 from .carrier import carrier_of
-from .masks import ADD, KEEPS_VALUES, MASKED_FILL, RESHAPES, STRETCHES, WHERE, Addends, Mask, MaskReader, is_pointwise
+from .masks import Addends, Mask, MaskReader
 from .nodes import ancestors, depends_on_parameter, describe, module_path, operator_name, values
-from .operators import ATTENTION, SOFTMAX, aten
-from .rules import argument, shape, wrap
+from .operators import ADD, ATTENTION, KEEPS_VALUES, MASKED_FILL, MATMULS, RESHAPES, SOFTMAX, STRETCHES, WHERE
+from .rules import argument, is_pointwise, shape, wrap
 
-_PRODUCTS = {aten.matmul.default, aten.bmm.default}
 NOT_KNOWN = "no known mask"
 """What `Attention.unusual` says where something is added to scores that is neither a mask nor a bias."""
 
@@ -279,7 +278,7 @@ class _Scores:
 def _scores(node: object, reader: MaskReader) -> _Scores | None:
     if not isinstance(node, fx.Node) or node.op != "call_function":
         return None
-    if node.target in _PRODUCTS:
+    if node.target in MATMULS:
         return _Scores(node, node)
     if not is_pointwise(node):
         return None
@@ -356,7 +355,7 @@ def mask_kinds(attentions: list[Attention]) -> dict[fx.Node, MaskKind]:
 def _context(node: fx.Node) -> fx.Node | None:
     """Probabilities times values."""
     for user in node.users:
-        if user.target in _PRODUCTS and user.args[0] is node:
+        if user.target in MATMULS and user.args[0] is node:
             return user
         if user.op == "call_function" and is_pointwise(user) and (found := _context(user)) is not None:
             return found
@@ -381,9 +380,9 @@ def _obstacle(node: fx.Node, annotation: Annotation) -> str:
     if wrap(argument(node, 1, "dim"), len(shape(node))) != len(shape(node)) - 1:
         return f" {describe(node)} is over dimension {argument(node, 1, 'dim')} of {list(shape(node))}."
     before = node
-    while before.target in SOFTMAX or (before.target not in _PRODUCTS and is_pointwise(before)):
+    while before.target in SOFTMAX or (before.target not in MATMULS and is_pointwise(before)):
         before = max(filter(values, before.all_input_nodes), key=lambda n: values(n)[0].dim())
-    if before.op == "call_function" and before.target not in _PRODUCTS:
+    if before.op == "call_function" and before.target not in MATMULS:
         return f" {describe(before)} stands before {describe(node)}, where a product of queries and keys was expected."
     after = next((u for u in node.users if values(u) and not is_pointwise(u)), None)
     wanted = "where a product with values was expected"

@@ -12,10 +12,9 @@ from collections.abc import Iterator
 from torch import Tensor, fx
 
 from .axes import same_size
-from .masks import ADD, RESHAPES, is_pointwise
 from .nodes import content_inputs, depends_on_input, values
-from .operators import aten
-from .rules import argument, broadcast, list_arg, shape, wrap
+from .operators import ADD, RESHAPES, aten
+from .rules import argument, broadcast, is_pointwise, list_arg, shape, wrap
 
 _PASSES = RESHAPES | {aten.squeeze.dim, aten.unsqueeze.default}
 _LINEAR = {aten.linear.default, aten.addmm.default, aten.matmul.default, aten.mm.default}

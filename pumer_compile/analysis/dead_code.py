@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import operator
-from typing import Any
 
 import torch
 from torch import fx
 
-from .operators import ATTENTION, DROPOUT, aten
+from .operators import ATTENTION, DROPOUT, MAY_ALIAS, is_mutable
 from .rules import argument
 
 
@@ -18,13 +17,6 @@ def drop_dead(graph: fx.Graph) -> None:
     graph.eliminate_dead_code(is_impure_node=lambda node: node.is_impure() and not draws_nothing(node))
 
 
-def is_mutable(target: Any) -> bool:
-    """Whether an operator changes numbers of an input in place, which `detach_` does not."""
-    return (
-        isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable and target is not aten.detach_.default
-    )
-
-
 def draws_nothing(node: fx.Node) -> bool:
     """Whether an operator that may draw random numbers does not."""
     if node.target is ATTENTION:
@@ -32,10 +24,6 @@ def draws_nothing(node: fx.Node) -> bool:
     if node.target in DROPOUT:
         return bool(argument(node, 2, "train") is False or argument(node, 1, "p") == 0.0)
     return False
-
-
-_SAME_STORAGE = {"to", "contiguous", "reshape", "flatten", "dropout", "feature_dropout", "type_as", "_unsafe_view"}
-"""Operators that may give their input, or a view of it, though their schema does not say so."""
 
 
 def may_be_changed(graph: fx.Graph) -> set[fx.Node]:
@@ -55,4 +43,4 @@ def _may_alias(node: fx.Node) -> bool:
     if not isinstance(node.target, torch._ops.OpOverload):
         return node.target is operator.getitem
     returns = node.target._schema.returns
-    return any(r.alias_info for r in returns) or node.target.overloadpacket.__name__ in _SAME_STORAGE
+    return any(r.alias_info for r in returns) or node.target.overloadpacket.__name__ in MAY_ALIAS

@@ -27,8 +27,16 @@ from .nodes import (
     depends_on_parameter,
     values,
 )
-from .operators import aten, overloads
-from .rules import argument, rule_for, shape
+from .operators import (
+    JOINS,
+    KEEPS_VALUES,
+    MASKED_FILL,
+    STRETCHES,
+    TAKES_NUMBERS,
+    WHERE,
+    aten,
+)
+from .rules import argument, is_pointwise, shape
 
 HIDES = -104.0
 """What is added to a score to hide it is this or lower: its exponential is 0 in float32."""
@@ -38,45 +46,8 @@ LOW = -50.0
 _MANY = 16  # a value that may be one of more numbers than this is no mask
 _GRID = 4096
 
-ADD = frozenset({aten.add.Tensor, aten.add_.Tensor})
-MASKED_FILL = frozenset(overloads("masked_fill masked_fill_"))
-WHERE = frozenset({aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar})
-STRETCHES = frozenset(
-    {aten.expand.default, aten.expand_as.default, aten.unsqueeze.default, aten.squeeze.dim, aten.slice.Tensor}
-)
-KEEPS_VALUES = frozenset(
-    {
-        aten.to.dtype,
-        aten.to.device,
-        aten.to.dtype_layout,
-        aten.dropout.default,
-        aten.contiguous.default,
-        aten.clone.default,
-        aten.alias.default,
-    }
-)
-RESHAPES = frozenset(
-    {
-        aten.transpose.int,
-        aten.permute.default,
-        aten.view.default,
-        aten.reshape.default,
-        aten.flatten.using_ints,
-        aten.contiguous.default,
-        aten.clone.default,
-    }
-)
 _FILLED = {"zeros": 0, "ones": 1, "zeros_like": 0, "ones_like": 1, "new_zeros": 0, "new_ones": 1}
 _FILLED_WITH = {"full": 1, "full_like": 1, "new_full": 2}
-_JOINS = frozenset(overloads("cat stack"))
-_MOVES = frozenset(
-    overloads(
-        "view reshape _unsafe_view flatten unflatten transpose permute t mT numpy_T movedim unsqueeze squeeze expand "
-        "broadcast_to repeat slice select narrow index index_select gather flip roll detach detach_ "
-        "lift_fresh lift_fresh_copy amax amin upsample_nearest2d"
-    )
-) | {aten.repeat_interleave.self_int, aten.repeat_interleave.self_Tensor}
-"""Operators whose results hold numbers of their first input and no others."""
 
 
 @dataclass(frozen=True)
@@ -190,7 +161,7 @@ class MaskReader:
 
     def _called_mask(self, node: fx.Node) -> bool:
         """Whether a value is a floating-point input without known numbers that is called a mask, moved at most."""
-        while node.target in KEEPS_VALUES | STRETCHES | _MOVES:
+        while node.target in KEEPS_VALUES | STRETCHES | TAKES_NUMBERS:
             node = node.all_input_nodes[0]
         named = node.op == "placeholder" and values(node)[0].is_floating_point() and "mask" in str(node.target)
         return named and self._sample(node) is None
@@ -207,7 +178,8 @@ class MaskReader:
             current = pending.pop()
             if current.target in MASKED_FILL | WHERE and any(map(self.hides, current.args[1:])):
                 return True
-            for x in current.all_input_nodes if is_pointwise(current) or current.target in STRETCHES | _MOVES else ():
+            follows = is_pointwise(current) or current.target in STRETCHES | TAKES_NUMBERS
+            for x in current.all_input_nodes if follows else ():
                 if depends_on_parameter(x):
                     pending.extend([] if x in seen else [x])
                     seen.add(x)
@@ -279,14 +251,14 @@ class MaskReader:
             constant = constant_value(node)
             if constant is not None and not constant.is_meta:
                 return _few(constant)
-        if node.target in _JOINS:
+        if node.target in JOINS:
             parts = [self.possible(x) for x in node.all_input_nodes]
             return (
                 None
                 if any(x is None for x in parts)
                 else _few(torch.cat([x.to(dtype) for x in parts if x is not None]))
             )
-        if node.target in _MOVES:
+        if node.target in TAKES_NUMBERS:
             found = self.possible(node.all_input_nodes[0])
             return None if found is None else _few(found.to(dtype))
         edge = _padded_with(node)
@@ -366,12 +338,6 @@ def _without_numbers(node: fx.Node) -> bool:
         seen.update(fresh)
         pending.extend(fresh)
     return False
-
-
-def is_pointwise(node: fx.Node) -> bool:
-    """Whether an operator works on each element alone."""
-    rule = rule_for(node)
-    return rule is not None and rule.__name__ == "pointwise"
 
 
 def broadcast_over_queries(node: fx.Node) -> bool:

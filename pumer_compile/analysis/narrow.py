@@ -16,19 +16,17 @@ from torch.fx.node import map_aggregate
 from ..errors import AxisError
 from ..reducers import PublishedMaskedSoftmax
 from .axes import ByPosition, Concat, Constraint, Dim, Literal, Reshape, Same, same_size
-from .dead_code import draws_nothing, is_mutable
+from .dead_code import draws_nothing
 from .nodes import values
-from .operators import ATTENTION, DROPOUT, PIECES, PRODUCTS, SOFTMAX, aten, overloads
+from .operators import ATTENTION, DROPOUT, PIECES, PRODUCTS, SOFTMAX, SQUEEZE, VIEWS, aten, is_mutable, overloads
 from .rules import argument, int_arg, ints_arg, node_arg, rule_for, shape, wrap
 
 _SOFTMAX = SOFTMAX | {aten.log_softmax.int}
-_SQUEEZE = frozenset(overloads("squeeze"))
-VIEWS = frozenset({aten.view.default, aten._unsafe_view.default})
 
 EXACT = (
     PIECES
     | _SOFTMAX
-    | _SQUEEZE
+    | SQUEEZE
     | DROPOUT
     | VIEWS
     | PRODUCTS.keys()
@@ -208,7 +206,7 @@ def _narrow_along(node: fx.Node, wanted: Range, constraints: list[Constraint]) -
     differ = any(not same_size(shape(x)[i], size) for x, i in taken.items())
     if several or twice or differ:
         return None
-    if node.target in _SQUEEZE and wanted.length == 1 and _squeezes(node, taken):
+    if node.target in SQUEEZE and wanted.length == 1 and _squeezes(node, taken):
         return None
     literals = [c for c in constraints if isinstance(c, Literal) and c.result == result]
     if not taken and not literals:

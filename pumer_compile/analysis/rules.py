@@ -626,3 +626,9 @@ def sym_size(node: fx.Node) -> Iterator[Constraint]:
     x, dim = node_arg(node, 0), int_arg(node, 1)
     rank = len(shape(x))
     yield from (ByPosition(Dim(x, i)) if i == wrap(dim, rank) else Reduce(Dim(x, i)) for i in range(rank))
+
+
+def is_pointwise(node: fx.Node) -> bool:
+    """Whether an operator works on each element alone."""
+    rule = rule_for(node)
+    return rule is not None and rule.__name__ == "pointwise"

@@ -23,13 +23,9 @@ from ..analysis.axes import Size, same_size
 from ..analysis.cost import SMALL_PRODUCTS
 from ..analysis.dead_code import drop_dead, may_be_changed
 from ..analysis.nodes import Emitter, values
-from ..analysis.operators import aten
+from ..analysis.operators import HEAD_VIEWS, aten
 from ..analysis.rules import node_arg, shape
 from .manager import Pass, ReducedGraph, State
-
-_VIEWS = frozenset(
-    {aten.view.default, aten.reshape.default, aten.transpose.int, aten.permute.default, aten.contiguous.default}
-)
 
 
 @dataclass(frozen=True)
@@ -95,7 +91,7 @@ def _heads(node: fx.Node) -> _Heads | None:
     right = shape(source)
     if len(shape(left)) != 4 or len(right) != 4 or shape(left)[1] != right[1] or shape(left)[2] != 1:
         return None
-    while source.target in _VIEWS and len(source.users) == 1:
+    while source.target in HEAD_VIEWS and len(source.users) == 1:
         before, *others = source.all_input_nodes
         if before is not source.args[0] or not all(_is_batch(size, right[0]) for size in others):
             return None

@@ -25,7 +25,6 @@ from ..analysis.axes import same_size
 from ..analysis.cost import multiply_adds, numbers, pays
 from ..analysis.dead_code import drop_dead, may_be_changed
 from ..analysis.narrow import (
-    VIEWS,
     Cut,
     Narrow,
     Range,
@@ -35,7 +34,7 @@ from ..analysis.narrow import (
     sliced_range,
 )
 from ..analysis.nodes import describe, values
-from ..analysis.operators import ATTENTION, PIECES, PRODUCTS, aten, overloads
+from ..analysis.operators import NEW, PIECES, VIEWS, WORK, aten
 from ..analysis.propagate import propagate
 from ..analysis.rules import shape
 from ..errors import PlanError, VerifyError
@@ -45,8 +44,6 @@ from .manager import Pass, ReducedGraph, State
 
 log = logging.getLogger("pumer_compile")
 
-_NEW = frozenset(overloads("new_zeros new_ones new_full new_empty"))
-_WORK = PRODUCTS.keys() | {ATTENTION, aten.einsum.default, *overloads("conv1d conv2d conv3d")}
 Plans = dict[fx.Node, Narrow]
 
 
@@ -78,7 +75,7 @@ def eliminate(module: fx.GraphModule) -> int:
 
 
 def _products(graph: fx.Graph) -> int:
-    return sum(node.target in _WORK for node in graph.nodes)
+    return sum(node.target in WORK for node in graph.nodes)
 
 
 def _outputs(module: fx.GraphModule) -> list[fx.Node]:
@@ -114,7 +111,7 @@ def find(graph: fx.Graph) -> Plans:
 
 def _demands(node: fx.Node, plan: Narrow | None, shared: bool) -> list[fx.Node | Cut]:
     """What a node asks for: values in whole or in part."""
-    if node.target in _NEW:
+    if node.target in NEW:
         return []  # a dtype and a device
     if plan is not None:
         return leaves((plan.args, plan.kwargs))

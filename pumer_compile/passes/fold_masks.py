@@ -14,14 +14,13 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
 from ..analysis.axes import same_size
-from ..analysis.dead_code import drop_dead, is_mutable, may_be_changed
+from ..analysis.dead_code import drop_dead, may_be_changed
 from ..analysis.nodes import attribute, values
-from ..analysis.operators import ATTENTION, aten, overloads
+from ..analysis.operators import ATTENTION, MASKED_FILL, aten, is_mutable, overloads
 from ..analysis.rules import argument
 from ..errors import UsageError
 
 _ADD, _MULTIPLY = frozenset(overloads("add add_")), frozenset(overloads("mul mul_"))
-_FILL = frozenset(overloads("masked_fill masked_fill_"))
 
 
 def masks_of(inputs: Mapping[str, Tensor]) -> list[str]:
@@ -119,7 +118,7 @@ def _unchanged(node: fx.Node, known: Mapping[fx.Node, Any]) -> fx.Node | None:
         kept = a
     elif node.target in _MULTIPLY and _holds_only(known.get(a), 1):
         kept = b
-    elif node.target in _FILL and _holds_only(known.get(argument(node, 1, "mask")), False):
+    elif node.target in MASKED_FILL and _holds_only(known.get(argument(node, 1, "mask")), False):
         kept = a
     elif node.target is aten.where.self and isinstance(known.get(a), Tensor):
         chosen = [x for i, x in ((True, node.args[1]), (False, node.args[2])) if _holds_only(known[a], i)]
