@@ -1,1 +1,1 @@
-"""The passes: annotate, locate, insert, rewrite, verify; `pipeline` runs them in order."""
+"""The passes, one a file; `manager` runs them, `pipeline` says in which order."""

@@ -1,1 +1,1 @@
-"""What executes an artifact: onnxruntime, TensorRT, TensorRT-RTX."""
+"""What executes an artifact: onnxruntime, TensorRT, TensorRT-RTX, OpenVINO."""
