@@ -122,25 +122,36 @@ def export(
         manifest = _manifest(writer, build, program, reduced, report.to_dict() if report else {"verified": False})
         writer.record(manifest, files)
         if report is not None and not report.passed:
-            failed = path.with_name(f"{path.name}.failed")
-            publish([(f, failed if f == files[-1] else writer.companion(f, failed)) for f in files])
-            advice = "raise --atol/--rtol only if the difference is acceptable for your task"
-            raise ParityError(
-                f"Parity failed, so {path} was not written: {report.failures()}. The artifact is kept as {failed} for "
-                f"inspection; {advice if report.only_too_far else 'no tolerance would let it pass'}.",
-                report,
-            )
-        beside = sidecar(path)
-        companions = [(f, writer.companion(f, path)) for f in files[:-1]]
-        described = {"artifact": path.name, "sha256": sha256_file(files[-1]), **manifest}
-        if companions:
-            described["companions"] = {final.name: sha256_file(f) for f, final in companions}
-        written = Path(folder) / "manifest.json"
-        written.write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
-        # The artifact comes last: until then the old one stands, unless it would read the new companions.
-        changed = any(final.exists() and sha256_file(final) != sha256_file(f) for f, final in companions)
-        publish([*companions, (written, beside), (files[-1], path)], retire=path if changed else None)
+            raise _refused(writer, path, files, report)
+        beside = _publish(writer, path, files, manifest)
     return Exported(path, beside, manifest, report)
+
+
+def _refused(writer: Writer[Any, Any], path: Path, files: Sequence[Path], report: ParityReport) -> ParityError:
+    """The error of a failed proof; what was written is kept as `<path>.failed`."""
+    failed = path.with_name(f"{path.name}.failed")
+    publish([(f, failed if f == files[-1] else writer.companion(f, failed)) for f in files])
+    advice = "raise --atol/--rtol only if the difference is acceptable for your task"
+    return ParityError(
+        f"Parity failed, so {path} was not written: {report.failures()}. The artifact is kept as {failed} for "
+        f"inspection; {advice if report.only_too_far else 'no tolerance would let it pass'}.",
+        report,
+    )
+
+
+def _publish(writer: Writer[Any, Any], path: Path, files: Sequence[Path], manifest: Mapping[str, Any]) -> Path:
+    """Rename files, of which the artifact is the last, to their own names, the manifest beside them; gives its path."""
+    beside = sidecar(path)
+    companions = [(f, writer.companion(f, path)) for f in files[:-1]]
+    described = {"artifact": path.name, "sha256": sha256_file(files[-1]), **manifest}
+    if companions:
+        described["companions"] = {final.name: sha256_file(f) for f, final in companions}
+    written = files[-1].parent / "manifest.json"
+    written.write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+    # The artifact comes last: until then the old one stands, unless it would read the new companions.
+    changed = any(final.exists() and sha256_file(final) != sha256_file(f) for f, final in companions)
+    publish([*companions, (written, beside), (files[-1], path)], retire=path if changed else None)
+    return beside
 
 
 def _manifest(
