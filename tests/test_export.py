@@ -282,7 +282,7 @@ def test_a_proof_takes_no_batch_twice(
     firsts = [float(batch["pixel_values"].flatten()[0]) for batch in given]
     assert len(set(firsts)) == len(firsts)
     sizes = [len(batch["pixel_values"]) for batch in given]
-    assert sizes == ([2, 2, 1, 3, 2] if dynamic else [2, 2, 2, 2])
+    assert sizes == ([2, 2, 1, 3, 2, 2] if dynamic else [2, 2, 2, 2, 2, 2])
 
 
 # --- Interrupted ------------------------------------------------------------------------------------------------------

@@ -321,9 +321,9 @@ def test_the_batch_sizes_of_a_proof(captured: int, dynamic: bool, profiles: Any,
 
 
 @pytest.mark.parametrize(
-    ("sizes", "expected"), [([1], [1, 1, 1, 1]), ([2], [2, 2]), ([8], [8, 8]), ([2, 1, 3], [2, 1, 3])]
+    ("sizes", "expected"), [([1], [1] * 8), ([2], [2, 2, 2, 2]), ([8], [8, 8]), ([2, 1, 3], [2, 1, 3, 2])]
 )
-def test_a_proof_has_two_batches_and_every_extreme(sizes: list[int], expected: list[int]) -> None:
+def test_a_proof_has_two_batches_and_eight_samples(sizes: list[int], expected: list[int]) -> None:
     batches = proof_batches(Samples(describe_samples(vilt())), sizes)
     assert [len(batch["input_ids"]) for batch in batches] == expected
     assert not batches[0]["pixel_values"][:1].equal(batches[1]["pixel_values"][:1])
