@@ -184,5 +184,5 @@ def test_schedule() -> None:
     ],
 )
 def test_schedule_has_no_other_key(keys: str, named: str) -> None:
-    with pytest.raises(pumer.errors.ScheduleError, match=f"no other key: leave out `{named}`"):
+    with pytest.raises(pumer.errors.ScheduleError, match=f"leave out `{named}`"):
         Schedule.from_yaml(f"method: lossless\n{keys}\n")
