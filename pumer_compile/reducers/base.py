@@ -187,8 +187,8 @@ class Reducer(nn.Module):
         pairs = tuple(Decision(name, self.merge, self.keep) for name in ("source", "target"))
         return kept + (pairs if self.merge else ())
 
-    def choose(self, tokens: Tensor | None, *, kept: Tensor | None = None, **signals: Tensor | None) -> Choice:
-        """The algorithm.
+    def choose(self, *given: Any, **named: Any) -> Choice:
+        """The algorithm: `choose(tokens, *, kept=None, **signals)`, a subclass naming the signals that it reads.
 
         Args:
             tokens: the stream, `[batch, before, width]`; None where only the map is wanted.

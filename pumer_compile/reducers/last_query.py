@@ -53,9 +53,7 @@ class LastQueryReducer(Reducer):
         """See `Reducer`; of several images one may be kept whole."""
         return True
 
-    def choose(  # type: ignore[override]  # its signals by name
-        self, tokens: Tensor, last_query: Tensor, *, kept: Tensor | None = None
-    ) -> Choice:
+    def choose(self, tokens: Tensor, last_query: Tensor, *, kept: Tensor | None = None) -> Choice:
         """See `Reducer` and `Signal`; the tokens are the image's part of the carrier."""
         chosen, scores = self.pruner(last_query.detach())
         kept = chosen if kept is None else kept

@@ -57,7 +57,7 @@ class StreamReducer(Reducer):
         """See `Reducer`."""
         return self.pruner is not None
 
-    def choose(  # type: ignore[override]  # its signals by name
+    def choose(
         self,
         tokens: Tensor | None,
         keys: Tensor,

@@ -41,9 +41,7 @@ class VisualReducer(Reducer):
         """See `Reducer`; a budget of all tokens is a selection too."""
         return True
 
-    def choose(  # type: ignore[override]  # its signals by name
-        self, tokens: Tensor, class_token: Tensor, *, kept: Tensor | None = None
-    ) -> Choice:
+    def choose(self, tokens: Tensor, class_token: Tensor, *, kept: Tensor | None = None) -> Choice:
         """See `Reducer` and `Signal`; the tokens are the features that leave the vision tower."""
         if kept is None:
             kept, assigned = selection(self._keeps(tokens, class_token), self.keep)
