@@ -350,3 +350,24 @@ def test_schedules_that_are_refused(keys: dict[str, Any], words: str) -> None:
 def test_keys_of_vispruner_alone(keys: dict[str, Any]) -> None:
     with pytest.raises(ScheduleError, match=r"is for .*`method: vispruner`"):
         Schedule(layers=[0], prune=0.1, **keys)
+
+
+class MaskedTower(Tower):
+    """Black patches are hidden from the others."""
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        black = F.max_pool2d(pixels.abs().amax(1), 8).flatten(1) == 0
+        mask = torch.zeros(black.shape, dtype=pixels.dtype).masked_fill(black, -1e9)[:, None, None]
+        x = self.patch(pixels).flatten(2).transpose(1, 2)
+        for layer in self.layers:
+            x = layer(x, mask)
+        return x
+
+
+def test_a_tower_with_a_mask_is_refused() -> None:
+    """Which tokens the mask lets vote is not read."""
+    model = talker(cls=False)
+    model.tower = MaskedTower(16, 4, cls=False).eval()
+    program_ = captured(model, prompts(3, 5))
+    with pytest.raises(LocateError, match=r"vision\.1 .* of the vision tower has a mask"):
+        pumer.reduce(program_, Schedule(method="vispruner", budget=6))
