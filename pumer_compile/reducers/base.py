@@ -188,12 +188,12 @@ class Reducer(nn.Module):
         return kept + (pairs if self.merge else ())
 
     def choose(self, *given: Any, **named: Any) -> Choice:
-        """The algorithm: `choose(tokens, *, kept=None, **signals)`, a subclass naming the signals that it reads.
+        """The algorithm: `choose(tokens, **signals)`, a subclass naming the signals that it reads.
 
         Args:
             tokens: the stream, `[batch, before, width]`; None where only the map is wanted.
-            kept: take these as the kept tokens, and choose what is left to choose.
             signals: what it `reads`, by name.
+            kept: of one that prunes and then merges: take these as the kept tokens, and choose what merges.
         """
         raise NotImplementedError
 
@@ -229,7 +229,8 @@ class Reducer(nn.Module):
                 return self.forward(tokens, **named)
         choice = self.choose(tokens, **named)
         if self.forcing is not None:
-            choice = self._compared(choice, self.choose(tokens, **named, kept=self.forcing.decisions.kept))
+            forced, depends = self.forcing.decisions, self.prunes and self.merge > 0
+            choice = self._compared(choice, self.choose(tokens, **named, kept=forced.kept) if depends else choice)
         return self._combined(tokens, choice)
 
     def _compared(self, own: Choice, among: Choice) -> Choice:

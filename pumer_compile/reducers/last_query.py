@@ -53,10 +53,9 @@ class LastQueryReducer(Reducer):
         """See `Reducer`; of several images one may be kept whole."""
         return True
 
-    def choose(self, tokens: Tensor, last_query: Tensor, *, kept: Tensor | None = None) -> Choice:
+    def choose(self, tokens: Tensor, last_query: Tensor) -> Choice:
         """See `Reducer` and `Signal`; the tokens are the image's part of the carrier."""
-        chosen, scores = self.pruner(last_query.detach())
-        kept = chosen if kept is None else kept
+        kept, scores = self.pruner(last_query.detach())
         weights = torch.ones_like(tokens[:, :, 0])
         return Choice(kept_alone(kept), one_hot(kept, self.tokens).float(), weights, scores)
 

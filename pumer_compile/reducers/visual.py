@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from .base import Choice, Decisions, Reducer, Signal, kept_alone
-from .ranking import one_hot
 from .vispruner import Order, VisPruner, selection
 
 
@@ -41,12 +40,9 @@ class VisualReducer(Reducer):
         """See `Reducer`; a budget of all tokens is a selection too."""
         return True
 
-    def choose(self, tokens: Tensor, class_token: Tensor, *, kept: Tensor | None = None) -> Choice:
+    def choose(self, tokens: Tensor, class_token: Tensor) -> Choice:
         """See `Reducer` and `Signal`; the tokens are the features that leave the vision tower."""
-        if kept is None:
-            kept, assigned = selection(self._keeps(tokens, class_token), self.keep)
-        else:
-            assigned = one_hot(kept, self.tokens).float()
+        kept, assigned = selection(self._keeps(tokens, class_token), self.keep)
         return Choice(kept_alone(kept), assigned, torch.ones_like(tokens[:, :, 0]))
 
     def margin(self, own: Choice, among: Choice, forced: Decisions) -> Tensor:
