@@ -2,7 +2,7 @@
 
 The rewriter copies node after node. At the sites the inserted reducers replace the carrier, so whatever comes
 later sees the reduced stream and whatever came earlier saw the old one: each value is at an epoch of each
-stream (`history.py`). Literals that bake a token count get the new one; an input left at an older epoch than the
+stream (`epochs.py`). Literals that bake a token count get the new one; an input left at an older epoch than the
 others is aligned (`align.py`). What no rule aligns is an error.
 """
 

@@ -1,7 +1,7 @@
 """`torch.compile(model, backend="pumer")`: the passes on Dynamo's graph, then an inner backend.
 
 PyTorch finds this backend by its entry point, so no import is needed. Dynamo calls it once for each graph; it lowers
-the graph to what the passes read (`backend_graph.py`), runs them, and hands the reduced graph to the inner backend,
+the graph to what the passes read (`lowering.py`), runs them, and hands the reduced graph to the inner backend,
 through which it also trains.
 """
 
