@@ -1,0 +1,298 @@
+"""A visual method on the rows that enter a prompt, by the model's own modules: hooks, gradients and lists, no graph.
+
+What a row is made of comes from autograd: the tokens of the deciding attention whose gradient is not zero.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
+
+from tests.support.visual import select
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass
+class Attention:
+    """What one attention did: the module it is in, its weights `[batch, heads, queries, keys]` and its output
+    `[batch, heads, queries, width]`."""
+
+    module: nn.Module | None
+    weights: Tensor
+    output: Tensor
+
+
+@dataclass
+class Sight:
+    """What a model sees of its pictures.
+
+    Attributes:
+        rows: as they enter the prompt, `[rows, width]`, those of the first prompt first.
+        places: `(prompt, place in it)` of every row.
+        groups: numbers of rows that share a budget, in the order of the rows.
+        votes: `[rows]`.
+        members: of every row, `(call, batch row, token)` of the deciding attention.
+        deciding: for every placeholder the module, and whose votes count: a class token's alone, or everyone's.
+    """
+
+    rows: Tensor
+    places: list[tuple[int, int]]
+    groups: list[list[int]]
+    votes: Tensor
+    members: list[list[tuple[int, int, int]]]
+    deciding: list[tuple[nn.Module | None, str]]
+
+
+# --- looking --------------------------------------------------------------------------------------------------------
+
+
+class _Attentions(TorchFunctionMode):
+    """Every softmax that meets values, with the module in which it happens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside: list[nn.Module] = []
+        self.found: list[Attention] = []
+        self.weights: dict[int, Tensor] = {}
+        self.alive: list[Any] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = getattr(func, "__name__", "")
+        first = args[0] if args and isinstance(args[0], Tensor) else None
+        if name == "softmax":
+            self._same(result, result)
+        elif name in ("dropout", "to", "type", "type_as", "contiguous") and id(first) in self.weights:
+            self._same(result, self.weights[id(first)])
+        elif name in ("matmul", "__matmul__", "bmm") and id(first) in self.weights and args[1].dim() == first.dim():
+            self.found.append(Attention(self.inside[-1] if self.inside else None, first, result))
+        return result
+
+    def _same(self, value: Tensor, weights: Tensor) -> None:
+        self.weights[id(value)] = weights
+        self.alive.append(value)
+
+
+def decoder_of(model: nn.Module) -> nn.Module:
+    """The module that reads the prompt's embeddings."""
+    return next(m for path, m in model.named_modules() if path.endswith(("language_model", "text_model")))
+
+
+@contextlib.contextmanager
+def eagerly(model: nn.Module) -> Iterator[None]:
+    """All attention of the model written out as products."""
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    before = [(c, c._attn_implementation) for c in configs.values()]
+    try:
+        for config, _ in before:
+            config._attn_implementation = "eager"
+        yield
+    finally:
+        for config, name in before:
+            config._attn_implementation = name
+
+
+class _Enough(Exception):
+    """The prompt is seen."""
+
+
+def look(model: nn.Module, inputs: Tensors, placeholders: tuple[int, ...]) -> Sight:
+    """What stands in the prompts at the placeholders, what each of it is made of, and the attention that gets."""
+    seen: dict[str, Any] = {}
+
+    def prompt(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        seen["embeds"] = kwargs["inputs_embeds"]
+        raise _Enough
+
+    attentions = _Attentions()
+    handles = [
+        register_module_forward_pre_hook(lambda m, args: attentions.inside.append(m)),
+        register_module_forward_hook(lambda m, args, out: attentions.inside.pop() and None),
+        decoder_of(model).register_forward_pre_hook(prompt, with_kwargs=True),
+    ]
+    try:
+        with eagerly(model), torch.enable_grad(), attentions, contextlib.suppress(_Enough):
+            model(**inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    image = torch.isin(inputs["input_ids"], torch.tensor(placeholders))
+    embeds = seen["embeds"].expand(len(image), -1, -1)
+    sight = Sight(embeds[image].detach(), [(int(b), int(p)) for b, p in image.nonzero()], [], torch.empty(0), [], [])
+    sight.votes = torch.zeros(len(sight.rows))
+    sight.members = [[] for _ in sight.places]
+    for token in placeholders:
+        # Pictures and films may come from towers of their own.
+        numbers = (inputs["input_ids"][image] == token).nonzero().flatten().tolist()
+        if numbers:
+            _votes(sight, numbers, embeds[inputs["input_ids"] == token], attentions.found)
+    return sight
+
+
+def _votes(sight: Sight, numbers: list[int], rows: Tensor, found: list[Attention]) -> None:
+    """Fill in what is known of the rows of these numbers."""
+    calls, members = _deciding(rows, found)
+    received, voters = [], set()
+    for index, call in enumerate(calls):
+        weights = call.weights.mean(1)
+        # A token in front of the others that becomes no row of any picture is a class token: it speaks for the picture.
+        alone = not any(m[index][:, 0].any() for m in members)
+        voters.add("class" if alone else "all")
+        received.append(weights[:, 0] if alone else weights.mean(1))
+    (voter,) = voters
+    sight.deciding.append((calls[0].module, voter))
+    groups: dict[tuple[int, int], list[int]] = {}
+    for number, row in zip(numbers, members, strict=True):
+        own = [(i, int(b), int(t)) for i, m in enumerate(row) for b, t in m.nonzero()]
+        sight.members[number] = own
+        sight.votes[number] = torch.stack([received[i][b, t] for i, b, t in own]).mean().detach()
+        (group,) = {(i, b) for i, b, _ in own}
+        groups.setdefault(group, []).append(number)
+    sight.groups += groups.values()
+
+
+def _deciding(rows: Tensor, found: list[Attention]) -> tuple[list[Attention], list[list[Tensor]]]:
+    """The last attention of tokens among themselves that tells rows apart, and its tokens in every row."""
+    modules = list(dict.fromkeys(reversed([a.module for a in found])))
+    for module in modules:
+        calls = [a for a in found if a.module is module and a.weights.shape[-1] == a.weights.shape[-2]]
+        if not calls:
+            continue
+        members = _members(rows, calls)
+        if len({tuple(tuple(m.flatten().tolist()) for m in row) for row in members}) == len(rows):
+            return calls, members
+    raise AssertionError("No attention tells the rows apart.")
+
+
+def _members(rows: Tensor, calls: list[Attention]) -> list[list[Tensor]]:
+    """Of every row and call, the tokens whose change would change the row: `[batch, queries]`."""
+    generator = torch.Generator().manual_seed(0)
+    mixed = rows @ torch.randn(rows.shape[1], generator=generator)
+    members = []
+    for row in mixed:
+        slopes = torch.autograd.grad(row, [a.output for a in calls], retain_graph=True, allow_unused=True)
+        members.append(
+            [
+                torch.zeros_like(a.output[:, 0, :, 0], dtype=torch.bool) if g is None else (g != 0).any(-1).any(1)
+                for a, g in zip(calls, slopes, strict=True)
+            ]
+        )
+    return members
+
+
+# --- choosing ---------------------------------------------------------------------------------------------------------
+
+
+def kept_rows(sight: Sight, budget: int, important: float = 0.5) -> list[int]:
+    """Numbers of the rows that VisPruner keeps, `budget` of every group."""
+    kept: list[int] = []
+    for group in sight.groups:
+        chosen = select(sight.rows[group][None], sight.votes[group][None], budget, important)[0]
+        kept += [group[int(i)] for i in chosen]
+    return sorted(kept)
+
+
+def kept_places(sight: Sight, inputs: Tensors, rows: list[int]) -> Tensor:
+    """Places in the prompts of words and these rows, `[batch, left]`."""
+    stays = torch.ones_like(inputs["input_ids"], dtype=torch.bool)
+    for number, place in enumerate(sight.places):
+        stays[place] = number in set(rows)
+    return torch.stack([row.nonzero().flatten() for row in stays])
+
+
+# --- the language model on what is kept -------------------------------------------------------------------------------
+
+
+def _cut(value: Tensor, places: Tensor, dim: int) -> Tensor:
+    """Of every prompt its places along a dimension; dimension 0 is the prompt."""
+    value = value.expand(len(places), *value.shape[1:])
+    return torch.stack([one.index_select(dim - 1, index) for one, index in zip(value, places, strict=True)])
+
+
+def _cut_mask(mask: Any, places: Tensor) -> Any:
+    if isinstance(mask, dict):
+        return {name: _cut_mask(m, places) for name, m in mask.items()}
+    if mask is None:
+        return None
+    return _cut(mask, places, 1) if mask.dim() == 2 else _cut(_cut(mask, places, 2), places, 3)
+
+
+@dataclass
+class _Reading:
+    """Hooks that let a language model read some places of the prompts alone, each where it stood."""
+
+    places: Tensor | None
+    rows: Tensor  # [rows] which are kept
+    masks: dict[nn.Module, Any] = field(default_factory=dict)
+
+    def prompt(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Cut what goes by token."""
+        assert not args, "the prompt comes by name"
+        embeds = kwargs["inputs_embeds"]
+        if kwargs.get("position_ids") is None:
+            kwargs["position_ids"] = torch.arange(embeds.shape[1])[None]
+        if self.places is None:
+            return args, kwargs
+        return args, {name: self._by_name(name, value) for name, value in kwargs.items()}
+
+    def _by_name(self, name: str, value: Any) -> Any:
+        places = self.places
+        if value is None or isinstance(value, bool | int | str) or name == "past_key_values":
+            return value
+        if name in ("inputs_embeds", "per_layer_inputs", "visual_pos_masks", "input_ids"):
+            return _cut(value, places, 1)
+        if name == "position_ids":
+            # [batch, length], or one of those for each axis of a position.
+            return _cut(value, places, 1) if value.dim() == 2 else torch.stack([_cut(v, places, 1) for v in value])
+        if name == "attention_mask":
+            return _cut_mask(value, places)
+        if name == "deepstack_visual_embeds":
+            return [v[self.rows] for v in value]
+        raise AssertionError(f"{name} goes into the language model; nobody said what of it is a token's")
+
+    def layer(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """The mask of the whole prompt, seen before, cut: windows are as wide as they were."""
+        where = "attention_mask"
+        if self.places is None:
+            self.masks[module] = kwargs[where] if where in kwargs else args[1]
+            return args, kwargs
+        mask = _cut_mask(self.masks[module], self.places)
+        return (args, {**kwargs, where: mask}) if where in kwargs else ((args[0], mask, *args[2:]), kwargs)
+
+
+def logits(model: nn.Module, inputs: Tensors, places: Tensor, rows: list[int] | None = None, of: int = 0) -> Tensor:
+    """Logits of the prompts' places, the others left out before the language model.
+
+    Args:
+        rows: which of the rows are kept, and `of` how many; for features that are added in later layers.
+    """
+    decoder = decoder_of(model)
+    reading = _Reading(None, torch.isin(torch.arange(of), torch.tensor(rows or [])))
+    handles = [decoder.register_forward_pre_hook(reading.prompt, with_kwargs=True)]
+    handles += [layer.register_forward_pre_hook(reading.layer, with_kwargs=True) for layer in decoder.layers]
+    try:
+        with eagerly(model), torch.no_grad():
+            model(**inputs)
+            reading.places = places
+            return model(**inputs).logits
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def by_hand(
+    model: nn.Module, inputs: Tensors, budget: int, placeholders: tuple[int, ...], important: float = 0.5
+) -> tuple[Tensor, Tensor]:
+    """Logits of a model that sees `budget` rows of each picture, and the places in the prompts that it sees."""
+    sight = look(model, inputs, placeholders)
+    rows = kept_rows(sight, budget, important)
+    places = kept_places(sight, inputs, rows)
+    return logits(model, inputs, places, rows, len(sight.places)), places
