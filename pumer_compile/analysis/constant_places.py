@@ -1,9 +1,9 @@
 """Constant places: reads and writes at fixed places of a prompt, as slices and joins.
 
-Models that add features of several depths of the tower to the first language layers (deepstack) read the image's places,
-add, and write them back; others write learned embeddings over the placeholders of tags. With places that are constants
-(`capture/follow.py`) both are cuts along the prompt, whose axes follow by the ordinary rules. What a tower gives for the
-places of an image is marked as tokens of that image (`same_tokens`): a reducer's map brings it along.
+Models that add features of several depths of the tower to the first language layers (deepstack) read the image's
+places, add, and write them back; others write learned embeddings over the placeholders of tags. With places that are
+constants (`capture/follow.py`) both are cuts along the prompt, whose axes follow by the ordinary rules. What a tower
+gives for the places of an image is marked as tokens of that image (`same_tokens`): a reducer's map brings it along.
 """
 
 from __future__ import annotations
@@ -116,7 +116,9 @@ class _Write:
     def lower(self) -> None:
         """Put slices and joins in its place; later readers of what it changes in place read these."""
         if self.node.args[3:] and self.node.args[3]:
-            raise AxisError(f"{describe(self.node)} adds up what it writes at places of a prompt, which is not supported.")
+            raise AxisError(
+                f"{describe(self.node)} adds up what it writes at places of a prompt, which is not supported."
+            )
         node, graph = self.node, self.node.graph
         with graph.inserting_before(node):
             given, parts, done, position = self._by_prompt(self.value), [], 0, 0
