@@ -22,7 +22,9 @@ from torch import Tensor, fx
 from ..errors import AxisError
 from ..plan import PromptPlace
 from .arrangement import SEPARATOR, Arrangement, arrangement
+from .attention import Parts
 from .axes import ByPosition, Constraint, Dim, Same, Seed
+from .lineage import Lineage, lineage
 from .nodes import Emitter, ancestors, attribute, constant_value, copied, describe, module_path, values
 from .operators import ATTENTION, SOFTMAX, aten, overloads
 from .rules import rule
@@ -74,17 +76,33 @@ def _place(node: fx.Node, argument: int) -> object:
 
 
 @dataclass(frozen=True)
+class Votes:
+    """Where the votes for the rows of a prompt come from.
+
+    Attributes:
+        deciding: the attentions that are read.
+        members: of each row of each prompt, the numbers of its tokens among those of all these attentions.
+        by_class: whether the first token of each of them is a class token, which no row holds; it votes alone.
+    """
+
+    deciding: tuple[Parts, ...]
+    members: tuple[tuple[tuple[int, ...], ...], ...]
+    by_class: bool
+
+
+@dataclass(frozen=True)
 class Mark:
-    """Image tokens of one block of every prompt, where they leave the vision tower.
+    """Image tokens of one block of every prompt, where they leave the vision tower, or enter the prompt.
 
     Attributes:
         node: the `visual_tokens` node, `[batch, tokens, width]`.
-        features: what leaves the tower, `[rows, tokens of a row, width]`.
+        features: what leaves the tower, `[rows, tokens of a row, width]`; or what enters the prompt.
         order: of each token, its number among those of the prompt's rows (`row * tokens of a row + token`); None where
             a prompt has one row, as it is.
         crops: places in the block of each row's tokens, in their order.
         separated: the `with_separators` node, if any.
         origin: for each place of it, the number of the token in `node`, or `SEPARATOR`.
+        votes: for rows that enter the prompt.
     """
 
     node: fx.Node
@@ -93,6 +111,7 @@ class Mark:
     crops: tuple[tuple[int, ...], ...]
     separated: fx.Node | None = None
     origin: tuple[int, ...] = ()
+    votes: Votes | None = None
 
     @property
     def prompted(self) -> fx.Node:
@@ -176,8 +195,20 @@ class _Scatter:
         self.others = [user for user in source.users if user is not node]
 
     def spell_out(self) -> None:
-        """Mark the features where they leave their tower."""
+        """Mark the features: where they leave their tower, if each row of the prompt is one of its tokens (the published
+        place); or else the rows that enter the prompt, with the tokens that they are made of."""
         blocks = self._blocks()
+        places, marks = len(self.prompt.places), len(self.prompt.marks)
+        try:
+            self._where_published(blocks)
+        except AxisError as published:
+            del self.prompt.places[places:], self.prompt.marks[marks:]
+            found = lineage(self.source, int(self.width))
+            if found is None or not all(found.members):
+                raise published
+            self._rows_with_votes(blocks, found)
+
+    def _where_published(self, blocks: list[tuple[int, int]]) -> None:
         found = arrangement(self.node, self.source, self.batch)
         graph = self.prompt.module.graph
         with graph.inserting_before(self.source.next):  # others may read it before the scatter does
@@ -190,13 +221,49 @@ class _Scatter:
 
     def spell_out_rows(self) -> None:
         """Mark the rows that are scattered, for a method that reduces them in the prompt."""
-        blocks, images, done = self._blocks(), [], 0
+        blocks = self._blocks()
+        self._mark_rows(blocks, [((tuple(range(stop - start)),), None) for start, stop in blocks])
+
+    def _rows_with_votes(self, blocks: list[tuple[int, int]], found: Lineage) -> None:
+        """Mark the rows that are scattered, for a method that reads the tower."""
+        rows = sum(stop - start for start, stop in blocks)
+        prompts = [found.members[i * rows : (i + 1) * rows] for i in range(self.batch)]
+        held = {token for row in found.members for token in row}
+        by_class = all(token not in held for token, place in enumerate(found.places()) if place == 0)
+        kinds, done = [], 0
+        for start, stop in blocks:
+            members = tuple(rows[done : done + stop - start] for rows in prompts)
+            kinds.append((self._groups(members, found.owners()), Votes(found.deciding, members, by_class)))
+            done += stop - start
+        self._mark_rows(blocks, kinds)
+
+    def _groups(
+        self, members: tuple[tuple[tuple[int, ...], ...], ...], owners: list[int]
+    ) -> tuple[tuple[int, ...], ...]:
+        """Places of a block that are reduced together: of one image, tile or frame."""
+        found = []
+        for rows in members:
+            groups: dict[frozenset[int], list[int]] = {}
+            for place, tokens in enumerate(rows):
+                groups.setdefault(frozenset(owners[token] for token in tokens), []).append(place)
+            found.append(tuple(map(tuple, groups.values())))
+        if len(set(found)) > 1:
+            raise AxisError(
+                f"{describe(self.node)} has images of another shape, or another number of them, in another prompt of the "
+                "batch. Compile for a batch of one, or for prompts of one form."
+            )
+        return found[0]
+
+    def _mark_rows(
+        self, blocks: list[tuple[int, int]], kinds: list[tuple[tuple[tuple[int, ...], ...], Votes | None]]
+    ) -> None:
+        images, done = [], 0
         with self.prompt.module.graph.inserting_before(self.node):
             whole = self.emit(aten.reshape.default, self.source, [self.batch, -1, self.width])
-            for start, stop in blocks:
+            for (start, stop), (crops, votes) in zip(blocks, kinds, strict=True):
                 rows = self.emit(aten.slice.Tensor, whole, 1, done, done + stop - start)
                 mark = self.emit(visual_tokens, rows, f"prompt{self._suffix()}")
-                self.prompt.marks.append(Mark(mark, rows, None, (tuple(range(stop - start)),)))
+                self.prompt.marks.append(Mark(mark, rows, None, crops, votes=votes))
                 images.append(mark)
                 done += stop - start
             self._join(images, blocks)

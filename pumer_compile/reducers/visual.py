@@ -69,6 +69,31 @@ class VisualReducer(Reducer):
         return keeps.index_select(1, torch.tensor(back).to(keeps.device))
 
 
+class MemberVotes(nn.Module):
+    """What each row of a prompt gets of the votes for the tokens that it is made of: their mean.
+
+    Args:
+        members: of each row of each prompt, the numbers of its tokens; at least one.
+    """
+
+    def __init__(self, members: Sequence[Sequence[Sequence[int]]]) -> None:
+        super().__init__()
+        most = max(len(tokens) for rows in members for tokens in rows)
+        self.shape = [len(members), len(members[0]), most]
+        padded = [[*tokens, *[tokens[0]] * (most - len(tokens))] for rows in members for tokens in rows]
+        self.index = [token for tokens in padded for token in tokens]
+        shares = [[1 / len(tokens)] * len(tokens) + [0.0] * (most - len(tokens)) for rows in members for tokens in rows]
+        even = all(len(tokens) == most for rows in members for tokens in rows)
+        self.shares = None if even else [share for row in shares for share in row]
+
+    def forward(self, votes: Tensor) -> Tensor:
+        """`[tokens]` to `[batch, rows]`."""
+        own = votes.index_select(0, torch.tensor(self.index).to(votes.device)).view(self.shape)
+        if self.shares is None:
+            return own.mean(-1)
+        return (own * torch.tensor(self.shares).to(votes).view(self.shape)).sum(-1)
+
+
 class WithSeparators(nn.Module):
     """The map of a stream, from that of its image tokens, where separators that are dropped stand between these.
 

@@ -144,7 +144,8 @@ class InsertReducer:
         place = dataclasses.replace(self._place(rewriter, dim), mark=mark)
         rewriter.follow_batch(Dim(mark.node, 0))
         name, annotation = _only_stream(rewriter, mark.node), self.graph.annotation
-        count, row = sum(map(len, mark.crops)), int(shape(mark.features)[1])
+        count = sum(map(len, mark.crops))
+        row = int(shape(mark.features)[1]) if mark.votes is None else max(map(len, mark.crops))
         stream = Stream(name, annotation.modality[name], count, annotation.learned[name], mark.crops, row)
         made = self._made(place, [stream])
         if not made:

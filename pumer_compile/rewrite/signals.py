@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
-from ..analysis.attention import NOT_KNOWN, Attention
+from ..analysis.attention import NOT_KNOWN, Attention, Parts, tower_attention
 from ..analysis.nodes import ancestors, describe
 from ..analysis.operators import aten
-from ..analysis.prompts import Mark
+from ..analysis.prompts import Mark, Votes
 from ..analysis.rules import shape
 from ..errors import LocateError
-from ..reducers import Signal
+from ..reducers import MemberVotes, Signal
 from .attention_rows import attention_rows
 from .carried_weights import CarriedWeights
 from .epochs import Epochs
@@ -136,6 +136,8 @@ def _class_token(place: Place, stream: str) -> fx.Node:
     mark, rewriter = place.mark, place.rewriter
     if mark is None:
         raise LocateError(f"Site {place.attention.described} is not where image tokens leave a vision tower.")
+    if mark.votes is not None:
+        return _votes_of_members(place, mark.votes, stream)
     if "class_token" not in place.read:
         place.read["class_token"] = rewriter.call(aten.mean.dim, _tower_rows(place, mark), [1, 2])
     found = place.read["class_token"]
@@ -146,6 +148,25 @@ def _class_token(place: Place, stream: str) -> fx.Node:
     # The captured graph brings the features into this order.
     order = next(n for n in mark.node.all_input_nodes[0].all_input_nodes if n.op == "get_attr")
     return rewriter.call(aten.index_select.default, own, 1, rewriter.env[order])
+
+
+def _votes_of_members(place: Place, votes: Votes, stream: str) -> fx.Node:
+    """What each row of a prompt gets: the mean of what its tokens get, `[batch, rows]`, float32."""
+    if "members" not in place.read:
+        found = [_received(place, parts, i, votes.by_class) for i, parts in enumerate(votes.deciding)]
+        call = place.rewriter.call
+        place.read["members"] = call(aten.cat.default, found, 0) if len(found) > 1 else found[0]
+    name = f"reducer.{place.attention.name}.members.{stream}"
+    return place.rewriter.call_module(name, MemberVotes(votes.members), place.read["members"])
+
+
+def _received(place: Place, parts: Parts, number: int, by_class: bool) -> fx.Node:
+    """What every token of an attention gets, mean over heads and those who vote, `[images * tokens]`, float32."""
+    attention = tower_attention(parts, number)
+    rows = (0, 1) if by_class else (0, int(shape(parts.query)[-2]))
+    found = attention_rows(place.rewriter, attention, rows, f"reducer.{place.attention.name}.attention_{number}")
+    means = place.rewriter.call(aten.mean.dim, found, [-3, -2])
+    return place.rewriter.call(aten.reshape.default, means, [-1])
 
 
 def _tower_rows(place: Place, mark: Mark) -> fx.Node:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from torch import fx
 
 from ..analysis.annotate import Annotation
-from ..analysis.attention import NOT_KNOWN, Attention, choose
+from ..analysis.attention import NOT_KNOWN, Attention, Parts, attention_parts, choose, tower_attention
 from ..analysis.axes import Dim, Tokens
 from ..analysis.nodes import ancestors, describe
 from ..analysis.prompts import Mark
@@ -150,6 +150,10 @@ class LocatedGraph:
         """
         found: dict[fx.Node, tuple[Attention, tuple[Mark, ...]]] = {}
         for mark in self.marks:
+            if mark.votes is not None:
+                last = self._deciding(mark.votes.deciding[-1])
+                found[last.context] = (last, (*(found[last.context][1] if last.context in found else ()), mark))
+                continue
             before = ancestors(mark.node)
             tower = [a for a in self.attentions if a.context in before]
             if not tower:
@@ -158,6 +162,11 @@ class LocatedGraph:
             marks = found[last.context][1] if last.context in found else ()
             found[last.context] = (last, (*marks, mark))
         return list(found.values())
+
+    def _deciding(self, parts: Parts) -> Attention:
+        """The attention that decides over the rows of a prompt."""
+        located = next((a for a in self.attentions if a.context is parts.context), None)
+        return located or tower_attention(parts, len(attention_parts(parts.context)) - 1)
 
     # --- checks -------------------------------------------------------------------------------------------------------
 
