@@ -904,6 +904,7 @@ def colqwen2() -> Built:
 
     def make(seed: int) -> Tensors:
         inputs = packed(seed)
+        del inputs["mm_token_type_ids"]
         return {**inputs, "pixel_values": inputs["pixel_values"][None]}
 
     return hf.ColQwen2ForRetrieval(hf.ColQwen2Config(vlm_config=vlm, embedding_dim=12)), make
