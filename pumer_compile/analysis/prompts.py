@@ -198,15 +198,21 @@ class _Scatter:
         """Mark the features: where they leave their tower, if each row of the prompt is one of its tokens (the published
         place); or else the rows that enter the prompt, with the tokens that they are made of."""
         blocks = self._blocks()
-        places, marks = len(self.prompt.places), len(self.prompt.marks)
         try:
-            self._where_published(blocks)
-        except AxisError as published:
-            del self.prompt.places[places:], self.prompt.marks[marks:]
             found = lineage(self.source, int(self.width))
-            if found is None or not all(found.members):
-                raise published
-            self._rows_with_votes(blocks, found)
+        except AxisError as unknown:
+            found, why = None, unknown
+        else:
+            why = None
+        if found is None or all(len(tokens) < 2 for tokens in found.members):
+            marks = len(self.prompt.marks)
+            try:
+                return self._where_published(blocks)
+            except AxisError as published:
+                if found is None or not all(found.members):
+                    raise why or published from published
+                del self.prompt.marks[marks:]
+        self._rows_with_votes(blocks, found)
 
     def _where_published(self, blocks: list[tuple[int, int]]) -> None:
         found = arrangement(self.node, self.source, self.batch)
@@ -228,6 +234,12 @@ class _Scatter:
         """Mark the rows that are scattered, for a method that reads the tower."""
         rows = sum(stop - start for start, stop in blocks)
         prompts = [found.members[i * rows : (i + 1) * rows] for i in range(self.batch)]
+        if not all(found.members):
+            empty = next(place for place, tokens in enumerate(found.members) if not tokens)
+            raise AxisError(
+                f"{describe(self.node)} fills place {empty % rows} of the image with what is made of no token of the vision "
+                "tower (a learned separator, say), among rows that are made of several. `method: fastv` reduces them."
+            )
         held = {token for row in found.members for token in row}
         by_class = all(token not in held for token, place in enumerate(found.places()) if place == 0)
         kinds, done = [], 0

@@ -79,6 +79,8 @@ class FollowSample(TorchFunctionMode):
         self.asked: list[Asked] = []
         self.lifted: list[Tensor] = []
         self.looked_up: set[str] = set()
+        # Storages that hold something else than what is known of how their owners were made.
+        self.written_through: set[int] = set()
 
     def enter(self, inputs: Mapping[str, Any]) -> None:
         """Give traced inputs their shadows."""
@@ -127,7 +129,9 @@ class FollowSample(TorchFunctionMode):
         made = self._ask(func, args, kwargs)
         with _outside():
             found = func(*_real(args), **_real(kwargs))
-        return tree_map_only(Tensor, lambda t: self._lift(t, made), found)
+        if isinstance(found, Tensor):
+            return self._lift(found, made)
+        return type(found)(self._lift(t, made.part(i)) for i, t in enumerate(found))
 
     def _as_numbers(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         for tensor in (t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)):
@@ -178,10 +182,10 @@ class FollowSample(TorchFunctionMode):
             if found is None or found.real.dtype != torch.bool:
                 items.append(item)
                 continue
-            made = self._ask(Tensor.nonzero, (item,), {})
+            made = self._ask(Tensor.nonzero, (item,), {"as_tuple": True})
             with _outside():
                 places = found.real.nonzero(as_tuple=True)
-            items += [self._lift(place, made) for place in places]
+            items += [self._lift(place, made.part(i)) for i, place in enumerate(places)]
         return tuple(items) if len(items) > 1 else items[0]
 
     def _ask(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Made:
@@ -189,8 +193,9 @@ class FollowSample(TorchFunctionMode):
         for tensor in (t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)):
             found = shadow(tensor)
             if found is not None and found.made.inputs:
+                stale = found.real.untyped_storage().data_ptr() in self.written_through
                 with _outside():
-                    self.asked.append(Asked(found.made, found.real.clone(), _caller()))
+                    self.asked.append(Asked(found.made, found.real.clone(), _caller(), stale))
         return Made.call(func, _made(args), _made(kwargs))
 
     def _lift(self, real: Tensor, made: Made) -> Tensor:
@@ -204,7 +209,7 @@ class FollowSample(TorchFunctionMode):
         ids = args[0] if args else kwargs.get("input")
         found = shadow(ids)
         if found is not None:
-            self.looked_up |= found.made.inputs
+            self.looked_up |= found.made.carried()
 
     # --- the trace, with shadows beside -------------------------------------------------------------------------------
 
@@ -219,13 +224,22 @@ class FollowSample(TorchFunctionMode):
             if real is not None or changes:
                 made = Made.call(func, _made(args), _made(kwargs))
                 if changes and (target := shadow(tensors[0])) is not None:
-                    target.made.change(made)
+                    target.made = self._changed(name, target, made)
                 _attach_all(result, real, made)
                 return result
         if changes and tensors and shadow(tensors[0]) is not None:
             # What is not known was written into it. Views of it are not known either, and are found by their storage.
             vars(tensors[0]).pop("_pumer_shadow")
         return result
+
+    def _changed(self, name: str, target: Shadow, made: Made) -> Made:
+        """How a value was made that something was written into. Through a view, its other owners do not say so."""
+        storage = target.real.untyped_storage().data_ptr()
+        if target.real._is_view() and name != "__setitem__":
+            self.written_through.add(storage)
+        elif name == "__setitem__":
+            self.written_through.discard(storage)
+        return made
 
     @staticmethod
     def _computed(func: Any, args: Any, kwargs: Any, result: Any) -> Any:
@@ -246,11 +260,11 @@ def _attach_all(result: Any, real: Any, made: Made) -> None:
     traced, reals = tree_leaves(result), tree_leaves(real)
     if len(traced) != len(reals):
         return
-    for one, value in zip(traced, reals, strict=True):
+    for number, (one, value) in enumerate(zip(traced, reals, strict=True)):
         if isinstance(one, FakeTensor) and isinstance(value, Tensor) and one.shape == value.shape:
             known = shadow(one)
             if known is None or known.real is not value:
-                _attach(one, Shadow(value, made))
+                _attach(one, Shadow(value, made if isinstance(result, Tensor) else made.part(number)))
 
 
 def _known(tensor: Tensor) -> bool:

@@ -23,9 +23,13 @@ _LARGEST = 1 << 20
 _REPLAYED = frozenset(
     "eq ne lt le gt ge sum any all view reshape flatten unsqueeze squeeze expand transpose permute contiguous clone to "
     "bool int long float logical_and logical_or logical_not and or xor invert add sub mul rsub cumsum amax amin max min "
-    "getitem select numel abs nonzero diff unbind mean prod count_nonzero isin is_all_true".split()
+    "getitem select numel abs nonzero diff unbind mean prod count_nonzero isin is_all_true ior iand iadd isub setitem part"
+    .split()
 )
 _MOVES = frozenset("view reshape unsqueeze squeeze expand expand_as flatten contiguous clone to detach".split())
+
+
+_REPLACES = frozenset({"where", "masked_fill", "clamp", "long", "int", "cat", "stack", "getitem", "index_select"})
 
 
 @dataclass(eq=False)
@@ -37,7 +41,6 @@ class Made:
         args, kwargs: with `Made` for tensors.
         value: of a constant.
         inputs: that it comes from.
-        changed: whether it was written into afterwards, so that these operators do not tell what it holds.
     """
 
     name: str
@@ -45,7 +48,6 @@ class Made:
     kwargs: tuple[tuple[str, Any], ...] = ()
     value: Tensor | None = None
     inputs: frozenset[str] = frozenset()
-    changed: bool = False
 
     @classmethod
     def input(cls, name: str) -> Made:
@@ -63,12 +65,19 @@ class Made:
         parts = list(_parts((args, tuple(kwargs.values()))))
         name = getattr(func, "__name__", str(func)).strip("_")
         inputs = frozenset().union(*(part.inputs for part in parts))
-        changed = any(part.changed for part in parts)
-        return cls(name, args, tuple(kwargs.items()), inputs=inputs, changed=changed)
+        return cls(name, args, tuple(kwargs.items()), inputs=inputs)
 
-    def change(self, by: Made) -> None:
-        """Note that something was written into it."""
-        self.changed, self.inputs = True, self.inputs | by.inputs
+    def part(self, number: int) -> Made:
+        """One of several results."""
+        return Made("part", (self, number), inputs=self.inputs)
+
+    def carried(self) -> frozenset[str]:
+        """Inputs whose own numbers it holds, moved or with some replaced."""
+        if self.is_input:
+            return self.inputs
+        if self.name not in _MOVES | _REPLACES:
+            return frozenset()
+        return frozenset().union(*(part.carried() for part in _parts(self.args)))
 
     @property
     def is_input(self) -> bool:
@@ -94,11 +103,13 @@ class Asked:
         made: what was asked about.
         value: what the sample gives.
         where: the line of the model's code.
+        stale: whether how it was made does not tell what it holds.
     """
 
     made: Made
     value: Tensor
     where: str
+    stale: bool = False
 
 
 @dataclass(frozen=True)
@@ -194,9 +205,9 @@ def _check_replay(guard: Guard, question: Asked, sample: Mapping[str, Tensor], m
 
 def _without_moves(made: Made, value: Tensor) -> tuple[Made, Tensor]:
     """What is only moved or repeated says no more than what it is made of."""
-    while made.name in _MOVES and made.args and isinstance(made.args[0], Made) and not made.changed:
+    while made.name in _MOVES and made.args and isinstance(made.args[0], Made):
         below = made.args[0]
-        if below.inputs != made.inputs or below.changed or below.value is not None:
+        if below.inputs != made.inputs or below.value is not None:
             break
         made = below
     return made, value
@@ -204,7 +215,7 @@ def _without_moves(made: Made, value: Tensor) -> tuple[Made, Tensor]:
 
 def _written(made: Made, question: Asked, model: str) -> Any:
     """An expression as JSON."""
-    if question.value.numel() > _LARGEST or made.changed:
+    if question.value.numel() > _LARGEST or question.stale:
         raise _cannot(question, model)
     if made.is_input:
         return {"input": made.name}
@@ -268,11 +279,18 @@ def _evaluate(said: Any, inputs: Mapping[str, Tensor]) -> Any:
     args, kwargs = _evaluate(said["args"], inputs), {k: _evaluate(v, inputs) for k, v in said["kwargs"].items()}
     if name == "getitem" and isinstance(args[1], list):
         args[1] = tuple(args[1])
+    if name == "part":
+        return args[0][args[1]]
+    if name == "setitem":
+        whole = args[0].clone()
+        whole[tuple(args[1]) if isinstance(args[1], list) else args[1]] = args[2]
+        return whole
     return getattr(Tensor, _METHODS.get(name, name))(*args, **kwargs)
 
 
 # Where the method of tensors has another name.
-_METHODS = {name: f"__{name}__" for name in ("getitem", "and", "or", "xor", "invert", "rsub")} | {"is_all_true": "all"}
+_METHODS = {name: f"__{name}__" for name in ("getitem", "and", "or", "xor", "invert", "rsub")}
+_METHODS |= {"ior": "__or__", "iand": "__and__", "iadd": "__add__", "isub": "__sub__", "is_all_true": "all"}
 
 
 def _placeholder(said: Any) -> int | None:
