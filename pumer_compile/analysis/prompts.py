@@ -14,7 +14,7 @@ alone. Learned separators between them (the end of a picture's row) are kept unt
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, fx
@@ -24,6 +24,7 @@ from ..plan import PromptPlace
 from .arrangement import SEPARATOR, Arrangement, arrangement
 from .attention import Parts
 from .axes import ByPosition, Constraint, Dim, Same, Seed
+from .constant_places import lower_constant_places, same_tokens
 from .lineage import Lineage, lineage
 from .nodes import Emitter, ancestors, attribute, constant_value, copied, describe, module_path, values
 from .operators import ATTENTION, SOFTMAX, aten, overloads
@@ -127,11 +128,13 @@ class Prompt:
         module: a copy of the captured graph; parameters are shared.
         marks: where image tokens leave the tower, for each block of a prompt.
         places: where the images stand, for those whose placeholder is an id.
+        blocks: where each mark's block stands.
     """
 
     module: fx.GraphModule
     marks: list[Mark]
     places: list[PromptPlace]
+    blocks: list[tuple[int, int]] = field(default_factory=list)
 
 
 def lower_masked_scatter(
@@ -161,8 +164,12 @@ def lower_masked_scatter(
         elif not in_tower and any(n.op == "placeholder" and values(n)[0].is_floating_point() for n in behind):
             _Scatter(prompt, node, inputs).spell_out_rows()
     graph.eliminate_dead_code()
+    names = [str(_place(mark.node, 1)) for mark in prompt.marks]
+    lower_constant_places(graph, dict(zip(prompt.blocks, names, strict=True)), [mark.node for mark in prompt.marks])
+    graph.eliminate_dead_code()
     if in_tower:
-        _first(graph, [mark.prompted for mark in prompt.marks])
+        again = [node for node in graph.nodes if node.target is same_tokens]
+        _first(graph, [*(mark.prompted for mark in prompt.marks), *again])
     graph.lint()
     module.recompile()
     return prompt if prompt.marks else None
@@ -307,6 +314,7 @@ class _Scatter:
         known = _placeholder(self.mask)
         if known is not None:
             self.prompt.places.extend(PromptPlace(*known, start, stop) for start, stop in blocks)
+        self.prompt.blocks.extend(blocks)
         return blocks
 
     def _suffix(self) -> str:
