@@ -25,7 +25,7 @@ from .rules import argument, is_pointwise, wrap
 
 _MOVES = (
     MOVES
-    | set(overloads("index_select t repeat flip roll movedim detach"))
+    | set(overloads("index_select t repeat flip roll movedim detach unflatten"))
     | {operator.getitem, aten.index.Tensor, aten.pad.default, aten.constant_pad_nd.default, aten.detach_.default}
 )
 _PADS = {aten.pad.default, aten.constant_pad_nd.default}
@@ -286,6 +286,17 @@ class _Run:
             raise AxisError(f"{describe(node)} pools image tokens in windows of several sizes, which is not supported.")
         return self._windows(node, ids, kernel, kernel, [0, 0]).reshape(_size(node))
 
+    def _unfolded(self, node: fx.Node) -> Tensor:
+        """Windows, each laid out along the features; what is beyond the border is made of no token."""
+        ids = self._given(node.all_input_nodes[0])
+        kernel, dilation, padding, stride = (_pair(argument(node, i)) for i in range(1, 5))
+        if max(dilation) > 1:
+            raise AxisError(f"{describe(node)} takes image tokens some apart together, which is not supported.")
+        batched = ids if ids.dim() == 4 else ids.unsqueeze(0)
+        batched = torch.nn.functional.pad(batched, (padding[1], padding[1], padding[0], padding[0]))
+        windows = batched.unfold(2, kernel[0], stride[0]).unfold(3, kernel[1], stride[1])
+        return windows.permute(0, 1, 4, 5, 2, 3).reshape(_size(node))
+
     def _windows(
         self, node: fx.Node, ids: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]
     ) -> Tensor:
@@ -323,6 +334,7 @@ _STEPS: dict[Any, Callable[[_Run, fx.Node], Tensor]] = {
     **dict.fromkeys(_POOLS, _Run._pooled),
     **dict.fromkeys(_ADAPTIVE, _Run._resized),
     **dict.fromkeys(_CONVOLUTIONS, _Run._convolved),
+    aten.im2col.default: _Run._unfolded,
 }
 
 

@@ -441,9 +441,9 @@ def vipllava() -> Built:
 
 @_family
 def mistral3() -> Built:
-    """Every row of the picture ends in a mark of its own, so that an image stands in several blocks."""
+    """Every row of the picture ends in a mark of its own, so that an image stands in several blocks; a sliding window."""
     vision = {**_PICTURE, "head_dim": 8, "model_type": "pixtral"}
-    text = {"model_type": "mistral", **_TEXT, "head_dim": 8}
+    text = {"model_type": "mistral", **_TEXT, "head_dim": 8, "sliding_window": 8}
     config = hf.Mistral3Config(vision_config=vision, text_config=text, image_token_index=IMAGE)
     line = [IMAGE] * 3
     parts = [3, [*line, ROW, *line, ROW, *line, END], 4]
@@ -819,7 +819,7 @@ def _paligemma() -> hf.PaliGemmaConfig:
 
 @_family
 def paligemma() -> Built:
-    make = _pictures([[IMAGE] * 16, 5], 2, 3, 32, 32)
+    make = _pictures([[IMAGE] * 16, 5], 2, 3, 32, 32, token_type_ids=torch.zeros_like)
     return hf.PaliGemmaForConditionalGeneration(_paligemma()), make
 
 
@@ -891,7 +891,7 @@ def janus() -> Built:
 @_family
 def colpali() -> Built:
     """An embedding for every token of the prompt."""
-    make = _pictures([[IMAGE] * 16, 5], 2, 3, 32, 32)
+    make = _pictures([[IMAGE] * 16, 5], 2, 3, 32, 32, token_type_ids=torch.zeros_like)
     return hf.ColPaliForRetrieval(hf.ColPaliConfig(vlm_config=_paligemma(), embedding_dim=12)), make
 
 
