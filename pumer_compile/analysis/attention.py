@@ -309,9 +309,7 @@ def _unfused(node: fx.Node, reader: MaskReader) -> Parts | None:
         return None
     query, key_transposed = found.product.args[0], found.product.args[1]
     assert isinstance(query, fx.Node) and isinstance(key_transposed, fx.Node)
-    return Parts(
-        query, key_transposed, None, found.scores, found.added, found.unusual, node, context, (node, rank - 1)
-    )
+    return Parts(query, key_transposed, None, found.scores, found.added, found.unusual, node, context, (node, rank - 1))
 
 
 @dataclass(frozen=True)

@@ -116,7 +116,9 @@ class _Write:
     def lower(self) -> None:
         """Put slices and joins in its place; later readers of what it changes in place read these."""
         if self.node.args[3:] and self.node.args[3]:
-            raise AxisError(f"{describe(self.node)} adds up what it writes at places of a prompt, which is not supported.")
+            raise AxisError(
+                f"{describe(self.node)} adds up what it writes at places of a prompt, which is not supported."
+            )
         node, graph = self.node, self.node.graph
         with graph.inserting_before(node):
             given, parts, done, position = self._by_prompt(self.value), [], 0, 0

@@ -19,13 +19,14 @@ from torch import Tensor, fx
 
 from ..errors import AxisError
 from .attention import Parts, attention_parts
+from .masks import HIDES
 from .nodes import ancestors, constant_value, content_inputs, describe, values
 from .operators import ATTENTION, CASTS, DROPOUT, MATMULS, MOVES, PRODUCTS, SOFTMAX, VIEWS, aten, overloads
 from .rules import argument, is_pointwise, wrap
 
 _MOVES = (
     MOVES
-    | set(overloads("index_select t repeat flip roll movedim detach unflatten"))
+    | set(overloads("index_select t repeat flip roll movedim detach unflatten pixel_shuffle pixel_unshuffle"))
     | {operator.getitem, aten.index.Tensor, aten.pad.default, aten.constant_pad_nd.default, aten.detach_.default}
 )
 _PADS = {aten.pad.default, aten.constant_pad_nd.default}
@@ -52,17 +53,39 @@ class Lineage:
     members: tuple[tuple[int, ...], ...]
 
     def owners(self) -> list[int]:
-        """Of every token, the number of the attention's batch row (image, tile, frame) that it stands in."""
-        found, row = [], 0
+        """Of every token, the number of its image, tile or frame: what attends to one another in the attention, in one
+        row of its batch and one block of its mask, where that is constant."""
+        found: list[int] = []
         for parts in self.deciding:
             batch, tokens = _tokens(parts)
-            found += [row + i for i in range(batch) for _ in range(tokens)]
-            row += batch
+            for row in _together(parts, batch, tokens):
+                first = max(found, default=-1) + 1
+                found += [first + number for number in row]
         return found
 
     def places(self) -> list[int]:
         """Of every token, its place in that row."""
         return [i for parts in self.deciding for _ in range(_tokens(parts)[0]) for i in range(_tokens(parts)[1])]
+
+
+def _together(parts: Parts, batch: int, tokens: int) -> list[list[int]]:
+    """Of every token of each row of the batch, which block it attends within."""
+    for mask in parts.added.masks:
+        value = constant_value(mask.node) if _constant(mask.node) else None
+        if value is None or value.shape[-2:] != (tokens, tokens):
+            continue
+        seen = value if value.dtype == torch.bool else value > HIDES
+        seen = ~seen if mask.kind == "drop" else seen
+        blocks = [_blocks(row) for row in seen.reshape(-1, tokens, tokens)]
+        return [blocks[i % len(blocks)] for i in range(batch)]
+    return [[0] * tokens for _ in range(batch)]
+
+
+def _blocks(seen: Tensor) -> list[int]:
+    """Numbers of the blocks of a block-diagonal matrix, `[tokens, tokens]`, in order of their first token."""
+    first = (seen | seen.T).float().argmax(1).tolist()
+    number = {start: i for i, start in enumerate(dict.fromkeys(first))}
+    return [number[start] for start in first]
 
 
 def _tokens(parts: Parts) -> tuple[int, int]:
@@ -276,6 +299,11 @@ class _Run:
         stride = _pair(argument(node, 2, "stride") or kernel)
         return self._windows(node, ids, kernel, stride, _pair(argument(node, 3, "padding") or 0))
 
+    def _unfolded(self, node: fx.Node) -> Tensor:
+        # For floating-point numbers alone; token numbers are small integers, exact in these.
+        ids = self._given(node.all_input_nodes[0]).double()
+        return torch.ops.aten.im2col.default(ids, *node.args[1:]).int()
+
     def _resized(self, node: fx.Node) -> Tensor:
         ids, out = self._given(node.all_input_nodes[0]), _size(node)
         flat = ids.dim() - len(out[-2:]) if node.target in overloads("adaptive_avg_pool2d") else None
@@ -286,17 +314,6 @@ class _Run:
             raise AxisError(f"{describe(node)} pools image tokens in windows of several sizes, which is not supported.")
         return self._windows(node, ids, kernel, kernel, [0, 0]).reshape(_size(node))
 
-    def _unfolded(self, node: fx.Node) -> Tensor:
-        """Windows, each laid out along the features; what is beyond the border is made of no token."""
-        ids = self._given(node.all_input_nodes[0])
-        kernel, dilation, padding, stride = (_pair(argument(node, i)) for i in range(1, 5))
-        if max(dilation) > 1:
-            raise AxisError(f"{describe(node)} takes image tokens some apart together, which is not supported.")
-        batched = ids if ids.dim() == 4 else ids.unsqueeze(0)
-        batched = torch.nn.functional.pad(batched, (padding[1], padding[1], padding[0], padding[0]))
-        windows = batched.unfold(2, kernel[0], stride[0]).unfold(3, kernel[1], stride[1])
-        return windows.permute(0, 1, 4, 5, 2, 3).reshape(_size(node))
-
     def _windows(
         self, node: fx.Node, ids: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]
     ) -> Tensor:
@@ -305,7 +322,9 @@ class _Run:
         found = self.sets.union(windows, [-1, -2]).squeeze(-1).squeeze(-1)
         out = _size(node)
         if list(found.shape[-2:]) != out[-2:] and node.target in _POOLS:
-            raise AxisError(f"{describe(node)} pools image tokens in windows beyond their border, which is not supported.")
+            raise AxisError(
+                f"{describe(node)} pools image tokens in windows beyond their border, which is not supported."
+            )
         return found
 
     def _convolved(self, node: fx.Node) -> Tensor:
@@ -319,7 +338,9 @@ class _Run:
         weight = node.args[1]
         assert isinstance(weight, fx.Node)
         if len(out) != 4:
-            raise AxisError(f"{describe(node)} takes image tokens in strides along one dimension, which is not supported.")
+            raise AxisError(
+                f"{describe(node)} takes image tokens in strides along one dimension, which is not supported."
+            )
         kernel = [int(n) for n in values(weight)[0].shape[2:]]
         stride, padding = _pair(argument(node, 3, "stride") or 1), _pair(argument(node, 4, "padding") or 0)
         return self._windows(node, ids, kernel, stride, padding).expand(out)
@@ -333,8 +354,8 @@ _STEPS: dict[Any, Callable[[_Run, fx.Node], Tensor]] = {
     **dict.fromkeys(_OVER, _Run._over),
     **dict.fromkeys(_POOLS, _Run._pooled),
     **dict.fromkeys(_ADAPTIVE, _Run._resized),
-    **dict.fromkeys(_CONVOLUTIONS, _Run._convolved),
     aten.im2col.default: _Run._unfolded,
+    **dict.fromkeys(_CONVOLUTIONS, _Run._convolved),
 }
 
 

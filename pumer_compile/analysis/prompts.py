@@ -13,7 +13,7 @@ alone. Learned separators between them (the end of a picture's row) are kept unt
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -24,7 +24,7 @@ from ..plan import PromptPlace
 from .arrangement import SEPARATOR, Arrangement, arrangement
 from .attention import Parts
 from .axes import ByPosition, Constraint, Dim, Same, Seed
-from .constant_places import lower_constant_places, same_tokens
+from .constant_places import Block, lower_constant_places, same_tokens
 from .lineage import Lineage, lineage
 from .nodes import Emitter, ancestors, attribute, constant_value, copied, describe, module_path, values
 from .operators import ATTENTION, SOFTMAX, aten, overloads
@@ -47,6 +47,11 @@ def visual_tokens(features: Tensor, place: str = "prompt") -> Tensor:
     return features
 
 
+def with_text(*parts: Tensor) -> Tensor:
+    """The blocks of one image and the text between them, `[batch, tokens, width]`, side by side."""
+    return torch.cat(parts, 1)
+
+
 def with_separators(image: Tensor, whole: Tensor, place: str = "prompt") -> Tensor:
     """A mark in the graph: `whole`, `[batch, tokens, width]`, is `image` with learned separators between its tokens."""
     return whole
@@ -61,6 +66,13 @@ def _visual_tokens(node: fx.Node) -> list[Constraint]:
         ByPosition(Dim(source, 1)),
         Seed((Dim(node, 1),), f"image@{_place(node, 1)}"),
     ]
+
+
+@rule(with_text)
+def _with_text(node: fx.Node) -> list[Constraint]:
+    parts = node.all_input_nodes
+    same = [Same(Dim(node, dim), Dim(part, dim)) for part in parts for dim in (0, 2)]
+    return [*same, *(ByPosition(Dim(part, 1)) for part in parts)]
 
 
 @rule(with_separators)
@@ -104,6 +116,7 @@ class Mark:
         separated: the `with_separators` node, if any.
         origin: for each place of it, the number of the token in `node`, or `SEPARATOR`.
         votes: for rows that enter the prompt.
+        pinned: places of text within an image that stands in several blocks (marks at the ends of its lines); it stays.
     """
 
     node: fx.Node
@@ -113,6 +126,7 @@ class Mark:
     separated: fx.Node | None = None
     origin: tuple[int, ...] = ()
     votes: Votes | None = None
+    pinned: tuple[int, ...] = ()
 
     @property
     def prompted(self) -> fx.Node:
@@ -134,7 +148,7 @@ class Prompt:
     module: fx.GraphModule
     marks: list[Mark]
     places: list[PromptPlace]
-    blocks: list[tuple[int, int]] = field(default_factory=list)
+    blocks: list[Block] = field(default_factory=list)
 
 
 def lower_masked_scatter(
@@ -188,6 +202,42 @@ def _first(graph: fx.Graph, marks: list[fx.Node]) -> None:
             first.prepend(node)
 
 
+@dataclass
+class _Image:
+    """An image of a prompt.
+
+    Attributes:
+        blocks: where it stands.
+        rows: of those that are scattered into one prompt.
+        owners: of its tokens (`Lineage.owners`).
+    """
+
+    blocks: list[Block]
+    rows: list[int]
+    owners: set[int]
+
+    @property
+    def span(self) -> Block:
+        """From its first place in the prompt to its last."""
+        return self.blocks[0][0], self.blocks[-1][1]
+
+    @property
+    def length(self) -> int:
+        """Of the span."""
+        return self.span[1] - self.span[0]
+
+    @property
+    def places(self) -> tuple[int, ...]:
+        """Of its rows within the span."""
+        return tuple(place - self.span[0] for block in self.blocks for place in range(*block))
+
+    @property
+    def pinned(self) -> tuple[int, ...]:
+        """Of the text between them."""
+        own = set(self.places)
+        return tuple(place for place in range(self.length) if place not in own)
+
+
 class _Scatter:
     """One `masked_scatter` of image features into words."""
 
@@ -221,7 +271,7 @@ class _Scatter:
                 del self.prompt.marks[marks:]
         self._rows_with_votes(blocks, found)
 
-    def _where_published(self, blocks: list[tuple[int, int]]) -> None:
+    def _where_published(self, blocks: list[Block]) -> None:
         found = arrangement(self.node, self.source, self.batch)
         graph = self.prompt.module.graph
         with graph.inserting_before(self.source.next):  # others may read it before the scatter does
@@ -230,65 +280,100 @@ class _Scatter:
                 self._replace_source(images)
         with graph.inserting_before(self.node):
             self._join(images, blocks)
+        self.prompt.blocks.extend(blocks)
         graph.erase_node(self.node)
 
     def spell_out_rows(self) -> None:
         """Mark the rows that are scattered, for a method that reduces them in the prompt."""
         blocks = self._blocks()
-        self._mark_rows(blocks, [((tuple(range(stop - start)),), None) for start, stop in blocks])
+        try:
+            found = lineage(self.source, int(self.width))
+        except AxisError:  # then a block is an image
+            found = None
+        self._mark_images(self._images(blocks, found), None)
 
-    def _rows_with_votes(self, blocks: list[tuple[int, int]], found: Lineage) -> None:
+    def _rows_with_votes(self, blocks: list[Block], found: Lineage) -> None:
         """Mark the rows that are scattered, for a method that reads the tower."""
-        rows = sum(stop - start for start, stop in blocks)
-        prompts = [found.members[i * rows : (i + 1) * rows] for i in range(self.batch)]
+        rows = len(found.members) // int(self.batch)
         if not all(found.members):
             empty = next(place for place, tokens in enumerate(found.members) if not tokens)
             raise AxisError(
                 f"{describe(self.node)} fills place {empty % rows} of the image with what is made of no token of the vision "
                 "tower (a learned separator, say), among rows that are made of several. `method: fastv` reduces them."
             )
+        self._mark_images(self._images(blocks, found), found)
+
+    def _images(self, blocks: list[Block], found: Lineage | None) -> list[_Image]:
+        """The images of a prompt: a block each; or several blocks that one image is cut into, line by line."""
+        images, done = [], 0
+        for start, stop in blocks:
+            rows = range(done, done + stop - start)
+            owners = self._owners(found, rows)
+            done += stop - start
+            if images and found is not None and images[-1].owners & owners:
+                images[-1].blocks.append((start, stop))
+                images[-1].rows.extend(rows)
+                images[-1].owners |= owners
+            else:
+                images.append(_Image([(start, stop)], [*rows], owners))
+        return images
+
+    def _owners(self, found: Lineage | None, rows: Iterable[int]) -> set[int]:
+        if found is None:
+            return set()
+        owners = found.owners()
+        return {owners[token] for row in rows for token in found.members[row]}
+
+    def _mark_images(self, images: list[_Image], found: Lineage | None) -> None:
+        """Mark the rows of every image; with the tokens that they are made of where these are asked for."""
+        marked = []
+        with self.prompt.module.graph.inserting_before(self.node):
+            whole = self.emit(aten.reshape.default, self.source, [self.batch, -1, self.width])
+            for image in images:
+                rows = self._span(whole, image)
+                mark = self.emit(visual_tokens, rows, f"prompt{self._suffix()}")
+                crops, votes = (image.places,), None
+                if found is not None:
+                    crops, votes = self._voting(image, found)
+                self.prompt.marks.append(Mark(mark, rows, None, crops, votes=votes, pinned=image.pinned))
+                marked.append(mark)
+            spans = [image.span for image in images]
+            self._join(marked, spans)
+        self.prompt.blocks.extend(spans)
+        self.prompt.module.graph.erase_node(self.node)
+
+    def _span(self, whole: fx.Node, image: _Image) -> fx.Node:
+        """An image's rows, with the text between its blocks."""
+        parts, done = [], image.rows[0]
+        for number, (start, stop) in enumerate(image.blocks):
+            if number:
+                parts.append(self.emit(aten.slice.Tensor, self.words, 1, image.blocks[number - 1][1], start))
+            parts.append(self.emit(aten.slice.Tensor, whole, 1, done, done + stop - start))
+            done += stop - start
+        return self.emit(with_text, *parts) if len(parts) > 1 else parts[0]
+
+    def _voting(self, image: _Image, found: Lineage) -> tuple[tuple[tuple[int, ...], ...], Votes]:
+        """Places of an image that are reduced together (of one tile or frame), and whose votes they get."""
+        owners, share = found.owners(), len(found.members) // int(self.batch)
         held = {token for row in found.members for token in row}
         by_class = all(token not in held for token, place in enumerate(found.places()) if place == 0)
-        kinds, done = [], 0
-        for start, stop in blocks:
-            members = tuple(rows[done : done + stop - start] for rows in prompts)
-            kinds.append((self._groups(members, found.owners()), Votes(found.deciding, members, by_class)))
-            done += stop - start
-        self._mark_rows(blocks, kinds)
-
-    def _groups(
-        self, members: tuple[tuple[tuple[int, ...], ...], ...], owners: list[int]
-    ) -> tuple[tuple[int, ...], ...]:
-        """Places of a block that are reduced together: of one image, tile or frame."""
-        found = []
-        for rows in members:
+        kinds, members = [], []
+        for prompt in range(self.batch):
+            rows = [found.members[prompt * share + row] for row in image.rows]
             groups: dict[frozenset[int], list[int]] = {}
-            for place, tokens in enumerate(rows):
+            for place, tokens in zip(image.places, rows, strict=True):
                 groups.setdefault(frozenset(owners[token] for token in tokens), []).append(place)
-            found.append(tuple(map(tuple, groups.values())))
-        if len(set(found)) > 1:
+            kinds.append(tuple(map(tuple, groups.values())))
+            own = dict(zip(image.places, rows, strict=True))
+            members.append(tuple(own.get(place, rows[0]) for place in range(image.length)))
+        if len(set(kinds)) > 1:
             raise AxisError(
                 f"{describe(self.node)} has images of another shape, or another number of them, in another prompt of the "
                 "batch. Compile for a batch of one, or for prompts of one form."
             )
-        return found[0]
+        return kinds[0], Votes(found.deciding, tuple(members), by_class)
 
-    def _mark_rows(
-        self, blocks: list[tuple[int, int]], kinds: list[tuple[tuple[tuple[int, ...], ...], Votes | None]]
-    ) -> None:
-        images, done = [], 0
-        with self.prompt.module.graph.inserting_before(self.node):
-            whole = self.emit(aten.reshape.default, self.source, [self.batch, -1, self.width])
-            for (start, stop), (crops, votes) in zip(blocks, kinds, strict=True):
-                rows = self.emit(aten.slice.Tensor, whole, 1, done, done + stop - start)
-                mark = self.emit(visual_tokens, rows, f"prompt{self._suffix()}")
-                self.prompt.marks.append(Mark(mark, rows, None, crops, votes=votes))
-                images.append(mark)
-                done += stop - start
-            self._join(images, blocks)
-        self.prompt.module.graph.erase_node(self.node)
-
-    def _blocks(self) -> list[tuple[int, int]]:
+    def _blocks(self) -> list[Block]:
         """Where the image stands, in every prompt alike.
 
         Raises:
@@ -314,7 +399,6 @@ class _Scatter:
         known = _placeholder(self.mask)
         if known is not None:
             self.prompt.places.extend(PromptPlace(*known, start, stop) for start, stop in blocks)
-        self.prompt.blocks.extend(blocks)
         return blocks
 
     def _suffix(self) -> str:
@@ -322,7 +406,7 @@ class _Scatter:
         number = len(self.prompt.marks)
         return f"_{number + 1}" if number else ""
 
-    def _join(self, images: list[fx.Node], blocks: list[tuple[int, int]]) -> None:
+    def _join(self, images: list[fx.Node], blocks: list[Block]) -> None:
         """Words and images side by side, in place of the scatter."""
         parts, position = [], 0
         for image, (start, stop) in zip(images, blocks, strict=True):
@@ -360,7 +444,7 @@ class _Scatter:
 
     # --- tokens of several rows, or rearranged ------------------------------------------------------------------
 
-    def _arranged(self, found: Arrangement, blocks: list[tuple[int, int]]) -> list[fx.Node]:
+    def _arranged(self, found: Arrangement, blocks: list[Block]) -> list[fx.Node]:
         features, _ = _leaving(self.node, found.projected)
         projector = _between(self.node, features, found.projected)
         images, done = [], 0
@@ -438,7 +522,7 @@ def _placeholder(mask: fx.Node) -> tuple[str, int] | None:
     return None
 
 
-def _blocks(scatter: fx.Node, mask: Tensor) -> list[tuple[int, int]]:
+def _blocks(scatter: fx.Node, mask: Tensor) -> list[Block]:
     """First and last-but-one place of every run of placeholders."""
     rows = mask.flatten(2).any(-1) if mask.dim() > 2 else mask
     if not bool((rows == rows[0]).all()):

@@ -30,6 +30,7 @@ from .. import frontends  # noqa: F401  (importing it registers the rewrites tha
 from ..analysis.nodes import describe, values
 from ..analysis.outputs import drop_unasked, join_features, select_outputs
 from ..errors import CaptureError, PumerError, UsageError
+from ..frontends.rope_index import open_padding
 from ..passes.fold_masks import fold_masks, masks_of
 from .blocks import inline_blocks
 from .fold import fold
@@ -197,10 +198,10 @@ def _followed(model: nn.Module, sample: dict[str, Tensor], kept: Mapping[str, Te
         CaptureError: a size still depends on data, or what was asked could not be checked of other inputs.
     """
     follow = FollowSample(kept)
-    with following(model, follow):
+    with following(model, follow), open_padding(model, follow.keep_open):
         exported = _export(model, sample, None)
     graph = plain_graph_module(exported)
-    content = frozenset(n for n, t in kept.items() if t.is_floating_point()) | follow.looked_up
+    content = frozenset(n for n, t in kept.items() if t.is_floating_point()) | follow.content
     asked, guards = guards_of(follow.asked, content, kept, type(model).__name__)
     fixed = fixed_inputs(exported)
     _without_numbers(graph, fixed, sample)
@@ -212,14 +213,16 @@ def _followed(model: nn.Module, sample: dict[str, Tensor], kept: Mapping[str, Te
 
 
 def _sized_by_data(graph: fx.GraphModule) -> list[fx.Node]:
-    """Nodes with a size that only a run would tell."""
+    """Nodes that give a number, or a value with a size, that only a run would tell."""
     return [
         node
         for node in graph.graph.nodes
-        for value in values(node)
-        for size in value.shape
-        if isinstance(size, torch.SymInt) and free_unbacked_symbols(size)
+        if node.target in _NUMBERS
+        or any(isinstance(s, torch.SymInt) and free_unbacked_symbols(s) for value in values(node) for s in value.shape)
     ]
+
+
+_NUMBERS = frozenset({torch.ops.aten.item.default, torch.ops.aten._local_scalar_dense.default})
 
 
 def set_for_inference(model: nn.Module) -> None:

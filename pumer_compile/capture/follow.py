@@ -10,6 +10,8 @@ recorded (`guards.py`): the graph is right for inputs of which the same is true.
 
 from __future__ import annotations
 
+import inspect
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -69,7 +71,7 @@ class FollowSample(TorchFunctionMode):
         names: of the inputs.
         asked: what was asked, in order.
         lifted: results of the sample that became constants of the trace.
-        looked_up: inputs whose numbers are rows of a learned table.
+        content: inputs that stay data: their numbers are rows of a learned table, or they were kept open.
     """
 
     def __init__(self, sample: Mapping[str, Tensor]) -> None:
@@ -78,7 +80,7 @@ class FollowSample(TorchFunctionMode):
         self.sample = {name: t.detach().cpu().clone() for name, t in sample.items() if not t.is_meta}
         self.asked: list[Asked] = []
         self.lifted: list[Tensor] = []
-        self.looked_up: set[str] = set()
+        self.content: set[str] = set()
         # Storages that hold something else than what is known of how their owners were made.
         self.written_through: set[int] = set()
 
@@ -87,6 +89,12 @@ class FollowSample(TorchFunctionMode):
         for name, tensor in inputs.items():
             if isinstance(tensor, FakeTensor) and name in self.sample and tensor.shape == self.sample[name].shape:
                 _attach(tensor, Shadow(self.sample[name], Made.input(name)))
+
+    def keep_open(self, tensor: Tensor) -> None:
+        """Let what a tensor comes from stay data, and not be fixed by what is asked of it."""
+        found = shadow(tensor)
+        if found is not None:
+            self.content |= found.made.inputs
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -209,7 +217,7 @@ class FollowSample(TorchFunctionMode):
         ids = args[0] if args else kwargs.get("input")
         found = shadow(ids)
         if found is not None:
-            self.looked_up |= found.made.carried()
+            self.content |= found.made.carried()
 
     # --- the trace, with shadows beside -------------------------------------------------------------------------------
 
@@ -304,11 +312,13 @@ def _outside() -> Iterator[None]:
 
 def _caller() -> str:
     """The line of the model's code that asks."""
-    import traceback
-
-    frames = [f for f in traceback.extract_stack() if not {"torch", "pumer_compile"} & {*f.filename.split("/")}]
-    own = [f for f in frames if "site-packages" in f.filename] or frames
-    return f"{own[-1].filename}:{own[-1].lineno}" if own else ""
+    frame = sys._getframe(1)
+    while frame is not None:
+        path = frame.f_code.co_filename
+        if not {"torch", "pumer_compile"} & {*path.split("/")} and not path.startswith("<"):
+            return f"{path}:{frame.f_lineno}"
+        frame = frame.f_back  # type: ignore[assignment]
+    return ""
 
 
 @contextmanager
@@ -321,8 +331,6 @@ def following(model: nn.Module, follow: FollowSample) -> Iterator[None]:
         follow.enter(kwargs)
         with follow:
             return original(**kwargs)
-
-    import inspect
 
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     forward.__signature__ = inspect.Signature(  # type: ignore[attr-defined]

@@ -16,9 +16,11 @@ class VisualReducer(Reducer):
 
     Args:
         crops: the places that each crop's tokens have in the stream, in the crop's raster order; together all of them,
-            each once. One image is one crop; an image of high resolution is an overview and several crops.
+            but the pinned ones, each once. One image is one crop; an image of high resolution is an overview and several
+            crops.
         budget: tokens to keep of each crop; one that has no more keeps all.
         important, order: see `VisPruner`.
+        pinned: places of tokens that stay, and count in no budget (the marks at the ends of an image's lines).
     """
 
     reads = (Signal.CLASS_TOKEN,)
@@ -26,13 +28,21 @@ class VisualReducer(Reducer):
     judged = False
 
     def __init__(
-        self, crops: Sequence[Sequence[int]], budget: int, important: float, *, order: Order = "reference"
+        self,
+        crops: Sequence[Sequence[int]],
+        budget: int,
+        important: float,
+        *,
+        order: Order = "reference",
+        pinned: Sequence[int] = (),
     ) -> None:
-        super().__init__(sum(map(len, crops)), sum(min(budget, len(crop)) for crop in crops))
+        kept = sum(min(budget, len(crop)) for crop in crops)
+        super().__init__(sum(map(len, crops)) + len(pinned), kept + len(pinned))
         self.of_crop = VisPruner(budget, important, order=order)
         # Crops of one length are selected from at once.
         self.shapes = [(sum(len(c) == n for c in crops), n) for n in sorted({len(c) for c in crops})]
-        places = [place for _, n in self.shapes for crop in crops if len(crop) == n for place in crop]
+        places = [place for _, n in self.shapes for crop in crops if len(crop) == n for place in crop] + [*pinned]
+        self.pinned = len(pinned)
         self.places = None if places == list(range(self.tokens)) else places
 
     @property
@@ -62,6 +72,8 @@ class VisualReducer(Reducer):
                 features, votes = features.reshape(-1, length, tokens.shape[2]), votes.reshape(-1, length)
             found.append(self.of_crop.keeps(features, votes).reshape(-1, count * length))
             start = stop
+        if self.pinned:
+            found.append(torch.ones_like(tokens[:, start:, 0], dtype=torch.bool))
         keeps = torch.cat(found, 1) if len(found) > 1 else found[0]
         if self.places is None:
             return keeps

@@ -13,7 +13,7 @@ from ..analysis.operators import aten
 from ..analysis.prompts import Mark, Votes
 from ..analysis.rules import shape
 from ..errors import LocateError
-from ..reducers import MemberVotes, Signal
+from ..reducers import MemberVotes, Signal, TokenWeights
 from .attention_rows import attention_rows
 from .carried_weights import CarriedWeights
 from .epochs import Epochs
@@ -162,11 +162,27 @@ def _votes_of_members(place: Place, votes: Votes, stream: str) -> fx.Node:
 
 def _received(place: Place, parts: Parts, number: int, by_class: bool) -> fx.Node:
     """What every token of an attention gets, mean over heads and those who vote, `[images * tokens]`, float32."""
-    attention = tower_attention(parts, number)
-    rows = (0, 1) if by_class else (0, int(shape(parts.query)[-2]))
-    found = attention_rows(place.rewriter, attention, rows, f"reducer.{place.attention.name}.attention_{number}")
-    means = place.rewriter.call(aten.mean.dim, found, [-3, -2])
-    return place.rewriter.call(aten.reshape.default, means, [-1])
+    attention, call = tower_attention(parts, number), place.rewriter.call
+    masks = [mask for mask in attention.masks if mask.of_input]
+    if parts.unusual or len(masks) > 1:
+        raise LocateError(
+            f"The attention {place.attention.described} of the vision tower decides, and "
+            f"{parts.unusual or 'has several masks'}; which tokens it lets vote is not known. `method: fastv` does not "
+            "read it."
+        )
+    queries, keys = int(shape(parts.query)[-2]), int(attention.key_axis.size)
+    rows = (0, 1) if by_class else (0, queries)
+    name = f"reducer.{place.attention.name}.attention_{number}"
+    found = attention_rows(place.rewriter, attention, rows, name)
+    if not masks or by_class:
+        return call(aten.reshape.default, call(aten.mean.dim, found, [-3, -2]), [-1])
+    weights = TokenWeights(0, keys, masks[0].kind)
+    real = place.rewriter.call_module(f"{name}.real", weights, place.rewriter.env[masks[0].node])
+    # Padding has no vote.
+    share = call(aten.div.Tensor, real, call(aten.sum.dim_IntList, real, [1], True))
+    means = call(aten.mean.dim, found, [1])
+    voted = call(aten.sum.dim_IntList, call(aten.mul.Tensor, means, call(aten.unsqueeze.default, share, 2)), [1])
+    return call(aten.reshape.default, voted, [-1])
 
 
 def _tower_rows(place: Place, mark: Mark) -> fx.Node:

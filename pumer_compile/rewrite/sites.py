@@ -41,6 +41,7 @@ class Stream:
         learned: how many of these lead and are learned (class tokens).
         crops: of image tokens that leave a tower: places of each crop's tokens in the stream, in raster order.
         row: and how many tokens the tower gives for one crop.
+        pinned: places of tokens among an image's that stay (text at the ends of its lines).
     """
 
     name: str
@@ -49,6 +50,7 @@ class Stream:
     learned: int = 0
     crops: tuple[tuple[int, ...], ...] = ()
     row: int = 0
+    pinned: tuple[int, ...] = ()
 
 
 @dataclass
@@ -136,6 +138,14 @@ class LocatedGraph:
         """The streams of the images in a prompt."""
         axes = [self.annotation.axis(Dim(mark.prompted, 1)) for mark in self.marks]
         return tuple(s for axis in axes if isinstance(axis, Tokens) for s in axis.streams)
+
+    def pinned(self, stream: str) -> tuple[int, ...]:
+        """Places of what stays among the tokens of an image in a prompt."""
+        for mark in self.marks:
+            axis = self.annotation.axis(Dim(mark.prompted, 1))
+            if isinstance(axis, Tokens) and stream in axis.streams:
+                return mark.pinned
+        return ()
 
     def prompt_layers(self) -> list[Attention]:
         """The attentions of a language model over a prompt with all its images."""
