@@ -1,9 +1,9 @@
 """Constant places: reads and writes at fixed places of a prompt, as slices and joins.
 
-Models that add features of several depths of the tower to the first language layers (deepstack) read the image's places,
-add, and write them back; others write learned embeddings over the placeholders of tags. With places that are constants
-(`capture/follow.py`) both are cuts along the prompt, whose axes follow by the ordinary rules. What a tower gives for the
-places of an image is marked as tokens of that image (`same_tokens`): a reducer's map brings it along.
+Models that add features of several depths of the tower to the first language layers (deepstack) read the image's
+places, add, and write them back; others write learned embeddings over the placeholders of tags. With places that are
+constants (`capture/follow.py`) both are cuts along the prompt, whose axes follow by the ordinary rules. What a tower
+gives for the places of an image is marked as tokens of that image (`same_tokens`): a reducer's map brings it along.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Lineage: which tokens of a vision tower each row is made of that enters a prompt.
 
-Between a tower's last attention and the prompt, models work on each token alone (projectors, norms), move tokens (views,
-permutations, constant indices) and mix a fixed few of them (average pools, pixel shuffles that fold neighbours into the
-width, patch mergers). Computing that part of the graph once on *sets of token numbers*, in place of features, says which
-tokens each row is made of, whatever the arrangement. An operator that is not known here is an error.
+Between a tower's last attention and the prompt, models work on each token alone (projectors, norms), move tokens
+(views, permutations, constant indices) and mix a fixed few of them (average pools, pixel shuffles that fold neighbours
+into the width, patch mergers). Computing that part of the graph once on *sets of token numbers*, in place of features,
+says which tokens each row is made of, whatever the arrangement. An operator that is not known here is an error.
 """
 
 from __future__ import annotations
@@ -111,8 +111,9 @@ def lineage(source: fx.Node, width: int) -> Lineage | None:
         for parts in last:
             if len(values(parts.context)[0].shape) < 4:
                 raise AxisError(
-                    f"{describe(parts.context)} is attention with queries {tuple(values(parts.query)[0].shape)}; which "
-                    "of its dimensions are images and which heads is open. [images, heads, tokens, head size] is expected."
+                    f"{describe(parts.context)} is attention with queries {tuple(values(parts.query)[0].shape)}; "
+                    "which of its dimensions are images and which heads is open. [images, heads, tokens, head size] is "
+                    "expected."
                 )
         members = _Run(last).rows(source, width)
         if len(set(members)) > 1 or len(members) == 1:
@@ -200,7 +201,8 @@ class _Run:
         if node in self.known:
             found: Tensor = self.known[node]
             return found
-        return torch.zeros(1, dtype=torch.int32).expand([int(n) for n in values(node)[0].shape])
+        empty: Tensor = torch.zeros(1, dtype=torch.int32)
+        return empty.expand(_size(node))
 
     def _step(self, node: fx.Node) -> Any:
         if node.target in _MOVES:
@@ -211,9 +213,9 @@ class _Run:
         if is_pointwise(node) or node.target in DROPOUT or node.target in overloads("type_as"):
             return self._pointwise(node)
         raise AxisError(
-            f"{describe(node)} stands between the vision tower's last attention and the prompt, and which tokens go into "
-            "which of its results is not known. `method: fastv` reduces the rows of the prompt without knowing that; "
-            "the operators known are in pumer_compile/analysis/lineage.py."
+            f"{describe(node)} stands between the vision tower's last attention and the prompt, and which tokens go "
+            "into which of its results is not known. `method: fastv` reduces the rows of the prompt without knowing "
+            "that; the operators known are in pumer_compile/analysis/lineage.py."
         )
 
     # --- what moves tokens --------------------------------------------------------------------------------------------
@@ -223,7 +225,7 @@ class _Run:
         if node.target in CASTS or node.target is aten.detach_.default:
             return self._given(node.all_input_nodes[0])
         if node.target in VIEWS:
-            return self._given(source).reshape(node.args[1])  # type: ignore[arg-type]
+            return self._given(source).reshape(node.args[1])  # type: ignore[arg-type]  # sizes
         if node.target in _PADS:
             return torch.nn.functional.pad(self._given(source), list(node.args[1]))  # type: ignore[arg-type]
         args = fx.map_arg(node.args, lambda n: self._moved_with(node, n))
@@ -239,8 +241,8 @@ class _Run:
         index = constant_value(given) if _constant(given) else None
         if index is None:
             raise AxisError(
-                f"{describe(node)} moves image tokens to places that depend on data ({given.name}); the rows of a prompt "
-                "have fixed places."
+                f"{describe(node)} moves image tokens to places that depend on data ({given.name}); the rows of a "
+                "prompt have fixed places."
             )
         return index
 
@@ -302,7 +304,8 @@ class _Run:
     def _unfolded(self, node: fx.Node) -> Tensor:
         # For floating-point numbers alone; token numbers are small integers, exact in these.
         ids = self._given(node.all_input_nodes[0]).double()
-        return torch.ops.aten.im2col.default(ids, *node.args[1:]).int()
+        found: Tensor = torch.ops.aten.im2col.default(ids, *node.args[1:])
+        return found.int()
 
     def _resized(self, node: fx.Node) -> Tensor:
         ids, out = self._given(node.all_input_nodes[0]), _size(node)

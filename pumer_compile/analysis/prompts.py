@@ -252,15 +252,14 @@ class _Scatter:
         self.others = [user for user in source.users if user is not node]
 
     def spell_out(self) -> None:
-        """Mark the features: where they leave their tower, if each row of the prompt is one of its tokens (the published
-        place); or else the rows that enter the prompt, with the tokens that they are made of."""
+        """Mark the features: where they leave their tower, if each row of the prompt is one of its tokens (the
+        published place); or else the rows that enter the prompt, with the tokens that they are made of."""
         blocks = self._blocks()
+        found, why = None, None
         try:
             found = lineage(self.source, int(self.width))
-        except AxisError as unknown:
-            found, why = None, unknown
-        else:
-            why = None
+        except AxisError as error:
+            why = error
         if found is None or all(len(tokens) < 2 for tokens in found.members):
             marks = len(self.prompt.marks)
             try:
@@ -298,14 +297,16 @@ class _Scatter:
         if not all(found.members):
             empty = next(place for place, tokens in enumerate(found.members) if not tokens)
             raise AxisError(
-                f"{describe(self.node)} fills place {empty % rows} of the image with what is made of no token of the vision "
-                "tower (a learned separator, say), among rows that are made of several. `method: fastv` reduces them."
+                f"{describe(self.node)} fills place {empty % rows} of the image with what is made of no token of the "
+                "vision tower (a learned separator, say), among rows that are made of several. `method: fastv` reduces "
+                "them."
             )
         self._mark_images(self._images(blocks, found), found)
 
     def _images(self, blocks: list[Block], found: Lineage | None) -> list[_Image]:
         """The images of a prompt: a block each; or several blocks that one image is cut into, line by line."""
-        images, done = [], 0
+        images: list[_Image] = []
+        done = 0
         for start, stop in blocks:
             rows = range(done, done + stop - start)
             owners = self._owners(found, rows)
@@ -332,9 +333,7 @@ class _Scatter:
             for image in images:
                 rows = self._span(whole, image)
                 mark = self.emit(visual_tokens, rows, f"prompt{self._suffix()}")
-                crops, votes = (image.places,), None
-                if found is not None:
-                    crops, votes = self._voting(image, found)
+                crops, votes = ((image.places,), None) if found is None else self._voting(image, found)
                 self.prompt.marks.append(Mark(mark, rows, None, crops, votes=votes, pinned=image.pinned))
                 marked.append(mark)
             spans = [image.span for image in images]
@@ -368,8 +367,8 @@ class _Scatter:
             members.append(tuple(own.get(place, rows[0]) for place in range(image.length)))
         if len(set(kinds)) > 1:
             raise AxisError(
-                f"{describe(self.node)} has images of another shape, or another number of them, in another prompt of the "
-                "batch. Compile for a batch of one, or for prompts of one form."
+                f"{describe(self.node)} has images of another shape, or another number of them, in another prompt of "
+                "the batch. Compile for a batch of one, or for prompts of one form."
             )
         return kinds[0], Votes(found.deciding, tuple(members), by_class)
 

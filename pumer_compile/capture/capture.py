@@ -31,11 +31,12 @@ from ..analysis.nodes import describe, values
 from ..analysis.outputs import drop_unasked, join_features, select_outputs
 from ..errors import CaptureError, PumerError, UsageError
 from ..frontends.rope_index import open_padding
+from ..guards import Guard
 from ..passes.fold_masks import fold_masks, masks_of
+from .asked import guards_of
 from .blocks import inline_blocks
 from .fold import fold
 from .follow import FollowSample, following
-from .guards import Guard, guards_of
 from .inputs import (
     check_exported_inputs,
     check_inputs,

@@ -1,7 +1,7 @@
 """Fold: compute once what depends on fixed inputs and constants of the trace alone.
 
-The order of windows, rotary tables and positions of a prompt come from a grid that is fixed. What starts from buffers of
-the model or from sizes alone stays as it is: positions that are counted (`arange`) follow the sizes that a reducer
+The order of windows, rotary tables and positions of a prompt come from a grid that is fixed. What starts from buffers
+of the model or from sizes alone stays as it is: positions that are counted (`arange`) follow the sizes that a reducer
 leaves.
 """
 
@@ -119,7 +119,8 @@ class _Folding:
 
 
 def _first_call(graph: fx.Graph) -> fx.Node:
-    return next(node for node in graph.nodes if node.op not in ("placeholder", "get_attr"))
+    found: fx.Node = next(node for node in graph.nodes if node.op not in ("placeholder", "get_attr"))
+    return found
 
 
 def _on_cpu(kwargs: Mapping[str, Any]) -> dict[str, Any]:

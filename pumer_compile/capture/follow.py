@@ -5,7 +5,7 @@ Some models read their inputs as Python numbers: grids of patches (`image_grid_t
 that is computed from inputs and constants without a learned parameter has a *shadow*, the real tensor that the sample
 gives; where Python or a shape asks for data, the shadow answers. **Places, sizes and integer geometry become constants;
 pixels, ids, features and masks stay what they are**: `x[mask]` becomes `x` at constant places. What was asked is
-recorded (`guards.py`): the graph is right for inputs of which the same is true.
+recorded (`asked.py`): the graph is right for inputs of which the same is true.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from .guards import Asked, Made
+from .asked import Asked, Made
 
 LARGEST = 1 << 24
 """Numbers that a shadow may hold; larger values are features."""
@@ -32,7 +32,15 @@ LARGEST = 1 << 24
 # What gives Python numbers.
 _NUMBERS = {"tolist", "item", "__bool__", "__int__", "__float__", "__index__", "__contains__", "equal", "is_nonzero"}
 # What gives a tensor whose size depends on data.
-_SIZED_BY_DATA = {"nonzero", "argwhere", "unique", "unique_consecutive", "repeat_interleave", "masked_select", "bincount"}
+_SIZED_BY_DATA = {
+    "nonzero",
+    "argwhere",
+    "unique",
+    "unique_consecutive",
+    "repeat_interleave",
+    "masked_select",
+    "bincount",
+}
 # What takes sizes or values as numbers, given as tensors.
 _TAKES_NUMBERS = {"arange", "linspace", "full", "zeros", "ones"}
 _MAKES_TENSORS = {"tensor", "as_tensor"}
@@ -323,7 +331,7 @@ def _caller() -> str:
 
 @contextmanager
 def following(model: nn.Module, follow: FollowSample) -> Iterator[None]:
-    """Within the block a trace of `model` follows the sample. `restoring_model_state` undoes it also where it raises."""
+    """Within the block a trace of `model` follows the sample."""
     original: Callable[..., Any] = model.forward
     own = "forward" in vars(model)
 

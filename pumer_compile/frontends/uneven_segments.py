@@ -6,6 +6,7 @@ length are a batch of their own: as many attentions as there are lengths, and no
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +23,7 @@ def patch(original: Callable[..., Any]) -> Callable[..., Any]:
         if not hasattr(cu_seqlens, "_pumer_shadow"):  # the trace follows no sample (`capture/follow.py`)
             return original(self, hidden_states, cu_seqlens, *args, **kwargs)
         starts = cu_seqlens.tolist()
-        lengths = [stop - start for start, stop in zip(starts, starts[1:], strict=False)]
+        lengths = [stop - start for start, stop in itertools.pairwise(starts)]
         if len(set(lengths)) == 1:
             return original(self, hidden_states, cu_seqlens, *args, **kwargs)
         dim = hidden_states.dim() - 2

@@ -91,11 +91,11 @@ class FastV(Method):
 
     def reducers(self, site: Site, streams: Sequence[Stream]) -> dict[str, Reducer]:
         """See `Method.reducers`."""
-        if all(self.budget == stream.tokens - len(stream.pinned) for stream in streams):
+        if all(self.budget == stream.rows for stream in streams):
             raise PlanError(
                 f"A budget of {self.budget} would reduce nothing: the image has "
-                f"{' and '.join(str(s.tokens - len(s.pinned)) for s in streams)} tokens ({', '.join(s.name for s in streams)}). Choose "
-                "a smaller one, or compile with `none`."
+                f"{' and '.join(str(s.rows) for s in streams)} tokens ({', '.join(s.name for s in streams)}). Choose a "
+                "smaller one, or compile with `none`."
             )
         return super().reducers(site, streams)
 
@@ -103,9 +103,9 @@ class FastV(Method):
         """See `Method.reducer`."""
         from ..reducers import LastQueryReducer
 
-        if self.budget > stream.tokens - len(stream.pinned):
+        if self.budget > stream.rows:
             raise PlanError(
-                f"A budget of {self.budget} is more than the {stream.tokens - len(stream.pinned)} tokens of {stream.name} in the prompt. "
+                f"A budget of {self.budget} is more than the {stream.rows} tokens of {stream.name} in the prompt. "
                 "Choose a smaller one, or `none`."
             )
         return LastQueryReducer(stream.tokens, self.budget, stream.pinned)

@@ -16,8 +16,8 @@ class VisualReducer(Reducer):
 
     Args:
         crops: the places that each crop's tokens have in the stream, in the crop's raster order; together all of them,
-            but the pinned ones, each once. One image is one crop; an image of high resolution is an overview and several
-            crops.
+            but the pinned ones, each once. One image is one crop; an image of high resolution is an overview and
+            several crops.
         budget: tokens to keep of each crop; one that has no more keeps all.
         important, order: see `VisPruner`.
         pinned: places of tokens that stay, and count in no budget (the marks at the ends of an image's lines).

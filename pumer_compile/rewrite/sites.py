@@ -52,6 +52,11 @@ class Stream:
     row: int = 0
     pinned: tuple[int, ...] = ()
 
+    @property
+    def rows(self) -> int:
+        """How many may go."""
+        return self.tokens - len(self.pinned)
+
 
 @dataclass
 class Site:
