@@ -26,7 +26,7 @@ from .rules import argument, is_pointwise, wrap
 
 _MOVES = (
     MOVES
-    | set(overloads("index_select t repeat flip roll movedim detach pixel_shuffle pixel_unshuffle"))
+    | set(overloads("index_select t repeat flip roll movedim detach unflatten pixel_shuffle pixel_unshuffle"))
     | {operator.getitem, aten.index.Tensor, aten.pad.default, aten.constant_pad_nd.default, aten.detach_.default}
 )
 _PADS = {aten.pad.default, aten.constant_pad_nd.default}

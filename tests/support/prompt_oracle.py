@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
+from tests.support.prompt_families import decoder_of, layers_of
 from tests.support.visual import select
 
 Tensors = dict[str, Tensor]
@@ -69,7 +70,11 @@ class _Attentions(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         first = args[0] if args and isinstance(args[0], Tensor) else None
         if name == "softmax":
+            # Weights say how much; a token is made of values.
+            result = result.detach() if result.dim() > 3 else result
             self._same(result, result)
+        elif name == "conv2d":
+            return _by_centre(args, kwargs or {}, result)
         elif name in ("dropout", "to", "type", "type_as", "contiguous") and id(first) in self.weights:
             self._same(result, self.weights[id(first)])
         elif name in ("matmul", "__matmul__", "bmm") and id(first) in self.weights and args[1].dim() == first.dim():
@@ -81,9 +86,16 @@ class _Attentions(TorchFunctionMode):
         self.alive.append(value)
 
 
-def decoder_of(model: nn.Module) -> nn.Module:
-    """The module that reads the prompt's embeddings."""
-    return next(m for path, m in model.named_modules() if path.endswith(("language_model", "text_model")))
+def _by_centre(args: Any, kwargs: Any, result: Tensor) -> Tensor:
+    """The same numbers. A convolution that keeps the grid looks at neighbours; a place is made of what was there."""
+    image, weight = args[:2]
+    if weight.shape[-1] == 1 or result.shape[-2:] != image.shape[-2:]:
+        return result
+    high, wide = (size // 2 for size in weight.shape[-2:])
+    centre = weight[..., high : high + 1, wide : wide + 1]
+    groups = args[6] if len(args) > 6 else kwargs.get("groups", 1)
+    own = torch.nn.functional.conv2d(image, centre, groups=groups)
+    return result.detach() + own - own.detach()
 
 
 @contextlib.contextmanager
@@ -142,28 +154,32 @@ def _votes(sight: Sight, numbers: list[int], rows: Tensor, found: list[Attention
     calls, members = _deciding(rows, found)
     received, voters = [], set()
     for index, call in enumerate(calls):
-        weights = call.weights.mean(1)
+        # Latents are the last keys, behind the picture that they read.
+        weights = call.weights.mean(1)[..., -call.weights.shape[-2] :]
         # A token in front of the others that becomes no row of any picture is a class token: it speaks for the picture.
         alone = not any(m[index][:, 0].any() for m in members)
         voters.add("class" if alone else "all")
         received.append(weights[:, 0] if alone else weights.mean(1))
     (voter,) = voters
     sight.deciding.append((calls[0].module, voter))
-    groups: dict[tuple[int, int], list[int]] = {}
+    groups: list[tuple[set[tuple[int, int]], list[int]]] = []
     for number, row in zip(numbers, members, strict=True):
         own = [(i, int(b), int(t)) for i, m in enumerate(row) for b, t in m.nonzero()]
         sight.members[number] = own
         sight.votes[number] = torch.stack([received[i][b, t] for i, b, t in own]).mean().detach()
-        (group,) = {(i, b) for i, b, _ in own}
-        groups.setdefault(group, []).append(number)
-    sight.groups += groups.values()
+        # Rows of one picture are attended to together; a row of tokens from several windows joins those.
+        where = {(i, b) for i, b, _ in own}
+        same = [g for g in groups if g[0] & where]
+        groups = [g for g in groups if not g[0] & where]
+        groups.append((where.union(*(g[0] for g in same)), sorted([number, *(n for g in same for n in g[1])])))
+    sight.groups += sorted(g[1] for g in groups)
 
 
 def _deciding(rows: Tensor, found: list[Attention]) -> tuple[list[Attention], list[list[Tensor]]]:
     """The last attention of tokens among themselves that tells rows apart, and its tokens in every row."""
     modules = list(dict.fromkeys(reversed([a.module for a in found])))
     for module in modules:
-        calls = [a for a in found if a.module is module and a.weights.shape[-1] == a.weights.shape[-2]]
+        calls = [a for a in found if a.module is module and a.weights.shape[-1] >= a.weights.shape[-2]]
         if not calls:
             continue
         members = _members(rows, calls)
@@ -268,6 +284,25 @@ class _Reading:
         return (args, {**kwargs, where: mask}) if where in kwargs else ((args[0], mask, *args[2:]), kwargs)
 
 
+def scores(output: Any) -> Tensor:
+    """Logits, or a retrieval model's embeddings."""
+    return output.logits if "logits" in output else output.embeddings
+
+
+@dataclass
+class _Spread:
+    """Hook that puts a language model's states back where they stood: a head may meet them with the prompt's mask."""
+
+    places: Tensor
+    length: int
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        states = output.last_hidden_state
+        whole = states.new_zeros(len(states), self.length, states.shape[2])
+        output.last_hidden_state = whole.scatter(1, self.places[..., None].expand_as(states), states)
+        return output
+
+
 def logits(model: nn.Module, inputs: Tensors, places: Tensor, rows: list[int] | None = None, of: int = 0) -> Tensor:
     """Logits of the prompts' places, the others left out before the language model.
 
@@ -277,12 +312,15 @@ def logits(model: nn.Module, inputs: Tensors, places: Tensor, rows: list[int] | 
     decoder = decoder_of(model)
     reading = _Reading(None, torch.isin(torch.arange(of), torch.tensor(rows or [])))
     handles = [decoder.register_forward_pre_hook(reading.prompt, with_kwargs=True)]
-    handles += [layer.register_forward_pre_hook(reading.layer, with_kwargs=True) for layer in decoder.layers]
+    handles += [layer.register_forward_pre_hook(reading.layer, with_kwargs=True) for layer in layers_of(model)]
     try:
         with eagerly(model), torch.no_grad():
-            model(**inputs)
+            retrieves = "embeddings" in model(**inputs)
             reading.places = places
-            return model(**inputs).logits
+            if retrieves:
+                handles.append(decoder.register_forward_hook(_Spread(places, inputs["input_ids"].shape[1])))
+            found = scores(model(**inputs))
+            return _cut(found, places, 1) if retrieves else found
     finally:
         for handle in handles:
             handle.remove()
