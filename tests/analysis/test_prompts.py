@@ -240,7 +240,7 @@ def test_text_between_the_blocks_of_one_image_stays() -> None:
     assert prompt is not None
     (mark,) = prompt.marks
     assert mark.pinned == (3,) and mark.votes is not None and mark.crops == ((0, 1, 2, *range(4, 17)),)
-    found = pumer.reduce(whole, Schedule(method="vispruner", budget=4, positions="original"))
+    found = pumer.reduce(whole, Schedule(method="vispruner", budget=4))
     with torch.no_grad():
         logits = found.module(**inputs)["logits"]
     assert logits.shape[1] == 2 + 4 + 1 + 5
