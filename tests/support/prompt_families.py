@@ -441,7 +441,7 @@ def vipllava() -> Built:
 
 @_family
 def mistral3() -> Built:
-    """Every row of the picture ends in a mark of its own, so that an image stands in several blocks; a sliding window."""
+    """Every line of the picture ends in a mark, so that an image stands in several blocks; a sliding window."""
     vision = {**_PICTURE, "head_dim": 8, "model_type": "pixtral"}
     text = {"model_type": "mistral", **_TEXT, "head_dim": 8, "sliding_window": 8}
     config = hf.Mistral3Config(vision_config=vision, text_config=text, image_token_index=IMAGE)

@@ -283,6 +283,13 @@ class _Reading:
         mask = _cut_mask(self.masks[module], self.places)
         return (args, {**kwargs, where: mask}) if where in kwargs else ((args[0], mask, *args[2:]), kwargs)
 
+    def table(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        """Learned positions, looked up for the whole prompt."""
+        if self.places is None:
+            self.masks[module] = output if output.dim() == 3 else output[None]
+            return output
+        return _cut(self.masks[module], self.places, 1)
+
 
 def scores(output: Any) -> Tensor:
     """Logits, or a retrieval model's embeddings."""
@@ -313,6 +320,8 @@ def logits(model: nn.Module, inputs: Tensors, places: Tensor, rows: list[int] | 
     reading = _Reading(None, torch.isin(torch.arange(of), torch.tensor(rows or [])))
     handles = [decoder.register_forward_pre_hook(reading.prompt, with_kwargs=True)]
     handles += [layer.register_forward_pre_hook(reading.layer, with_kwargs=True) for layer in layers_of(model)]
+    tables = [m for path, m in decoder.named_modules() if path.split(".")[-1] == "embed_positions"]
+    handles += [table.register_forward_hook(reading.table) for table in tables]
     try:
         with eagerly(model), torch.no_grad():
             retrieves = "embeddings" in model(**inputs)
