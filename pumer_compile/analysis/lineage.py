@@ -57,7 +57,8 @@ class Lineage:
 
     def tells_apart(self) -> bool:
         """Whether rows of one image are made of other tokens each, not all of all."""
-        owners, sets = self.owners(), {}
+        owners = self.owners()
+        sets: dict[frozenset[int], list[tuple[int, ...]]] = {}
         for row in self.members:
             sets.setdefault(frozenset(owners[token] for token in row), []).append(row)
         return all(len(rows) == 1 or len(set(rows)) > 1 for rows in sets.values())
