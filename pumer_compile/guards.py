@@ -22,7 +22,7 @@ REPLAYED = frozenset(
     "eq ne lt le gt ge sum any all view reshape flatten unsqueeze squeeze expand transpose permute contiguous clone "
     "to bool int long float logical_and logical_or logical_not and or xor invert add sub mul rsub cumsum amax amin max "
     "min getitem select numel abs nonzero diff unbind mean prod count_nonzero isin is_all_true ior iand iadd isub "
-    "setitem part".split()
+    "setitem part div floordiv truediv pow sqrt floor ceil round remainder mod neg square".split()
 )
 
 
@@ -168,7 +168,7 @@ def _evaluate(said: Any, inputs: Mapping[str, Tensor]) -> Any:
 
 
 # Where the method of tensors has another name.
-_METHODS = {name: f"__{name}__" for name in ("getitem", "and", "or", "xor", "invert", "rsub")}
+_METHODS = {name: f"__{name}__" for name in "getitem and or xor invert rsub floordiv truediv mod".split()}
 _METHODS |= {"ior": "__or__", "iand": "__and__", "iadd": "__add__", "isub": "__sub__", "is_all_true": "all"}
 
 

@@ -177,7 +177,7 @@ class _Sets:
 
     def join(self, many: Sequence[Tensor]) -> Tensor:
         """The union, number by number, of values that are broadcast."""
-        together = torch.broadcast_tensors(*many)
+        together: list[Tensor] = list(torch.broadcast_tensors(*many))
         most = together[0]
         for ids in together[1:]:
             most = torch.maximum(most, ids)

@@ -26,9 +26,19 @@ from .attention import Parts
 from .axes import ByPosition, Constraint, Dim, Same, Seed
 from .constant_places import Block, lower_constant_places, same_tokens
 from .lineage import Lineage, lineage
-from .nodes import Emitter, ancestors, attribute, constant_value, copied, describe, module_path, values
-from .operators import ATTENTION, SOFTMAX, aten, overloads
-from .rules import rule
+from .nodes import (
+    Emitter,
+    ancestors,
+    attribute,
+    constant_value,
+    copied,
+    depends_on_input,
+    describe,
+    module_path,
+    values,
+)
+from .operators import ATTENTION, JOINS, SOFTMAX, aten, overloads
+from .rules import argument, rule, shape
 
 _SCATTER = aten.masked_scatter.default
 _ATTENTION = SOFTMAX | {ATTENTION}
@@ -428,6 +438,7 @@ class _Scatter:
 
     def _as_it_is(self, found: Arrangement) -> list[fx.Node]:
         features, user = _leaving(self.node, found.projected)
+        _check_published(features)
         behind = ancestors(self.source) | {self.source}
         with self.prompt.module.graph.inserting_after(features):
             mark = Emitter(user)(visual_tokens, features)
@@ -444,6 +455,7 @@ class _Scatter:
 
     def _arranged(self, found: Arrangement, blocks: list[Block]) -> list[fx.Node]:
         features, _ = _leaving(self.node, found.projected)
+        _check_published(features)
         projector = _between(self.node, features, found.projected)
         images, done = [], 0
         seen: set[int] = set()
@@ -575,6 +587,32 @@ def _together(places: Sequence[int], owners: Sequence[set[int]]) -> tuple[tuple[
         groups = [group for group in groups if not group[0] & own]
         groups.append((own.union(*(g[0] for g in joined)), [*(p for g in joined for p in g[1]), place]))
     return tuple(sorted(tuple(sorted(group[1])) for group in groups))
+
+
+def _check_published(features: fx.Node) -> None:
+    """What leaves the tower must be tokens of its last attention, without a class token.
+
+    Raises:
+        AxisError: several layers side by side, say.
+    """
+    behind = ancestors(features) | {features}
+    last = [n for n in features.graph.nodes if n in behind and n.target in _ATTENTION][-1]
+    tokens, node = values(last)[0].shape[-2], features
+    while values(node)[0].shape[1] != tokens:
+        if node.target is not aten.slice.Tensor or node.args[1] != 1 or not isinstance(node.args[0], fx.Node):
+            raise AxisError(f"{describe(features)} gives features in which the tokens of {describe(last)} are not found.")
+        node = node.args[0]
+    if node is features and any(_leads_with_learned(n) for n in behind if n.target in JOINS):
+        raise AxisError(f"{describe(features)} gives the class token of the vision tower to the prompt.")
+
+
+def _leads_with_learned(join: fx.Node) -> bool:
+    """Whether a class token is joined to tokens."""
+    parts = join.args[0]
+    if not isinstance(parts, list | tuple) or argument(join, 1, "dim", 0) != 1 or len(parts) < 2:
+        return False
+    first, *rest = (part for part in parts if isinstance(part, fx.Node))
+    return len(shape(first)) == 3 and not depends_on_input(first) and any(map(depends_on_input, rest))
 
 
 def _between(scatter: fx.Node, features: fx.Node, projected: fx.Node) -> list[fx.Node]:

@@ -44,6 +44,8 @@ _SIZED_BY_DATA = {
 # What takes sizes or values as numbers, given as tensors.
 _TAKES_NUMBERS = {"arange", "linspace", "full", "zeros", "ones"}
 _MAKES_TENSORS = {"tensor", "as_tensor"}
+# What takes sizes after the tensor that it is about.
+_TAKES_SIZES = set("view reshape split split_with_sizes expand repeat narrow unflatten new_zeros new_ones new_full".split())
 # Questions about a tensor that are answered without its data.
 _ABOUT = {"__get__", "__set__", "size", "dim", "stride", "numel", "__len__", "is_floating_point", "is_contiguous"}
 _IN_PLACE = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__ior__", "__iand__", "__itruediv__"}
@@ -123,6 +125,8 @@ class FollowSample(TorchFunctionMode):
             if name in _TAKES_NUMBERS:
                 args, kwargs = self._as_numbers(args, kwargs)
                 return self.__torch_function__(func, types, args, kwargs)
+        if name in _TAKES_SIZES:
+            args = (args[0], *tree_map_only(Tensor, self._number, args[1:]))
         if name in ("__getitem__", "__setitem__"):
             args = (args[0], self._index(args[1]), *args[2:])
             if self._masks(args):
@@ -164,14 +168,18 @@ class FollowSample(TorchFunctionMode):
         def number(value: Any) -> Any:
             if isinstance(value, slice):
                 return slice(number(value.start), number(value.stop), number(value.step))
-            found = shadow(value)
-            if found is None or found.real.dim() or found.real.dtype == torch.bool:
-                return value
-            self._ask(Tensor.item, (value,), {})
-            with _outside():
-                return int(found.real)
+            return self._number(value)
 
         return tuple(map(number, index)) if isinstance(index, tuple) else number(index)
+
+    def _number(self, value: Any) -> Any:
+        """The number that a tensor holds, where it holds one and that is known; anything else as it is."""
+        found = shadow(value)
+        if found is None or found.real.dim() or found.real.dtype == torch.bool:
+            return value
+        self._ask(Tensor.item, (value,), {})
+        with _outside():
+            return int(found.real)
 
     def _masks(self, args: tuple[Any, ...]) -> list[Tensor]:
         """Masks among indices whose numbers are known, if all are."""

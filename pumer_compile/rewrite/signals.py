@@ -202,7 +202,7 @@ def _tower_rows(place: Place, mark: Mark) -> fx.Node:
             "tokens; the selection is by the class token's attention to those. Let the model leave it out "
             "(vision_feature_select_strategy='default')."
         )
-    if attention.masks or NOT_KNOWN in attention.unusual:
+    if any(mask.of_input for mask in attention.masks) or NOT_KNOWN in attention.unusual:
         raise LocateError(
             f"The attention {attention.described} of the vision tower has a mask; which tokens it lets vote is not "
             "known."
