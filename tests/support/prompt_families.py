@@ -910,6 +910,20 @@ def colqwen2() -> Built:
     return hf.ColQwen2ForRetrieval(hf.ColQwen2Config(vlm_config=vlm, embedding_dim=12)), make
 
 
+PUBLISHED = {
+    "janus": {IMAGE: "aligner"},
+    "llava": {IMAGE: "multi_modal_projector"},
+    "paligemma": {IMAGE: "multi_modal_projector"},
+    "video_llava": {OTHER: "multi_modal_projector"},
+}
+"""Of families with one row a token, by placeholder, the projector in front of which VisPruner selects as published."""
+
+
+def placeholders(name: str) -> dict[int, str]:
+    """The tokens of a family that features take the places of, and that projector or ""."""
+    return {IMAGE: "", OTHER: "", **PUBLISHED.get(name, {})}
+
+
 def decoder_of(model: nn.Module) -> nn.Module:
     """The module that reads the prompt's embeddings; of two that read and write, the one that reads."""
     found = next(m for path, m in model.named_modules() if path.endswith(("language_model", "text_model")))
