@@ -22,6 +22,7 @@ from .attention import Parts, attention_parts
 from .masks import HIDES
 from .nodes import ancestors, constant_value, content_inputs, describe, values
 from .operators import ATTENTION, CASTS, DROPOUT, MATMULS, MOVES, PRODUCTS, SOFTMAX, VIEWS, aten, overloads
+from .own_keys import own_keys
 from .rules import argument, is_pointwise, wrap
 
 _MOVES = (
@@ -47,10 +48,20 @@ class Lineage:
             are attended to one by one.
         members: of each row of the prompt, the numbers of its tokens, ascending: `row * tokens + token` in the first
             attention, then those of the next.
+        own: for each of these attentions, the number of the key that belongs to its first token.
     """
 
     deciding: tuple[Parts, ...]
     members: tuple[tuple[int, ...], ...]
+    own: tuple[int, ...]
+
+    def tells_apart(self) -> bool:
+        """Whether rows of one image are made of other tokens each, not all of all."""
+        owners = self.owners()
+        sets: dict[frozenset[int], list[tuple[int, ...]]] = {}
+        for row in self.members:
+            sets.setdefault(frozenset(owners[token] for token in row), []).append(row)
+        return all(len(rows) == 1 or len(set(rows)) > 1 for rows in sets.values())
 
     def owners(self) -> list[int]:
         """Of every token, the number of its image, tile or frame: what attends to one another in the attention, in one
@@ -115,10 +126,13 @@ def lineage(source: fx.Node, width: int) -> Lineage | None:
                     "which of its dimensions are images and which heads is open. [images, heads, tokens, head size] is "
                     "expected."
                 )
-        members = _Run(last).rows(source, width)
-        if len(set(members)) > 1 or len(members) == 1:
-            return Lineage(tuple(last), members)
-        # It mixes everything into every row (attention over channels, say): the one before it decides.
+        own = [first for parts in last if (first := own_keys(parts)) is not None]
+        if len(own) == len(last):
+            found = Lineage(tuple(last), _Run(last).rows(source, width), tuple(own))
+            if found.tells_apart():
+                return found
+        # It mixes everything into every row (attention over channels, say), or its tokens get no attention: the one
+        # before it decides.
         candidates = [parts for parts in candidates if parts not in last]
     return None
 

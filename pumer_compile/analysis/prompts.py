@@ -13,7 +13,7 @@ alone. Learned separators between them (the end of a picture's row) are kept unt
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -106,11 +106,13 @@ class Votes:
         deciding: the attentions that are read.
         members: of each row of each prompt, the numbers of its tokens among those of all these attentions.
         by_class: whether the first token of each of them is a class token, which no row holds; it votes alone.
+        own: for each attention, the number of the key that belongs to its first token.
     """
 
     deciding: tuple[Parts, ...]
     members: tuple[tuple[tuple[int, ...], ...], ...]
     by_class: bool
+    own: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -369,10 +371,7 @@ class _Scatter:
         kinds, members = [], []
         for prompt in range(self.batch):
             rows = [found.members[prompt * share + row] for row in image.rows]
-            groups: dict[frozenset[int], list[int]] = {}
-            for place, tokens in zip(image.places, rows, strict=True):
-                groups.setdefault(frozenset(owners[token] for token in tokens), []).append(place)
-            kinds.append(tuple(map(tuple, groups.values())))
+            kinds.append(_together(image.places, [{owners[token] for token in tokens} for tokens in rows]))
             own = dict(zip(image.places, rows, strict=True))
             members.append(tuple(own.get(place, rows[0]) for place in range(image.length)))
         if len(set(kinds)) > 1:
@@ -380,7 +379,7 @@ class _Scatter:
                 f"{describe(self.node)} has images of another shape, or another number of them, in another prompt of "
                 "the batch. Compile for a batch of one, or for prompts of one form."
             )
-        return kinds[0], Votes(found.deciding, tuple(members), by_class)
+        return kinds[0], Votes(found.deciding, tuple(members), by_class, found.own)
 
     def _blocks(self) -> list[Block]:
         """Where the image stands, in every prompt alike.
@@ -577,6 +576,17 @@ def _leaving(scatter: fx.Node, projected: fx.Node) -> tuple[fx.Node, fx.Node]:
         f"{describe(scatter)} scatters the output of the vision tower {tower or '(the whole model)'} with no projector "
         "between; where its features leave is not found."
     )
+
+
+def _together(places: Sequence[int], owners: Sequence[set[int]]) -> tuple[tuple[int, ...], ...]:
+    """Places whose rows are of one tile or frame: they share an owner, or a row that has the owners of both (a mean of
+    windows that are attended to one by one)."""
+    groups: list[tuple[set[int], list[int]]] = []
+    for place, own in zip(places, owners, strict=True):
+        joined = [group for group in groups if group[0] & own]
+        groups = [group for group in groups if not group[0] & own]
+        groups.append((own.union(*(g[0] for g in joined)), [*(p for g in joined for p in g[1]), place]))
+    return tuple(sorted(tuple(sorted(group[1])) for group in groups))
 
 
 def _check_published(features: fx.Node) -> None:

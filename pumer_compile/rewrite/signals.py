@@ -153,14 +153,14 @@ def _class_token(place: Place, stream: str) -> fx.Node:
 def _votes_of_members(place: Place, votes: Votes, stream: str) -> fx.Node:
     """What each row of a prompt gets: the mean of what its tokens get, `[batch, rows]`, float32."""
     if "members" not in place.read:
-        found = [_received(place, parts, i, votes.by_class) for i, parts in enumerate(votes.deciding)]
+        found = [_received(place, parts, i, votes) for i, parts in enumerate(votes.deciding)]
         call = place.rewriter.call
         place.read["members"] = call(aten.cat.default, found, 0) if len(found) > 1 else found[0]
     name = f"reducer.{place.attention.name}.members.{stream}"
     return place.rewriter.call_module(name, MemberVotes(votes.members), place.read["members"])
 
 
-def _received(place: Place, parts: Parts, number: int, by_class: bool) -> fx.Node:
+def _received(place: Place, parts: Parts, number: int, votes: Votes) -> fx.Node:
     """What every token of an attention gets, mean over heads and those who vote, `[images * tokens]`, float32."""
     attention, call = tower_attention(parts, number), place.rewriter.call
     masks = [mask for mask in attention.masks if mask.of_input]
@@ -171,10 +171,13 @@ def _received(place: Place, parts: Parts, number: int, by_class: bool) -> fx.Nod
             "read it."
         )
     queries, keys = int(shape(parts.query)[-2]), int(attention.key_axis.size)
-    rows = (0, 1) if by_class else (0, queries)
+    rows = (0, 1) if votes.by_class else (0, queries)
     name = f"reducer.{place.attention.name}.attention_{number}"
     found = attention_rows(place.rewriter, attention, rows, name)
-    if not masks or by_class:
+    if keys != queries:  # those who vote are no padding, which is among what they read
+        first = votes.own[number]
+        found, masks = call(aten.slice.Tensor, found, 3, first, first + queries), []
+    if not masks or votes.by_class:
         return call(aten.reshape.default, call(aten.mean.dim, found, [-3, -2]), [-1])
     weights = TokenWeights(0, keys, masks[0].kind)
     real = place.rewriter.call_module(f"{name}.real", weights, place.rewriter.env[masks[0].node])

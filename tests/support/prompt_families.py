@@ -441,7 +441,7 @@ def vipllava() -> Built:
 
 @_family
 def mistral3() -> Built:
-    """Every row of the picture ends in a mark of its own, so that an image stands in several blocks; a window."""
+    """Every line of the picture ends in a mark, so that an image stands in several blocks; a sliding window."""
     vision = {**_PICTURE, "head_dim": 8, "model_type": "pixtral"}
     text = {"model_type": "mistral", **_TEXT, "head_dim": 8, "sliding_window": 8}
     config = hf.Mistral3Config(vision_config=vision, text_config=text, image_token_index=IMAGE)
@@ -908,6 +908,20 @@ def colqwen2() -> Built:
         return {**inputs, "pixel_values": inputs["pixel_values"][None]}
 
     return hf.ColQwen2ForRetrieval(hf.ColQwen2Config(vlm_config=vlm, embedding_dim=12)), make
+
+
+PUBLISHED = {
+    "janus": {IMAGE: "aligner"},
+    "llava": {IMAGE: "multi_modal_projector"},
+    "paligemma": {IMAGE: "multi_modal_projector"},
+    "video_llava": {OTHER: "multi_modal_projector"},
+}
+"""Of families with one row a token, by placeholder, the projector in front of which VisPruner selects as published."""
+
+
+def placeholders(name: str) -> dict[int, str]:
+    """The tokens of a family that features take the places of, and that projector or ""."""
+    return {IMAGE: "", OTHER: "", **PUBLISHED.get(name, {})}
 
 
 def decoder_of(model: nn.Module) -> nn.Module:

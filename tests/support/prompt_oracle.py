@@ -36,7 +36,7 @@ class Sight:
     """What a model sees of its pictures.
 
     Attributes:
-        rows: as they enter the prompt, `[rows, width]`, those of the first prompt first.
+        rows: by what rows are alike, `[width]` each, those of the first prompt first.
         places: `(prompt, place in it)` of every row.
         groups: numbers of rows that share a budget, in the order of the rows.
         votes: `[rows]`.
@@ -44,7 +44,7 @@ class Sight:
         deciding: for every placeholder the module, and whose votes count: a class token's alone, or everyone's.
     """
 
-    rows: Tensor
+    rows: list[Tensor]
     places: list[tuple[int, int]]
     groups: list[list[int]]
     votes: Tensor
@@ -116,9 +116,14 @@ class _Enough(Exception):
     """The prompt is seen."""
 
 
-def look(model: nn.Module, inputs: Tensors, placeholders: tuple[int, ...]) -> Sight:
-    """What stands in the prompts at the placeholders, what each of it is made of, and the attention that gets."""
-    seen: dict[str, Any] = {}
+def look(model: nn.Module, inputs: Tensors, placeholders: dict[int, str]) -> Sight:
+    """What stands in the prompts at the placeholders, what each of it is made of, and the attention that gets.
+
+    Args:
+        placeholders: tokens; and the projector, by the end of its path, where rows are alike by what goes into it (as
+            was published, of rows that are one token each), or "" where they are alike as they enter the prompt.
+    """
+    seen: dict[str, Any] = {"projected": []}
 
     def prompt(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         seen["embeds"] = kwargs["inputs_embeds"]
@@ -130,23 +135,42 @@ def look(model: nn.Module, inputs: Tensors, placeholders: tuple[int, ...]) -> Si
         register_module_forward_hook(lambda m, args, out: attentions.inside.pop() and None),
         decoder_of(model).register_forward_pre_hook(prompt, with_kwargs=True),
     ]
+    ends = tuple(filter(None, placeholders.values())) or ("none",)
+    handles += [
+        module.register_forward_hook(lambda m, args, out: seen["projected"].append((args[0], out)))
+        for path, module in model.named_modules()
+        if path.endswith(ends)
+    ]
     try:
         with eagerly(model), torch.enable_grad(), attentions, contextlib.suppress(_Enough):
             model(**inputs)
     finally:
         for handle in handles:
             handle.remove()
-    image = torch.isin(inputs["input_ids"], torch.tensor(placeholders))
+    image = torch.isin(inputs["input_ids"], torch.tensor([*placeholders]))
     embeds = seen["embeds"].expand(len(image), -1, -1)
-    sight = Sight(embeds[image].detach(), [(int(b), int(p)) for b, p in image.nonzero()], [], torch.empty(0), [], [])
-    sight.votes = torch.zeros(len(sight.rows))
-    sight.members = [[] for _ in sight.places]
-    for token in placeholders:
+    places = [(int(b), int(p)) for b, p in image.nonzero()]
+    sight = Sight([*embeds[image].detach()], places, [], torch.zeros(len(places)), [[] for _ in places], [])
+    for token, projector in placeholders.items():
         # Pictures and films may come from towers of their own.
         numbers = (inputs["input_ids"][image] == token).nonzero().flatten().tolist()
-        if numbers:
-            _votes(sight, numbers, embeds[inputs["input_ids"] == token], attentions.found)
+        if not numbers:
+            continue
+        rows = embeds[inputs["input_ids"] == token]
+        _votes(sight, numbers, rows, attentions.found)
+        if projector:
+            for number, feature in zip(numbers, _before_projector(rows, seen["projected"]), strict=True):
+                sight.rows[number] = feature
     return sight
+
+
+def _before_projector(rows: Tensor, projected: list[tuple[Tensor, Tensor]]) -> Tensor:
+    for features, made in projected:
+        if made.shape[:-1].numel() == len(rows):
+            cosine = torch.nn.functional.cosine_similarity(made.reshape(len(rows), -1), rows)
+            if bool((cosine > 1 - 1e-5).all()):
+                return features.reshape(len(rows), -1).detach()
+    raise AssertionError("No projector gives the rows.")
 
 
 def _votes(sight: Sight, numbers: list[int], rows: Tensor, found: list[Attention]) -> None:
@@ -211,7 +235,9 @@ def kept_rows(sight: Sight, budget: int, important: float = 0.5) -> list[int]:
     """Numbers of the rows that VisPruner keeps, `budget` of every group."""
     kept: list[int] = []
     for group in sight.groups:
-        chosen = select(sight.rows[group][None], sight.votes[group][None], budget, important)[0]
+        chosen = select(torch.stack([sight.rows[i] for i in group])[None], sight.votes[group][None], budget, important)[
+            0
+        ]
         kept += [group[int(i)] for i in chosen]
     return sorted(kept)
 
@@ -283,6 +309,13 @@ class _Reading:
         mask = _cut_mask(self.masks[module], self.places)
         return (args, {**kwargs, where: mask}) if where in kwargs else ((args[0], mask, *args[2:]), kwargs)
 
+    def table(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        """Learned positions, looked up for the whole prompt."""
+        if self.places is None:
+            self.masks[module] = output if output.dim() == 3 else output[None]
+            return output
+        return _cut(self.masks[module], self.places, 1)
+
 
 def scores(output: Any) -> Tensor:
     """Logits, or a retrieval model's embeddings."""
@@ -313,6 +346,8 @@ def logits(model: nn.Module, inputs: Tensors, places: Tensor, rows: list[int] | 
     reading = _Reading(None, torch.isin(torch.arange(of), torch.tensor(rows or [])))
     handles = [decoder.register_forward_pre_hook(reading.prompt, with_kwargs=True)]
     handles += [layer.register_forward_pre_hook(reading.layer, with_kwargs=True) for layer in layers_of(model)]
+    tables = [m for path, m in decoder.named_modules() if path.split(".")[-1] == "embed_positions"]
+    handles += [table.register_forward_hook(reading.table) for table in tables]
     try:
         with eagerly(model), torch.no_grad():
             retrieves = "embeddings" in model(**inputs)
@@ -327,7 +362,7 @@ def logits(model: nn.Module, inputs: Tensors, places: Tensor, rows: list[int] | 
 
 
 def by_hand(
-    model: nn.Module, inputs: Tensors, budget: int, placeholders: tuple[int, ...], important: float = 0.5
+    model: nn.Module, inputs: Tensors, budget: int, placeholders: dict[int, str], important: float = 0.5
 ) -> tuple[Tensor, Tensor]:
     """Logits of a model that sees `budget` rows of each picture, and the places in the prompts that it sees."""
     sight = look(model, inputs, placeholders)
