@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 
 from pumer_compile import Program, capture, reduce
 from pumer_compile.analysis.dead_code import drop_dead
-from pumer_compile.analysis.narrow import Range, narrow
+from pumer_compile.analysis.narrow import Range, narrowing
 from pumer_compile.errors import PlanError
 from pumer_compile.passes.eliminate import eliminate
 from pumer_compile.passes.manager import State, run_passes
@@ -523,7 +523,7 @@ def test_a_row_of_the_published_softmax_knows_its_number() -> None:
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
     *_, softmax = (n for n in narrowed.module.graph.nodes if "published_softmax" in str(n.target))
     assert softmax.kwargs["first"] == config.text - 1 and softmax.meta["val"].shape[2] == 1
-    again = narrow(softmax, Range(2, 0, 1))  # as where its readers were narrowed once more
+    again = narrowing(softmax, Range(2, 0, 1))  # as where its readers were narrowed once more
     assert again is not None and again.kwargs["first"] == config.text - 1
 
 
