@@ -52,7 +52,7 @@ def out(tmp_path: Path) -> Path:
 def converted(reduced: Reduced, monkeypatch: pytest.MonkeyPatch) -> OnnxBuild:
     """Conversion is done once for the tests that are about what comes after it."""
     if not hasattr(converted, "build"):
-        converted.build = build_onnx(reduced.program, reduced.schedule, OnnxOptions())
+        converted.build = build_onnx(reduced, OnnxOptions())
     build: OnnxBuild = converted.build
     monkeypatch.setattr("pumer_compile.exporters.onnx.build_onnx", lambda *args: build)
     return build
@@ -212,7 +212,7 @@ def test_a_model_with_nan_is_not_published(out: Path) -> None:
 
 def test_an_artifact_that_decides_otherwise_is_not_published(out: Path, reduced: Reduced) -> None:
     """The artifact of one schedule, judged by another with the same token counts."""
-    build = build_onnx(reduced.program, reduced.schedule, OnnxOptions())
+    build = build_onnx(reduced, OnnxOptions())
     other = pumer.reduce(reduced.program, budgets("safe", layers=(0,)))
     assert other.plan.tokens() == reduced.plan.tokens()
     with pytest.MonkeyPatch.context() as patch:

@@ -1,4 +1,5 @@
-"""Imports go down the list of stages, never up: what exporters and runtimes share knows neither of them."""
+"""Imports go down the list of stages, never up: what exporters and runtimes share knows neither of them; and functions
+fit a screen."""
 
 from __future__ import annotations
 
@@ -100,3 +101,37 @@ def test_the_search_sees_every_form_of_import() -> None:
         "cli",
         "exporters",
     ]
+
+
+LINES = 60
+
+
+def lines(function: ast.FunctionDef | ast.AsyncFunctionDef, inside: str) -> int:
+    """Of a function from its decorators on; of a command (its signature is the list of its options) the body's."""
+    first = min(node.lineno for node in (function, *function.decorator_list))
+    if inside == "cli":
+        first = function.body[0].lineno
+    assert function.end_lineno is not None
+    return function.end_lineno - first + 1
+
+
+def too_long(tree: ast.AST, inside: str = "") -> dict[str, int]:
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
+    found = [(node.name, lines(node, inside)) for node in ast.walk(tree) if isinstance(node, kinds)]
+    return {name: count for name, count in found if count > LINES}
+
+
+def test_functions_fit_a_screen() -> None:
+    for file in sorted(PACKAGE.rglob("*.py")):
+        inside = file.relative_to(PACKAGE).parts[0]
+        assert not too_long(ast.parse(file.read_text(encoding="utf-8")), inside), file
+
+
+def test_the_count_sees_decorators_methods_and_bodies() -> None:
+    body = "    x = 1\n" * (LINES - 1)
+    assert not too_long(ast.parse(f"def f():\n{body}"))
+    assert too_long(ast.parse(f"def f():\n{body}    x = 2\n")) == {"f": LINES + 1}
+    assert too_long(ast.parse(f"@first\n@second\nasync def f():\n{body}")) == {"f": LINES + 2}
+    method = ast.parse(f"class C:\n    def f(\n        self,\n    ):\n{body.replace('    ', '        ')}")
+    assert too_long(method) == {"f": LINES + 2} and not too_long(method, "cli")
+    assert too_long(ast.parse(f"def f():\n{body}    x = 2\n    x = 3\n"), "cli") == {"f": LINES + 1}

@@ -151,7 +151,7 @@ def _sizes(node: fx.Node, output: int = 0) -> tuple[Size, ...]:
 
 
 def _kinds(graph: fx.Graph) -> list[fx.Node]:
-    """The lookups in smaller tables than that of the words: of kinds and positions, or of another text."""
+    """The lookups in smaller tables than that of the text tokens: of kinds and positions, or of another text."""
     found = [node for node in graph.nodes if node.target is _LOOKUP and straight_from_input(node_arg(node, 1))]
     lookups = {node: _sizes(node_arg(node, 0))[0] for node in found}
     most = max((size for size in lookups.values() if isinstance(size, int)), default=0)

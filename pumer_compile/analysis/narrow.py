@@ -110,7 +110,7 @@ def leaves(arguments: Any) -> list[fx.Node | Cut]:
 # --- one operator --------------------------------------------------------------------------------------------------
 
 
-def narrow(node: fx.Node, wanted: Range) -> Narrow | None:
+def narrowing(node: fx.Node, wanted: Range) -> Narrow | None:
     """How an operator gives a range of its result; None where it must give all."""
     if node.op == "call_module":
         return _narrow_published(node, wanted)

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.export import ExportedProgram
 from torch.utils._pytree import tree_leaves, tree_structure, tree_unflatten
 from transformers.exporters.utils import get_leaf_tensors
 from transformers.utils.generic import ModelOutput
@@ -83,14 +82,6 @@ def _of_transformers(given: Any) -> bool:
     leaves."""
     flat = isinstance(given, Mapping) and any(name.startswith("cache.") or _TOWER.match(name) for name in given)
     return isinstance(given, ModelOutput) or flat
-
-
-def renames_outputs(exported: ExportedProgram) -> bool:
-    """Whether an exported model of transformers gives outputs that artifacts have under another name, or not at all."""
-    spec = exported.call_spec.out_spec
-    given = tree_unflatten([torch.empty(0)] * spec.num_leaves, spec)
-    named = list(get_leaf_tensors(given)) if _of_transformers(given) else []
-    return any(name != new or _TOWER.match(name) for name, new in lasting_names(named).items())
 
 
 def output_nodes(module: fx.GraphModule) -> dict[str, fx.Node]:

@@ -600,7 +600,9 @@ def _check_published(features: fx.Node) -> None:
     tokens, node = values(last)[0].shape[-2], features
     while values(node)[0].shape[1] != tokens:
         if node.target is not aten.slice.Tensor or node.args[1] != 1 or not isinstance(node.args[0], fx.Node):
-            raise AxisError(f"{describe(features)} gives features in which the tokens of {describe(last)} are not found.")
+            raise AxisError(
+                f"{describe(features)} gives features in which the tokens of {describe(last)} are not found."
+            )
         node = node.args[0]
     if node is features and any(_leads_with_learned(n) for n in behind if n.target in JOINS):
         raise AxisError(f"{describe(features)} gives the class token of the vision tower to the prompt.")

@@ -112,13 +112,16 @@ def guards_of(
         model: its name, for messages.
 
     Raises:
-        CaptureError: a model asks something of its content that cannot be checked of other inputs.
+        CaptureError: a model asks something of its content that cannot be checked of other inputs, or that says more of
+            it than a yes, a count or a place.
     """
     fixed: dict[str, None] = {}
     guards: dict[str, Guard] = {}
     for question in asked:
         read = sorted(question.made.inputs & content)
         fixed.update(dict.fromkeys(sorted(question.made.inputs - content)))
+        if read and question.value.is_floating_point():
+            raise _cannot(question, model)
         if read:
             made, value = _without_moves(question.made, question.value)
             expression = _written(made, question, model)

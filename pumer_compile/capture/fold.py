@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ..analysis.nodes import attribute
+from ..analysis.nodes import attribute, give_numbers, values, with_numbers
 from ..analysis.operators import is_mutable
 
 _RANDOM = ("rand", "dropout", "bernoulli", "multinomial")
@@ -57,7 +57,7 @@ class _Folding:
             if node.op == "get_attr":
                 self._constant(node, lifted)
             elif node.op == "placeholder" and node.target in fixed:
-                self._seed(node, fixed[node.target].detach().clone())
+                self._seed(node, fixed[node.target].detach().cpu().clone())
             elif node.op == "call_function":
                 self._call(node)
 
@@ -66,10 +66,10 @@ class _Folding:
         self.seeded.add(_storage(value))
 
     def _constant(self, node: fx.Node, lifted: set[int]) -> None:
-        value = attribute(node)
+        value = with_numbers(attribute(node))
         if not isinstance(value, Tensor) or isinstance(value, torch.nn.Parameter) or value.is_meta:
             return
-        self.real[node] = value.detach().clone()
+        self.real[node] = value.detach().cpu().clone()
         if _storage(value) in lifted:
             self.seeded.add(_storage(self.real[node]))
 
@@ -82,8 +82,9 @@ class _Folding:
                 self.barred |= self._storages(node.args[0])
             return
         args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), self.real.__getitem__)
+        args, kwargs = tree_map_only(torch.device, lambda _: torch.device("cpu"), (args, kwargs))
         with torch.no_grad():
-            self.real[node] = node.target(*args, **{**kwargs, **_on_cpu(kwargs)})  # type: ignore[operator]
+            self.real[node] = node.target(*args, **kwargs)  # type: ignore[operator]
         if any(self._storages(n) & self.seeded for n in node.all_input_nodes):
             self.seeded |= self._storages(node)
             if mutable:
@@ -105,7 +106,7 @@ class _Folding:
                 continue
             name = f"_folded_{count}"
             count += 1
-            self.module.register_buffer(name, value.clone(), persistent=False)
+            self.module.register_buffer(name, _on_device(value.clone(), node), persistent=False)
             with graph.inserting_before(node if node.op != "placeholder" else _first_call(graph)):
                 constant = graph.get_attr(name)
             constant.meta = dict(node.meta)
@@ -118,12 +119,15 @@ class _Folding:
         return count
 
 
+def _on_device(value: Tensor, node: fx.Node) -> Tensor:
+    """A constant where its node is; on the meta device its numbers stay known."""
+    device = values(node)[0].device
+    moved = value.to(device)
+    if device.type == "meta":
+        give_numbers(moved, value)
+    return moved
+
+
 def _first_call(graph: fx.Graph) -> fx.Node:
     found: fx.Node = next(node for node in graph.nodes if node.op not in ("placeholder", "get_attr"))
     return found
-
-
-def _on_cpu(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Plans of models on the meta device: constants are computed all the same."""
-    device = kwargs.get("device")
-    return {"device": torch.device("cpu")} if isinstance(device, torch.device) and device.type == "meta" else {}

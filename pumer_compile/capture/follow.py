@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from ..analysis.nodes import give_numbers
 from .asked import Asked, Made
 
 LARGEST = 1 << 24
@@ -45,7 +46,9 @@ _SIZED_BY_DATA = {
 _TAKES_NUMBERS = {"arange", "linspace", "full", "zeros", "ones"}
 _MAKES_TENSORS = {"tensor", "as_tensor"}
 # What takes sizes after the tensor that it is about.
-_TAKES_SIZES = set("view reshape split split_with_sizes expand repeat narrow unflatten new_zeros new_ones new_full".split())
+_TAKES_SIZES = set(
+    "view reshape split split_with_sizes expand repeat narrow unflatten new_zeros new_ones new_full".split()
+)
 # Questions about a tensor that are answered without its data.
 _ABOUT = {"__get__", "__set__", "size", "dim", "stride", "numel", "__len__", "is_floating_point", "is_contiguous"}
 _IN_PLACE = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__ior__", "__iand__", "__itruediv__"}
@@ -241,7 +244,7 @@ class FollowSample(TorchFunctionMode):
         self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]
     ) -> Any:
         result = func(*args, **kwargs)
-        made_here = not tensors and any(isinstance(t, FakeTensor) for t in tree_leaves(result))
+        made_here = not tensors and any(isinstance(t, Tensor) and _traceable(t) for t in tree_leaves(result))
         changes = name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
         if (all(map(_known, tensors)) and tensors) or (made_here and not name.startswith("rand")):
             real = self._computed(func, args, kwargs, result)
@@ -278,6 +281,13 @@ class FollowSample(TorchFunctionMode):
 
 def _attach(traced: Tensor, found: Shadow) -> None:
     traced._pumer_shadow = found  # type: ignore[attr-defined]
+    if not isinstance(traced, FakeTensor):
+        give_numbers(traced, found.real)
+
+
+def _traceable(tensor: Tensor) -> bool:
+    """Whether it has no numbers of its own: it is traced, or a constant on the meta device."""
+    return isinstance(tensor, FakeTensor) or tensor.is_meta
 
 
 def _attach_all(result: Any, real: Any, made: Made) -> None:
@@ -285,7 +295,7 @@ def _attach_all(result: Any, real: Any, made: Made) -> None:
     if len(traced) != len(reals):
         return
     for number, (one, value) in enumerate(zip(traced, reals, strict=True)):
-        if isinstance(one, FakeTensor) and isinstance(value, Tensor) and one.shape == value.shape:
+        if isinstance(one, Tensor) and _traceable(one) and isinstance(value, Tensor) and one.shape == value.shape:
             known = shadow(one)
             if known is None or known.real is not value:
                 _attach(one, Shadow(value, made if isinstance(result, Tensor) else made.part(number)))
@@ -306,7 +316,12 @@ def _items(index: Any) -> Sequence[Any]:
 
 
 def _real(value: Any) -> Any:
-    return tree_map_only(Tensor, lambda t: t if (found := shadow(t)) is None else found.real, value)
+    """What the sample gives for arguments. Everything is computed on the CPU, wherever the model is (a plan is made on
+    the meta device, where there are no numbers)."""
+    if isinstance(value, dict) and "device" in value:
+        value = {**value, "device": torch.device("cpu")}
+    value = tree_map_only(torch.device, lambda _: torch.device("cpu"), value)
+    return tree_map_only(Tensor, lambda t: t.cpu() if (found := shadow(t)) is None else found.real, value)
 
 
 def _made(value: Any) -> Any:

@@ -237,8 +237,7 @@ def compile_(
     chosen = opt.load_schedule(schedule, semantics)
     opt.check_component(component, outputs, chosen)
 
-    from ..exporters import check_exporter, export, exporter_options  # loads torch: nobody waits for that with a typo
-    from ..parity.report import save_report
+    from ..exporters import check_exporter, exporter_options  # loads torch: nobody waits for that with a typo
 
     options = exporter_options(
         output,
@@ -264,34 +263,32 @@ def compile_(
         check_compilation(triton_repository, output, options)
     open_batch = dynamic_batch or bool(profile)
     check_exporter(output, options, dynamic_batch=open_batch, verify=not no_verify)
-    absolute, relative = opt.tolerance(atol), opt.tolerance(rtol)
+    tolerances = {"atol": opt.tolerance(atol), "rtol": opt.tolerance(rtol)}
     if report is not None:
         check_writable(report)
+    sizes = (batch, text_length, image_size)
+    padding = not no_padding
     program = _captured(
-        model,
-        config,
-        allow_pickle,
-        inputs,
-        (batch, text_length, image_size),
-        open_batch,
-        stream,
-        outputs,
-        component,
-        padding=not no_padding,
+        model, config, allow_pickle, inputs, sizes, open_batch, stream, outputs, component, padding=padding
     )
     reduced = _reduced(program, chosen, dump_graph)
-    with _stage("exporting" if no_verify else "exporting and proving") as progress:
+    asked = {"with_decisions": with_decisions or component is not None, "verify": not no_verify, **tolerances}
+    done = _exported(reduced, output, report, verbose, options=options, **asked)
+    if chosen is not None and (verbose or report is not None):
+        print_plan(reduced.plan, reduced.schedule)
+    _say_what_was_written(done, reduced if chosen is not None else None)
+    if triton_repository is not None:
+        _write_triton(triton_repository, output.stem, output)
+
+
+def _exported(reduced: Any, output: Path, report: Path | None, verbose: bool, **asked: Any) -> Any:
+    """Export and prove. The report of the proof is printed, and saved where that was asked, also where it failed."""
+    from ..exporters import export
+    from ..parity.report import save_report
+
+    with _stage("exporting and proving" if asked["verify"] else "exporting") as progress:
         try:
-            done = export(
-                reduced,
-                output,
-                options=options,
-                with_decisions=with_decisions or component is not None,
-                verify=not no_verify,
-                atol=absolute,
-                rtol=relative,
-                progress=progress,
-            )
+            done = export(reduced, output, progress=progress, **asked)
         except ParityError as error:
             if error.report is not None:
                 if report is not None:
@@ -302,11 +299,7 @@ def compile_(
         print_report(done.report, whole=verbose or report is not None)
         if report is not None:
             save_report(done.report, report)
-    if chosen is not None and (verbose or report is not None):
-        print_plan(reduced.plan, reduced.schedule)
-    _say_what_was_written(done, reduced if chosen is not None else None)
-    if triton_repository is not None:
-        _write_triton(triton_repository, output.stem, output)
+    return done
 
 
 def _say_what_was_written(done: Any, reduced: Any) -> None:

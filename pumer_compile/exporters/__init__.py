@@ -29,7 +29,7 @@ from ..plan import PromptPlace
 from ..reduce import Reduced
 from ..runtimes.ort import OnnxSession
 from .base import Options, Writer
-from .chain import cast_program
+from .chain import cast, program_of
 from .manifest import make_manifest
 from .onnx import OnnxOptions
 from .openvino import OpenVinoOptions
@@ -88,7 +88,8 @@ def export(
     the two renames leaves an old artifact that is no longer the one described, and refused.)
 
     Args:
-        reduced: from `reduce`, or a captured program to export as it is.
+        reduced: from `reduce`, whose module is what is exported, or a captured program to export as it is. Captured and
+            reduced anew only where `options` ask for another dtype.
         path: of the artifact.
         options: of the exporter that the suffix picks.
         with_decisions: keep every reducer's decisions as extra outputs.
@@ -106,12 +107,11 @@ def export(
     path = Path(path)
     writer = _writer(path, options, progress)
     writer.check_path(path)
-    program, schedule = (reduced.program, reduced.schedule) if isinstance(reduced, Reduced) else (reduced, None)
+    program = program_of(reduced)
     writer.check(dynamic_batch=program.dynamic_batch, verify=verify)
-    if isinstance(reduced, Reduced):  # outputs of a program exported as it is are named by the converter
-        check_tolerances(artifact_outputs(reduced.module, program.inputs), atol, rtol)
+    check_tolerances(artifact_outputs(reduced.module, program.inputs), atol, rtol)
     progress("converting")
-    build = writer.build(program, schedule)
+    build = writer.build(reduced)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         files = writer.save(build, Path(folder) / path.name, with_decisions=with_decisions)
         report = None
@@ -184,7 +184,7 @@ def _prove(
     """Compare what was written with eager PyTorch, through the door that users take."""
     evidence = writer.evidence(build, files)
     eager, unreduced, model = _eager(reduced)
-    program = reduced.program if isinstance(reduced, Reduced) else reduced
+    program = program_of(reduced)
     prompts = reduced.plan.prompts if isinstance(reduced, Reduced) else ()
     if samples is not None:
         for sample in samples:
@@ -280,12 +280,8 @@ def _proof_batches(
 
 def _eager(reduced: Reduced | Program) -> tuple[Any, Any, Any]:
     """The reduced and the captured module, and the model, in float32."""
-    from ..reduce import reduce
-
-    program = reduced.program if isinstance(reduced, Reduced) else reduced
-    exact = cast_program(program, "float32")
-    if not isinstance(reduced, Reduced) or reduced.schedule.exact:
-        return exact.module, exact.module, exact.model  # what is exact is judged against the model itself
-    if exact is program:
-        return reduced.module, program.module, exact.model
-    return reduce(exact, reduced.schedule).module, exact.module, exact.model
+    if isinstance(reduced, Reduced) and reduced.schedule.exact:
+        reduced = reduced.program  # what is exact is judged against the model itself
+    exact = cast(reduced, "float32")
+    program = program_of(exact)
+    return exact.module, program.module, program.model

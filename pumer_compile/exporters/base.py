@@ -13,7 +13,7 @@ from ..artifacts.session import Session
 from ..capture.capture import Program
 from ..errors import UsageError
 from ..files import check_writable
-from ..schedule import Schedule
+from ..reduce import Reduced
 
 Precision = Literal["float32", "float16", "bfloat16"]
 
@@ -123,8 +123,8 @@ class Writer(ABC, Generic[OptionsT, BuildT]):
         check_writable(path)
 
     @abstractmethod
-    def build(self, program: Program, schedule: Schedule | None) -> BuildT:
-        """Convert a captured program, reduced by a schedule (None: as it is)."""
+    def build(self, reduced: Reduced | Program) -> BuildT:
+        """Convert the graph of a reduced program, or of a captured one as it is."""
 
     @abstractmethod
     def save(self, build: BuildT, path: Path, *, with_decisions: bool) -> list[Path]:

@@ -1,105 +1,143 @@
-"""Our reduction as one step of transformers' export chain, for every format that is converted from a `torch.export`
-program.
+"""A captured graph, reduced or not, as what transformers' exporters convert.
 
-transformers traces the model again in its chain; `ReduceStep` captures what it traced, as the user's program was
-captured, and hands the reduced program on.
+`export(reduced)` exports `reduced.module`: a compile captures once and reduces once (twice for half precision, whose
+graph has its dtype written into it). transformers' exporters trace a model, and then convert what they traced;
+`GraphStep` takes the place of the trace and exports the graph that it is given, in their context: their patches of
+torch's functions reach it (`torch_calls.py`), their repairs of the exported program, translations and fusions follow.
+What they patch in the code of single models while they trace is not in it: the capture had to do without.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager
+from collections.abc import MutableMapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
-from unittest import mock
 
 import torch
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
-from transformers import PreTrainedModel
 from transformers.exporters.exporter_dynamo import DynamoExporter
 
-from ..analysis.outputs import artifact_outputs, outputs_apart, renames_outputs, without_inputs
-from ..capture.capture import Program, batch_inputs, capture
+from ..analysis.outputs import artifact_outputs, outputs_apart, without_inputs
+from ..capture.capture import Program, batch_inputs, capture, restoring_model_state, set_for_inference
 from ..errors import UsageError
-from ..reduce import reduce_graph, with_decisions
+from ..reduce import Reduced, reduce_graph, with_decisions
 from ..schedule import Schedule
 from .base import Precision
 from .masked_writes import lower_masked_writes
+from .torch_calls import call_torch
 
 
-class ReduceStep(DynamoExporter):
-    """transformers' dynamo exporter, then our passes (none without a schedule)."""
+@dataclass(frozen=True)
+class Prepared:
+    """A graph as converters take it.
 
-    schedule: Schedule | None = None
-    streams: Mapping[str, str] = {}
-    outputs: Sequence[str] = ()
-    padding: bool = True
-    output_names: list[str]
-    decision_names: list[str]
-
-    def follow(self, program: Program, schedule: Schedule | None) -> None:
-        """Capture as this program was captured, and reduce by this schedule."""
-        self.schedule, self.streams = schedule, dict(program.streams)
-        self.outputs, self.padding = tuple(program.outputs), not program.unpadded
-
-    def export_program(
-        self, model: PreTrainedModel, sample_inputs: MutableMapping[str, Any], config: Any
-    ) -> tuple[ExportedProgram, Any]:
-        given = dict(sample_inputs)  # the exporter puts numbers in place of some tensors
-        with _plain_scatter() if self.schedule is not None else contextlib.nullcontext():
-            exported, metadata = super().export_program(model, sample_inputs, config)
-        return self._reduced(exported, sample_inputs, given, config), metadata
-
-    def export(self, model: PreTrainedModel, sample_inputs: MutableMapping[str, Any], config: Any) -> Any:
-        """The step of older exporters (transformers 5.17), where it gives the program; later ones come back here with a
-        finished model."""
-        given = dict(sample_inputs)
-        with _plain_scatter() if self.schedule is not None else contextlib.nullcontext():
-            exported = super().export(model, sample_inputs, config)
-        if not isinstance(exported, ExportedProgram):
-            return exported
-        return self._reduced(exported, sample_inputs, given, config)
-
-    def _reduced(
-        self, exported: ExportedProgram, sample_inputs: MutableMapping[str, Any], given: dict[str, Any], config: Any
-    ) -> ExportedProgram:
-        self.output_names, self.decision_names = [], []
-        if self.schedule is not None or self.outputs or not self.padding or renames_outputs(exported):
-            program = capture(exported, given, streams=self.streams, outputs=self.outputs, padding=self.padding)
-            for name in program.fixed:
-                sample_inputs.pop(name)
-            exported, self.output_names, self.decision_names = reduced_export(
-                program, self.schedule, config.dynamic_shapes
-            )
-        return exported
-
-
-@contextmanager
-def _plain_scatter() -> Iterator[None]:
-    """Trace `masked_scatter` as it is, which our prompt pass spells out, and not as the gather that transformers'
-    ONNX exporter puts in its place."""
-    with mock.patch.object(torch.Tensor, "masked_scatter", torch._C.TensorBase.masked_scatter):
-        yield
-
-
-def reduced_export(
-    program: Program, schedule: Schedule | None, dynamic_shapes: dict[str, Any] | None
-) -> tuple[ExportedProgram, list[str], list[str]]:
-    """Reduce a program (None: not at all), and export it again with its decisions as extra outputs.
-
-    Returns:
-        The exported program, the names of its own outputs and those of the extra ones.
+    Attributes:
+        module: takes `inputs` by keyword; returns a dictionary of the outputs, then of the decisions.
+        inputs: sample inputs that the graph reads, in the order of the model's.
+        dynamic_shapes: what `torch.export` is told of their sizes.
+        outputs: names of the model's own outputs.
+        decisions: names of the extra ones.
     """
-    module = program.module if schedule is None else reduce_graph(program, schedule)
+
+    module: fx.GraphModule
+    inputs: dict[str, Tensor]
+    dynamic_shapes: dict[str, Any] | None
+    outputs: list[str]
+    decisions: list[str]
+
+    def export(self) -> ExportedProgram:
+        """The graph as `torch.export` has it, in the form that the converters take."""
+        with restoring_model_state(self.module):
+            set_for_inference(self.module)
+            return torch.export.export(
+                self.module, args=(), kwargs=self.inputs, dynamic_shapes=self.dynamic_shapes, strict=False
+            )
+
+
+def prepare(reduced: Reduced | Program) -> Prepared:
+    """The graph of a reduced program, or of one that is exported as it is, for a converter; what is given stays as it
+    was."""
+    program = program_of(reduced)
+    module = reduced.module
     names = artifact_outputs(module, program.inputs)
     twin, decisions = with_decisions(module, names)
     without_inputs(twin, program.fixed)
     outputs_apart(twin)
     lower_masked_writes(twin)
+    call_torch(twin)
     read = {name: tensor for name, tensor in program.inputs.items() if name not in program.fixed}
-    exported = torch.export.export(twin, args=(), kwargs=read, dynamic_shapes=dynamic_shapes, strict=False)
-    return exported, names, decisions
+    return Prepared(twin, read, dynamic_shapes(program), names, decisions)
+
+
+def program_of(reduced: Reduced | Program) -> Program:
+    """The captured program."""
+    return reduced.program if isinstance(reduced, Reduced) else reduced
+
+
+def schedule_of(reduced: Reduced | Program) -> Schedule | None:
+    """What the program was reduced by; None where it is exported as it is."""
+    return reduced.schedule if isinstance(reduced, Reduced) else None
+
+
+class GraphStep(DynamoExporter):
+    """The step of transformers' exporters that traces a model, for a graph that was captured before.
+
+    The exporters are given a stand-in for the model (`convert`), which has its names and no weights.
+    """
+
+    prepared: Prepared
+
+    def convert(self, prepared: Prepared, config: Any) -> Any:
+        """What the exporter makes of a graph."""
+        self.prepared = prepared
+        names = _Names([*prepared.outputs, *prepared.decisions])
+        if hasattr(DynamoExporter, "export_program"):
+            return self.export_program(names, prepared.inputs, config)[0]
+        converted: Any = self.export(names, prepared.inputs, config)  # transformers 5.17
+        return converted.model
+
+    def export_program(
+        self, model: nn.Module, sample_inputs: MutableMapping[str, Any], config: Any
+    ) -> tuple[ExportedProgram, Any]:
+        """The graph, and what it takes and gives as metadata."""
+        from transformers.exporters.metadata import build_export_metadata
+
+        exported = self.export(model, sample_inputs, config)
+        return exported, build_export_metadata(model, sample_inputs, exported, self.required_packages)
+
+    def export(  # type: ignore[override]
+        self, model: nn.Module, sample_inputs: MutableMapping[str, Any], config: Any
+    ) -> ExportedProgram:
+        """The same step under its name in older versions of transformers (5.17), without the metadata."""
+        model.forward(**sample_inputs)  # where the exporters look for names
+        return self.prepared.export()
+
+
+class _Names(nn.Module):
+    """Stands for a model where transformers' exporters look for the names of what it takes and gives."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        super().__init__()
+        self.names = names
+
+    def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
+        return {name: torch.empty(0) for name in self.names}
+
+
+def cast(reduced: Reduced | Program, dtype: Precision) -> Reduced | Program:
+    """The same in another dtype: captured and reduced anew where it is not of this dtype already.
+
+    Raises:
+        UsageError: see `cast_program`.
+    """
+    if not isinstance(reduced, Reduced):
+        return cast_program(reduced, dtype)
+    program = cast_program(reduced.program, dtype)
+    if program is reduced.program:
+        return reduced
+    return replace(reduced, program=program, module=reduce_graph(program, reduced.schedule))
 
 
 def cast_program(program: Program, dtype: Precision) -> Program:
@@ -129,15 +167,9 @@ def cast_program(program: Program, dtype: Precision) -> Program:
 
 
 def dynamic_shapes(program: Program) -> dict[str, Any] | None:
-    """What `torch.export` is told of the inputs' sizes: the batch alone may be open."""
+    """What `torch.export` is told of the sizes of inputs that the graph reads: the batch alone may be open."""
     if not program.dynamic_batch:
         return None
     batch = torch.export.Dim("batch")
     batched = batch_inputs(program.inputs)
-    return {name: {0: batch} if name in batched else None for name in program.inputs}
-
-
-def own_name(name: str, program: Program) -> str:
-    """The model's name for an input, which transformers' exporters call `input.<name>` where an output has its name."""
-    own = name.removeprefix("input.")
-    return own if name not in program.inputs and own in program.inputs else name
+    return {name: {0: batch} if name in batched else None for name in program.inputs if name not in program.fixed}

@@ -1,8 +1,8 @@
 """Writes into places that a mask chooses, in a form that every converter gets right.
 
-A language model's prompt is often filled by such a write: `words.masked_scatter(ids == image, features)` or
-`words[ids == image] = features`. torch.onnx makes a ScatterND over NonZero of it, or a Where, and neither counts the
-features where the mask is narrower than the words. Counted are they here: the n-th place chosen takes row n of the
+A language model's prompt is often filled by such a write: `tokens.masked_scatter(ids == image, features)` or
+`tokens[ids == image] = features`. torch.onnx makes a ScatterND over NonZero of it, or a Where, and neither counts the
+features where the mask is narrower than the tokens. Counted are they here: the n-th place chosen takes row n of the
 source. The places themselves stay open, as in the model; too few rows for them are an error of the runtime's Gather.
 """
 

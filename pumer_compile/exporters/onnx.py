@@ -1,8 +1,8 @@
-"""ONNX: our reduction as one step of transformers' own export chain.
+"""ONNX: a captured graph through transformers' own exporter.
 
-`ReducedOnnxExporter` is transformers' `OnnxExporter` (tracing patches, graph fixes, fusions for onnxruntime) with the
-passes between capture and conversion. Plain modules and torch.export archives go through `torch.export` and
-`torch.onnx` directly, with the same passes.
+`GraphOnnxExporter` is transformers' `OnnxExporter` (patches, graph fixes, fusions for onnxruntime) with the captured,
+reduced graph in place of the model that it would trace. The graphs of plain modules and of torch.export archives go
+through `torch.export` and `torch.onnx` directly.
 """
 
 from __future__ import annotations
@@ -30,14 +30,15 @@ from transformers.exporters.exporter_onnx import OnnxExporter
 
 from ..artifacts.manifest import KEY, seal_onnx
 from ..artifacts.session import decision_model_of
-from ..capture.capture import Program, restoring_model_state, set_for_inference
+from ..capture.capture import Program
 from ..capture.loading import quiet
 from ..errors import ExportError, UsageError
 from ..files import content_name, sha256_file
+from ..reduce import Reduced
 from ..runtimes.ort import OnnxSession, check_provider
 from ..schedule import Schedule
 from .base import Evidence, Options, Writer
-from .chain import ReduceStep, cast_program, dynamic_shapes, own_name, reduced_export
+from .chain import GraphStep, Prepared, cast, prepare, program_of, schedule_of
 from .onnx_passes import DEFAULT_PASSES, ONNX_PASSES, run_onnx_passes
 from .quantize import QuantizeMode, calibration_batches, check_environment, check_options, quantize_onnx
 from .small_numbers import small_numbers_kept
@@ -106,11 +107,8 @@ class OnnxOptions(Options):
         return () if as_it_is or self.quantize is not None else DEFAULT_PASSES[self.target]
 
 
-class ReducedOnnxExporter(OnnxExporter, ReduceStep):  # type: ignore[misc]  # one traces, the other converts
-    """transformers' ONNX exporter with the reduction between capture and conversion.
-
-    The graph's outputs are the model's, then every reducer's decisions, named in `decision_names`.
-    """
+class GraphOnnxExporter(OnnxExporter, GraphStep):  # type: ignore[misc]  # one converts what the other exports
+    """transformers' ONNX exporter for a graph that was captured before."""
 
 
 @dataclass(frozen=True)
@@ -144,31 +142,28 @@ class OnnxBuild:
         return model
 
 
-def build_onnx(program: Program, schedule: Schedule | None, options: OnnxOptions) -> OnnxBuild:
-    """Convert a captured program, reduced by a schedule, to an ONNX model in memory.
+def build_onnx(reduced: Reduced | Program, options: OnnxOptions) -> OnnxBuild:
+    """Convert the graph of a reduced program, or of a captured one as it is, to an ONNX model in memory.
 
     Args:
-        program: from `capture`; it is captured again inside the export chain where its model is at hand.
-        schedule: None converts the model as it is.
+        reduced: from `reduce` or `capture`; captured and reduced anew only where it is of another dtype.
         options: see `OnnxOptions`.
 
     Raises:
         ExportError: conversion failed, or the graph has operators it must not have.
     """
-    program = cast_program(program, options.dtype)
+    reduced = cast(reduced, options.dtype)
+    program, schedule = program_of(reduced), schedule_of(reduced)
     calibration = () if options.calibration is None else calibration_batches(options.calibration, program)
-    shapes = dynamic_shapes(program)
     try:
         with torch_onnx():
-            if isinstance(program.model, PreTrainedModel):
-                build = _through_transformers(program, program.model, schedule, shapes, options)
-            else:
-                build = _through_torch(program, schedule, shapes, options)
+            convert = _through_transformers if isinstance(program.model, PreTrainedModel) else _through_torch
+            build = convert(prepare(reduced), options)
     except torch.onnx.OnnxExporterError as error:
         first = next((line for line in str(error).splitlines() if line.strip()), "no message")
         raise ExportError(f"torch.onnx could not convert the graph: {first.strip()}") from error
-    reduced = schedule is not None and not schedule.exact
-    build = finalize(build, reduced=reduced, passes=options.passes(schedule))
+    has_reducers = schedule is not None and not schedule.exact
+    build = finalize(build, reduced=has_reducers, passes=options.passes(schedule))
     if program.outputs:
         _drop_unread(build.model)
     if options.quantize_mode is not None:
@@ -211,16 +206,9 @@ def _drop_unused_weights(model: onnx_ir.Model) -> None:
             del model.graph.initializers[name]
 
 
-def _through_transformers(
-    program: Program,
-    model: PreTrainedModel,
-    schedule: Schedule | None,
-    shapes: dict[str, Any] | None,
-    options: OnnxOptions,
-) -> OnnxBuild:
-    exporter = ReducedOnnxExporter()  # type: ignore[no-untyped-call]
-    exporter.follow(program, schedule)
-    wanted: dict[str, Any] = {"dynamic_shapes": shapes, "opset_version": options.opset}
+def _through_transformers(prepared: Prepared, options: OnnxOptions) -> OnnxBuild:
+    exporter = GraphOnnxExporter()  # type: ignore[no-untyped-call]
+    wanted: dict[str, Any] = {"dynamic_shapes": prepared.dynamic_shapes, "opset_version": options.opset}
     if options.target in _FUSIONS:
         wanted["ort_fusions"] = _FUSIONS[options.target]
     try:
@@ -230,43 +218,21 @@ def _through_transformers(
             f"--target {options.target} needs transformers' fusions for onnxruntime, which this version lacks: install "
             "a newer transformers or leave --target out for portable ONNX."
         ) from error
-    with restoring_model_state(model):
-        set_for_inference(model)
-        if hasattr(OnnxExporter, "export_program"):
-            converted, _ = exporter.export_program(model, dict(program.inputs), config)
-        else:  # transformers 5.17
-            converted = exporter.export(model, dict(program.inputs), config).model
-    if program.unpadded:
-        # transformers names inputs, in order, after what the model was traced with: the masks as well.
-        for value, name in zip(
-            converted.graph.inputs, (n for n in program.inputs if n not in program.fixed), strict=True
-        ):
-            value.name = name
-    for value in converted.graph.inputs:
-        value.name = own_name(str(value.name), program)
-    names = exporter.output_names or [str(value.name) for value in converted.graph.outputs]
-    return named(converted, names, exporter.decision_names)
+    converted = exporter.convert(prepared, config)
+    return named(converted, prepared.outputs, prepared.decisions)
 
 
-def _through_torch(
-    program: Program, schedule: Schedule | None, shapes: dict[str, Any] | None, options: OnnxOptions
-) -> OnnxBuild:
+def _through_torch(prepared: Prepared, options: OnnxOptions) -> OnnxBuild:
     if options.target in _FUSIONS:
         raise UsageError(
             f"--target {options.target} uses transformers' fusions, which need a transformers model; this one is a "
             "plain module or a torch.export archive. Leave --target out for portable ONNX."
         )
-    exported, names, decisions = reduced_export(program, schedule, shapes)
     converted = torch.onnx.export(
-        exported,
-        args=(),
-        kwargs={name: tensor for name, tensor in program.inputs.items() if name not in program.fixed},
-        opset_version=options.opset,
-        dynamo=True,
-        verbose=False,
+        prepared.export(), args=(), kwargs=prepared.inputs, opset_version=options.opset, dynamo=True, verbose=False
     )
     assert converted is not None
-    return named(converted.model, names, decisions)
+    return named(converted.model, prepared.outputs, prepared.decisions)
 
 
 def named(model: onnx_ir.Model, outputs: list[str], decisions: list[str]) -> OnnxBuild:
@@ -447,9 +413,9 @@ class OnnxWriter(Writer[OnnxOptions, OnnxBuild]):
         if self.options.quantize_mode is not None:
             check_environment(self.options.quantize_mode, self.options.calibration)
 
-    def build(self, program: Program, schedule: Schedule | None) -> OnnxBuild:
+    def build(self, reduced: Reduced | Program) -> OnnxBuild:
         """See `build_onnx`."""
-        return build_onnx(program, schedule, self.options)
+        return build_onnx(reduced, self.options)
 
     def save(self, build: OnnxBuild, path: Path, *, with_decisions: bool) -> list[Path]:
         """See `save_onnx`."""

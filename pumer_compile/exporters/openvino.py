@@ -1,4 +1,4 @@
-"""OpenVINO: our reduction as one step of transformers' export chain, as in `onnx.py`.
+"""OpenVINO: a captured graph through transformers' own exporter, as in `onnx.py`.
 
 An artifact is a graph (`.xml`) and its weights (`.bin`). OpenVINO finds the weights by the stem of the graph's name
 alone, so their name cannot hold a hash of their content; the manifest holds the SHA-256 of both files instead.
@@ -16,14 +16,14 @@ from typing import Any, ClassVar
 from transformers import PreTrainedModel
 
 from ..artifacts.profile import Profile
-from ..capture.capture import Program, batch_inputs, restoring_model_state, set_for_inference
+from ..capture.capture import Program, batch_inputs
 from ..capture.loading import quiet
 from ..errors import ExportError, UsageError
 from ..files import check_writable
+from ..reduce import Reduced
 from ..runtimes.openvino import OpenVinoSession, load_openvino
-from ..schedule import Schedule
 from .base import Evidence, Options, Writer
-from .chain import ReduceStep, cast_program, dynamic_shapes, own_name, reduced_export
+from .chain import GraphStep, Prepared, cast, prepare, program_of
 
 
 @dataclass(frozen=True)
@@ -71,29 +71,29 @@ class OpenVinoBuild:
         return model
 
 
-def build_openvino(program: Program, schedule: Schedule | None, options: OpenVinoOptions) -> OpenVinoBuild:
-    """Convert a captured program, reduced by a schedule, to an OpenVINO model in memory.
+def build_openvino(reduced: Reduced | Program, options: OpenVinoOptions) -> OpenVinoBuild:
+    """Convert the graph of a reduced program, or of a captured one as it is, to an OpenVINO model in memory.
 
     Args:
-        program: from `capture`; it is captured again inside the export chain where its model is at hand.
-        schedule: None converts the model as it is.
+        reduced: from `reduce` or `capture`; captured and reduced anew only where it is not of float32.
         options: see `OpenVinoOptions`.
 
     Raises:
         ExportError: conversion failed.
     """
-    program = cast_program(program, "float32")
+    reduced = cast(reduced, "float32")
+    program, prepared = program_of(reduced), prepare(reduced)
     with _readable(), quiet(), contextlib.redirect_stdout(None):
         if isinstance(program.model, PreTrainedModel):
-            model, outputs, decisions = _through_transformers(program, program.model, schedule)
+            model = _through_transformers(prepared)
         else:
-            model, outputs, decisions = _through_openvino(program, schedule)
-        for port, name in zip(model.outputs, [*outputs, *decisions], strict=True):
+            model = load_openvino().convert_model(prepared.export())
+        for port, name in zip(model.outputs, [*prepared.outputs, *prepared.decisions], strict=True):
             port.get_tensor().set_names({name})
         model.reshape(_shapes(program, model, options.profiles))
     for option in ("INFERENCE_PRECISION_HINT", "KV_CACHE_PRECISION"):
         model.set_rt_info("f32", ["runtime_options", option])
-    return OpenVinoBuild(model, outputs, decisions)
+    return OpenVinoBuild(model, prepared.outputs, prepared.decisions)
 
 
 @contextlib.contextmanager
@@ -109,31 +109,16 @@ def _readable() -> Iterator[None]:
         raise ExportError(f"OpenVINO could not convert the graph: {text}") from error
 
 
-def _through_transformers(
-    program: Program, model: PreTrainedModel, schedule: Schedule | None
-) -> tuple[Any, list[str], list[str]]:
+def _through_transformers(prepared: Prepared) -> Any:
     from transformers.exporters.configs import OpenVINOConfig
     from transformers.exporters.exporter_openvino import OpenVINOExporter
 
-    class ReducedOpenVinoExporter(OpenVINOExporter, ReduceStep):
-        """transformers' OpenVINO exporter with the reduction between capture and conversion."""
+    class GraphOpenVinoExporter(OpenVINOExporter, GraphStep):  # type: ignore[misc]  # one converts what the other exports
+        """transformers' OpenVINO exporter for a graph that was captured before."""
 
-    exporter = ReducedOpenVinoExporter()  # type: ignore[no-untyped-call]
-    exporter.follow(program, schedule)
-    config = OpenVINOConfig(dynamic_shapes=dynamic_shapes(program), stateful=False)
-    with restoring_model_state(model):
-        set_for_inference(model)
-        converted, _ = exporter.export_program(model, dict(program.inputs), config)
-    for port in converted.inputs:
-        port.get_tensor().set_names({own_name(str(port.get_any_name()), program)})
-    names = exporter.output_names or [str(port.get_any_name()) for port in converted.outputs]
-    return converted, names, exporter.decision_names
-
-
-def _through_openvino(program: Program, schedule: Schedule | None) -> tuple[Any, list[str], list[str]]:
-    exported, outputs, decisions = reduced_export(program, schedule, dynamic_shapes(program))
-    converted = load_openvino().convert_model(exported)
-    return converted, outputs, decisions
+    exporter = GraphOpenVinoExporter()  # type: ignore[no-untyped-call]
+    config = OpenVINOConfig(dynamic_shapes=prepared.dynamic_shapes, stateful=False)
+    return exporter.convert(prepared, config)
 
 
 def _shapes(program: Program, model: Any, profiles: Sequence[Profile]) -> dict[Any, Any]:
@@ -173,9 +158,9 @@ class OpenVinoWriter(Writer[OpenVinoOptions, OpenVinoBuild]):
                 "write ONNX (-o model.onnx), which OpenVINO reads too."
             ) from error
 
-    def build(self, program: Program, schedule: Schedule | None) -> OpenVinoBuild:
+    def build(self, reduced: Reduced | Program) -> OpenVinoBuild:
         """See `build_openvino`."""
-        return build_openvino(program, schedule, self.options)
+        return build_openvino(reduced, self.options)
 
     def save(self, build: OpenVinoBuild, path: Path, *, with_decisions: bool) -> list[Path]:
         """The weights, then the graph."""

@@ -26,9 +26,9 @@ from ..artifacts.session import Session, decision_model_of
 from ..capture.capture import Program
 from ..errors import ExportError, UsageError
 from ..files import atomic_path, check_writable
+from ..reduce import Reduced
 from ..runtimes.ort import OnnxSession, check_provider
 from ..runtimes.tensorrt_library import Library, cuda_device, load_library, make_logger
-from ..schedule import Schedule
 from .base import Evidence, Options, Writer
 from .onnx import OnnxBuild, OnnxOptions, build_onnx, save_onnx
 
@@ -141,10 +141,10 @@ class EngineWriter(Writer[EngineOptions, EngineBuild]):
         """The builder's."""
         return load_library(self.options.builder)
 
-    def build(self, program: Program, schedule: Schedule | None) -> EngineBuild:
+    def build(self, reduced: Reduced | Program) -> EngineBuild:
         """Convert to ONNX; the engine itself is built where it is written."""
         options = OnnxOptions(dtype=self.options.dtype, target="tensorrt")
-        return EngineBuild(build_onnx(program, schedule, options), self.library())
+        return EngineBuild(build_onnx(reduced, options), self.library())
 
     def save(self, build: EngineBuild, path: Path, *, with_decisions: bool) -> list[Path]:
         """Build the engine and write it; the ONNX model it came from stays in a folder beside it, for the proof."""

@@ -17,26 +17,31 @@ import tempfile
 from collections.abc import MutableMapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves, tree_unflatten
 from transformers import PreTrainedModel
 from transformers.exporters.auto import register_backend
 from transformers.exporters.configs import OnnxConfig
+from transformers.exporters.exporter_dynamo import patch_model_config
+from transformers.exporters.exporter_onnx import OnnxExporter
+from transformers.exporters.metadata import ExportMetadata, build_export_metadata, record_output_structure
 from transformers.exporters.runners.base import ModelRunner
 from transformers.exporters.utils import onnx_inputs
 
 from ..artifacts.manifest import read_manifest, sidecar
 from ..artifacts.profile import Profile
-from ..capture.capture import Program, symbolic_batch
+from ..capture.capture import Program, capture
 from ..errors import UsageError
 from ..files import sha256_file
-from ..reduce import schedule_for
+from ..reduce import Reduced, reduce, schedule_for
 from ..runtimes.tensorrt import TensorRtSession
+from .chain import program_of, schedule_of
 from .manifest import make_manifest
-from .onnx import DEFAULT_OPSET, OnnxBuild, ReducedOnnxExporter, finalize, named, torch_onnx
-from .onnx_passes import DEFAULT_PASSES
-from .tensorrt import EngineBuild, EngineOptions, EngineWriter
+from .onnx import DEFAULT_OPSET
+from .tensorrt import EngineOptions, EngineWriter
 
 FORMAT = "tensorrt"
 
@@ -94,8 +99,8 @@ class EngineProgram:
     keep: Any = None
 
 
-class TensorRtExporter(ReducedOnnxExporter):
-    """transformers' ONNX exporter with the reduction in its chain, and an engine at its end."""
+class TensorRtExporter(OnnxExporter):
+    """An exporter of transformers that captures, reduces and writes an engine; it needs what ONNX needs."""
 
     export_format = FORMAT  # type: ignore[assignment]  # as above
     config_class = TensorRtConfig
@@ -103,40 +108,35 @@ class TensorRtExporter(ReducedOnnxExporter):
 
     def export_program(  # type: ignore[override]  # every exporter has programs and a configuration of its own
         self, model: PreTrainedModel, sample_inputs: MutableMapping[str, Any], config: TensorRtConfig
-    ) -> tuple[EngineProgram, Any]:
+    ) -> tuple[EngineProgram, ExportMetadata]:
         """See transformers' `HfExporter.export_program`."""
-        dtype = str(model.dtype).removeprefix("torch.")
-        writer = EngineWriter(config.options(dtype))
+        writer = EngineWriter(config.options(str(model.dtype).removeprefix("torch.")))
         writer.check(dynamic_batch=bool(config.profiles), verify=False)
-        given = config.schedule
-        self.schedule = None if given is None else schedule_for(model, given)
-        self.streams, self.outputs = dict(config.streams), tuple(config.outputs)
-        inputs = dict(sample_inputs)
-        if config.profiles:
-            inputs, config.dynamic_shapes = symbolic_batch(inputs)
-        with torch_onnx():
-            converted, metadata = super().export_program(model, inputs, config)
-        names = self.output_names or [str(value.name) for value in converted.graph.outputs]
-        build = finalize(
-            named(converted, names, self.decision_names),
-            reduced=self.schedule is not None and not self.schedule.exact,
-            passes=DEFAULT_PASSES["tensorrt"],
-        )
-        return self._built(writer, build, Program(torch.fx.GraphModule({}, torch.fx.Graph()), inputs), config), metadata
+        schedule = None if config.schedule is None else schedule_for(model, config.schedule)
+        flags = {name: value for name, value in sample_inputs.items() if not isinstance(value, torch.Tensor)}
+        with patch_model_config(model, flags):
+            program = capture(
+                model,
+                {name: value for name, value in sample_inputs.items() if name not in flags},
+                dynamic_batch=bool(config.profiles),
+                streams=config.streams,
+                outputs=config.outputs,
+            )
+        return self._built(writer, program if schedule is None else reduce(program, schedule)), _metadata(program)
 
-    def _built(self, writer: EngineWriter, build: OnnxBuild, program: Program, config: TensorRtConfig) -> EngineProgram:
+    def _built(self, writer: EngineWriter, reduced: Reduced | Program) -> EngineProgram:
         folder = tempfile.TemporaryDirectory(prefix="pumer-engine-")
         path = Path(folder.name) / "model.engine"
-        engine = EngineBuild(build, writer.library())
+        engine = writer.build(reduced)
         writer.save(engine, path, with_decisions=False)
         manifest = make_manifest(
-            program,
-            self.schedule,
-            None,
+            program_of(reduced),
+            schedule_of(reduced),
+            reduced.plan if isinstance(reduced, Reduced) else None,
             inputs=engine.inputs,
             outputs=engine.outputs,
             decisions=engine.decisions,
-            options={**writer.describe(engine), "dynamic_batch": bool(config.profiles)},
+            options=writer.describe(engine),
             parity={"verified": False},
         )
         described = {"artifact": path.name, "sha256": sha256_file(path), **manifest}
@@ -161,6 +161,18 @@ class TensorRtExporter(ReducedOnnxExporter):
         """Refuses an engine that is not the one its manifest describes."""
         read_manifest(Path(path))
         return EngineProgram(Path(path))
+
+
+def _metadata(program: Program) -> ExportMetadata:
+    """What transformers keeps of an export, for a captured program."""
+    info = vars(program.module.graph._codegen)["pytree_info"]
+    metadata = build_export_metadata(
+        program.model, program.inputs, SimpleNamespace(call_spec=info), TensorRtExporter.required_packages
+    )
+    given = tree_leaves(program.module.graph.output_node().args[0])
+    outputs = [leaf.meta["val"] if isinstance(leaf, torch.fx.Node) else leaf for leaf in given]
+    record_output_structure(metadata, tree_unflatten(outputs, info.out_spec))
+    return metadata
 
 
 class TensorRtRunner(ModelRunner):

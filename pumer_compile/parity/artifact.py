@@ -9,12 +9,12 @@ whose choices agree.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from ..artifacts.engine import Engine
@@ -68,28 +68,20 @@ def parity(
     manifest = read_manifest(path)
     loaded = load_model(Path(model)) if isinstance(model, str | os.PathLike) else model
     check_recording(manifest, save_inputs, save_outputs)
-    given = [samples] if isinstance(samples, Mapping) else samples
-    batches, drawn = _batches(given, manifest)
-    for batch in batches:
-        check_prompts(manifest, batch)
-    batches = [without_constants(manifest, batch) for batch in batches]
+    batches, drawn = _batches(samples, manifest)
     check_model(manifest, loaded)
     engine = Engine(path, provider=provider)
     program = _recaptured(loaded, batches[0], manifest)
     check_model(manifest, program)
-    if given is None and "samples" not in manifest:  # an older artifact: now the graph tells more of its inputs
+    if samples is None and "samples" not in manifest:  # an older artifact: now the graph tells more of its inputs
         drawn = Samples(describe_samples(program, _prompts(manifest)), _prompts(manifest))
         batches = proof_batches(drawn, _sizes(manifest, drawn.kinds))
     exact = cast_program(program, "float32") if program.model is not None else program
-    schedule = Schedule.from_manifest(manifest["schedule"]) if manifest["schedule"] else None
-    # What is exact is judged against the model itself.
-    reducing = schedule is not None and not schedule.exact
-    eager = reduce(exact, schedule).module if schedule is not None and reducing else exact.module
     recorder = Recorder(engine, manifest) if save_inputs or save_outputs else None
     decisions = comparable_decisions(engine.session, manifest)
     report = check(
         recorder or engine,
-        eager,
+        _reduced(exact, manifest),
         exact.module,
         batches,
         manifest.get("quantize") or manifest["dtype"],
@@ -103,19 +95,26 @@ def parity(
     )
     if recorder is not None:
         recorder.save(save_inputs, save_outputs)
-    if drawn is not None:
-        report.notes += drawn.notes()
+    report.notes += [*(drawn.notes() if drawn is not None else ()), *_notes(path, manifest, program, decisions)]
+    return report
+
+
+def _reduced(program: Program, manifest: Mapping[str, Any]) -> fx.GraphModule:
+    """What an artifact is judged by: the program reduced as it was; what is exact, by the model itself."""
+    schedule = Schedule.from_manifest(manifest["schedule"]) if manifest["schedule"] else None
+    return program.module if schedule is None or schedule.exact else reduce(program, schedule).module
+
+
+def _notes(path: Path, manifest: Mapping[str, Any], program: Program, decisions: Sequence[str]) -> Iterator[str]:
+    """What a reader of the report should know of an artifact."""
     if manifest["decisions"] and not decisions:
-        report.notes.append(
+        yield (
             f"decisions of {path.suffix} can be compared where it was compiled --with-decisions; here a near-tie that "
             "went the other way counts as an error of the outputs"
         )
-    if manifest["checkpoint_sha256"] and program.checkpoint_sha256 not in (
-        None,
-        manifest["checkpoint_sha256"],
-    ):
-        report.notes.append("the artifact was compiled from another checkpoint (its hash differs)")
-    return report
+    compiled_from = manifest["checkpoint_sha256"]
+    if compiled_from and program.checkpoint_sha256 not in (None, compiled_from):
+        yield "the artifact was compiled from another checkpoint (its hash differs)"
 
 
 def _recaptured(
@@ -133,13 +132,21 @@ def _recaptured(
 
 
 def _batches(
-    samples: Sequence[Mapping[str, Tensor]] | None, manifest: Mapping[str, Any]
+    samples: Sequence[Mapping[str, Tensor]] | Mapping[str, Tensor] | None, manifest: Mapping[str, Any]
 ) -> tuple[list[dict[str, Tensor]], Samples | None]:
-    """The batches to compare on, and what draws more of them where they are made up."""
-    if samples is not None:
-        return [dict(sample) for sample in samples], None
-    drawn = Samples(kinds_of(manifest), _prompts(manifest))
-    return proof_batches(drawn, _sizes(manifest, drawn.kinds)), drawn
+    """The batches to compare on, and what draws more of them where they are made up.
+
+    Raises:
+        UsageError: images stand elsewhere in a prompt than in the artifact's.
+    """
+    drawn = None
+    if samples is None:
+        drawn = Samples(kinds_of(manifest), _prompts(manifest))
+        samples = proof_batches(drawn, _sizes(manifest, drawn.kinds))
+    samples = [samples] if isinstance(samples, Mapping) else samples
+    for sample in samples:
+        check_prompts(manifest, sample)
+    return [without_constants(manifest, sample) for sample in samples], drawn
 
 
 def _prompts(manifest: Mapping[str, Any]) -> list[PromptPlace]:

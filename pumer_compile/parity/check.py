@@ -90,28 +90,37 @@ def check(
     )
     if reducers_of(eager) and not decisions:
         report.notes.append("the artifact does not give its decisions: judged end to end alone")
-    own = [name for name in session.outputs if name not in decisions]
-    check_tolerances(own, atol, rtol)
+    check_tolerances([name for name in session.outputs if name not in decisions], atol, rtol)
     comparison = _Comparison(report, eager, unreduced, model, default, atol, rtol, set(decisions))
     drawn = iter(more)
     with torch.no_grad():
         runs = list(_covering(comparison, batches, drawn))
-        closed = decide is not None and bool(decisions)
         comparison.judge(session, decide, runs, decisions)
-        searched = 0
-        while report.sound and not report.end_to_end and searched < END_TO_END_SAMPLES:
-            batch = next(drawn, None)
-            if batch is None or (closed and reopen is None):
-                break
-            searched += _rows(batch)
-            again = reopen() if closed and reopen is not None else session
-            comparison.judge(again, decide, [comparison.run(batch)], decisions)
+        closed = decide is not None and bool(decisions)
+        _until_end_to_end(comparison, reopen if closed else lambda: session, decide, drawn, decisions)
+    return report
+
+
+def _until_end_to_end(
+    comparison: _Comparison,
+    opened: Callable[[], Session] | None,
+    decide: Callable[[], Session] | None,
+    more: Iterator[Mapping[str, Tensor]],
+    decisions: Sequence[str],
+) -> None:
+    """Judge further samples, a few, while none so far was judged end to end and none is refused."""
+    report, searched = comparison.report, 0
+    while report.sound and not report.end_to_end and searched < END_TO_END_SAMPLES:
+        batch = None if opened is None else next(more, None)
+        if opened is None or batch is None:
+            break
+        searched += _rows(batch)
+        comparison.judge(opened(), decide, [comparison.run(batch)], decisions)
     if report.sound and not report.end_to_end:
         report.notes.append(
             f"end to end nothing was compared: in each of {report.samples} samples a choice differs. The outputs were "
             "compared with the artifact's choices forced on eager PyTorch"
         )
-    return report
 
 
 def check_tolerances(

@@ -29,7 +29,7 @@ from ..analysis.narrow import (
     Narrow,
     Range,
     leaves,
-    narrow,
+    narrowing,
     positions,
     sliced_range,
 )
@@ -101,7 +101,7 @@ def find(graph: fx.Graph) -> Plans:
         if node not in shared and node.target in PIECES:
             _narrow_pieces(node, wants, plans)
         elif node not in shared and (wanted := wants.get(node)) is not None:
-            plan = narrow(node, wanted)
+            plan = narrowing(node, wanted)
             if plan is not None:
                 plans[node] = plan
         for leaf in _demands(node, plans.get(node), node in shared):
@@ -151,7 +151,7 @@ def _narrow_pieces(node: fx.Node, wants: dict[fx.Node, Range | None], plans: Pla
         hull = _hull(hull, wants.get(piece))
     if hull is None or not all(map(_is_piece, pieces)) or hull.length == shape(pieces[0])[hull.dim]:
         return
-    plan = narrow(node, hull)
+    plan = narrowing(node, hull)
     if plan is not None:
         plans[node] = plan
         plans.update({piece: Narrow(plan.range, piece.args, piece.kwargs) for piece in pieces})

@@ -147,7 +147,7 @@ def _without_mask(attention: fx.Node) -> None:
 
 
 def _read_as_ones(graph: fx.Graph, masks: Sequence[str], inputs: Mapping[str, Tensor]) -> None:
-    """Let what still reads a mask (the place of the last word, say) read ones instead."""
+    """Let what still reads a mask (the place of the last token, say) read ones instead."""
     placeholders = list(graph.find_nodes(op="placeholder"))
     for mask in (node for node in placeholders if node.target in masks and node.users):
         size = list(mask.meta["val"].shape)

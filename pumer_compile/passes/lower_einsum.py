@@ -6,14 +6,13 @@ attention that every pass knows, and a node that every runtime has.
 
 from __future__ import annotations
 
-import copy
 import string
 from dataclasses import dataclass
 
 from torch import fx
 
 from ..analysis.axes import same_size
-from ..analysis.nodes import Emitter, depends_on_input
+from ..analysis.nodes import Emitter, copied, depends_on_input
 from ..analysis.operators import aten
 from ..analysis.rules import argument, list_arg, shape
 from .manager import Pass, State
@@ -39,7 +38,7 @@ def lower_einsum(captured: fx.GraphModule) -> tuple[fx.GraphModule, int]:
     were; the graph itself where there is none. Einsums with parameters (projections) stay."""
     if not any(map(_product, captured.graph.nodes)):
         return captured, 0
-    graph, count = copy.deepcopy(captured.graph), 0
+    graph, count = copied(captured.graph), 0
     module = fx.GraphModule(captured, graph)
     for node in list(graph.nodes):
         product = _product(node)

@@ -21,14 +21,14 @@ class AlignAxis(nn.Module):
 
     Args:
         dim: the axis.
-        pieces: its segments in order: tokens before, and whether the next map in `maps` applies to it.
+        segments: its segments in order: tokens before, and whether the next map in `maps` applies to it.
         mode: how values combine.
         fold: rows of the value for each sample, where heads are folded into its batch.
     """
 
-    def __init__(self, dim: int, pieces: tuple[tuple[int, bool], ...], mode: AlignMode, fold: int = 1) -> None:
+    def __init__(self, dim: int, segments: tuple[tuple[int, bool], ...], mode: AlignMode, fold: int = 1) -> None:
         super().__init__()
-        self.dim, self.pieces, self.mode, self.fold = dim, pieces, mode, fold
+        self.dim, self.segments, self.mode, self.fold = dim, segments, mode, fold
 
     def forward(self, value: Tensor, *maps: Tensor) -> Tensor:
         """Align.
@@ -39,14 +39,14 @@ class AlignAxis(nn.Module):
         """
         if self.fold > 1:
             maps = tuple(map_.repeat_interleave(self.fold, 0) for map_ in maps)
-        if self.mode == "mean" and self.dim == 1 and value.dim() == 3 and len(self.pieces) == 1:
+        if self.mode == "mean" and self.dim == 1 and value.dim() == 3 and len(self.segments) == 1:
             return (maps[0] @ value.float()).to(value.dtype)
         if self.mode == "restore":
             return self._restored(value, maps)
         moved = value.movedim(self.dim, -1)
         moved = moved.exp() if self.mode == "log_mean_exp" else moved
         parts, remaining = [], list(maps)
-        for part, (_, reduced) in zip(moved.split([n for n, _ in self.pieces], -1), self.pieces, strict=True):
+        for part, (_, reduced) in zip(moved.split([n for n, _ in self.segments], -1), self.segments, strict=True):
             parts.append(_along_last(part, remaining.pop(0)) if reduced else part.expand(_batched(part, maps)))
         result = torch.cat([p.float() for p in parts], -1) if len(parts) > 1 else parts[0].float()
         # Contiguous, as the captured value was: a `view` of it must not fail.
@@ -54,7 +54,7 @@ class AlignAxis(nn.Module):
 
     def _restored(self, value: Tensor, maps: tuple[Tensor, ...]) -> Tensor:
         """Each row of a map takes one entry whole, also where that is infinite: a product would make it NaN of zero."""
-        copy = AlignAxis(self.dim, self.pieces, "mean", self.fold)
+        copy = AlignAxis(self.dim, self.segments, "mean", self.fold)
         result: Tensor = copy(value.nan_to_num(0.0, 0.0, 0.0), *maps)
         for odd in (float("inf"), float("-inf"), float("nan")):
             there = value.isnan() if odd != odd else value == odd
@@ -66,7 +66,7 @@ class AlignAxis(nn.Module):
             return result > 0
         if self.mode == "all":
             # The share of true ones is a sum of rounded fractions: compare with half a token less than all.
-            return result > 1 - 0.5 / sum(tokens for tokens, _ in self.pieces)
+            return result > 1 - 0.5 / sum(tokens for tokens, _ in self.segments)
         if self.mode == "gather":
             return result.to(dtype)  # exact: each row of the maps has one 1
         if self.mode == "log_mean_exp":

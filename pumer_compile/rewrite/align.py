@@ -95,15 +95,15 @@ class Aligner:
         dim = Dim(source, index)
         have = rewriter.history.at(dim)
         kind = self.whole_streams(rewriter, dim, node, [s for s, epoch in target.items() if epoch != have.get(s, 0)])
-        pieces, maps = [], []
+        segments, maps = [], []
         for segment in kind.segments:
             old, new = (e.get(segment.stream or "", 0) for e in (have, target))
-            pieces.append((rewriter.history.length(segment, have), new != old))
+            segments.append((rewriter.history.length(segment, have), new != old))
             if new != old:
                 maps.append(self._map(rewriter, segment.stream or "", old, new))
         mode = self._mode(rewriter, node, source, kind, have, target)
         self.count += 1
-        module = AlignAxis(index, tuple(pieces), mode, fold=self._fold(rewriter, source) or 1)
+        module = AlignAxis(index, tuple(segments), mode, fold=self._fold(rewriter, source) or 1)
         return rewriter.call_module(f"reducer.align.{source.name}_{self.count}", module, value, *maps)
 
     def whole_streams(self, rewriter: Rewriter, dim: Dim, node: fx.Node, streams: Collection[str]) -> Tokens:

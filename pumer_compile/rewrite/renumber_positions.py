@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from functools import partial
 
-import torch
 from torch import fx
 
 from ..analysis.axes import Dim, Tokens
@@ -21,7 +20,7 @@ def renumbered_positions(graph: LocatedGraph, *, compact: bool) -> Replacements:
 
     Where they stay original (not `compact`) only those are that are compared with each other and nothing else, as in a
     causal mask, which comes out the same either way; of others (rotary angles, distances within a window) the selection
-    takes those that are left. What tokens are looked up by is never counted anew: it says where they stood.
+    takes those that are left.
 
     Raises:
         UsageError: positions are to be renumbered, and the caller gives them.
@@ -33,7 +32,7 @@ def renumbered_positions(graph: LocatedGraph, *, compact: bool) -> Replacements:
     for node in graph.annotation.constraints:
         if node.target is not aten.arange.default or not streams & set(_streams(graph, node, 0)):
             continue
-        if _looks_up(graph, node, streams) if compact else not _is_compared(node):
+        if not compact and not _is_compared(node):
             continue
         found[node] = partial(_count, node)
     return found
@@ -96,20 +95,3 @@ def _is_compared(node: fx.Node) -> bool:
             seen.add(user)
             pending.append(user)
     return True
-
-
-def _looks_up(graph: LocatedGraph, node: fx.Node, streams: set[str]) -> bool:
-    """Whether numbers, or what is computed from them, are indices into something with tokens of a prompt."""
-    pending, seen = [node], {node}
-    while pending:
-        current = pending.pop()
-        for user in current.users:
-            source = user.args[0] if user.args else None
-            if user.target is aten.index.Tensor and isinstance(source, fx.Node) and source is not current:
-                if any(streams & set(_streams(graph, source, i)) for i in range(values(source)[0].dim())):
-                    return True
-            found = values(user)
-            if found and not found[0].is_floating_point() and found[0].dtype != torch.bool and user not in seen:
-                seen.add(user)
-                pending.append(user)
-    return False

@@ -64,11 +64,11 @@ def _restore(rewriter: Rewriter) -> fx.Node:
     for position, (name, node) in enumerate(output_nodes(rewriter.source).items()):
         value = rewriter.env[node]
         for number, dim in enumerate(reduced_dims(rewriter, node)):
-            pieces, maps = _inverse(rewriter, dim)
+            segments, maps = _inverse(rewriter, dim)
             scope = f"reducer.restore.output_{position}_{dim.index}"
-            value = rewriter.call_module(f"{scope}.tokens", AlignAxis(dim.index, pieces, _mode(node)), value, *maps)
-            ones = rewriter.call_module(f"{scope}.ones", UnitWeights(sum(n for n, _ in pieces)), maps[0])
-            there = rewriter.call_module(f"{scope}.kept", AlignAxis(1, pieces, "mean"), ones, *maps)
+            value = rewriter.call_module(f"{scope}.tokens", AlignAxis(dim.index, segments, _mode(node)), value, *maps)
+            ones = rewriter.call_module(f"{scope}.ones", UnitWeights(sum(n for n, _ in segments)), maps[0])
+            there = rewriter.call_module(f"{scope}.kept", AlignAxis(1, segments, "mean"), ones, *maps)
             flags[f"{name}.kept" + (f"_{dim.index}" if number else "")] = rewriter.call(aten.gt.Scalar, there, 0.5)
         named[name] = value
     named.update(flags)
@@ -83,17 +83,17 @@ def _inverse(rewriter: Rewriter, dim: Dim) -> tuple[tuple[tuple[int, bool], ...]
     kind = rewriter.aligner.whole_streams(
         rewriter, dim, rewriter.source.graph.output_node(), [s for s, epoch in epochs.items() if epoch]
     )
-    pieces, maps = [], []
+    segments, maps = [], []
     for segment in kind.segments:
         stream = segment.stream or ""
         steps = rewriter.history.lineage(stream, epochs.get(stream, 0))
-        pieces.append((rewriter.history.length(segment, epochs), bool(steps)))
+        segments.append((rewriter.history.length(segment, epochs), bool(steps)))
         if steps:
             assigned = steps[0].assigned
             for step in steps[1:]:
                 assigned = rewriter.call(aten.matmul.default, step.assigned, assigned)
             maps.append(rewriter.call(aten.transpose.int, assigned, 1, 2))
-    return tuple(pieces), maps
+    return tuple(segments), maps
 
 
 def _mode(node: fx.Node) -> AlignMode:

@@ -279,7 +279,7 @@ def _with_prompt(
     callback, where = dynamo.callback(), dynamo.function()
     if options.text_length is not None:
         raise UsageError(
-            "options['text_length'] pads texts behind their last word, where a prompt goes on. Leave it out for "
+            "options['text_length'] pads texts behind their last token, where a prompt goes on. Leave it out for "
             "schedules that reduce an image in a prompt."
         )
     if not any(map(has_tower, scatters(module))):

@@ -351,7 +351,7 @@ class _Walk:
         return low and (node.target is aten.amax.default or node.target is aten.max.default or found.at_end)
 
     def _are_ids(self, node: fx.Node) -> bool:
-        """Whether a value is ids of words, which are never negative."""
+        """Whether a value is token ids, which are never negative."""
         while node.target in CONVERSIONS:
             node = node.all_input_nodes[0]
         return node.op == "placeholder" and node.target in self.padding.ids

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import pumer_compile as pumer
 from pumer_compile.errors import ExportError
-from pumer_compile.exporters.chain import reduced_export
+from pumer_compile.exporters.chain import prepare
 from pumer_compile.exporters.onnx import OnnxOptions, build_onnx, save_onnx
 from tests import test_oracle_llava as llava
 from tests.analysis.test_prompts import IMAGE, Talker, prompts
@@ -86,8 +86,7 @@ def places(first: list[int], second: list[int], seed: int = 0) -> Tensors:
 
 
 def converted(program: pumer.Program, path: Path, schedule: str | pumer.Schedule | None = None) -> Path:
-    wanted = None if schedule is None else pumer.Schedule.load(schedule)
-    save_onnx(build_onnx(program, wanted, OnnxOptions()).model, path)
+    save_onnx(build_onnx(program if schedule is None else pumer.reduce(program, schedule), OnnxOptions()).model, path)
     return path
 
 
@@ -122,7 +121,7 @@ def test_the_numbers_of_eager(batch: bool, tmp_path: Path) -> None:
 def test_what_is_refused(write: Write, found: str) -> None:
     program = pumer.capture(Writer({"": write}), places([1, 2, 3], [1, 2, 3]))
     with pytest.raises(ExportError, match=rf"aten.index_put.default \(node index_put.*{found}.*torch.where"):
-        build_onnx(program, None, OnnxOptions())
+        build_onnx(program, OnnxOptions())
 
 
 # --- Prompts ----------------------------------------------------------------------------------------------------------
@@ -161,7 +160,8 @@ def test_lossless_llava() -> None:
     """Whose writes transformers' own exporter would not see."""
     model, inputs = llava.model(), llava.tensors()
     moved = {**inputs, "input_ids": inputs["input_ids"].roll(3, 1), "pixel_values": inputs["pixel_values"].flip(0)}
-    exported, (name,), _ = reduced_export(llava.program(), pumer.Schedule.load("lossless"), None)
+    prepared = prepare(pumer.reduce(llava.program(), "lossless"))
+    exported, (name,) = prepared.export(), prepared.outputs
     targets = [node.target for node in exported.graph.nodes]
     assert torch.ops.aten.masked_scatter.default not in targets and torch.ops.aten.cumsum.default in targets
     for given in (inputs, moved):

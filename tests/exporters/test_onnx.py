@@ -208,8 +208,8 @@ def largest(x: Tensor, text: int) -> Tensor:
 def test_an_operator_that_must_not_be_there() -> None:
     captured = program(Config(layers=1, head=largest))
     with pytest.raises(ExportError, match=r"TopK .*nothing was written"):
-        build_onnx(captured, budgets(layers=(0,)), OnnxOptions())
-    model = build_onnx(captured, None, OnnxOptions()).model  # as it is, it is the user's own
+        build_onnx(pumer.reduce(captured, budgets(layers=(0,))), OnnxOptions())
+    model = build_onnx(captured, OnnxOptions()).model  # as it is, it is the user's own
     assert "TopK" in {node.op_type for node in model.graph.all_nodes()}
 
 
@@ -218,14 +218,14 @@ def test_an_operator_that_onnx_does_not_have() -> None:
         return torch.special.bessel_j0(x[:, 0])
 
     with pytest.raises(ExportError, match="could not convert") as error:
-        build_onnx(program(Config(layers=1, head=special)), None, OnnxOptions())
+        build_onnx(program(Config(layers=1, head=special)), OnnxOptions())
     assert "\n" not in str(error.value)
 
 
 @pytest.fixture(scope="module")
 def build() -> Any:
     captured = program(Config(layers=1, head=highest))
-    return build_onnx(captured, budgets(layers=(0,)), OnnxOptions(opset=18))
+    return build_onnx(pumer.reduce(captured, budgets(layers=(0,))), OnnxOptions(opset=18))
 
 
 def test_weights_are_inside_below_the_limit_and_beside_above_it(

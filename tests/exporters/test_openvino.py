@@ -242,7 +242,7 @@ def test_an_operator_that_openvino_does_not_have() -> None:
     from pumer_compile.exporters.openvino import build_openvino
 
     with pytest.raises(ExportError, match="could not convert") as error:
-        build_openvino(program(Config(layers=1, head=special)), None, OpenVinoOptions())
+        build_openvino(program(Config(layers=1, head=special)), OpenVinoOptions())
     assert "\n" not in str(error.value)
 
 

@@ -17,6 +17,7 @@ from pumer_compile.artifacts.formats import FORMATS, OPENVINO, Format
 from pumer_compile.artifacts.profile import Profile
 from pumer_compile.capture.capture import Program
 from pumer_compile.errors import UsageError
+from pumer_compile.exporters.chain import cast
 from pumer_compile.schedule import Schedule
 from tests.support.commands import feed, refused
 from tests.support.tiny import tiny_vilt
@@ -74,7 +75,7 @@ def test_every_flag_reaches_the_options_of_its_formats(
 
 
 class Arrived(Exception):
-    """What the chain was told of a program."""
+    """What a second capture was asked."""
 
 
 @functools.cache
@@ -85,21 +86,34 @@ def program() -> Program:
     )
 
 
+def never(*args: Any, **options: Any) -> None:
+    raise AssertionError("captured, reduced or traced anew")
+
+
 @EACH
-def test_what_was_captured_reaches_the_chain_of_every_writer(known: Format, monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers traces the model again: what makes that capture differ must come from the program."""
-
-    def captured(model: nn.Module, inputs: Mapping[str, Any], **asked: Any) -> None:
-        raise Arrived(asked)
-
+def test_a_compile_captures_once_and_reduces_once(known: Format, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What every writer converts is the graph that was reduced."""
     if known is OPENVINO:
         pytest.importorskip("openvino")
         pytest.importorskip("transformers.exporters.exporter_openvino")
+    reduced = pumer.reduce(program(), Schedule(layers=(0,), prune=0.5))
+    for name in ("capture", "reduce_graph"):
+        monkeypatch.setattr(f"pumer_compile.exporters.chain.{name}", never)
+    monkeypatch.setattr(type(reduced.program.model), "forward", never)
+    build = known.load_writer()(known.load_writer().options_class()).build(reduced)
+    assert build.outputs == ["logits"] and build.decisions == ["reducer.cross_modal_0.image.kept"]
+    assert build.inputs == ["input_ids", "pixel_values"]
+
+
+def test_what_was_captured_reaches_the_capture_in_another_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    def captured(model: nn.Module, inputs: Mapping[str, Any], **asked: Any) -> None:
+        raise Arrived(asked)
+
     monkeypatch.setattr("pumer_compile.exporters.chain.capture", captured)
-    writer = known.load_writer()(known.load_writer().options_class())
     with pytest.raises(Arrived) as arrived:
-        writer.build(program(), Schedule(layers=(0,), prune=0.5))
+        cast(program(), "float16")
     streams: Mapping[str, str] = program().streams
     outputs: Sequence[str] = program().outputs
     assert streams and outputs
-    assert arrived.value.args[0] == {"streams": streams, "outputs": tuple(outputs), "padding": False}
+    asked = {"streams": streams, "outputs": tuple(outputs), "padding": False, "dynamic_batch": False}
+    assert arrived.value.args[0] == asked

@@ -16,6 +16,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
+import pumer_compile as pumer
 from pumer_compile.artifacts.manifest import read_manifest
 from pumer_compile.errors import UsageError
 from pumer_compile.exporters import OnnxOptions
@@ -153,7 +154,7 @@ def test_what_others_read_too_stays_exact(norm: str, tmp_path: Path) -> None:
     captured, path = program(config), tmp_path / "samples.npz"
     np.savez(path, **{name: t.numpy() for name, t in inputs_for(config, seed=9, batch=40).items()})
     options = OnnxOptions(quantize="int8", quantize_mode="static", calibration=path)
-    model = build_onnx(captured, budgets(layers=(0,)), options).model
+    model = build_onnx(pumer.reduce(captured, budgets(layers=(0,))), options).model
     quantized = {n.outputs[0] for n in model.graph if n.op_type == "DequantizeLinear"}
     readers = [usage.node for value in quantized for usage in value.uses()]
     assert {node.op_type for node in readers} == {"MatMul"}

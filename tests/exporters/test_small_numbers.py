@@ -82,5 +82,5 @@ def test_what_is_neutral_is_still_left_out() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return (x + 0.0) * 1.0 + 2.0
 
-    build = build_onnx(pumer.capture(Neutral(), {"x": torch.randn(2, 3)}), None, OnnxOptions())
+    build = build_onnx(pumer.capture(Neutral(), {"x": torch.randn(2, 3)}), OnnxOptions())
     assert [node.op_type for node in build.model.graph] == ["Add"]

@@ -27,6 +27,7 @@ from pumer_compile.passes.manager import State, run_passes
 from pumer_compile.passes.pipeline import COUNT, PASSES, passes_of
 from pumer_compile.schedule import Schedule
 from tests.support import commands
+from tests.support.fx_text import fx_text
 from tests.support.helpers import count_op
 from tests.support.meter import meter_inputs, tiny_meter
 from tests.support.models import Config, highest, inputs_for, make, program, schedule
@@ -51,6 +52,47 @@ class Attend(nn.Module):
 
     def forward(self, x: Tensor, q: Tensor) -> Any:
         return (q @ self.keys(self.k(x))).softmax(-1) @ self.values(self.v(x))
+
+
+class Scores(nn.Module):
+    """The scores of one query, and the heads of a linear layer as its keys."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.k = nn.Linear(20, HEADS * SIZE, bias=False)
+
+    def forward(self, x: Tensor, q: Tensor) -> Tensor:
+        return q @ as_keys(self.k(x))
+
+
+BEFORE = """\
+%x -> [2, 24, 20]
+%q -> [2, 4, 1, 8]
+%linear: linear(%x, k.weight) -> [2, 24, 32]
+%view: view(%linear, [2, 24, 4, -1]) -> [2, 24, 4, 8]
+%transpose: transpose(%view, 1, 2) -> [2, 4, 24, 8]
+%transpose_1: transpose(%transpose, -1, -2) -> [2, 4, 8, 24]
+%matmul: matmul(%q, %transpose_1) -> [2, 4, 1, 24]
+return %matmul"""
+AFTER = """\
+%x -> [2, 24, 20]
+%q -> [2, 4, 1, 8]
+%squeeze: squeeze(%q, 2) -> [2, 4, 8]
+%view: view(k.weight, [4, 8, 20]) -> [4, 8, 20]
+%transpose: transpose(%squeeze, 0, 1) -> [4, 2, 8]
+%bmm: bmm(%transpose, %view) -> [4, 2, 20]
+%transpose_1: transpose(%bmm, 0, 1) -> [2, 4, 20]
+%transpose_2: transpose(%x, 1, 2) -> [2, 20, 24]
+%bmm_1: bmm(%transpose_1, %transpose_2) -> [2, 4, 24]
+%unsqueeze: unsqueeze(%bmm_1, 2) -> [2, 4, 1, 24]
+return %unsqueeze"""
+
+
+def test_before_and_after() -> None:
+    module = copy_of(capture(Scores().double(), inputs()))
+    assert fx_text(module) == BEFORE
+    assert absorb_single_query(module) == 1
+    assert fx_text(module) == AFTER
 
 
 def as_values(y: Tensor, heads: int = HEADS) -> Tensor:

@@ -18,18 +18,54 @@ from torch import Tensor, fx, nn
 
 from pumer_compile import Program, capture, reduce
 from pumer_compile.analysis.dead_code import drop_dead
-from pumer_compile.analysis.narrow import Range, narrow
+from pumer_compile.analysis.narrow import Range, narrowing
 from pumer_compile.errors import PlanError
 from pumer_compile.passes.eliminate import eliminate
 from pumer_compile.passes.manager import State, run_passes
 from pumer_compile.passes.pipeline import PASSES
 from pumer_compile.reducers import reducers_of
+from tests.support.fx_text import fx_text
 from tests.support.helpers import count_op
 from tests.support.models import Config, Fusion, highest, inputs_for, make, program, reduced, schedule
 from tests.support.narrowing import compared, copy_of, last_layer, rows, same
 
 aten = torch.ops.aten
 BATCH, TOKENS, WIDTH = 2, 24, 64
+
+
+class Reader(nn.Module):
+    """An MLP of which a classifier reads one token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 32), nn.Linear(32, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x)))[:, 0]
+
+
+BEFORE = """\
+%x -> [2, 24, 8]
+%linear: linear(%x, up.weight, up.bias) -> [2, 24, 32]
+%gelu: gelu(%linear) -> [2, 24, 32]
+%linear_1: linear(%gelu, down.weight, down.bias) -> [2, 24, 8]
+%select: select(%linear_1, 1, 0) -> [2, 8]
+return %select"""
+AFTER = """\
+%x -> [2, 24, 8]
+%slice: slice(%x, 1, 0, 1) -> [2, 1, 8]
+%linear: linear(%slice, up.weight, up.bias) -> [2, 1, 32]
+%gelu: gelu(%linear) -> [2, 1, 32]
+%linear_1: linear(%gelu, down.weight, down.bias) -> [2, 1, 8]
+%select: select(%linear_1, 1, 0) -> [2, 8]
+return %select"""
+
+
+def test_before_and_after() -> None:
+    module = copy_of(capture(Reader(), {"x": torch.randn(2, 24, 8)}))
+    assert fx_text(module) == BEFORE
+    assert eliminate(module) == 3
+    assert fx_text(module) == AFTER
 
 
 # --- one operator after another -------------------------------------------------------------------------------------
@@ -487,7 +523,7 @@ def test_a_row_of_the_published_softmax_knows_its_number() -> None:
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
     *_, softmax = (n for n in narrowed.module.graph.nodes if "published_softmax" in str(n.target))
     assert softmax.kwargs["first"] == config.text - 1 and softmax.meta["val"].shape[2] == 1
-    again = narrow(softmax, Range(2, 0, 1))  # as where its readers were narrowed once more
+    again = narrowing(softmax, Range(2, 0, 1))  # as where its readers were narrowed once more
     assert again is not None and again.kwargs["first"] == config.text - 1
 
 

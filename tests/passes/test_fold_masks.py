@@ -14,8 +14,11 @@ import pumer_compile as pumer
 from pumer_compile import capture, reduce
 from pumer_compile.artifacts.manifest import read_manifest
 from pumer_compile.errors import UsageError
+from pumer_compile.passes.fold_masks import fold_masks
 from tests.support import commands
+from tests.support.fx_text import fx_text
 from tests.support.models import Config, Fusion, highest, inputs_for, make, schedule
+from tests.support.narrowing import copy_of
 from tests.support.tiny import tiny_vilt
 
 aten = torch.ops.aten
@@ -29,6 +32,48 @@ def ones(config: Config, **options: Any) -> dict[str, Tensor]:
 def read(module: torch.fx.GraphModule, name: str) -> bool:
     (node,) = (n for n in module.graph.find_nodes(op="placeholder") if n.target == name)
     return bool(node.users)
+
+
+class Masked(nn.Module):
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor) -> Tensor:
+        hidden = (1.0 - attention_mask[:, None, None].float()) * -1e4
+        return (q @ k.transpose(-1, -2) + hidden).softmax(-1) @ v
+
+
+BEFORE = """\
+%q -> [2, 4, 6, 8]
+%k -> [2, 4, 6, 8]
+%v -> [2, 4, 6, 8]
+%attention_mask -> [2, 6]
+%unsqueeze: unsqueeze(%attention_mask, 1) -> [2, 1, 6]
+%unsqueeze_1: unsqueeze(%unsqueeze, 2) -> [2, 1, 1, 6]
+%to: to(%unsqueeze_1, torch.float32) -> [2, 1, 1, 6]
+%rsub: rsub(%to, 1.0) -> [2, 1, 1, 6]
+%mul: mul(%rsub, -10000.0) -> [2, 1, 1, 6]
+%transpose: transpose(%k, -1, -2) -> [2, 4, 8, 6]
+%matmul: matmul(%q, %transpose) -> [2, 4, 6, 6]
+%add: add(%matmul, %mul) -> [2, 4, 6, 6]
+%softmax: softmax(%add, -1) -> [2, 4, 6, 6]
+%matmul_1: matmul(%softmax, %v) -> [2, 4, 6, 8]
+return %matmul_1"""
+AFTER = """\
+%q -> [2, 4, 6, 8]
+%k -> [2, 4, 6, 8]
+%v -> [2, 4, 6, 8]
+%attention_mask -> [2, 6]
+%transpose: transpose(%k, -1, -2) -> [2, 4, 8, 6]
+%matmul: matmul(%q, %transpose) -> [2, 4, 6, 6]
+%softmax: softmax(%matmul, -1) -> [2, 4, 6, 6]
+%matmul_1: matmul(%softmax, %v) -> [2, 4, 6, 8]
+return %matmul_1"""
+
+
+def test_before_and_after() -> None:
+    given = {**{name: torch.randn(2, 4, 6, 8) for name in "qkv"}, "attention_mask": torch.ones(2, 6, dtype=torch.int64)}
+    module = copy_of(capture(Masked(), given))
+    assert fx_text(module) == BEFORE
+    assert fold_masks(module, ["attention_mask"], given) == 1
+    assert fx_text(module) == AFTER
 
 
 CONFIGS = [

@@ -16,12 +16,48 @@ from pumer_compile import capture
 from pumer_compile.errors import LocateError
 from pumer_compile.passes.lower_einsum import lower_einsum
 from pumer_compile.reduce import reduce_graph
+from tests.support.fx_text import fx_text
 from tests.support.helpers import count_op
 from tests.support.models import Config, Fusion, inputs_for, make, reduced, schedule
 
 aten = torch.ops.aten
 SMALL = Config(text=5, grid=(3, 4), layers=2, heads=4, width=16)
 GROUPS = 2
+
+
+class Einsums(nn.Module):
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        weights = torch.einsum("bqhd,bkhd->bhqk", q, k).softmax(-1)
+        return torch.einsum("bhqk,bkhd->bqhd", weights, v)
+
+
+BEFORE = """\
+%q -> [2, 6, 4, 8]
+%k -> [2, 6, 4, 8]
+%v -> [2, 6, 4, 8]
+%einsum: einsum(bqhd,bkhd->bhqk, [%q, %k]) -> [2, 4, 6, 6]
+%softmax: softmax(%einsum, -1) -> [2, 4, 6, 6]
+%einsum_1: einsum(bhqk,bkhd->bqhd, [%softmax, %v]) -> [2, 6, 4, 8]
+return %einsum_1"""
+AFTER = """\
+%q -> [2, 6, 4, 8]
+%k -> [2, 6, 4, 8]
+%v -> [2, 6, 4, 8]
+%permute: permute(%q, [0, 2, 1, 3]) -> [2, 4, 6, 8]
+%permute_1: permute(%k, [0, 2, 3, 1]) -> [2, 4, 8, 6]
+%matmul: matmul(%permute, %permute_1) -> [2, 4, 6, 6]
+%softmax: softmax(%matmul, -1) -> [2, 4, 6, 6]
+%permute_2: permute(%v, [0, 2, 1, 3]) -> [2, 4, 6, 8]
+%matmul_1: matmul(%softmax, %permute_2) -> [2, 4, 6, 8]
+%permute_3: permute(%matmul_1, [0, 2, 1, 3]) -> [2, 6, 4, 8]
+return %permute_3"""
+
+
+def test_before_and_after() -> None:
+    module = capture(Einsums(), {name: torch.randn(2, 6, 4, 8) for name in "qkv"}).module
+    assert fx_text(module) == BEFORE
+    lowered, count = lower_einsum(module)
+    assert count == 2 and fx_text(lowered) == AFTER
 
 
 def repeated(x: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from tests.methods.test_tome import Images
 from tests.methods.test_tome import given as of_tower
 from tests.rewrite.test_two_images import OwnPlaces, TextOnce, two_images
 from tests.support.compiling import compiled
+from tests.support.fx_text import fx_text
 from tests.support.helpers import count_op
 from tests.support.meter import meter_inputs, tiny_meter
 from tests.support.models import Config, Fusion, Layer, describe, highest, inputs_for, make, passed, schedule
@@ -45,6 +46,39 @@ BOTH = Config(layers=2, head=highest)
 def cheap(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is too small to pay is postponed too."""
     monkeypatch.setattr(sink_projections, "pays", lambda saved, *_: saved > 0)
+
+
+BEFORE = """\
+%reshape: reshape(%transpose_5, [2, 25, 32]) -> [2, 25, 32]
+%linear_3: linear(%reshape, layers.0.attention.out.weight, layers.0.attention.out.bias) -> [2, 25, 32]
+%add_1: add(%add, %linear_3) -> [2, 25, 32]
+%StreamReducer: StreamReducer(%add_1, %transpose_6, None) -> ?
+%getitem: getitem(%StreamReducer, 0) -> [2, 21, 32]"""
+AFTER = """\
+%reshape: reshape(%transpose_5, [2, 25, 32]) -> [2, 25, 32]
+%StreamReducer: StreamReducer(None, %transpose_6, None) -> ?
+%getitem: getitem(%StreamReducer, 2) -> [2, 21, 25]
+%ApplyMap: ApplyMap(%add, %getitem) -> [2, 21, 32]
+%ApplyMap_1: ApplyMap(%reshape, %getitem) -> [2, 21, 32]
+%linear_3: linear(%ApplyMap_1, layers.0.attention.out.weight, layers.0.attention.out.bias) -> [2, 21, 32]
+%add_1: add(%ApplyMap, %linear_3) -> [2, 21, 32]"""
+
+
+def test_before_and_after(cheap: None) -> None:
+    """From the context of the attention to the norm behind the reducer."""
+    config = Config(layers=1, head=highest)
+    captured = capture(make(config, kind=Images), of_tower(config, Images))
+    wanted = Schedule(method="tome", sites=[{"at": "vision.0", "merge": {"image": 4}}])
+
+    def between(state: State) -> list[str]:
+        text = fx_text(state.reduced).splitlines()
+        first, last = (
+            [line.startswith(f"%{name}:") for line in text].index(True) for name in ("reshape", "layer_norm_1")
+        )
+        return [line for line in text[first:last] if "slice" not in line]
+
+    assert between(unpostponed(captured, wanted)) == BEFORE.splitlines()
+    assert between(passed(captured, wanted, verified=True)) == AFTER.splitlines()
 
 
 def unpostponed(captured: Program, wanted: Schedule) -> State:

@@ -141,7 +141,7 @@ class MeterModel(MeterPreTrainedModel):
 
         Args:
             input_ids: int64 `[B, text]`.
-            attention_mask: `[B, text]`, 1 for words and 0 for padding; ones unless given.
+            attention_mask: `[B, text]`, 1 for tokens and 0 for padding; ones unless given.
             pixel_values: `[B, C, H, W]` of the config's `image_size`.
             image_token_type_idx: which image of a sample this is, from 1.
 
@@ -161,7 +161,7 @@ class MeterModel(MeterPreTrainedModel):
         return MeterModelOutput(text_hidden_state=text, image_hidden_state=image, pooler_output=pooled)
 
     def _text_mask(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """The additive mask `[B, 1, 1, text]`: 0 for words and the lowest number for padding."""
+        """The additive mask `[B, 1, 1, text]`: 0 for tokens and the lowest number for padding."""
         length, limit = input_ids.shape[1], self.config.max_text_length
         if length > limit:
             raise UsageError(
@@ -178,7 +178,7 @@ class MeterModel(MeterPreTrainedModel):
         self, input_ids: Tensor, mask: Tensor, pixel_values: Tensor, image_token_type_idx: int
     ) -> tuple[Tensor, Tensor]:
         """The two encoders' outputs, projected and marked with their token types."""
-        # Without token types RoBERTa gathers zeros out of a buffer, by the positions of the words.
+        # Without token types RoBERTa gathers zeros out of a buffer, by the positions of the tokens.
         zeros = torch.zeros_like(input_ids)
         encoded = self.text_transformer(input_ids, attention_mask=mask, token_type_ids=zeros).last_hidden_state
         types = self.token_type_embeddings.weight

@@ -337,7 +337,7 @@ def test_a_model(semantics: str | None, moved: int) -> None:
     inputs = {**text_inputs(2), **image_inputs([(96, 96), (96, 64)], (96, 96))}
     captured = pumer.capture(tiny_vilt(), inputs)
     schedule = None if semantics is None else budgets(semantics, (0,))
-    build = build_onnx(captured, schedule, OnnxOptions())
+    build = build_onnx(captured if schedule is None else pumer.reduce(captured, schedule), OnnxOptions())
     before = onnx_ir.to_proto(build.model)
     after, _ = passed(before)
     change = Counter(operators(after))
@@ -351,7 +351,7 @@ def test_a_model(semantics: str | None, moved: int) -> None:
 def test_a_model_of_fused_attention() -> None:
     """torch.onnx spells `scaled_dot_product_attention` out with a scale on queries and keys each."""
     config = Config(layers=1, head=highest, form="sdpa")
-    build = build_onnx(program(config), None, OnnxOptions())
+    build = build_onnx(program(config), OnnxOptions())
     before = onnx_ir.to_proto(build.model)
     after, modified = passed(before)
     assert modified and operators(before)["Mul"] - operators(after)["Mul"] == operators(before)["Softmax"] > 0
@@ -405,7 +405,7 @@ def test_tensorrt_launches_no_more(tmp_path: Path) -> None:
     """The scale goes into the kernel that adds the bias of the queries."""
     inputs = {**text_inputs(2), **image_inputs([(96, 96), (96, 64)], (96, 96))}
     captured = pumer.capture(tiny_vilt(hidden_size=64, num_attention_heads=2, num_hidden_layers=1), inputs)
-    before = onnx_ir.to_proto(build_onnx(captured, None, OnnxOptions(dtype="float16")).model)
+    before = onnx_ir.to_proto(build_onnx(captured, OnnxOptions(dtype="float16")).model)
     found, kept = launches(passed(before)[0], tmp_path), launches(before, tmp_path)
     assert len(found) == len(kept) > 20
     for made in (found, kept):
