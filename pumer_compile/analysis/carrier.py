@@ -41,6 +41,10 @@ def carrier_of(context: fx.Node) -> tuple[fx.Node | None, str]:
         residual = next((u for u in users if u.target in ADD and _is_residual(u, node)), None)
         if residual is not None and (projected or len(users) == 1):
             return _after_norm(residual), ""
+        normed = _next_value(node) if projected and len(users) > 1 else None
+        if normed is not None:  # the branch is normalised before it is added (sandwich norms), written out
+            node = normed[1]
+            continue
         if len(users) != 1:
             return None, f"{node.name} has {len(users)} uses and none of them is a residual addition"
         (user,) = users

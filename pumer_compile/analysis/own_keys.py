@@ -1,7 +1,7 @@
 """Own keys: where the queries of an attention stand among its keys.
 
-Attention that a token gets is said by its key. In self-attention queries and keys are the same tokens; latents that read a
-picture and one another (a resampler) are the last of many keys; in cross-attention they are none of them.
+Attention that a token gets is said by its key. In self-attention queries and keys are the same tokens; latents that
+read a picture and one another (a resampler) are the last of many keys; in cross-attention they are none of them.
 """
 
 from __future__ import annotations

@@ -151,6 +151,15 @@ def pointwise(node: fx.Node) -> Iterator[Constraint]:
         yield from broadcast(x, node)
 
 
+@rule(aten.view_as_complex.default, aten.view_as_real.default)
+def complex_view(node: fx.Node) -> Iterator[Constraint]:
+    """Pairs of numbers along the last dimension as complex ones, or the other way round."""
+    x = node_arg(node, 0)
+    yield from keep_dims(x, node, ((i, i) for i in range(min(len(shape(x)), len(shape(node))))))
+    if len(shape(x)) > len(shape(node)):
+        yield ByPosition(Dim(x, len(shape(x)) - 1))
+
+
 @rule(aten.isin.Tensor_Tensor)
 def isin(node: fx.Node) -> Iterator[Constraint]:
     """Whether each element is among those of a set, which has no order."""

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, fx
 
+import pumer_compile.analysis.prompts  # noqa: F401  # registers the rules of marks
 from pumer_compile.analysis.annotate import Annotation, annotate
 from pumer_compile.analysis.axes import ByPosition, Dim, Literal, Reduce, Same, Seed, Select, Slice
 from pumer_compile.analysis.operators import overloads
@@ -30,9 +31,10 @@ def test_axes(name: str) -> None:
 
 
 def test_every_rule_has_a_case() -> None:
-    """Rules by name; some have tests of their own, below and (the marks of a prompt) in test_prompt.py and
-    test_arrangement.py."""
+    """Rules by name; some have tests of their own, below and (the marks of a prompt) in test_prompt.py,
+    test_arrangement.py and architectures/test_prompt_rows.py (deepstack; an image in several blocks)."""
     own = {"filled", "arange", "getitem", "sym_size", "conv2d", "_visual_tokens", "_with_separators", "rearranged"}
+    own |= {"_same_tokens", "_with_text"}
     covered = {rule_for(build(*case[:3]).node).__name__ for case in CASES.values()}
     assert covered | own == {function.__name__ for function in _RULES.values()}
 

@@ -346,12 +346,12 @@ def internvl_tiles() -> Built:
 
 
 def _gemma3() -> nn.Module:
-    """Rows of an image see each other both ways; every other layer has a sliding window."""
+    """Rows of an image see each other both ways; a layer between others has a sliding window."""
     text = {
         **_TEXT,
         "head_dim": 8,
         "sliding_window": 8,
-        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
         "query_pre_attn_scalar": 8,
     }
     return hf.Gemma3ForConditionalGeneration(

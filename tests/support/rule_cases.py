@@ -97,6 +97,12 @@ def finish(builder: Builder, node: fx.Node, inputs: list[fx.Node]) -> Result:
     return Result(annotate(module, builder.streams), node, inputs)
 
 
+def _complex(x: fx.Node) -> fx.Node:
+    node = x.graph.call_function(aten.view_as_complex.default, (x,))
+    node.meta["val"] = torch.view_as_complex(x.meta["val"])
+    return node
+
+
 T, P, B = "[text:7]", "[image:5]", "[text:7 | image:5]"
 X = "2 text:7 8"
 
@@ -118,6 +124,15 @@ CASES: dict[str, tuple[Any, list[str], Callable[..., tuple], list[str], set[str]
     "log_sigmoid": (aten.log_sigmoid.default, [X], lambda x: (x,), [f"2 {T} 8"], set()),
     "to": (aten.to.dtype, [X], lambda x: (x, torch.float16), [f"2 {T} 8"], set()),
     "floor_divide": (aten.floor_divide.default, [X, "2 7 8"], lambda x, y: (x, y), [f"2 {T} 8"], set()),
+    "view_as_complex": (aten.view_as_complex.default, ["2 text:7 4 2"], lambda x: (x,), [f"2 {T} 4"], set()),
+    "complex tokens": (aten.view_as_complex.default, ["2 4 text:2"], lambda x: (x,), ["2 4"], {"ByPosition"}),
+    "view_as_real": (
+        aten.view_as_real.default,
+        ["2 text:7 4 2"],
+        lambda x: (_complex(x),),
+        [f"2 {T} 4 2"],
+        set(),
+    ),
     "clone": (aten.clone.default, [X], lambda x: (x,), [f"2 {T} 8"], set()),
     "contiguous": (aten.contiguous.default, [X], lambda x: (x,), [f"2 {T} 8"], set()),
     "dropout": (aten.dropout.default, [X], lambda x: (x, 0.1, False), [f"2 {T} 8"], set()),
