@@ -37,7 +37,8 @@ def _lower(node: fx.Node, cut: fx.Node) -> None:
     dim = wrap(argument(cut, 1, "dim", 0), len(shape))
     if not isinstance(shape[dim], int) or values(written)[0].shape != part:
         return
-    places = range(shape[dim])[slice(*(argument(cut, i, "", None) for i in (2, 3)), argument(cut, 4, "", 1))]
+    start, stop, step = argument(cut, 2, "start"), argument(cut, 3, "end"), argument(cut, 4, "step", 1)
+    places = range(shape[dim])[start:stop:step]
     index = list(range(shape[dim]))
     for number, place in enumerate(places):
         index[place] = shape[dim] + number
