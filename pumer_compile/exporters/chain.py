@@ -26,6 +26,8 @@ from ..reduce import Reduced, reduce_graph, with_decisions
 from ..schedule import Schedule
 from .base import Precision
 from .masked_writes import lower_masked_writes
+from .plain_forms import use_plain_forms
+from .slice_writes import lower_slice_writes
 from .torch_calls import call_torch
 
 
@@ -65,6 +67,8 @@ def prepare(reduced: Reduced | Program) -> Prepared:
     twin, decisions = with_decisions(module, names)
     without_inputs(twin, program.fixed)
     outputs_apart(twin)
+    use_plain_forms(twin)
+    lower_slice_writes(twin)
     lower_masked_writes(twin)
     call_torch(twin)
     read = {name: tensor for name, tensor in program.inputs.items() if name not in program.fixed}

@@ -1,0 +1,47 @@
+"""Operators in forms that every converter gets right."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from ..analysis.nodes import values
+from ..analysis.operators import aten, overloads
+
+_RANGES = frozenset(overloads("arange linspace"))
+
+
+def use_plain_forms(module: fx.GraphModule) -> None:
+    """Replace what converters get wrong, in place; the module computes the same numbers.
+
+    - `squeeze` of a dimension that is not 1 gives its input; ONNX's Squeeze refuses it.
+    - a range of floating-point numbers is the constant that PyTorch makes, in double precision: counted in single
+      precision it may have another length.
+    """
+    for node in list(module.graph.nodes):
+        if node.target is aten.squeeze.dim:
+            _squeeze(node)
+        elif node.target in _RANGES and any(isinstance(x, float) for x in node.args):
+            _range(module, node)
+    module.graph.lint()
+    module.recompile()
+
+
+def _squeeze(node: fx.Node) -> None:
+    source, dim = node.args
+    assert isinstance(source, fx.Node) and isinstance(dim, int)
+    size = values(source)[0].shape[dim]
+    if isinstance(size, int) and size != 1:
+        node.replace_all_uses_with(source)
+        node.graph.erase_node(node)
+
+
+def _range(module: fx.GraphModule, node: fx.Node) -> None:
+    numbers: torch.Tensor = node.target(*node.args, **node.kwargs)  # type: ignore[operator]  # an operator
+    name = f"_{node.name}"
+    module.register_buffer(name, numbers, persistent=False)
+    with node.graph.inserting_before(node):
+        constant = node.graph.get_attr(name)
+    constant.meta = dict(node.meta)
+    node.replace_all_uses_with(constant)
+    node.graph.erase_node(node)
