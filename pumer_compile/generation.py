@@ -34,7 +34,7 @@ from .capture.capture import restoring_model_state, set_for_inference
 from .errors import ExportError, ParityError, UsageError
 from .exporters.onnx import DEFAULT_OPSET, append_metadata, save_onnx, torch_onnx
 from .files import check_writable, publish
-from .plan import check_prompts
+from .guards import check_prompts
 from .runtimes.ort import OnnxSession
 from .schedule import Schedule
 

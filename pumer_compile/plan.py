@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
-
-from torch import Tensor
-
-from .errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -93,52 +88,3 @@ class Plan:
                 "ratio": self.ratio,
             },
         }
-
-
-def check_prompts(manifest: Mapping[str, Any], inputs: Mapping[str, Tensor]) -> None:
-    """Whether images stand in these prompts where the artifact has them compiled in, and are cut as it has them.
-
-    Raises:
-        UsageError: elsewhere, in another number of places, or an input has other values than it was compiled for.
-    """
-    for name, values in (manifest.get("fixed_inputs") or {}).items():
-        if name in inputs and inputs[name].tolist() != values:
-            raise UsageError(
-                f"The artifact was compiled for {name} {values}, which is written into it (images of another shape are "
-                f"cut otherwise), and was given {inputs[name].tolist()}. Compile it for this shape."
-            )
-    for name in manifest.get("unpadded_inputs") or ():
-        if name in inputs and not bool((inputs[name] == 1).all()):
-            raise UsageError(
-                f"The artifact was compiled with --no-padding, and {name} has padding (zeros). Compile it without, or "
-                "give it samples of full length."
-            )
-    for name, value in (manifest.get("constant_inputs") or {}).items():
-        if name in inputs and not bool((inputs[name] == value).all()):
-            raise UsageError(
-                f"The artifact was compiled without {name}, which is as good as {value} in every place, and was given "
-                f"other values. Compile it with {name} among its inputs (--inputs)."
-            )
-    blocks: dict[tuple[str, int], list[tuple[int, int]]] = {}
-    for place in (manifest.get("plan") or {}).get("prompts", ()):
-        blocks.setdefault((place["input"], place["placeholder"]), []).append((place["start"], place["stop"]))
-    for (name, placeholder), places in blocks.items():
-        if name in inputs:
-            _check_places(name, inputs[name], placeholder, places)
-
-
-def without_constants(manifest: Mapping[str, Any], inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Inputs without those that `check_prompts` found to say nothing."""
-    return {name: tensor for name, tensor in inputs.items() if name not in (manifest.get("constant_inputs") or {})}
-
-
-def _check_places(name: str, ids: Tensor, placeholder: int, places: list[tuple[int, int]]) -> None:
-    found = ids == placeholder
-    total = sum(stop - start for start, stop in places)
-    there = all(bool(found[:, start:stop].all()) for start, stop in places)
-    if not there or int(found.sum()) != total * ids.shape[0]:
-        positions = " and ".join(f"{start} to {stop - 1}" for start, stop in places)
-        raise UsageError(
-            f"The artifact has the image at positions {positions} of every prompt, and these {name} do not have its "
-            f"placeholders (id {placeholder}) just there. Compile it for prompts of this form."
-        )

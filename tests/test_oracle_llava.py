@@ -17,9 +17,10 @@ from torch import Tensor
 import pumer_compile as pumer
 from pumer_compile import Program, Reduced, Schedule
 from pumer_compile.capture.loading import load_model
-from pumer_compile.errors import LocateError, UsageError
+from pumer_compile.errors import UsageError
 from pumer_compile.reducers import reducers_of
 from tests.support.commands import done, inner_manifest, onnx_outputs, refused, tensorrt_refuses
+from tests.support.prompt_oracle import by_hand
 from tests.support.visual import logits_by_hand, select, visual_cues
 
 FOLDER = Path(__file__).parent / "oracle" / "llava-tiny"
@@ -270,14 +271,19 @@ def test_an_engine_of_the_tower(tmp_path: Path) -> None:
     assert path.stat().st_size > 0 and manifest["parity"]["passed"]
 
 
-def test_features_with_the_class_token_are_refused() -> None:
+def test_a_class_token_in_the_prompt_is_a_row_like_the_others() -> None:
     llava = copy.deepcopy(model())
     llava.config.vision_feature_select_strategy = "full"
     inputs = tensors()
     inputs["input_ids"] = torch.cat([inputs["input_ids"][:, :6], inputs["input_ids"][:, 5:]], 1)
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    with pytest.raises(LocateError, match="gives the class token"):
-        pumer.reduce(pumer.capture(llava, inputs, outputs=["logits"]), schedule("T48-r0.5"))
+    reduced = pumer.reduce(
+        pumer.capture(llava, inputs, outputs=["logits"]), Schedule(method="vispruner", budget=48, positions="original")
+    )
+    wanted, _ = by_hand(llava, inputs, 48, (llava.config.image_token_id,))
+    with torch.no_grad():
+        found = reduced.module(**inputs)["logits"]
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0.0)
 
 
 # --- The place of the image -------------------------------------------------------------------------------------------

@@ -226,7 +226,14 @@ def _same_layer(
 
 
 @dataclass(frozen=True)
-class _Parts:
+class Parts:
+    """What an attention is made of; see `Attention`.
+
+    Attributes:
+        added: masks and biases.
+        key_dim: the dimension that indexes the keys.
+    """
+
     query: fx.Node
     key_transposed: fx.Node | None
     key: fx.Node | None
@@ -238,7 +245,49 @@ class _Parts:
     key_dim: tuple[fx.Node, int]
 
 
-def _fused(node: fx.Node, reader: MaskReader) -> _Parts:
+def attention_parts(source: fx.Node) -> list[Parts]:
+    """Every attention that a value is computed from, whatever its tokens are, in execution order."""
+    reader, before = MaskReader(), ancestors(source) | {source}
+    found = [
+        _fused(node, reader) if node.target is ATTENTION else _unfused(node, reader)
+        for node in source.graph.nodes
+        if node in before and (node.target is ATTENTION or node.target in SOFTMAX)
+    ]
+    return [parts for parts in found if parts is not None]
+
+
+def tower_attention(parts: Parts, number: int) -> Attention:
+    """An attention whose tokens belong to no stream (those of a tower that is not followed), as a place to read from.
+
+    Args:
+        parts: of it.
+        number: among the attentions of its tower.
+    """
+    queries, keys = (Tokens((Segment(None, int(size)),)) for size in (shape(parts.query)[-2], shape(parts.context)[-2]))
+    if parts.key is not None:
+        keys = Tokens((Segment(None, int(shape(parts.key)[-2])),))
+    return Attention(
+        site=f"vision.{number}",
+        module=module_path(parts.context),
+        call=0,
+        query=parts.query,
+        key_transposed=parts.key_transposed,
+        key=parts.key,
+        scores=parts.scores,
+        masks=parts.added.masks,
+        biases=parts.added.biases,
+        sums=parts.added.sums,
+        unusual=parts.unusual,
+        probabilities=parts.probabilities,
+        context=parts.context,
+        query_axis=queries,
+        key_axis=keys,
+        carrier=None,
+        no_carrier="its tokens are not followed",
+    )
+
+
+def _fused(node: fx.Node, reader: MaskReader) -> Parts:
     query, key = node.args[0], node.args[1]
     mask = argument(node, 3, "attn_mask")
     assert isinstance(query, fx.Node) and isinstance(key, fx.Node)
@@ -246,10 +295,10 @@ def _fused(node: fx.Node, reader: MaskReader) -> _Parts:
     unusual = _not_known(node, added.unknown) if added.unknown else ""
     if argument(node, 5, "is_causal", False):
         unusual = "it is causal (`is_causal=True`), and reduced tokens have no order to be causal in"
-    return _Parts(query, None, key, None, added, unusual, None, node, (key, len(shape(key)) - 2))
+    return Parts(query, None, key, None, added, unusual, None, node, (key, len(shape(key)) - 2))
 
 
-def _unfused(node: fx.Node, reader: MaskReader) -> _Parts | None:
+def _unfused(node: fx.Node, reader: MaskReader) -> Parts | None:
     rank = len(shape(node))
     dim = node.args[1]
     if not isinstance(dim, int) or wrap(dim, rank) != rank - 1:
@@ -260,9 +309,7 @@ def _unfused(node: fx.Node, reader: MaskReader) -> _Parts | None:
         return None
     query, key_transposed = found.product.args[0], found.product.args[1]
     assert isinstance(query, fx.Node) and isinstance(key_transposed, fx.Node)
-    return _Parts(
-        query, key_transposed, None, found.scores, found.added, found.unusual, node, context, (node, rank - 1)
-    )
+    return Parts(query, key_transposed, None, found.scores, found.added, found.unusual, node, context, (node, rank - 1))
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from ..reducers import PublishedMaskedSoftmax
 from .axes import ByPosition, Concat, Constraint, Dim, Literal, Reshape, Same, same_size
 from .dead_code import draws_nothing
 from .nodes import values
-from .operators import ATTENTION, DROPOUT, PIECES, PRODUCTS, SOFTMAX, SQUEEZE, VIEWS, aten, is_mutable, overloads
+from .operators import ATTENTION, CATS, DROPOUT, PIECES, PRODUCTS, SOFTMAX, SQUEEZE, VIEWS, aten, is_mutable, overloads
 from .rules import argument, int_arg, ints_arg, node_arg, rule_for, shape, wrap
 
 _SOFTMAX = SOFTMAX | {aten.log_softmax.int}
@@ -36,7 +36,7 @@ EXACT = (
     | {*overloads("mean sum amax amin any all reshape")}
     | {aten.flatten.using_ints, aten.unflatten.int, aten.expand.default, aten.broadcast_to.default}
     | {aten.transpose.int, aten.mT.default, aten.permute.default, aten.t.default, aten.numpy_T.default}
-    | {aten.movedim.int, aten.unsqueeze.default, aten.stack.default, aten.cat.default}
+    | {aten.movedim.int, aten.unsqueeze.default, aten.stack.default, *CATS}
     | {aten.select.int, aten.slice.Tensor}
 ) - {aten.to.other}
 """Operators (beside pointwise ones) whose rule says all that a range of their result depends on."""

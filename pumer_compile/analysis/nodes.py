@@ -41,6 +41,16 @@ def attribute(node: fx.Node) -> object:
     return value
 
 
+def give_numbers(tensor: Tensor, numbers: Tensor) -> None:
+    """Let a constant of a graph on the meta device be known for what it is."""
+    tensor._pumer_numbers = numbers  # type: ignore[attr-defined]
+
+
+def with_numbers(value: object) -> object:
+    """A constant as real numbers, where they are known beside a tensor on the meta device."""
+    return getattr(value, "_pumer_numbers", value) if isinstance(value, Tensor) and value.is_meta else value
+
+
 class Emitter:
     """Emits operators where its graph inserts, with the fake values, module path and source line that captured ones
     have.
@@ -163,7 +173,7 @@ def constant_value(node: fx.Node, inputs: Mapping[str, Tensor] | None = None) ->
     def run(current: fx.Node) -> Any:
         if current not in known:
             if current.op == "get_attr":
-                known[current] = attribute(current)
+                known[current] = with_numbers(attribute(current))
             elif current.op == "placeholder" and current in needed and inputs is not None:
                 known[current] = inputs[str(current.target)]
             elif current not in needed:  # only its shape and dtype are asked for

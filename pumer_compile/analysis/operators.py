@@ -47,11 +47,13 @@ CASTS = {aten.to.device, aten.to.dtype, aten.to.dtype_layout, aten._to_copy.defa
 MOVES = CASTS | set(
     overloads(
         "view reshape _unsafe_view permute transpose contiguous clone flatten slice select unsqueeze squeeze expand "
-        "cat stack split split_with_sizes chunk unbind"
+        "cat concat concatenate stack split split_with_sizes chunk unbind"
     )
 )
 """What only moves tokens, whole."""
-JOINS = frozenset(overloads("cat stack"))
+CATS = frozenset({aten.cat.default, aten.concat.default, aten.concatenate.default})
+"""One operator by its three names."""
+JOINS = CATS | set(overloads("stack"))
 ADD = frozenset({aten.add.Tensor, aten.add_.Tensor})
 MASKED_FILL = frozenset(overloads("masked_fill masked_fill_"))
 WHERE = frozenset({aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar})

@@ -13,8 +13,8 @@ alone. Learned separators between them (the end of a picture's row) are kept unt
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, fx
@@ -22,10 +22,23 @@ from torch import Tensor, fx
 from ..errors import AxisError
 from ..plan import PromptPlace
 from .arrangement import SEPARATOR, Arrangement, arrangement
+from .attention import Parts
 from .axes import ByPosition, Constraint, Dim, Same, Seed
-from .nodes import Emitter, ancestors, attribute, constant_value, copied, describe, module_path, values
-from .operators import ATTENTION, SOFTMAX, aten, overloads
-from .rules import rule
+from .constant_places import Block, lower_constant_places, same_tokens
+from .lineage import Lineage, lineage
+from .nodes import (
+    Emitter,
+    ancestors,
+    attribute,
+    constant_value,
+    copied,
+    depends_on_input,
+    describe,
+    module_path,
+    values,
+)
+from .operators import ATTENTION, JOINS, SOFTMAX, aten, overloads
+from .rules import argument, rule, shape
 
 _SCATTER = aten.masked_scatter.default
 _ATTENTION = SOFTMAX | {ATTENTION}
@@ -44,6 +57,11 @@ def visual_tokens(features: Tensor, place: str = "prompt") -> Tensor:
     return features
 
 
+def with_text(*parts: Tensor) -> Tensor:
+    """The blocks of one image and the text between them, `[batch, tokens, width]`, side by side."""
+    return torch.cat(parts, 1)
+
+
 def with_separators(image: Tensor, whole: Tensor, place: str = "prompt") -> Tensor:
     """A mark in the graph: `whole`, `[batch, tokens, width]`, is `image` with learned separators between its tokens."""
     return whole
@@ -60,6 +78,13 @@ def _visual_tokens(node: fx.Node) -> list[Constraint]:
     ]
 
 
+@rule(with_text)
+def _with_text(node: fx.Node) -> list[Constraint]:
+    parts = node.all_input_nodes
+    same = [Same(Dim(node, dim), Dim(part, dim)) for part in parts for dim in (0, 2)]
+    return [*same, *(ByPosition(Dim(part, 1)) for part in parts)]
+
+
 @rule(with_separators)
 def _with_separators(node: fx.Node) -> list[Constraint]:
     image, whole = node.args[:2]
@@ -74,17 +99,36 @@ def _place(node: fx.Node, argument: int) -> object:
 
 
 @dataclass(frozen=True)
+class Votes:
+    """Where the votes for the rows of a prompt come from.
+
+    Attributes:
+        deciding: the attentions that are read.
+        members: of each row of each prompt, the numbers of its tokens among those of all these attentions.
+        by_class: whether the first token of each of them is a class token, which no row holds; it votes alone.
+        own: for each attention, the number of the key that belongs to its first token.
+    """
+
+    deciding: tuple[Parts, ...]
+    members: tuple[tuple[tuple[int, ...], ...], ...]
+    by_class: bool
+    own: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Mark:
-    """Image tokens of one block of every prompt, where they leave the vision tower.
+    """Image tokens of one block of every prompt, where they leave the vision tower, or enter the prompt.
 
     Attributes:
         node: the `visual_tokens` node, `[batch, tokens, width]`.
-        features: what leaves the tower, `[rows, tokens of a row, width]`.
+        features: what leaves the tower, `[rows, tokens of a row, width]`; or what enters the prompt.
         order: of each token, its number among those of the prompt's rows (`row * tokens of a row + token`); None where
             a prompt has one row, as it is.
         crops: places in the block of each row's tokens, in their order.
         separated: the `with_separators` node, if any.
         origin: for each place of it, the number of the token in `node`, or `SEPARATOR`.
+        votes: for rows that enter the prompt.
+        pinned: places of text within an image that stands in several blocks (marks at the ends of its lines); it stays.
     """
 
     node: fx.Node
@@ -93,6 +137,8 @@ class Mark:
     crops: tuple[tuple[int, ...], ...]
     separated: fx.Node | None = None
     origin: tuple[int, ...] = ()
+    votes: Votes | None = None
+    pinned: tuple[int, ...] = ()
 
     @property
     def prompted(self) -> fx.Node:
@@ -108,11 +154,13 @@ class Prompt:
         module: a copy of the captured graph; parameters are shared.
         marks: where image tokens leave the tower, for each block of a prompt.
         places: where the images stand, for those whose placeholder is an id.
+        blocks: where each mark's block stands.
     """
 
     module: fx.GraphModule
     marks: list[Mark]
     places: list[PromptPlace]
+    blocks: list[Block] = field(default_factory=list)
 
 
 def lower_masked_scatter(
@@ -142,8 +190,12 @@ def lower_masked_scatter(
         elif not in_tower and any(n.op == "placeholder" and values(n)[0].is_floating_point() for n in behind):
             _Scatter(prompt, node, inputs).spell_out_rows()
     graph.eliminate_dead_code()
+    names = [str(_place(mark.node, 1)) for mark in prompt.marks]
+    lower_constant_places(graph, dict(zip(prompt.blocks, names, strict=True)), [mark.node for mark in prompt.marks])
+    graph.eliminate_dead_code()
     if in_tower:
-        _first(graph, [mark.prompted for mark in prompt.marks])
+        again = [node for node in graph.nodes if node.target is same_tokens]
+        _first(graph, [*(mark.prompted for mark in prompt.marks), *again])
     graph.lint()
     module.recompile()
     return prompt if prompt.marks else None
@@ -162,6 +214,42 @@ def _first(graph: fx.Graph, marks: list[fx.Node]) -> None:
             first.prepend(node)
 
 
+@dataclass
+class _Image:
+    """An image of a prompt.
+
+    Attributes:
+        blocks: where it stands.
+        rows: of those that are scattered into one prompt.
+        owners: of its tokens (`Lineage.owners`).
+    """
+
+    blocks: list[Block]
+    rows: list[int]
+    owners: set[int]
+
+    @property
+    def span(self) -> Block:
+        """From its first place in the prompt to its last."""
+        return self.blocks[0][0], self.blocks[-1][1]
+
+    @property
+    def length(self) -> int:
+        """Of the span."""
+        return self.span[1] - self.span[0]
+
+    @property
+    def places(self) -> tuple[int, ...]:
+        """Of its rows within the span."""
+        return tuple(place - self.span[0] for block in self.blocks for place in range(*block))
+
+    @property
+    def pinned(self) -> tuple[int, ...]:
+        """Of the text between them."""
+        own = set(self.places)
+        return tuple(place for place in range(self.length) if place not in own)
+
+
 class _Scatter:
     """One `masked_scatter` of image features into words."""
 
@@ -176,8 +264,25 @@ class _Scatter:
         self.others = [user for user in source.users if user is not node]
 
     def spell_out(self) -> None:
-        """Mark the features where they leave their tower."""
+        """Mark the features: where they leave their tower, if each row of the prompt is one of its tokens (the
+        published place); or else the rows that enter the prompt, with the tokens that they are made of."""
         blocks = self._blocks()
+        found, why = None, None
+        try:
+            found = lineage(self.source, int(self.width))
+        except AxisError as error:
+            why = error
+        if found is None or all(len(tokens) < 2 for tokens in found.members):
+            marks = len(self.prompt.marks)
+            try:
+                return self._where_published(blocks)
+            except AxisError as published:
+                if found is None or not all(found.members):
+                    raise why or published from published
+                del self.prompt.marks[marks:]
+        self._rows_with_votes(blocks, found)
+
+    def _where_published(self, blocks: list[Block]) -> None:
         found = arrangement(self.node, self.source, self.batch)
         graph = self.prompt.module.graph
         with graph.inserting_before(self.source.next):  # others may read it before the scatter does
@@ -186,23 +291,97 @@ class _Scatter:
                 self._replace_source(images)
         with graph.inserting_before(self.node):
             self._join(images, blocks)
+        self.prompt.blocks.extend(blocks)
         graph.erase_node(self.node)
 
     def spell_out_rows(self) -> None:
         """Mark the rows that are scattered, for a method that reduces them in the prompt."""
-        blocks, images, done = self._blocks(), [], 0
+        blocks = self._blocks()
+        try:
+            found = lineage(self.source, int(self.width))
+        except AxisError:  # then a block is an image
+            found = None
+        self._mark_images(self._images(blocks, found), None)
+
+    def _rows_with_votes(self, blocks: list[Block], found: Lineage) -> None:
+        """Mark the rows that are scattered, for a method that reads the tower."""
+        rows = len(found.members) // int(self.batch)
+        if not all(found.members):
+            empty = next(place for place, tokens in enumerate(found.members) if not tokens)
+            raise AxisError(
+                f"{describe(self.node)} fills place {empty % rows} of the image with what is made of no token of the "
+                "vision tower (a learned separator, say), among rows that are made of several. `method: fastv` reduces "
+                "them."
+            )
+        self._mark_images(self._images(blocks, found), found)
+
+    def _images(self, blocks: list[Block], found: Lineage | None) -> list[_Image]:
+        """The images of a prompt: a block each; or several blocks that one image is cut into, line by line."""
+        images: list[_Image] = []
+        done = 0
+        for start, stop in blocks:
+            rows = range(done, done + stop - start)
+            owners = self._owners(found, rows)
+            done += stop - start
+            if images and found is not None and images[-1].owners & owners:
+                images[-1].blocks.append((start, stop))
+                images[-1].rows.extend(rows)
+                images[-1].owners |= owners
+            else:
+                images.append(_Image([(start, stop)], [*rows], owners))
+        return images
+
+    def _owners(self, found: Lineage | None, rows: Iterable[int]) -> set[int]:
+        if found is None:
+            return set()
+        owners = found.owners()
+        return {owners[token] for row in rows for token in found.members[row]}
+
+    def _mark_images(self, images: list[_Image], found: Lineage | None) -> None:
+        """Mark the rows of every image; with the tokens that they are made of where these are asked for."""
+        marked = []
         with self.prompt.module.graph.inserting_before(self.node):
             whole = self.emit(aten.reshape.default, self.source, [self.batch, -1, self.width])
-            for start, stop in blocks:
-                rows = self.emit(aten.slice.Tensor, whole, 1, done, done + stop - start)
+            for image in images:
+                rows = self._span(whole, image)
                 mark = self.emit(visual_tokens, rows, f"prompt{self._suffix()}")
-                self.prompt.marks.append(Mark(mark, rows, None, (tuple(range(stop - start)),)))
-                images.append(mark)
-                done += stop - start
-            self._join(images, blocks)
+                crops, votes = ((image.places,), None) if found is None else self._voting(image, found)
+                self.prompt.marks.append(Mark(mark, rows, None, crops, votes=votes, pinned=image.pinned))
+                marked.append(mark)
+            spans = [image.span for image in images]
+            self._join(marked, spans)
+        self.prompt.blocks.extend(spans)
         self.prompt.module.graph.erase_node(self.node)
 
-    def _blocks(self) -> list[tuple[int, int]]:
+    def _span(self, whole: fx.Node, image: _Image) -> fx.Node:
+        """An image's rows, with the text between its blocks."""
+        parts, done = [], image.rows[0]
+        for number, (start, stop) in enumerate(image.blocks):
+            if number:
+                parts.append(self.emit(aten.slice.Tensor, self.words, 1, image.blocks[number - 1][1], start))
+            parts.append(self.emit(aten.slice.Tensor, whole, 1, done, done + stop - start))
+            done += stop - start
+        return self.emit(with_text, *parts) if len(parts) > 1 else parts[0]
+
+    def _voting(self, image: _Image, found: Lineage) -> tuple[tuple[tuple[int, ...], ...], Votes]:
+        """Places of an image that are reduced together (of one tile or frame), and whose votes they get."""
+        owners, share = found.owners(), len(found.members) // int(self.batch)
+        held = {token for row in found.members for token in row}
+        by_class = all(token not in held for token, place in enumerate(found.places()) if place == 0)
+        kinds, members = [], []
+        for prompt in range(self.batch):
+            rows = [found.members[prompt * share + row] for row in image.rows]
+            kinds.append(_together(image.places, [{owners[token] for token in tokens} for tokens in rows]))
+            own = dict(zip(image.places, rows, strict=True))
+            members.append(tuple(own.get(place, rows[0]) for place in range(image.length)))
+        if len(set(kinds)) > 1:
+            raise AxisError(
+                f"{describe(self.node)} has images of another shape, or another number of them, in another prompt of "
+                "the batch. Compile for a batch of one, or for prompts of one form."
+            )
+        return kinds[0], Votes(found.deciding, tuple(members), by_class, found.own)
+
+    def _blocks(self) -> list[Block]:
         """Where the image stands, in every prompt alike.
 
         Raises:
@@ -235,7 +414,7 @@ class _Scatter:
         number = len(self.prompt.marks)
         return f"_{number + 1}" if number else ""
 
-    def _join(self, images: list[fx.Node], blocks: list[tuple[int, int]]) -> None:
+    def _join(self, images: list[fx.Node], blocks: list[Block]) -> None:
         """Words and images side by side, in place of the scatter."""
         parts, position = [], 0
         for image, (start, stop) in zip(images, blocks, strict=True):
@@ -259,6 +438,7 @@ class _Scatter:
 
     def _as_it_is(self, found: Arrangement) -> list[fx.Node]:
         features, user = _leaving(self.node, found.projected)
+        _check_published(features)
         behind = ancestors(self.source) | {self.source}
         with self.prompt.module.graph.inserting_after(features):
             mark = Emitter(user)(visual_tokens, features)
@@ -273,8 +453,9 @@ class _Scatter:
 
     # --- tokens of several rows, or rearranged ------------------------------------------------------------------
 
-    def _arranged(self, found: Arrangement, blocks: list[tuple[int, int]]) -> list[fx.Node]:
+    def _arranged(self, found: Arrangement, blocks: list[Block]) -> list[fx.Node]:
         features, _ = _leaving(self.node, found.projected)
+        _check_published(features)
         projector = _between(self.node, features, found.projected)
         images, done = [], 0
         seen: set[int] = set()
@@ -351,7 +532,7 @@ def _placeholder(mask: fx.Node) -> tuple[str, int] | None:
     return None
 
 
-def _blocks(scatter: fx.Node, mask: Tensor) -> list[tuple[int, int]]:
+def _blocks(scatter: fx.Node, mask: Tensor) -> list[Block]:
     """First and last-but-one place of every run of placeholders."""
     rows = mask.flatten(2).any(-1) if mask.dim() > 2 else mask
     if not bool((rows == rows[0]).all()):
@@ -395,6 +576,45 @@ def _leaving(scatter: fx.Node, projected: fx.Node) -> tuple[fx.Node, fx.Node]:
         f"{describe(scatter)} scatters the output of the vision tower {tower or '(the whole model)'} with no projector "
         "between; where its features leave is not found."
     )
+
+
+def _together(places: Sequence[int], owners: Sequence[set[int]]) -> tuple[tuple[int, ...], ...]:
+    """Places whose rows are of one tile or frame: they share an owner, or a row that has the owners of both (a mean of
+    windows that are attended to one by one)."""
+    groups: list[tuple[set[int], list[int]]] = []
+    for place, own in zip(places, owners, strict=True):
+        joined = [group for group in groups if group[0] & own]
+        groups = [group for group in groups if not group[0] & own]
+        groups.append((own.union(*(g[0] for g in joined)), [*(p for g in joined for p in g[1]), place]))
+    return tuple(sorted(tuple(sorted(group[1])) for group in groups))
+
+
+def _check_published(features: fx.Node) -> None:
+    """What leaves the tower must be tokens of its last attention, without a class token.
+
+    Raises:
+        AxisError: several layers side by side, say.
+    """
+    behind = ancestors(features) | {features}
+    last = [n for n in features.graph.nodes if n in behind and n.target in _ATTENTION][-1]
+    tokens, node = values(last)[0].shape[-2], features
+    while values(node)[0].shape[1] != tokens:
+        if node.target is not aten.slice.Tensor or node.args[1] != 1 or not isinstance(node.args[0], fx.Node):
+            raise AxisError(
+                f"{describe(features)} gives features in which the tokens of {describe(last)} are not found."
+            )
+        node = node.args[0]
+    if node is features and any(_leads_with_learned(n) for n in behind if n.target in JOINS):
+        raise AxisError(f"{describe(features)} gives the class token of the vision tower to the prompt.")
+
+
+def _leads_with_learned(join: fx.Node) -> bool:
+    """Whether a class token is joined to tokens."""
+    parts = join.args[0]
+    if not isinstance(parts, list | tuple) or argument(join, 1, "dim", 0) != 1 or len(parts) < 2:
+        return False
+    first, *rest = (part for part in parts if isinstance(part, fx.Node))
+    return len(shape(first)) == 3 and not depends_on_input(first) and any(map(depends_on_input, rest))
 
 
 def _between(scatter: fx.Node, features: fx.Node, projected: fx.Node) -> list[fx.Node]:

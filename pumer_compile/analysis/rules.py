@@ -34,7 +34,7 @@ from .axes import (
     same_size,
 )
 from .nodes import describe, values
-from .operators import aten, overloads
+from .operators import CATS, aten, overloads
 
 Rule = Callable[[fx.Node], Iterable[Constraint]]
 _RULES: dict[Any, Rule] = {}
@@ -143,7 +143,7 @@ def size_literals(node: fx.Node, arg: int, sizes: Any) -> Iterator[Constraint]:
 @rule(
     *overloads("to alias detach detach_ clone contiguous lift_fresh_copy lift_fresh dropout feature_dropout"),
     *overloads("_to_copy __and__ __or__ type_as zeros_like ones_like full_like empty_like log_sigmoid"),
-    *overloads("masked_fill masked_fill_ where expand_as copy_"),
+    *overloads("masked_fill masked_fill_ where expand_as copy_ floor_divide"),
 )
 def pointwise(node: fx.Node) -> Iterator[Constraint]:
     """Each element on its own; inputs broadcast."""
@@ -306,7 +306,7 @@ def repeat(node: fx.Node) -> Iterator[Constraint]:
 # --- joining and cutting ------------------------------------------------------------------------------------
 
 
-@rule(aten.cat.default)
+@rule(*CATS)
 def cat(node: fx.Node) -> Iterator[Constraint]:
     rank = len(shape(node))
     # `cat` skips an empty vector whatever the shape of the others: a cache before its first keys.

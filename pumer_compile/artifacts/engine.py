@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
-from ..plan import check_prompts, without_constants
+from ..guards import check_prompts, without_constants
 from .manifest import read_manifest
 from .runtime import Runtime, TensorSpec, as_tensors, to_numpy
 from .session import Session, open_session

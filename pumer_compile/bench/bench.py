@@ -25,7 +25,8 @@ from ..capture.inputs import read_arrays
 from ..capture.samples import Samples, kinds_of, resized_batch
 from ..errors import UsageError
 from ..files import atomic_path, sha256_file
-from ..plan import PromptPlace, check_prompts
+from ..guards import check_prompts
+from ..plan import PromptPlace
 from .memory import memory_in_a_process, synchronize
 
 FORMAT = 1

@@ -13,12 +13,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils._pytree import tree_leaves, tree_structure, tree_unflatten
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.exporters.configs import DynamoConfig
@@ -26,11 +27,16 @@ from transformers.exporters.exporter_dynamo import DynamoExporter
 from transformers.exporters.utils import apply_patches
 
 from .. import frontends  # noqa: F401  (importing it registers the rewrites that tracing needs)
-from ..analysis.nodes import describe
+from ..analysis.nodes import describe, values
 from ..analysis.outputs import drop_unasked, join_features, select_outputs
 from ..errors import CaptureError, PumerError, UsageError
+from ..frontends.rope_index import open_padding
+from ..guards import Guard
 from ..passes.fold_masks import fold_masks, masks_of
+from .asked import guards_of
 from .blocks import inline_blocks
+from .fold import fold
+from .follow import FollowSample, following
 from .inputs import (
     check_exported_inputs,
     check_inputs,
@@ -56,7 +62,8 @@ class Program:
     names that were asked for; with any, the module returns a dictionary of them. `fixed` are inputs whose numbers the
     model looked at while it was traced (the sizes of images that are cut into crops): the graph is for these alone and
     does not read them. `unpadded` are those of them that are masks, of ones. `constant` are inputs that the model takes
-    as well, and the value that, everywhere in them, is as good as leaving them out (token types of zeros).
+    as well, and the value that, everywhere in them, is as good as leaving them out (token types of zeros). `guards` are
+    what must be true of other inputs, where the trace followed the sample (`follow.py`).
     """
 
     module: fx.GraphModule
@@ -69,6 +76,7 @@ class Program:
     fixed: tuple[str, ...] = ()
     unpadded: tuple[str, ...] = ()
     constant: dict[str, int] = field(default_factory=dict)
+    guards: tuple[Guard, ...] = ()
 
 
 def capture(
@@ -145,19 +153,77 @@ def _from_module(model: nn.Module, inputs: Mapping[str, Tensor], dynamic_batch: 
         sample, shapes = symbolic_batch(sample)
     with restoring_model_state(model), quiet():
         set_for_inference(model)
+        # On the meta device (a plan of a model too large to hold) integers are kept: ids say where an image stands in a
+        # prompt, and a grid how large it is.
+        kept = {n: inputs[n] if t.is_meta and not t.is_floating_point() else t for n, t in sample.items()}
         try:
-            exported = _export(model, sample, shapes)
-            graph = plain_graph_module(exported)
-            _refuse_training(graph, "Make it follow self.training")
-            fixed = _without_numbers(graph, fixed_inputs(exported), sample)
+            traced = _traced(model, sample, kept, shapes)
+            _refuse_training(traced.graph, "Make it follow self.training")
             constant = constant_inputs(model, sample)
         except PumerError:
             raise
         except Exception as error:
             raise _failure(model, sample, dynamic_batch, error) from error
-    # On the meta device (a plan of a model too large to hold) ids are kept: they say where an image stands in a prompt.
-    kept = {n: inputs[n] if t.is_meta and not t.is_floating_point() else t for n, t in sample.items()}
-    return Program(graph, kept, dynamic_batch, model, fixed=fixed, constant=constant)
+    return Program(
+        traced.graph, kept, dynamic_batch, model, fixed=traced.fixed, constant=constant, guards=traced.guards
+    )
+
+
+class _Traced(NamedTuple):
+    """A graph, the inputs that are written into it, and what must be true of the others."""
+
+    graph: fx.GraphModule
+    fixed: tuple[str, ...]
+    guards: tuple[Guard, ...] = ()
+
+
+def _traced(
+    model: nn.Module, sample: dict[str, Tensor], kept: Mapping[str, Tensor], shapes: dict[str, Any] | None
+) -> _Traced:
+    """The graph of a model: as it is traced; and where it asks for data on the way, as the sample answers."""
+    try:
+        exported = _export(model, sample, shapes)
+        graph = plain_graph_module(exported)
+        if not _sized_by_data(graph):
+            return _Traced(graph, _without_numbers(graph, fixed_inputs(exported), sample))
+    except Exception as error:
+        if shapes is not None or isinstance(error, PumerError):  # an open batch has no numbers to answer with
+            raise
+    return _followed(model, sample, kept) if shapes is None else _Traced(graph, ())
+
+
+def _followed(model: nn.Module, sample: dict[str, Tensor], kept: Mapping[str, Tensor]) -> _Traced:
+    """The graph of a model that follows its sample.
+
+    Raises:
+        CaptureError: a size still depends on data, or what was asked could not be checked of other inputs.
+    """
+    follow = FollowSample(kept)
+    with following(model, follow), open_padding(model, follow.keep_open):
+        exported = _export(model, sample, None)
+    graph = plain_graph_module(exported)
+    content = frozenset(n for n, t in kept.items() if t.is_floating_point()) | follow.content
+    asked, guards = guards_of(follow.asked, content, kept, type(model).__name__)
+    fixed = fixed_inputs(exported)
+    _without_numbers(graph, fixed, sample)
+    fold(graph, {n: kept[n] for n in asked if n not in fixed}, follow.lifted)
+    open_ = _sized_by_data(graph)
+    if open_:
+        raise CaptureError(f"{describe(open_[0])} has a size that depends on data; a compiled graph has fixed sizes.")
+    return _Traced(graph, (*fixed, *(n for n in asked if n not in fixed)), guards)
+
+
+def _sized_by_data(graph: fx.GraphModule) -> list[fx.Node]:
+    """Nodes that give a number, or a value with a size, that only a run would tell."""
+    return [
+        node
+        for node in graph.graph.nodes
+        if node.target in _NUMBERS
+        or any(isinstance(s, torch.SymInt) and free_unbacked_symbols(s) for value in values(node) for s in value.shape)
+    ]
+
+
+_NUMBERS = frozenset({torch.ops.aten.item.default, torch.ops.aten._local_scalar_dense.default})
 
 
 def set_for_inference(model: nn.Module) -> None:

@@ -21,9 +21,10 @@ from ..capture.capture import Program
 from ..capture.samples import Samples, captured_batch, describe_samples, proof_batches, proof_sizes, resized_batch
 from ..errors import ParityError, UsageError
 from ..files import publish, sha256_file
+from ..guards import check_prompts, without_constants
 from ..parity.check import check, check_tolerances
 from ..parity.report import ParityReport
-from ..plan import PromptPlace, check_prompts, without_constants
+from ..plan import PromptPlace
 from ..reduce import Reduced
 from .base import Options, Writer
 from .chain import cast, program_of

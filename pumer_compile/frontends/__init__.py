@@ -18,15 +18,17 @@ from unittest import mock
 import torch
 from transformers.exporters.utils import register_patch
 
-from . import llava_next, vilt
+from . import llava_next, masks, uneven_segments, vilt
 from .meter import MODELS as MODELS
 
 FRONTENDS = (vilt, llava_next)
+# What only torch.export needs: Dynamo traces these as they are.
+FOR_EXPORT = (masks.Expansion, masks.Indexing, uneven_segments)
 
 # A reload of this package runs its code in the same namespace: what was registered stays registered once.
 _registered: set[str] = globals().get("_registered", set())
 
-for _frontend in FRONTENDS:
+for _frontend in (*FRONTENDS, *FOR_EXPORT):
     if _frontend.TARGET not in _registered:
         register_patch("dynamo", _frontend.TARGET)(_frontend.patch)
         _registered.add(_frontend.TARGET)

@@ -91,11 +91,11 @@ class FastV(Method):
 
     def reducers(self, site: Site, streams: Sequence[Stream]) -> dict[str, Reducer]:
         """See `Method.reducers`."""
-        if all(self.budget == stream.tokens for stream in streams):
+        if all(self.budget == stream.rows for stream in streams):
             raise PlanError(
                 f"A budget of {self.budget} would reduce nothing: the image has "
-                f"{' and '.join(str(s.tokens) for s in streams)} tokens ({', '.join(s.name for s in streams)}). Choose "
-                "a smaller one, or compile with `none`."
+                f"{' and '.join(str(s.rows) for s in streams)} tokens ({', '.join(s.name for s in streams)}). Choose a "
+                "smaller one, or compile with `none`."
             )
         return super().reducers(site, streams)
 
@@ -103,12 +103,12 @@ class FastV(Method):
         """See `Method.reducer`."""
         from ..reducers import LastQueryReducer
 
-        if self.budget > stream.tokens:
+        if self.budget > stream.rows:
             raise PlanError(
-                f"A budget of {self.budget} is more than the {stream.tokens} tokens of {stream.name} in the prompt. "
+                f"A budget of {self.budget} is more than the {stream.rows} tokens of {stream.name} in the prompt. "
                 "Choose a smaller one, or `none`."
             )
-        return LastQueryReducer(stream.tokens, self.budget)
+        return LastQueryReducer(stream.tokens, self.budget, stream.pinned)
 
 
 def _check_prompt(attention: Attention, images: tuple[str, ...]) -> None:

@@ -64,7 +64,7 @@ class VisPruner(Method):
             )
         if self.budget >= max(map(len, stream.crops)):
             log.warning("A budget of %d keeps every token of an image: nothing of it is pruned.", self.budget)
-        return VisualReducer(stream.crops, self.budget, self.important, order=self.semantics)
+        return VisualReducer(stream.crops, self.budget, self.important, order=self.semantics, pinned=stream.pinned)
 
     def replacements(self, graph: LocatedGraph, sites: Sequence[Site]) -> Replacements:
         """See `Method.replacements`: positions along the prompt."""

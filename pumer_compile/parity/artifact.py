@@ -26,7 +26,8 @@ from ..capture.loading import LoadedModel, load_model
 from ..capture.samples import Kinds, Samples, captured_batch, describe_samples, kinds_of, proof_batches, proof_sizes
 from ..capture.weights import check_model
 from ..exporters.chain import cast_program
-from ..plan import PromptPlace, check_prompts, without_constants
+from ..guards import check_prompts, without_constants
+from ..plan import PromptPlace
 from ..reduce import reduce
 from ..schedule import Schedule
 from .check import check, check_tolerances

@@ -9,13 +9,14 @@ from .merger import ModalityAwareMerger
 from .prune_merge import StreamReducer
 from .pruner import TextInformedPruner
 from .vispruner import VisPruner
-from .visual import VisualReducer, WithSeparators
+from .visual import MemberVotes, VisualReducer, WithSeparators
 
 __all__ = [
     "AlignAxis",
     "ApplyMap",
     "LastQueryPruner",
     "LastQueryReducer",
+    "MemberVotes",
     "ModalityAwareMerger",
     "PublishedMaskedSoftmax",
     "Reducer",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -15,12 +17,13 @@ class LastQueryPruner(nn.Module):
     They stay in their order; ties go to the lowest index. The mean is taken in float32 whatever the dtype.
 
     Args:
-        keep: tokens to keep, at least 1.
+        keep: tokens to keep, at least 1; pinned ones not counted.
+        pinned: tokens that stay whatever they get.
     """
 
-    def __init__(self, keep: int) -> None:
+    def __init__(self, keep: int, pinned: Sequence[int] = ()) -> None:
         super().__init__()
-        self.keep = keep
+        self.keep, self.pinned = keep + len(pinned), list(pinned)
 
     def forward(self, attention: Tensor) -> tuple[Tensor, Tensor]:
         """Indices of the kept tokens, ascending, `[batch, keep]` int64, and the scores, `[batch, tokens]` float32.
@@ -29,6 +32,9 @@ class LastQueryPruner(nn.Module):
             attention: of the query, after softmax, `[batch, heads, 1, tokens]`, any float.
         """
         scores = attention.float().mean((1, 2))
+        if self.pinned:
+            pinned = [2.0 if place in self.pinned else 0.0 for place in range(scores.shape[1])]
+            scores = scores + torch.tensor(pinned).to(scores.device)  # attention is at most 1
         kept = descending_rank(scores) < self.keep
         # Of those that tie at 1, the lowest index comes first.
         return top(kept.float(), self.keep), scores
@@ -39,14 +45,15 @@ class LastQueryReducer(Reducer):
 
     Args:
         tokens: of the image, before.
-        budget: of them to keep, 1..`tokens`.
+        budget: of them to keep, 1..`tokens`; pinned ones not counted.
+        pinned: places of tokens among them that stay whatever they get.
     """
 
     reads = (Signal.LAST_QUERY,)
 
-    def __init__(self, tokens: int, budget: int) -> None:
-        super().__init__(tokens, budget)
-        self.pruner = LastQueryPruner(budget)
+    def __init__(self, tokens: int, budget: int, pinned: Sequence[int] = ()) -> None:
+        super().__init__(tokens, budget + len(pinned))
+        self.pruner = LastQueryPruner(budget, pinned)
 
     @property
     def prunes(self) -> bool:

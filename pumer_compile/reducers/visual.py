@@ -16,9 +16,11 @@ class VisualReducer(Reducer):
 
     Args:
         crops: the places that each crop's tokens have in the stream, in the crop's raster order; together all of them,
-            each once. One image is one crop; an image of high resolution is an overview and several crops.
+            but the pinned ones, each once. One image is one crop; an image of high resolution is an overview and
+            several crops.
         budget: tokens to keep of each crop; one that has no more keeps all.
         important, order: see `VisPruner`.
+        pinned: places of tokens that stay, and count in no budget (the marks at the ends of an image's lines).
     """
 
     reads = (Signal.CLASS_TOKEN,)
@@ -26,13 +28,21 @@ class VisualReducer(Reducer):
     judged = False
 
     def __init__(
-        self, crops: Sequence[Sequence[int]], budget: int, important: float, *, order: Order = "reference"
+        self,
+        crops: Sequence[Sequence[int]],
+        budget: int,
+        important: float,
+        *,
+        order: Order = "reference",
+        pinned: Sequence[int] = (),
     ) -> None:
-        super().__init__(sum(map(len, crops)), sum(min(budget, len(crop)) for crop in crops))
+        kept = sum(min(budget, len(crop)) for crop in crops)
+        super().__init__(sum(map(len, crops)) + len(pinned), kept + len(pinned))
         self.of_crop = VisPruner(budget, important, order=order)
         # Crops of one length are selected from at once.
         self.shapes = [(sum(len(c) == n for c in crops), n) for n in sorted({len(c) for c in crops})]
-        places = [place for _, n in self.shapes for crop in crops if len(crop) == n for place in crop]
+        places = [place for _, n in self.shapes for crop in crops if len(crop) == n for place in crop] + [*pinned]
+        self.pinned = len(pinned)
         self.places = None if places == list(range(self.tokens)) else places
 
     @property
@@ -62,11 +72,38 @@ class VisualReducer(Reducer):
                 features, votes = features.reshape(-1, length, tokens.shape[2]), votes.reshape(-1, length)
             found.append(self.of_crop.keeps(features, votes).reshape(-1, count * length))
             start = stop
+        if self.pinned:
+            found.append(torch.ones_like(tokens[:, start:, 0], dtype=torch.bool))
         keeps = torch.cat(found, 1) if len(found) > 1 else found[0]
         if self.places is None:
             return keeps
         back = sorted(range(self.tokens), key=self.places.__getitem__)
         return keeps.index_select(1, torch.tensor(back).to(keeps.device))
+
+
+class MemberVotes(nn.Module):
+    """What each row of a prompt gets of the votes for the tokens that it is made of: their mean.
+
+    Args:
+        members: of each row of each prompt, the numbers of its tokens; at least one.
+    """
+
+    def __init__(self, members: Sequence[Sequence[Sequence[int]]]) -> None:
+        super().__init__()
+        most = max(len(tokens) for rows in members for tokens in rows)
+        self.shape = [len(members), len(members[0]), most]
+        padded = [[*tokens, *[tokens[0]] * (most - len(tokens))] for rows in members for tokens in rows]
+        self.index = [token for tokens in padded for token in tokens]
+        shares = [[1 / len(tokens)] * len(tokens) + [0.0] * (most - len(tokens)) for rows in members for tokens in rows]
+        even = all(len(tokens) == most for rows in members for tokens in rows)
+        self.shares = None if even else [share for row in shares for share in row]
+
+    def forward(self, votes: Tensor) -> Tensor:
+        """`[tokens]` to `[batch, rows]`."""
+        own = votes.index_select(0, torch.tensor(self.index).to(votes.device)).view(self.shape)
+        if self.shares is None:
+            return own.mean(-1)
+        return (own * torch.tensor(self.shares).to(votes).view(self.shape)).sum(-1)
 
 
 class WithSeparators(nn.Module):

@@ -132,6 +132,7 @@ class InsertReducer:
                 annotation.modality[stream],
                 place.rewriter.history.length(segments[stream], place.epochs),
                 annotation.learned[stream],
+                pinned=self.graph.pinned(stream),
             )
             for stream in self.site.streams
         ]
@@ -144,8 +145,9 @@ class InsertReducer:
         place = dataclasses.replace(self._place(rewriter, dim), mark=mark)
         rewriter.follow_batch(Dim(mark.node, 0))
         name, annotation = _only_stream(rewriter, mark.node), self.graph.annotation
-        count, row = sum(map(len, mark.crops)), int(shape(mark.features)[1])
-        stream = Stream(name, annotation.modality[name], count, annotation.learned[name], mark.crops, row)
+        count = sum(map(len, mark.crops)) + len(mark.pinned)
+        row = int(shape(mark.features)[1]) if mark.votes is None else max(map(len, mark.crops))
+        stream = Stream(name, annotation.modality[name], count, annotation.learned[name], mark.crops, row, mark.pinned)
         made = self._made(place, [stream])
         if not made:
             return None

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from functools import partial
 
-import torch
 from torch import fx
 
 from ..analysis.axes import Dim, Tokens
 from ..analysis.nodes import values
-from ..analysis.operators import aten
+from ..analysis.operators import MOVES, aten, overloads
 from ..errors import UsageError
 from .carried_weights import CarriedWeights
 from .rewriter import Rewriter
@@ -19,8 +18,9 @@ from .sites import LocatedGraph, Replacements
 def renumbered_positions(graph: LocatedGraph, *, compact: bool) -> Replacements:
     """Positions along a prompt, made out of nothing but its length: counted over the tokens that are left.
 
-    Where they stay original (not `compact`) those that become features (rotary angles) are not: the selection takes
-    them. Comparisons of positions, as in a causal mask, come out the same either way.
+    Where they stay original (not `compact`) only those are that are compared with each other and nothing else, as in a
+    causal mask, which comes out the same either way; of others (rotary angles, distances within a window) the selection
+    takes those that are left.
 
     Raises:
         UsageError: positions are to be renumbered, and the caller gives them.
@@ -32,8 +32,9 @@ def renumbered_positions(graph: LocatedGraph, *, compact: bool) -> Replacements:
     for node in graph.annotation.constraints:
         if node.target is not aten.arange.default or not streams & set(_streams(graph, node, 0)):
             continue
-        if compact or not _becomes_feature(node):
-            found[node] = partial(_count, node)
+        if not compact and not _is_compared(node):
+            continue
+        found[node] = partial(_count, node)
     return found
 
 
@@ -79,15 +80,18 @@ def _streams(graph: LocatedGraph, node: fx.Node, index: int) -> tuple[str, ...]:
     return kind.streams if isinstance(kind, Tokens) else ()
 
 
-def _becomes_feature(node: fx.Node) -> bool:
-    """Whether integers are turned into floating-point numbers."""
+_COMPARES = frozenset(overloads("eq ne lt le gt ge"))
+
+
+def _is_compared(node: fx.Node) -> bool:
+    """Whether numbers are only compared, moved about as they are."""
     pending, seen = [node], {node}
     while pending:
         for user in pending.pop().users:
-            found = values(user)
-            if found and found[0].is_floating_point():
-                return True
-            if found and found[0].dtype != torch.bool and user not in seen:
-                seen.add(user)
-                pending.append(user)
-    return False
+            if user.target in _COMPARES or user in seen:
+                continue
+            if user.target not in MOVES:
+                return False
+            seen.add(user)
+            pending.append(user)
+    return True

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
-from ..analysis.attention import NOT_KNOWN, Attention
+from ..analysis.attention import NOT_KNOWN, Attention, Parts, tower_attention
 from ..analysis.nodes import ancestors, describe
 from ..analysis.operators import aten
-from ..analysis.prompts import Mark
+from ..analysis.prompts import Mark, Votes
 from ..analysis.rules import shape
 from ..errors import LocateError
-from ..reducers import Signal
+from ..reducers import MemberVotes, Signal, TokenWeights
 from .attention_rows import attention_rows
 from .carried_weights import CarriedWeights
 from .epochs import Epochs
@@ -136,6 +136,8 @@ def _class_token(place: Place, stream: str) -> fx.Node:
     mark, rewriter = place.mark, place.rewriter
     if mark is None:
         raise LocateError(f"Site {place.attention.described} is not where image tokens leave a vision tower.")
+    if mark.votes is not None:
+        return _votes_of_members(place, mark.votes, stream)
     if "class_token" not in place.read:
         place.read["class_token"] = rewriter.call(aten.mean.dim, _tower_rows(place, mark), [1, 2])
     found = place.read["class_token"]
@@ -146,6 +148,44 @@ def _class_token(place: Place, stream: str) -> fx.Node:
     # The captured graph brings the features into this order.
     order = next(n for n in mark.node.all_input_nodes[0].all_input_nodes if n.op == "get_attr")
     return rewriter.call(aten.index_select.default, own, 1, rewriter.env[order])
+
+
+def _votes_of_members(place: Place, votes: Votes, stream: str) -> fx.Node:
+    """What each row of a prompt gets: the mean of what its tokens get, `[batch, rows]`, float32."""
+    if "members" not in place.read:
+        found = [_received(place, parts, i, votes) for i, parts in enumerate(votes.deciding)]
+        call = place.rewriter.call
+        place.read["members"] = call(aten.cat.default, found, 0) if len(found) > 1 else found[0]
+    name = f"reducer.{place.attention.name}.members.{stream}"
+    return place.rewriter.call_module(name, MemberVotes(votes.members), place.read["members"])
+
+
+def _received(place: Place, parts: Parts, number: int, votes: Votes) -> fx.Node:
+    """What every token of an attention gets, mean over heads and those who vote, `[images * tokens]`, float32."""
+    attention, call = tower_attention(parts, number), place.rewriter.call
+    masks = [mask for mask in attention.masks if mask.of_input]
+    if parts.unusual or len(masks) > 1:
+        raise LocateError(
+            f"The attention {place.attention.described} of the vision tower decides, and "
+            f"{parts.unusual or 'has several masks'}; which tokens it lets vote is not known. `method: fastv` does not "
+            "read it."
+        )
+    queries, keys = int(shape(parts.query)[-2]), int(attention.key_axis.size)
+    rows = (0, 1) if votes.by_class else (0, queries)
+    name = f"reducer.{place.attention.name}.attention_{number}"
+    found = attention_rows(place.rewriter, attention, rows, name)
+    if keys != queries:  # those who vote are no padding, which is among what they read
+        first = votes.own[number]
+        found, masks = call(aten.slice.Tensor, found, 3, first, first + queries), []
+    if not masks or votes.by_class:
+        return call(aten.reshape.default, call(aten.mean.dim, found, [-3, -2]), [-1])
+    weights = TokenWeights(0, keys, masks[0].kind)
+    real = place.rewriter.call_module(f"{name}.real", weights, place.rewriter.env[masks[0].node])
+    # Padding has no vote.
+    share = call(aten.div.Tensor, real, call(aten.sum.dim_IntList, real, [1], True))
+    means = call(aten.mean.dim, found, [1])
+    voted = call(aten.sum.dim_IntList, call(aten.mul.Tensor, means, call(aten.unsqueeze.default, share, 2)), [1])
+    return call(aten.reshape.default, voted, [-1])
 
 
 def _tower_rows(place: Place, mark: Mark) -> fx.Node:
@@ -162,7 +202,7 @@ def _tower_rows(place: Place, mark: Mark) -> fx.Node:
             "tokens; the selection is by the class token's attention to those. Let the model leave it out "
             "(vision_feature_select_strategy='default')."
         )
-    if attention.masks or NOT_KNOWN in attention.unusual:
+    if any(mask.of_input for mask in attention.masks) or NOT_KNOWN in attention.unusual:
         raise LocateError(
             f"The attention {attention.described} of the vision tower has a mask; which tokens it lets vote is not "
             "known."

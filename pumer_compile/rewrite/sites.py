@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from torch import fx
 
 from ..analysis.annotate import Annotation
-from ..analysis.attention import NOT_KNOWN, Attention, choose
+from ..analysis.attention import NOT_KNOWN, Attention, Parts, attention_parts, choose, tower_attention
 from ..analysis.axes import Dim, Tokens
 from ..analysis.nodes import ancestors, describe
 from ..analysis.prompts import Mark
@@ -41,6 +41,7 @@ class Stream:
         learned: how many of these lead and are learned (class tokens).
         crops: of image tokens that leave a tower: places of each crop's tokens in the stream, in raster order.
         row: and how many tokens the tower gives for one crop.
+        pinned: places of tokens among an image's that stay (text at the ends of its lines).
     """
 
     name: str
@@ -49,6 +50,12 @@ class Stream:
     learned: int = 0
     crops: tuple[tuple[int, ...], ...] = ()
     row: int = 0
+    pinned: tuple[int, ...] = ()
+
+    @property
+    def rows(self) -> int:
+        """How many may go."""
+        return self.tokens - len(self.pinned)
 
 
 @dataclass
@@ -137,6 +144,14 @@ class LocatedGraph:
         axes = [self.annotation.axis(Dim(mark.prompted, 1)) for mark in self.marks]
         return tuple(s for axis in axes if isinstance(axis, Tokens) for s in axis.streams)
 
+    def pinned(self, stream: str) -> tuple[int, ...]:
+        """Places of what stays among the tokens of an image in a prompt."""
+        for mark in self.marks:
+            axis = self.annotation.axis(Dim(mark.prompted, 1))
+            if isinstance(axis, Tokens) and stream in axis.streams:
+                return mark.pinned
+        return ()
+
     def prompt_layers(self) -> list[Attention]:
         """The attentions of a language model over a prompt with all its images."""
         wanted = {*self.prompt_images(), "text"}
@@ -150,6 +165,10 @@ class LocatedGraph:
         """
         found: dict[fx.Node, tuple[Attention, tuple[Mark, ...]]] = {}
         for mark in self.marks:
+            if mark.votes is not None:
+                last = self._deciding(mark.votes.deciding[-1])
+                found[last.context] = (last, (*(found[last.context][1] if last.context in found else ()), mark))
+                continue
             before = ancestors(mark.node)
             tower = [a for a in self.attentions if a.context in before]
             if not tower:
@@ -158,6 +177,11 @@ class LocatedGraph:
             marks = found[last.context][1] if last.context in found else ()
             found[last.context] = (last, (*marks, mark))
         return list(found.values())
+
+    def _deciding(self, parts: Parts) -> Attention:
+        """The attention that decides over the rows of a prompt."""
+        located = next((a for a in self.attentions if a.context is parts.context), None)
+        return located or tower_attention(parts, len(attention_parts(parts.context)) - 1)
 
     # --- checks -------------------------------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from torch import SymInt, Tensor, fx
 
 from ..analysis import rules
 from ..analysis.nodes import content_inputs, describe
-from ..analysis.operators import overloads
+from ..analysis.operators import JOINS, overloads
 from ..errors import UsageError
 from .lowering import Argument, DynamoGraph, Padding, open_size
 
@@ -206,7 +206,7 @@ def _origins(target: Any, padding: Padding, loss: fx.Node) -> Iterator[str]:
             yield str(node.target)
         elif node.target in overloads("where"):
             stack += node.args[1:]
-        elif node.target in overloads("cat stack"):
+        elif node.target in JOINS:
             parts: Any = node.args[0]
             stack += parts
         elif node.target in _MOVES:

@@ -14,7 +14,7 @@ from pumer_compile import Program, Schedule
 from pumer_compile.analysis.annotate import annotate
 from pumer_compile.analysis.axes import Dim
 from pumer_compile.analysis.prompts import lower_masked_scatter, visual_tokens
-from pumer_compile.errors import AxisError, LocateError, PlanError, ScheduleError
+from pumer_compile.errors import AxisError, LocateError, PlanError, ScheduleError, UsageError
 from tests.support.models import Config, program
 from tests.support.visual import select
 
@@ -219,7 +219,6 @@ def too_few(ids: Tensor) -> None:
     ("change", "words"),
     [
         (other_place, "at other places in another prompt"),
-        (two_blocks, "one image into several blocks"),
         (too_few, "do not fit"),
         (lambda ids: ids.fill_(1), "no image placeholder in the sample"),
     ],
@@ -233,10 +232,24 @@ def test_prompts_that_are_refused(change: Any, words: str) -> None:
         lower_masked_scatter(whole.module, {**inputs, "input_ids": ids})
 
 
-def test_features_without_a_projector_are_refused() -> None:
+def test_text_between_the_blocks_of_one_image_stays() -> None:
     inputs = prompts(3, 5)
-    with pytest.raises(AxisError, match="no projector between"):
-        lower_masked_scatter(captured(talker(learned=False), inputs).module, inputs)
+    two_blocks(inputs["input_ids"])
+    whole = captured(talker(), inputs)
+    prompt = lower_masked_scatter(whole.module, inputs)
+    assert prompt is not None
+    (mark,) = prompt.marks
+    assert mark.pinned == (3,) and mark.votes is not None and mark.crops == ((0, 1, 2, *range(4, 17)),)
+    found = pumer.reduce(whole, Schedule(method="vispruner", budget=4))
+    with torch.no_grad():
+        logits = found.module(**inputs)["logits"]
+    assert logits.shape[1] == 2 + 4 + 1 + 5
+
+
+def test_features_without_a_projector_are_marked_in_the_prompt() -> None:
+    inputs = prompts(3, 5)
+    prompt = lower_masked_scatter(captured(talker(learned=False), inputs).module, inputs)
+    assert prompt is not None and prompt.marks[0].votes is not None
 
 
 class Chosen(Talker):
@@ -257,12 +270,17 @@ class Chosen(Talker):
 
 @pytest.mark.parametrize("flat", [False, True])
 @pytest.mark.parametrize("method", ["vispruner", "fastv"])
-def test_features_whose_number_is_open_are_refused(method: str, flat: bool) -> None:
+def test_features_that_a_mask_chooses_are_those_of_the_sample(method: str, flat: bool) -> None:
     keys = {"layer": 1} if method == "fastv" else {}
-    with pytest.raises(
-        AxisError, match=r"node masked_scatter, at .*py:\d+.*whose number depends on data.*compile a part"
-    ):
-        pumer.reduce(captured(Chosen(flat), prompts(3, 5)), Schedule(method=method, budget=4, **keys))
+    inputs = prompts(3, 5)
+    whole = captured(Chosen(flat), inputs)
+    pumer.reduce(whole, Schedule(method=method, budget=4, **keys))
+    (guard,) = (guard for guard in whole.guards if guard.inputs == ("pixel_values",))
+    guard.check(prompts(3, 5, seed=1))
+    black = inputs["pixel_values"].clone()
+    black[:, 0] = -1000.0
+    with pytest.raises(UsageError, match=r"the model finds .* where it looks at pixel_values \(.*:\d+\), and finds"):
+        guard.check({"pixel_values": black})
 
 
 # --- The selection in it ----------------------------------------------------------------------------------------------

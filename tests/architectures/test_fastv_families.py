@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import pumer_compile as pumer
 from pumer_compile import Schedule
 from pumer_compile.reducers import reducers_of
-from tests.architectures.prompt_families import FAMILIES, IMAGE, OTHER, Tensors, built
+from tests.support.prompt_families import FAMILIES, IMAGE, OTHER, Tensors, built
 
 LAYER, BUDGET = 1, 3
 

@@ -751,7 +751,7 @@ def test_inputs_are_blamed_only_where_the_model_refuses_them():
 
         def forward(self, pixel_values, sizes):
             rows = int(sizes.prod(1).sum())
-            return pixel_values[:rows] if pixel_values.sum() > 0 else pixel_values
+            return pixel_values[:rows] + float(pixel_values.numpy().sum())
 
     model, inputs = Packed(), {"pixel_values": torch.randn(16, 12), "sizes": torch.tensor([[4, 4]])}
     model(**inputs)
@@ -774,8 +774,7 @@ def test_a_failed_trace_is_quiet(capfd):
             if self.kind == "shape":
                 return torch.cat([x, torch.zeros(5, 5)], 1)
             if self.kind == "data":
-                found = x.nonzero()
-                return x if found.shape[0] > 3 else x + 1
+                return x + float(x.sum())
             raise ValueError("\n".join(["x" * 5000] * 100))
 
     for kind in ("shape", "data", "long"):
@@ -788,7 +787,7 @@ def test_a_failed_trace_is_quiet(capfd):
 def test_a_model_that_cannot_be_traced():
     class Branch(nn.Module):
         def forward(self, x):
-            return x if x.sum() > 0 else -x
+            return x if x.numpy().sum() > 0 else -x
 
     with pytest.raises(CaptureError, match=r"could not trace Branch with the inputs x float32\[2, 3\]: \w+: ") as error:
         capture(Branch(), {"x": torch.zeros(2, 3)})

@@ -117,6 +117,7 @@ CASES: dict[str, tuple[Any, list[str], Callable[..., tuple], list[str], set[str]
     "gelu": (aten.gelu.default, [X], lambda x: (x,), [f"2 {T} 8"], set()),
     "log_sigmoid": (aten.log_sigmoid.default, [X], lambda x: (x,), [f"2 {T} 8"], set()),
     "to": (aten.to.dtype, [X], lambda x: (x, torch.float16), [f"2 {T} 8"], set()),
+    "floor_divide": (aten.floor_divide.default, [X, "2 7 8"], lambda x, y: (x, y), [f"2 {T} 8"], set()),
     "clone": (aten.clone.default, [X], lambda x: (x,), [f"2 {T} 8"], set()),
     "contiguous": (aten.contiguous.default, [X], lambda x: (x,), [f"2 {T} 8"], set()),
     "dropout": (aten.dropout.default, [X], lambda x: (x, 0.1, False), [f"2 {T} 8"], set()),
@@ -208,6 +209,8 @@ CASES: dict[str, tuple[Any, list[str], Callable[..., tuple], list[str], set[str]
     ),
     "repeat tokens": (aten.repeat.default, [X], lambda x: (x, [1, 2, 1]), ["2 14 8"], {"ByPosition"}),
     # joining and cutting
+    "concat": (aten.concat.default, [X, "2 image:5 8"], lambda x, y: ([x, y], 1), [f"2 {B} 8"], {"Concat"}),
+    "concatenate": (aten.concatenate.default, [X, "2 image:5 8"], lambda x, y: ([x, y], 1), [f"2 {B} 8"], {"Concat"}),
     "cat": (aten.cat.default, [X, "2 image:5 8"], lambda x, y: ([x, y], 1), [f"2 {B} 8"], {"Concat"}),
     "cat from the end": (
         aten.cat.default,

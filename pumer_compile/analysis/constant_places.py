@@ -1,0 +1,185 @@
+"""Constant places: reads and writes at fixed places of a prompt, as slices and joins.
+
+Models that add features of several depths of the tower to the first language layers (deepstack) read the image's
+places, add, and write them back; others write learned embeddings over the placeholders of tags. With places that are
+constants (`capture/follow.py`) both are cuts along the prompt, whose axes follow by the ordinary rules. What a tower
+gives for the places of an image is marked as tokens of that image (`same_tokens`): a reducer's map brings it along.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, fx
+
+from ..errors import AxisError
+from .axes import ByPosition, Constraint, Dim, Same, Seed
+from .nodes import Emitter, after_attention, ancestors, constant_value, describe, values
+from .operators import CASTS, aten
+from .rules import is_pointwise, rule
+
+_READ = aten.index.Tensor
+_WRITES = {aten.index_put_.default, aten.index_put.default}
+Block = tuple[int, int]
+
+
+def same_tokens(features: Tensor, place: str = "prompt") -> Tensor:
+    """A mark in the graph: features of the tokens of the image at a place, `[batch, tokens, width]`, for a later
+    layer."""
+    return features
+
+
+@rule(same_tokens)
+def _same_tokens(node: fx.Node) -> list[Constraint]:
+    (source,) = node.all_input_nodes
+    return [
+        Same(Dim(node, 0), Dim(source, 0)),
+        Same(Dim(node, 2), Dim(source, 2)),
+        ByPosition(Dim(source, 1)),
+        Seed((Dim(node, 1),), f"image@{node.args[1]}"),
+    ]
+
+
+def lower_constant_places(graph: fx.Graph, images: Mapping[Block, str], marks: Sequence[fx.Node]) -> None:
+    """Write reads and writes at constant places of a prompt as slices and joins.
+
+    Args:
+        graph: it is changed.
+        images: the place of each image in the prompt, and what it is called.
+        marks: of these images: what is computed from them holds the prompt.
+
+    Raises:
+        AxisError: features of a tower go to places that are no whole image's.
+    """
+    for node in list(graph.nodes):
+        if node.target is _READ or node.target in _WRITES:
+            blocks = _blocks(node)
+            if blocks and node.target is _READ:
+                _read(node, blocks)
+            elif blocks:
+                _Write(node, blocks, images, marks).lower()
+
+
+def _blocks(node: fx.Node) -> list[Block]:
+    """The places along dimension 1 that constant indices `[rows], [places]` cover, the same in every prompt and in
+    order; [] for anything else."""
+    source, indices = node.args[:2]
+    assert isinstance(source, fx.Node) and isinstance(indices, Sequence)
+    shape = values(source)[0].shape
+    if len(indices) != 2 or len(shape) != 3 or not all(isinstance(size, int) for size in shape):
+        return []
+    if not all(isinstance(i, fx.Node) and not _reads_input(i) for i in indices):
+        return []
+    rows, places = (constant_value(i) for i in indices)  # type: ignore[arg-type]  # nodes, as was asked
+    if rows is None or places is None or rows.dim() != 1 or rows.shape != places.shape:
+        return []
+    mask = torch.zeros(shape[0], shape[1], dtype=torch.bool)
+    mask[rows, places] = True
+    if mask.nonzero().tolist() != torch.stack([rows, places], 1).tolist() or not bool((mask == mask[0]).all()):
+        return []
+    found = mask[0].nonzero().flatten().tolist()
+    starts = [place for place in found if place - 1 not in found]
+    stops = [place + 1 for place in found if place + 1 not in found]
+    return list(zip(starts, stops, strict=True))
+
+
+def _reads_input(node: fx.Node) -> bool:
+    return any(n.op == "placeholder" for n in ancestors(node) | {node})
+
+
+def _read(node: fx.Node, blocks: list[Block]) -> None:
+    source = node.args[0]
+    emit, width = Emitter(node), values(node)[0].shape[-1]
+    with node.graph.inserting_before(node):
+        parts = [emit(aten.slice.Tensor, source, 1, start, stop) for start, stop in blocks]
+        whole = emit(aten.cat.default, parts, 1) if len(parts) > 1 else parts[0]
+        node.replace_all_uses_with(emit(aten.reshape.default, whole, [-1, width]))
+    node.graph.erase_node(node)
+
+
+class _Write:
+    """One `index_put` at constant places of every prompt."""
+
+    def __init__(
+        self, node: fx.Node, blocks: list[Block], images: Mapping[Block, str], marks: Sequence[fx.Node]
+    ) -> None:
+        source, _, value = node.args[:3]
+        assert isinstance(source, fx.Node) and isinstance(value, fx.Node)
+        self.node, self.source, self.value, self.blocks, self.images = node, source, value, blocks, images
+        batch, self.length, width = (int(size) for size in values(source)[0].shape)
+        self.shape = [batch, sum(stop - start for start, stop in blocks), width]
+        self.emit = Emitter(node)
+        self.prompts = set(marks)
+        self.made: dict[fx.Node, fx.Node] = {}
+
+    def lower(self) -> None:
+        """Put slices and joins in its place; later readers of what it changes in place read these."""
+        if self.node.args[3:] and self.node.args[3]:
+            raise AxisError(
+                f"{describe(self.node)} adds up what it writes at places of a prompt, which is not supported."
+            )
+        node, graph = self.node, self.node.graph
+        with graph.inserting_before(node):
+            given, parts, done, position = self._by_prompt(self.value), [], 0, 0
+            for start, stop in self.blocks:
+                if position < start:
+                    parts.append(self.emit(aten.slice.Tensor, self.source, 1, position, start))
+                parts.append(self.emit(aten.slice.Tensor, given, 1, done, done + stop - start))
+                done, position = done + stop - start, stop
+            if position < self.length:
+                parts.append(self.emit(aten.slice.Tensor, self.source, 1, position, self.length))
+            whole = self.emit(aten.cat.default, parts, 1)
+        node.replace_all_uses_with(whole)
+        if node.target is aten.index_put_.default:
+            before, later = set(), False
+            for other in graph.nodes:
+                later = later or other is node
+                if not later:
+                    before.add(other)
+            for user in [user for user in self.source.users if user not in before and user is not node]:
+                user.replace_input_with(self.source, whole)
+        graph.erase_node(node)
+
+    def _by_prompt(self, value: fx.Node) -> fx.Node:
+        """What is written, `[batch * tokens, width]` or broadcast to it, as `[batch, tokens, width]`."""
+        if value not in self.made:
+            self.made[value] = self._written(value)
+        return self.made[value]
+
+    def _written(self, value: fx.Node) -> fx.Node:
+        shape = list(values(value)[0].shape)
+        if shape != [self.shape[0] * self.shape[1], self.shape[2]]:  # of one row, or one number
+            return self.emit(aten.expand.default, value, self.shape)
+        if not self._holds_prompt(value):
+            whole = self.emit(aten.reshape.default, value, self.shape)
+            return self._tokens(whole) if after_attention(value) else whole
+        source = value.args[0] if value.args else None
+        if value.target is aten.reshape.default and isinstance(source, fx.Node):
+            if list(values(source)[0].shape) == self.shape:  # what was read
+                return source
+        if is_pointwise(value) or value.target in CASTS:
+            args = [self._by_prompt(x) if self._by_row(x) else x for x in value.args]  # type: ignore[arg-type]
+            return self.emit(value.target, *args, **dict(value.kwargs))
+        return self.emit(aten.reshape.default, value, self.shape)
+
+    def _by_row(self, value: object) -> bool:
+        return isinstance(value, fx.Node) and len(values(value)) > 0 and values(value)[0].dim() == 2
+
+    def _holds_prompt(self, value: fx.Node) -> bool:
+        return bool((ancestors(value) | {value}) & self.prompts)
+
+    def _tokens(self, whole: fx.Node) -> fx.Node:
+        """Features of a tower, by image."""
+        parts, done = [], 0
+        for start, stop in self.blocks:
+            if (start, stop) not in self.images:
+                known = ", ".join(f"{a} to {b - 1}" for a, b in self.images) or "none"
+                raise AxisError(
+                    f"{describe(self.node)} writes features of the vision tower to places {start} to {stop - 1} of the "
+                    f"prompt, which are no whole image's (images stand at {known})."
+                )
+            rows = self.emit(aten.slice.Tensor, whole, 1, done, done + stop - start)
+            parts.append(self.emit(same_tokens, rows, self.images[start, stop]))
+            done += stop - start
+        return self.emit(aten.cat.default, parts, 1) if len(parts) > 1 else parts[0]

@@ -1,0 +1,133 @@
+"""Fold: compute once what depends on fixed inputs and constants of the trace alone.
+
+The order of windows, rotary tables and positions of a prompt come from a grid that is fixed. What starts from buffers
+of the model or from sizes alone stays as it is: positions that are counted (`arange`) follow the sizes that a reducer
+leaves.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from ..analysis.nodes import attribute, give_numbers, values, with_numbers
+from ..analysis.operators import is_mutable
+
+_RANDOM = ("rand", "dropout", "bernoulli", "multinomial")
+
+
+def fold(module: fx.GraphModule, fixed: Mapping[str, Tensor], lifted: Iterable[Tensor]) -> int:
+    """Put constants in place of what a graph computes from fixed inputs; how many.
+
+    Args:
+        module: pre-decomposition ATen graph; it is changed.
+        fixed: inputs with their one value each; the graph still takes them, and does not read them.
+        lifted: constants that were computed from such inputs while the model was traced.
+    """
+    folding = _Folding(module, fixed, {_storage(t) for t in lifted})
+    count = folding.replace()
+    module.graph.eliminate_dead_code()
+    module.graph.lint()
+    module.recompile()
+    return count
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr() if tensor.numel() else id(tensor)
+
+
+class _Folding:
+    """The graph, computed as far as it depends on constants.
+
+    Storages stand for values that share memory: what is written into one is seen by all.
+    """
+
+    def __init__(self, module: fx.GraphModule, fixed: Mapping[str, Tensor], lifted: set[int]) -> None:
+        self.module = module
+        self.real: dict[fx.Node, Any] = {}
+        self.seeded: set[int] = set()
+        # Into which something was written that is not known.
+        self.barred: set[int] = set()
+        for node in module.graph.nodes:
+            if node.op == "get_attr":
+                self._constant(node, lifted)
+            elif node.op == "placeholder" and node.target in fixed:
+                self._seed(node, fixed[node.target].detach().cpu().clone())
+            elif node.op == "call_function":
+                self._call(node)
+
+    def _seed(self, node: fx.Node, value: Tensor) -> None:
+        self.real[node] = value
+        self.seeded.add(_storage(value))
+
+    def _constant(self, node: fx.Node, lifted: set[int]) -> None:
+        value = with_numbers(attribute(node))
+        if not isinstance(value, Tensor) or isinstance(value, torch.nn.Parameter) or value.is_meta:
+            return
+        self.real[node] = value.detach().cpu().clone()
+        if _storage(value) in lifted:
+            self.seeded.add(_storage(self.real[node]))
+
+    def _call(self, node: fx.Node) -> None:
+        known = all(n in self.real for n in node.all_input_nodes)
+        mutable = is_mutable(node.target)
+        plain = isinstance(node.target, torch._ops.OpOverload) or node.target is operator.getitem
+        if not known or not plain or any(name in str(node.target) for name in _RANDOM):
+            if mutable and isinstance(node.args[0], fx.Node) and node.args[0] in self.real:
+                self.barred |= self._storages(node.args[0])
+            return
+        args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), self.real.__getitem__)
+        args, kwargs = tree_map_only(torch.device, lambda _: torch.device("cpu"), (args, kwargs))
+        with torch.no_grad():
+            self.real[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        if any(self._storages(n) & self.seeded for n in node.all_input_nodes):
+            self.seeded |= self._storages(node)
+            if mutable:
+                self.seeded |= self._storages(node.args[0])  # type: ignore[arg-type]
+
+    def _storages(self, node: fx.Node) -> set[int]:
+        return {_storage(t) for t in tree_leaves(self.real[node]) if isinstance(t, Tensor)}
+
+    def replace(self) -> int:
+        """Put constants where what is not folded reads what is."""
+        graph, count = self.module.graph, 0
+        for node, value in list(self.real.items()):
+            if node.op == "get_attr" or not isinstance(value, Tensor):
+                continue
+            if _storage(value) not in self.seeded or _storage(value) in self.barred:
+                continue
+            readers = [user for user in node.users if user not in self.real]
+            if not readers:
+                continue
+            name = f"_folded_{count}"
+            count += 1
+            self.module.register_buffer(name, _on_device(value.clone(), node), persistent=False)
+            with graph.inserting_before(node if node.op != "placeholder" else _first_call(graph)):
+                constant = graph.get_attr(name)
+            constant.meta = dict(node.meta)
+            for reader in readers:
+                reader.replace_input_with(node, constant)
+        for node in reversed(list(graph.nodes)):
+            # In-place writes are never dead code to fx.
+            if node in self.real and node.op == "call_function" and not node.users:
+                graph.erase_node(node)
+        return count
+
+
+def _on_device(value: Tensor, node: fx.Node) -> Tensor:
+    """A constant where its node is; on the meta device its numbers stay known."""
+    device = values(node)[0].device
+    moved = value.to(device)
+    if device.type == "meta":
+        give_numbers(moved, value)
+    return moved
+
+
+def _first_call(graph: fx.Graph) -> fx.Node:
+    found: fx.Node = next(node for node in graph.nodes if node.op not in ("placeholder", "get_attr"))
+    return found

@@ -1,0 +1,54 @@
+"""Positions of prompts with images in three dimensions (M-RoPE), with padding in front left open.
+
+Models count these positions in Python (`get_rope_index`), over the tokens that the mask leaves, which would fix the
+mask. While only text in front of the image is padded, each position is that of the whole prompt less the padding before
+it, because a token of text counts one: the whole prompt's positions are constants then, and the mask stays data.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+METHOD = "get_rope_index"
+
+
+@contextmanager
+def open_padding(model: nn.Module, keep_open: Callable[[Tensor], None]) -> Iterator[None]:
+    """Within the block the model's modules count positions so.
+
+    Args:
+        model: any; one without such a method stays as it is.
+        keep_open: is told of each mask that is data.
+    """
+    owners = [module for module in model.modules() if hasattr(type(module), METHOD)]
+    for module in owners:
+        setattr(module, METHOD, _rewritten(getattr(module, METHOD), keep_open))
+    try:
+        yield
+    finally:
+        for module in owners:
+            delattr(module, METHOD)
+
+
+def _rewritten(original: Callable[..., Any], keep_open: Callable[[Tensor], None]) -> Callable[..., Any]:
+    signature = inspect.signature(original)
+
+    def positions(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs).arguments
+        mask, kinds = given.get("attention_mask"), given.get("mm_token_type_ids")
+        if not isinstance(mask, Tensor) or mask.dim() != 2 or not isinstance(kinds, Tensor):
+            return original(*args, **kwargs)
+        keep_open(mask)
+        # Padding among the tokens of an image would take positions away from the middle of it.
+        torch._check(bool((mask.bool() | (kinds == 0)).all()), lambda: "image tokens are masked")
+        whole, delta = original(*args, **{**kwargs, "attention_mask": None})
+        before = (1 - mask.long()).cumsum(-1)
+        return torch.where(mask.bool(), whole - before, 0), delta
+
+    return positions

@@ -1,0 +1,98 @@
+"""VisPruner on rows that are made of several tokens of a tower, against the model's own modules."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import pumer_compile as pumer
+from pumer_compile import Schedule
+from pumer_compile.reducers import reducers_of
+from tests.support.prompt_families import IMAGE, OTHER, Tensors, built, placeholders
+from tests.support.prompt_oracle import by_hand, eagerly, kept_places, kept_rows, logits, look, scores
+
+BUDGET = 4
+# Of every family, how many pictures, tiles or frames there are in a prompt, and how many images (or films) they make.
+ROWS = {
+    "aya_vision": (1, 1),
+    "blip_2": (1, 1),
+    "cohere2_vision": (1, 1),
+    "colqwen2": (1, 1),
+    "florence2": (1, 1),
+    "gemma3": (1, 1),
+    "gemma3_two": (2, 2),
+    "glm46v": (1, 1),
+    "glm4v": (1, 1),
+    "idefics2": (1, 1),
+    "idefics3": (1, 1),
+    "instructblip": (1, 1),
+    "internvl": (1, 1),
+    "internvl_tiles": (3, 1),
+    "janus": (1, 1),
+    "llava_next_video": (2, 1),
+    "mistral3": (1, 1),
+    "ovis2": (1, 1),
+    "paddleocr_vl": (1, 1),
+    "qwen2_5_vl": (1, 1),
+    "qwen2_5_vl_batch": (1, 1),
+    "qwen2_5_vl_two": (2, 2),
+    "qwen2_5_vl_uneven": (1, 1),
+    "qwen2_5_vl_video": (3, 1),
+    "qwen2_vl": (1, 1),
+    "qwen3_vl": (1, 1),
+    "qwen3_vl_two": (2, 2),
+    "smolvlm": (1, 1),
+    "smolvlm_split": (3, 3),
+    "video_llava": (3, 2),
+    "vipllava": (1, 1),
+}
+
+
+def score_name(model: nn.Module, inputs: Tensors) -> str:
+    """What a family gives for every token."""
+    with torch.no_grad():
+        return "logits" if "logits" in model(**inputs) else "embeddings"
+
+
+@functools.cache
+def case(name: str) -> tuple[nn.Module, Any, str, pumer.Reduced]:
+    model, make = built(name)
+    output = score_name(model, make(0))
+    program = pumer.capture(model, make(0), outputs=[output])
+    schedule = Schedule(method="vispruner", budget=BUDGET, positions="original")
+    return model, make, output, pumer.reduce(program, schedule)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_the_rows_that_enter_the_prompt(name: str) -> None:
+    model, make, output, reduced = case(name)
+    kept = []
+    for seed in (0, 1):
+        inputs = make(seed)
+        wanted, places = by_hand(model, inputs, BUDGET, placeholders(name))
+        with torch.no_grad():
+            found = reduced.module(**inputs)[output]
+        torch.testing.assert_close(found, wanted, atol=1e-5 * float(wanted.abs().max()), rtol=0.0)
+        kept.append(places)
+    assert not torch.equal(*kept)  # another picture keeps other rows
+    pictures, images = ROWS[name]
+    words = int((~torch.isin(inputs["input_ids"][0], torch.tensor([IMAGE, OTHER]))).sum())
+    assert places.shape[1] == words + pictures * BUDGET and len(reducers_of(reduced.module)) == images
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_the_oracle_with_every_row_is_the_model(name: str) -> None:
+    model, make = built(name)
+    inputs = make(0)
+    sight = look(model, inputs, placeholders(name))
+    rows = kept_rows(sight, max(map(len, sight.groups)))
+    assert rows == list(range(len(sight.places)))
+    with eagerly(model), torch.no_grad():
+        wanted = scores(model(**inputs))
+    found: Tensor = logits(model, inputs, kept_places(sight, inputs, rows), rows, len(rows))
+    torch.testing.assert_close(found, wanted, atol=0.0, rtol=0.0)
+    assert len(sight.groups) == ROWS[name][0] * len(inputs["input_ids"])
