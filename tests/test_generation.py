@@ -17,6 +17,8 @@ from pumer_compile import Schedule
 from pumer_compile.errors import ParityError, UsageError
 from pumer_compile.generation import Generator, _check_step, export_decode
 from tests.support.commands import artifact
+from tests.support.prompt_families import built, placeholders
+from tests.support.prompt_oracle import by_hand
 from tests.support.tiny import tiny_vilt
 from tests.support.visual import select, visual_cues
 from tests.test_oracle_llava import model, tensors
@@ -166,3 +168,34 @@ def test_what_the_loop_does_not_give() -> None:
         _check_step(model(), SimpleNamespace(inputs=[*known, "cache_position"]))
     with pytest.raises(UsageError, match="takes no position_ids"):
         _check_step(model(), SimpleNamespace(inputs=["input_ids"]))
+
+
+# --- Prompts of every family ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["internvl", "qwen2_5_vl", "smolvlm"])
+def test_prompt_families_by_hand(name: str, tmp_path: Path) -> None:
+    """Twenty tokens, each the most likely one of the model's own modules given the rows that stay and what was made."""
+    family, make = built(name)
+    program = pumer.capture(family, make(0))
+    schedule = Schedule(method="vispruner", budget=4, positions="original")
+    pumer.export(pumer.reduce(program, schedule), tmp_path / "prefill.onnx", verify=False)
+    export_decode(family, make(0), tmp_path / "decode.onnx")
+    inputs = make(2)  # of which no new token is a placeholder
+    found = Generator(tmp_path / "prefill.onnx", tmp_path / "decode.onnx").generate(inputs, tokens=20)
+    for place in range(20):
+        logits, _ = by_hand(family, longer(inputs, found[:, :place]), 4, placeholders(name))
+        assert torch.equal(logits[:, -1].argmax(-1), found[:, place]), place
+
+
+def longer(inputs: dict[str, Tensor], new: Tensor) -> dict[str, Tensor]:
+    """A prompt with more text behind it."""
+    more = {name: torch.cat([inputs[name], fill(new)], 1) for name, fill in _LONGER.items() if name in inputs}
+    return {**inputs, **more}
+
+
+_LONGER = {
+    "input_ids": lambda new: new,
+    "attention_mask": torch.ones_like,
+    "mm_token_type_ids": torch.zeros_like,
+}
