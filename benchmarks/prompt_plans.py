@@ -1,11 +1,11 @@
 """Plans of prompt models as they are deployed, with no weights: docs/prompts.md.
 
-    python -m benchmarks.prompt_plans            # capture and reduce all of them on the meta device, and write the table
+    python -m benchmarks.prompt_plans            # capture and reduce all on the meta device, and write the table
     python -m benchmarks.prompt_plans --render       # write it from the results there are
 
-Each model is built on the meta device at its published size (from its public configuration), captured once with one image
-and 60 tokens of text, and reduced to 50, 25 and 11% of its image rows. Each runs in a process of its own; results are
-kept in benchmarks/results/prompt_plans.json.
+Each model is built on the meta device at its published size (from its public configuration), captured once with one
+image and 60 tokens of text, and reduced to 50, 25 and 11% of its image rows. Each runs in a process of its own; results
+are kept in benchmarks/results/prompt_plans.json.
 """
 
 from __future__ import annotations

@@ -90,6 +90,7 @@ def export_decode(model: PreTrainedModel, inputs: Mapping[str, Tensor], path: st
             described = {"inputs": session.inputs, "outputs": session.outputs, "position_offset": offset}
             described["token_types"] = kinds
             described["lengths_by_layer"] = apart
+            described["window"] = _window(model)
             append_metadata(files[-1], {KEY: json.dumps(described)})
             seal_onnx(files[-1], {file.name: file for file in files[:-1]})
             publish([(file, path.with_name(file.name)) for file in files])
@@ -120,6 +121,14 @@ def _check_unpadded(inputs: Mapping[str, Tensor]) -> None:
     mask = inputs.get("attention_mask")
     if mask is not None and not bool(mask.bool().all()):
         raise UsageError("A prompt for generation must have no padding: batch prompts of one length.")
+
+
+def _window(model: PreTrainedModel) -> int | None:
+    """How many tokens the layers with the smallest sliding window see; None without one."""
+    text = model.config.get_text_config()
+    kinds = getattr(text, "layer_types", None) or []
+    window = getattr(text, "sliding_window", None)
+    return int(window) if window and "sliding_attention" in kinds else None
 
 
 def _without_mask(step: PreTrainedModel) -> bool:
@@ -265,6 +274,7 @@ class Generator:
                 f"{decode} takes one of the same length in all. Export the step again; of models with sliding windows, "
                 "or whose attention is not transformers' sdpa, it is not supported."
             )
+        self._window = step.get("window") if schedule and not self._compact else None
         self._offset = step["position_offset"]
         # Steps exported before have one type.
         self._kinds = step.get("token_types") or {"token_type_ids": step.get("token_type", 0)}
@@ -281,10 +291,18 @@ class Generator:
             `[batch, tokens or fewer]`, int64.
 
         Raises:
-            UsageError: the prompt has padding, or its images are not where they were in the sample.
+            UsageError: the prompt has padding, its images are not where they were in the sample, or it is longer than
+                a sliding window.
         """
         _check_unpadded(inputs)
         check_prompts(self._manifest, inputs)
+        whole = inputs["input_ids"].shape[1] + tokens
+        if self._window is not None and whole > self._window:
+            raise UsageError(
+                f"A prompt of {whole - tokens} tokens and {tokens} new ones are more than the sliding window of "
+                f"{self._window}, and a step counts the window along the shortened cache, where the tokens that went "
+                "leave no gaps. Use `positions: compact`, or generate no more tokens than the window has room for."
+            )
         outputs = self.prefill.run(inputs)
         length = outputs["logits"].shape[1] if self._compact else inputs["input_ids"].shape[1]
         cache = _cache({name: torch.from_numpy(a) for name, a in outputs.items() if name.startswith(CACHE)})

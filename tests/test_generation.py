@@ -173,10 +173,11 @@ def test_what_the_loop_does_not_give() -> None:
 # --- Prompts of every family ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["internvl", "qwen2_5_vl", "smolvlm"])
+@pytest.mark.parametrize("name", ["internvl", "qwen2_5_vl", "smolvlm", "gemma3"])
 def test_prompt_families_by_hand(name: str, tmp_path: Path) -> None:
     """Twenty tokens, each the most likely one of the model's own modules given the rows that stay and what was made."""
     family, make = built(name)
+    widen(family, 64)
     program = pumer.capture(family, make(0))
     schedule = Schedule(method="vispruner", budget=4, positions="original")
     pumer.export(pumer.reduce(program, schedule), tmp_path / "prefill.onnx", verify=False)
@@ -186,6 +187,27 @@ def test_prompt_families_by_hand(name: str, tmp_path: Path) -> None:
     for place in range(20):
         logits, _ = by_hand(family, longer(inputs, found[:, :place]), 4, placeholders(name))
         assert torch.equal(logits[:, -1].argmax(-1), found[:, place]), place
+
+
+def widen(family: Any, window: int) -> None:
+    """Let sliding windows be longer than the prompt."""
+    for module in family.modules():
+        if getattr(module, "sliding_window", None):
+            module.sliding_window = window
+    text = family.config.get_text_config()
+    if getattr(text, "sliding_window", None):
+        text.sliding_window = window
+
+
+def test_a_sliding_window_that_a_gap_would_fall_into(tmp_path: Path) -> None:
+    family, make = built("gemma3")
+    program = pumer.capture(family, make(0))
+    schedule = Schedule(method="vispruner", budget=4, positions="original")
+    pumer.export(pumer.reduce(program, schedule), tmp_path / "prefill.onnx", verify=False)
+    export_decode(family, make(0), tmp_path / "decode.onnx")
+    generator = Generator(tmp_path / "prefill.onnx", tmp_path / "decode.onnx")
+    with pytest.raises(UsageError, match=r"18 tokens and 3 new ones are more than the .* window of 8"):
+        generator.generate(make(1), tokens=3)
 
 
 def longer(inputs: dict[str, Tensor], new: Tensor) -> dict[str, Tensor]:
@@ -198,4 +220,5 @@ _LONGER = {
     "input_ids": lambda new: new,
     "attention_mask": torch.ones_like,
     "mm_token_type_ids": torch.zeros_like,
+    "token_type_ids": torch.zeros_like,
 }
