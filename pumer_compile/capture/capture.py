@@ -228,8 +228,8 @@ def _refuse_open_batch(
         names = " and ".join(sorted(frozenset().union(*(question.made.inputs for question in follow.asked))))
         raise CaptureError(
             f"{type(model).__name__} looks at the numbers of {names} while it is traced (first at "
-            f"{follow.asked[0].where}), and a graph with an open batch has none that hold for every batch. Capture with "
-            "a fixed batch (without dynamic_batch, --dynamic-batch)."
+            f"{follow.asked[0].where}), and a graph with an open batch has none that hold for every batch. Capture "
+            "with a fixed batch (without dynamic_batch, --dynamic-batch)."
         ) from error
 
 

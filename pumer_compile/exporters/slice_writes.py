@@ -6,6 +6,8 @@ written, side by side, in a constant order.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, fx
 
@@ -37,7 +39,8 @@ def _lower(node: fx.Node, cut: fx.Node) -> None:
     dim = wrap(argument(cut, 1, "dim", 0), len(shape))
     if not isinstance(shape[dim], int) or values(written)[0].shape != part:
         return
-    places = range(shape[dim])[slice(*(argument(cut, i, "", None) for i in (2, 3)), argument(cut, 4, "", 1))]
+    bounds: list[Any] = [argument(cut, number, name) for number, name in ((2, "start"), (3, "end"), (4, "step"))]
+    places = range(shape[dim])[slice(*bounds)]
     index = list(range(shape[dim]))
     for number, place in enumerate(places):
         index[place] = shape[dim] + number

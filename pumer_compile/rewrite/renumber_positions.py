@@ -51,8 +51,9 @@ def _check_not_constant(graph: LocatedGraph, streams: set[str]) -> None:
             unread = [str(n.target) for n in whole.find_nodes(op="placeholder") if not n.users]
             of = f" (its {' and '.join(unread)} are written into the graph)" if unread else ""
             raise UsageError(
-                "`positions: compact` counts positions anew over the tokens that are left, and here they are constants, "
-                f"counted over the sample's whole prompt{of}: {describe(node)}. Choose `positions: original`."
+                "`positions: compact` counts positions anew over the tokens that are left, and here they are "
+                f"constants, counted over the sample's whole prompt{of}: {describe(node)}. Choose `positions: "
+                "original`."
             )
 
 
