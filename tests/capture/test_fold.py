@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, fx, nn
@@ -100,6 +102,46 @@ def test_a_constant_written_into_a_constant() -> None:
     fold(module, {"grid": inputs(0)["grid"]}, [])
     assert torch.equal(module(**inputs(1)), Writes()(**inputs(1)))
     assert "copy_" not in operators(module) and "zeros" not in operators(module)
+
+
+def wrote_before(a: Tensor, pixels: Tensor) -> Tensor:
+    """The part of a constant that is known, then the part that is not."""
+    a[0].copy_(torch.tensor([5.0, 6.0]))
+    a[1].copy_(pixels[0, 0])
+    return pixels + a.sum(0)
+
+
+def read_before(a: Tensor, pixels: Tensor) -> Tensor:
+    """What is read before a constant changes has its numbers from before."""
+    sum_of_both = pixels + a[0]
+    a.add_(1)
+    return sum_of_both * a[0]
+
+
+def read_between(a: Tensor, pixels: Tensor) -> Tensor:
+    before = a * 2
+    a[0].copy_(pixels[0, 0])
+    return pixels + before[0] + (a * 2)[0]
+
+
+def wrote_what_is_not_folded(a: Tensor, pixels: Tensor) -> Tensor:
+    """Nothing fixed is in this mask, so it stays in the graph, with what is written into it."""
+    mask = torch.zeros(4)
+    mask[1:3] = 1
+    mask[0].fill_(2)
+    return pixels * mask[:, None] + a[0]
+
+
+@pytest.mark.parametrize("body", [wrote_before, read_before, read_between, wrote_what_is_not_folded])
+def test_writes_in_their_order(body: Callable[[Tensor, Tensor], Tensor]) -> None:
+    class Writes(nn.Module):
+        def forward(self, grid: Tensor, pixels: Tensor) -> Tensor:
+            return body(grid.float().repeat(2, 1), pixels)
+
+    module = graph_of(Writes(), inputs(0))
+    fold(module, {"grid": inputs(0)["grid"]}, [])
+    for seed in (0, 1):
+        assert torch.equal(module(**inputs(seed)), Writes()(**inputs(seed)))
 
 
 def test_random_numbers_stay_random() -> None:
