@@ -60,11 +60,14 @@ class Guard:
         """
         if any(name not in inputs for name in self.inputs):
             return
-        with torch.no_grad():
-            found = _evaluate(self.expression, inputs)
-        given = found.tolist() if isinstance(found, Tensor) else found
+        given = self.found(inputs).tolist()
         if given != self.value:
             raise UsageError(self._message(given))
+
+    def found(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """What its expression gives of inputs."""
+        with torch.no_grad():
+            return torch.as_tensor(_evaluate(self.expression, inputs))
 
     def _message(self, given: Any) -> str:
         names = " and ".join(self.inputs)
