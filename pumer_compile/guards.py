@@ -108,8 +108,9 @@ def check_prompts(manifest: Mapping[str, Any], inputs: Mapping[str, Tensor]) -> 
                 f"The artifact was compiled without {name}, which is as good as {value} in every place, and was given "
                 f"other values. Compile it with {name} among its inputs (--inputs)."
             )
+    written = {name: torch.tensor(values) for name, values in (manifest.get("fixed_inputs") or {}).items()}
     for said in manifest.get("guards") or ():
-        Guard.from_dict(said).check(inputs)
+        Guard.from_dict(said).check({**written, **inputs})
     blocks: dict[tuple[str, int], list[tuple[int, int]]] = {}
     for place in (manifest.get("plan") or {}).get("prompts", ()):
         blocks.setdefault((place["input"], place["placeholder"]), []).append((place["start"], place["stop"]))

@@ -163,6 +163,18 @@ def test_guards_of_a_manifest() -> None:
         check_prompts(manifest, ids(99, 99, 5, 6, 99))
 
 
+def test_a_guard_on_an_input_that_is_written_into_the_artifact() -> None:
+    """Callers leave such an input out; what is asked of another one together with it is looked at all the same."""
+    text = call("eq", {"input": "kinds"}, 0)
+    said = guard(
+        call("all", call("or", call("bool", {"input": "attention_mask"}), text)), True, "attention_mask", "kinds"
+    )
+    manifest = {"fixed_inputs": {"kinds": [[0, 1]]}, "guards": [said.to_dict()]}
+    check_prompts(manifest, {"attention_mask": torch.tensor([[0, 1]])})
+    with pytest.raises(UsageError, match="attention_mask and kinds"):
+        check_prompts(manifest, {"attention_mask": torch.tensor([[1, 0]])})
+
+
 def test_a_manifest_without_any() -> None:
     check_prompts({}, ids(1, 2))
     check_prompts({"guards": None, "fixed_inputs": None, "plan": None}, ids(1, 2))
