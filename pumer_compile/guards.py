@@ -60,11 +60,14 @@ class Guard:
         """
         if any(name not in inputs for name in self.inputs):
             return
-        with torch.no_grad():
-            found = _evaluate(self.expression, inputs)
-        given = found.tolist() if isinstance(found, Tensor) else found
+        given = self.found(inputs).tolist()
         if given != self.value:
             raise UsageError(self._message(given))
+
+    def found(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """What its expression gives of inputs."""
+        with torch.no_grad():
+            return torch.as_tensor(_evaluate(self.expression, inputs))
 
     def _message(self, given: Any) -> str:
         names = " and ".join(self.inputs)
@@ -105,8 +108,9 @@ def check_prompts(manifest: Mapping[str, Any], inputs: Mapping[str, Tensor]) -> 
                 f"The artifact was compiled without {name}, which is as good as {value} in every place, and was given "
                 f"other values. Compile it with {name} among its inputs (--inputs)."
             )
+    written = {name: torch.tensor(values) for name, values in (manifest.get("fixed_inputs") or {}).items()}
     for said in manifest.get("guards") or ():
-        Guard.from_dict(said).check(inputs)
+        Guard.from_dict(said).check({**written, **inputs})
     blocks: dict[tuple[str, int], list[tuple[int, int]]] = {}
     for place in (manifest.get("plan") or {}).get("prompts", ()):
         blocks.setdefault((place["input"], place["placeholder"]), []).append((place["start"], place["stop"]))

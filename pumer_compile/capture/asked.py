@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -123,35 +123,44 @@ def guards_of(
         if read and question.value.is_floating_point():
             raise _cannot(question, model)
         if read:
-            made, value = _without_moves(question.made, question.value)
-            expression = _written(made, question, model)
-            guard = Guard(tuple(sorted(made.inputs)), expression, value.tolist(), question.where)
-            _check_replay(guard, question, sample, model)
-            guards.setdefault(str(expression), guard)
+            made = _without_moves(question.made)
+            guard = Guard(tuple(sorted(made.inputs)), _written(made, question, model), None, question.where)
+            guard = replace(guard, value=_replayed(guard, question, sample, model).tolist())
+            guards.setdefault(str(guard.expression), guard)
     return tuple(fixed), tuple(guards.values())
 
 
-def _check_replay(guard: Guard, question: Asked, sample: Mapping[str, Tensor], model: str) -> None:
-    """A predicate that is not true of its own sample would say nothing."""
+def _replayed(guard: Guard, question: Asked, sample: Mapping[str, Tensor], model: str) -> Tensor:
+    """What a predicate gives of its own sample: the numbers that were asked about, or it would say nothing."""
     try:
-        guard.check(sample)
+        found = guard.found(sample)
+        numbers = found if found.shape == question.value.shape else found.unique()
+        if torch.equal(numbers, question.value if numbers is found else question.value.to(found.dtype).unique()):
+            if found.numel() <= _LARGEST:
+                return found
     except Exception as error:  # operators of any kind, on anything
         raise _cannot(question, model) from error
+    raise _cannot(question, model)
 
 
-def _without_moves(made: Made, value: Tensor) -> tuple[Made, Tensor]:
+def _without_moves(made: Made) -> Made:
     """What is only moved or repeated says no more than what it is made of."""
     while made.name in _MOVES and made.args and isinstance(made.args[0], Made):
         below = made.args[0]
-        if below.inputs != made.inputs or below.value is not None:
+        if below.inputs != made.inputs or below.value is not None or _changes_type(made):
             break
         made = below
-    return made, value
+    return made
+
+
+def _changes_type(made: Made) -> bool:
+    given = [*made.args[1:], *(value for _, value in made.kwargs)]
+    return made.name == "to" and any(isinstance(value, torch.dtype | Made) for value in given)
 
 
 def _written(made: Made, question: Asked, model: str) -> Any:
     """An expression as JSON."""
-    if question.value.numel() > _LARGEST or question.stale:
+    if question.stale:
         raise _cannot(question, model)
     if made.is_input:
         return {"input": made.name}

@@ -7,6 +7,7 @@ it is. The model object is left as it was found, also when the capture fails.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -187,7 +188,10 @@ def _traced(
         if not _sized_by_data(graph):
             return _Traced(graph, _without_numbers(graph, fixed_inputs(exported), sample))
     except Exception as error:
-        if shapes is not None or isinstance(error, PumerError):  # an open batch has no numbers to answer with
+        if isinstance(error, PumerError):
+            raise
+        if shapes is not None:  # no sample has the numbers of every batch
+            _refuse_open_batch(model, sample, kept, error)
             raise
     return _followed(model, sample, kept) if shapes is None else _Traced(graph, ())
 
@@ -211,6 +215,22 @@ def _followed(model: nn.Module, sample: dict[str, Tensor], kept: Mapping[str, Te
     if open_:
         raise CaptureError(f"{describe(open_[0])} has a size that depends on data; a compiled graph has fixed sizes.")
     return _Traced(graph, (*fixed, *(n for n in asked if n not in fixed)), guards)
+
+
+def _refuse_open_batch(
+    model: nn.Module, sample: dict[str, Tensor], kept: Mapping[str, Tensor], error: Exception
+) -> None:
+    """Raise CaptureError if a trace with an open batch fails where the model asks its inputs for data."""
+    follow = FollowSample(kept)
+    with contextlib.suppress(Exception), following(model, follow), open_padding(model, follow.keep_open):
+        _export(model, sample, None)
+    if follow.asked:
+        names = " and ".join(sorted(frozenset().union(*(question.made.inputs for question in follow.asked))))
+        raise CaptureError(
+            f"{type(model).__name__} looks at the numbers of {names} while it is traced (first at "
+            f"{follow.asked[0].where}), and a graph with an open batch has none that hold for every batch. Capture "
+            "with a fixed batch (without dynamic_batch, --dynamic-batch)."
+        ) from error
 
 
 def _sized_by_data(graph: fx.GraphModule) -> list[fx.Node]:

@@ -51,8 +51,9 @@ class _Folding:
         self.module = module
         self.real: dict[fx.Node, Any] = {}
         self.seeded: set[int] = set()
-        # Into which something was written that is not known.
+        # Into which something was written that is not known, or after what is not folded has read it.
         self.barred: set[int] = set()
+        self.read: set[int] = set()
         for node in module.graph.nodes:
             if node.op == "get_attr":
                 self._constant(node, lifted)
@@ -74,12 +75,15 @@ class _Folding:
             self.seeded.add(_storage(self.real[node]))
 
     def _call(self, node: fx.Node) -> None:
-        known = all(n in self.real for n in node.all_input_nodes)
+        given = [n for n in node.all_input_nodes if n in self.real]
+        touched = set().union(*map(self._storages, given))
+        known = len(given) == len(node.all_input_nodes) and not touched & self.barred
         mutable = is_mutable(node.target)
         plain = isinstance(node.target, torch._ops.OpOverload) or node.target is operator.getitem
-        if not known or not plain or any(name in str(node.target) for name in _RANDOM):
-            if mutable and isinstance(node.args[0], fx.Node) and node.args[0] in self.real:
-                self.barred |= self._storages(node.args[0])
+        written = self._storages(node.args[0]) if mutable and node.args[0] in given else set()  # type: ignore[arg-type]
+        if not known or not plain or any(name in str(node.target) for name in _RANDOM) or written & self.read:
+            self.barred |= written
+            self.read |= touched
             return
         args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), self.real.__getitem__)
         args, kwargs = tree_map_only(torch.device, lambda _: torch.device("cpu"), (args, kwargs))
@@ -87,8 +91,7 @@ class _Folding:
             self.real[node] = node.target(*args, **kwargs)  # type: ignore[operator]
         if any(self._storages(n) & self.seeded for n in node.all_input_nodes):
             self.seeded |= self._storages(node)
-            if mutable:
-                self.seeded |= self._storages(node.args[0])  # type: ignore[arg-type]
+            self.seeded |= written
 
     def _storages(self, node: fx.Node) -> set[int]:
         return {_storage(t) for t in tree_leaves(self.real[node]) if isinstance(t, Tensor)}
@@ -114,9 +117,13 @@ class _Folding:
                 reader.replace_input_with(node, constant)
         for node in reversed(list(graph.nodes)):
             # In-place writes are never dead code to fx.
-            if node in self.real and node.op == "call_function" and not node.users:
+            if node in self.real and node.op == "call_function" and not node.users and not self._is_needed(node):
                 graph.erase_node(node)
         return count
+
+    def _is_needed(self, node: fx.Node) -> bool:
+        """Whether it writes into what stays in the graph."""
+        return is_mutable(node.target) and not self._storages(node) <= self.seeded - self.barred
 
 
 def _on_device(value: Tensor, node: fx.Node) -> Tensor:

@@ -14,7 +14,9 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +31,9 @@ from .asked import Asked, Made
 
 LARGEST = 1 << 24
 """Numbers that a shadow may hold; larger values are features."""
+
+# What is known of a result of which nothing is.
+_NOTHING = object()
 
 # What gives Python numbers.
 _NUMBERS = {"tolist", "item", "__bool__", "__int__", "__float__", "__index__", "__contains__", "equal", "is_nonzero"}
@@ -60,18 +65,20 @@ class Shadow:
     Attributes:
         real: the tensor.
         made: how, from which inputs.
+        stale: whether `made` does not tell what it holds: it was written through another name.
+        lost: whether `real` does not either: what was written is not known.
     """
 
-    __slots__ = ("made", "real")
+    __slots__ = ("__weakref__", "lost", "made", "real", "stale")
 
-    def __init__(self, real: Tensor, made: Made) -> None:
-        self.real, self.made = real, made
+    def __init__(self, real: Tensor, made: Made, stale: bool = False) -> None:
+        self.real, self.made, self.stale, self.lost = real, made, stale, False
 
 
 def shadow(value: object) -> Shadow | None:
     """The shadow of a traced tensor; None where it has none."""
     found = vars(value).get("_pumer_shadow") if isinstance(value, Tensor) else None
-    return found if isinstance(found, Shadow) else None
+    return found if isinstance(found, Shadow) and not found.lost else None
 
 
 class FollowSample(TorchFunctionMode):
@@ -94,14 +101,13 @@ class FollowSample(TorchFunctionMode):
         self.asked: list[Asked] = []
         self.lifted: list[Tensor] = []
         self.content: set[str] = set()
-        # Storages that hold something else than what is known of how their owners were made.
-        self.written_through: set[int] = set()
+        self.memory = _Memory()
 
     def enter(self, inputs: Mapping[str, Any]) -> None:
         """Give traced inputs their shadows."""
         for name, tensor in inputs.items():
             if isinstance(tensor, FakeTensor) and name in self.sample and tensor.shape == self.sample[name].shape:
-                _attach(tensor, Shadow(self.sample[name], Made.input(name)))
+                self._attach(tensor, Shadow(self.sample[name], Made.input(name)))
 
     def keep_open(self, tensor: Tensor) -> None:
         """Let what a tensor comes from stay data, and not be fixed by what is asked of it."""
@@ -221,9 +227,8 @@ class FollowSample(TorchFunctionMode):
         for tensor in (t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)):
             found = shadow(tensor)
             if found is not None and found.made.inputs:
-                stale = found.real.untyped_storage().data_ptr() in self.written_through
                 with _outside():
-                    self.asked.append(Asked(found.made, found.real.clone(), _caller(), stale))
+                    self.asked.append(Asked(found.made, found.real.clone(), _caller(), found.stale))
         return Made.call(func, _made(args), _made(kwargs))
 
     def _lift(self, real: Tensor, made: Made, device: torch.device) -> Tensor:
@@ -234,7 +239,7 @@ class FollowSample(TorchFunctionMode):
             give_numbers(constant, real)
         self.lifted.append(real if constant.is_meta else constant)
         traced: Tensor = torch.ops.aten.lift_fresh_copy.default(constant)
-        _attach(traced, Shadow(real, made))
+        self._attach(traced, Shadow(real, made))
         return traced
 
     def _look_up(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -250,60 +255,106 @@ class FollowSample(TorchFunctionMode):
     ) -> Any:
         result = func(*args, **kwargs)
         made_here = not tensors and any(isinstance(t, Tensor) and _traceable(t) for t in tree_leaves(result))
-        changes = name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+        changes = bool(tensors) and (name in _IN_PLACE or (name.endswith("_") and not name.endswith("__")))
         if (all(map(_known, tensors)) and tensors) or (made_here and not name.startswith("rand")):
             real = self._computed(func, args, kwargs, result)
-            if real is not None or changes:
+            if real is not _NOTHING:
+                target = shadow(tensors[0]) if changes else None
+                if target is not None and name == "__setitem__":
+                    self.memory.written_back(target, args[1], shadow(args[2]))
                 made = Made.call(func, _made(args), _made(kwargs))
-                if changes and (target := shadow(tensors[0])) is not None:
-                    target.made = self._changed(name, target, made)
-                _attach_all(result, real, made)
+                stale = any(found.stale for t in tensors if (found := shadow(t)) is not None)
+                if target is not None:
+                    target.made, target.stale = made, stale
+                    self.memory.written(target)
+                self._attach_all(result, real, made, stale)
                 return result
-        if changes and tensors and shadow(tensors[0]) is not None:
-            # What is not known was written into it. Views of it are not known either, and are found by their storage.
-            vars(tensors[0]).pop("_pumer_shadow")
+        if changes:
+            self._lose(tensors[0])
         return result
 
-    def _changed(self, name: str, target: Shadow, made: Made) -> Made:
-        """How a value was made that something was written into. Through a view, its other owners do not say so."""
-        storage = target.real.untyped_storage().data_ptr()
-        if target.real._is_view() and name != "__setitem__":
-            self.written_through.add(storage)
-        elif name == "__setitem__":
-            self.written_through.discard(storage)
-        return made
+    def _lose(self, written: Tensor) -> None:
+        found = shadow(written)
+        if found is not None:
+            self.memory.lose(found)
+
+    def _attach(self, traced: Tensor, found: Shadow) -> None:
+        traced._pumer_shadow = found  # type: ignore[attr-defined]
+        self.memory.add(found)
+        if not isinstance(traced, FakeTensor):
+            give_numbers(traced, found.real)
+
+    def _attach_all(self, result: Any, real: Any, made: Made, stale: bool) -> None:
+        traced, reals = tree_leaves(result), tree_leaves(real)
+        if len(traced) != len(reals):
+            return
+        for number, (one, value) in enumerate(zip(traced, reals, strict=True)):
+            if isinstance(one, Tensor) and _traceable(one) and isinstance(value, Tensor) and one.shape == value.shape:
+                known = shadow(one)
+                if known is None or known.real is not value:
+                    own = made if isinstance(result, Tensor) else made.part(number)
+                    self._attach(one, Shadow(value, own, stale))
 
     @staticmethod
     def _computed(func: Any, args: Any, kwargs: Any, result: Any) -> Any:
         if any(isinstance(t, Tensor) and not _small(t) for t in tree_leaves(result)):
-            return None
+            return _NOTHING
         try:
             with _outside():
                 return func(*_real(args), **_real(kwargs))
         except Exception:  # a size that is a symbol, say: then nothing is known of the result
-            return None
+            return _NOTHING
 
 
-def _attach(traced: Tensor, found: Shadow) -> None:
-    traced._pumer_shadow = found  # type: ignore[attr-defined]
-    if not isinstance(traced, FakeTensor):
-        give_numbers(traced, found.real)
+class _Memory:
+    """Shadows by what they share memory with: what is written through one name changes what the others hold."""
+
+    def __init__(self) -> None:
+        self.owners: dict[int, WeakSet[Shadow]] = {}
+        # Through which the last write went, and which others it made stale, with how they were made.
+        self.last: tuple[Shadow, dict[Shadow, Made]] | None = None
+
+    def add(self, found: Shadow) -> None:
+        """A new one."""
+        self.owners.setdefault(_storage(found), WeakSet()).add(found)
+
+    def written(self, target: Shadow) -> None:
+        """Something known was written through `target`: how the others were made does not tell what they hold."""
+        others = self._others(target)
+        self.last = (target, {other: other.made for other in others if not other.stale})
+        for other in others:
+            other.stale = True
+            other.made = replace(other.made, inputs=other.made.inputs | target.made.inputs)
+
+    def written_back(self, whole: Shadow, index: Any, part: Shadow | None) -> None:
+        """`x[i] |= y` writes through `x[i]`, and then writes that into `x`, which says how `x` was made."""
+        if part is None or self.last is None or self.last[0] is not part or whole not in self.last[1]:
+            return
+        with _outside():
+            own = whole.real[_real(index)]
+        if _region(own) == _region(part.real):
+            whole.stale, whole.made = False, self.last[1][whole]
+
+    def lose(self, target: Shadow) -> None:
+        """Something was written through `target` that is not known."""
+        for other in (target, *self._others(target)):
+            other.lost = True
+
+    def _others(self, target: Shadow) -> list[Shadow]:
+        return [other for other in self.owners.get(_storage(target), ()) if other is not target]
+
+
+def _storage(found: Shadow) -> int:
+    return found.real.untyped_storage().data_ptr()
+
+
+def _region(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.data_ptr(), tensor.shape, tensor.stride()
 
 
 def _traceable(tensor: Tensor) -> bool:
     """Whether it has no numbers of its own: it is traced, or a constant on the meta device."""
     return isinstance(tensor, FakeTensor) or tensor.is_meta
-
-
-def _attach_all(result: Any, real: Any, made: Made) -> None:
-    traced, reals = tree_leaves(result), tree_leaves(real)
-    if len(traced) != len(reals):
-        return
-    for number, (one, value) in enumerate(zip(traced, reals, strict=True)):
-        if isinstance(one, Tensor) and _traceable(one) and isinstance(value, Tensor) and one.shape == value.shape:
-            known = shadow(one)
-            if known is None or known.real is not value:
-                _attach(one, Shadow(value, made if isinstance(result, Tensor) else made.part(number)))
 
 
 def _known(tensor: Tensor) -> bool:

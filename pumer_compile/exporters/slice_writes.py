@@ -6,6 +6,8 @@ written, side by side, in a constant order.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, fx
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from functools import partial
 
-from torch import fx
+import torch
+from torch import Tensor, fx
 
 from ..analysis.axes import Dim, Tokens
-from ..analysis.nodes import values
+from ..analysis.masks import HIDES
+from ..analysis.nodes import attribute, describe, values, with_numbers
 from ..analysis.operators import MOVES, aten, overloads
 from ..errors import UsageError
 from .carried_weights import CarriedWeights
@@ -23,10 +25,11 @@ def renumbered_positions(graph: LocatedGraph, *, compact: bool) -> Replacements:
     takes those that are left.
 
     Raises:
-        UsageError: positions are to be renumbered, and the caller gives them.
+        UsageError: positions are to be renumbered, and the caller gives them, or they are constants.
     """
     streams = set(graph.prompt_images())
     if compact:
+        _check_not_constant(graph, streams)
         _check_not_given(graph, streams)
     found: Replacements = {}
     for node in graph.annotation.constraints:
@@ -36,6 +39,45 @@ def renumbered_positions(graph: LocatedGraph, *, compact: bool) -> Replacements:
             continue
         found[node] = partial(_count, node)
     return found
+
+
+def _check_not_constant(graph: LocatedGraph, streams: set[str]) -> None:
+    whole = graph.attentions[0].context.graph
+    for node in whole.find_nodes(op="get_attr"):
+        value = with_numbers(attribute(node))
+        if not isinstance(value, Tensor) or isinstance(value, torch.nn.Parameter):
+            continue
+        if any(streams & set(_streams(graph, node, i)) for i in range(value.dim())) and _says_where(node, value):
+            unread = [str(n.target) for n in whole.find_nodes(op="placeholder") if not n.users]
+            of = f" (its {' and '.join(unread)} are written into the graph)" if unread else ""
+            raise UsageError(
+                "`positions: compact` counts positions anew over the tokens that are left, and here they are "
+                f"constants, counted over the sample's whole prompt{of}: {describe(node)}. Choose `positions: "
+                "original`."
+            )
+
+
+def _says_where(node: fx.Node, value: Tensor) -> bool:
+    """Whether a constant with a number for each token says where it stands, and is no mask."""
+    if value.dtype == torch.bool:
+        return False
+    if value.is_floating_point():  # cosines and sines of angles, or embeddings
+        return not bool(((value == 0) | (value == 1) | (value <= HIDES)).all())
+    return _becomes_angle(node) or _is_looked_up(node)
+
+
+def _is_looked_up(node: fx.Node) -> bool:
+    """Whether integers are the rows of a table that are read."""
+    pending, seen = [node], {node}
+    while pending:
+        current = pending.pop()
+        for user in current.users:
+            if user.target is aten.embedding.default:
+                return True
+            if not any(v.is_floating_point() for v in values(user)) and user not in seen:
+                seen.add(user)
+                pending.append(user)
+    return False
 
 
 def _check_not_given(graph: LocatedGraph, streams: set[str]) -> None:
