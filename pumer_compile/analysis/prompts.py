@@ -25,6 +25,7 @@ from .arrangement import SEPARATOR, Arrangement, arrangement
 from .attention import Parts
 from .axes import ByPosition, Constraint, Dim, Same, Seed
 from .constant_places import Block, lower_constant_places, same_tokens
+from .dead_code import with_writes
 from .lineage import Lineage, lineage
 from .nodes import (
     Emitter,
@@ -204,7 +205,7 @@ def lower_masked_scatter(
 def _first(graph: fx.Graph, marks: list[fx.Node]) -> None:
     """Let everything that the marks need come before everything else: positions in a prompt may be counted before the
     image is looked at, and have to be counted over what is left of it."""
-    early = set(marks).union(*(ancestors(mark) for mark in marks))
+    early = with_writes(graph, set(marks).union(*(ancestors(mark) for mark in marks)))
     nodes = list(graph.nodes)
     first = next((n for n in nodes if n.op == "call_function" and n not in early), None)
     if first is None:

@@ -50,6 +50,7 @@ class LastQueryReducer(Reducer):
     """
 
     reads = (Signal.LAST_QUERY,)
+    keeps_order = True
 
     def __init__(self, tokens: int, budget: int, pinned: Sequence[int] = ()) -> None:
         super().__init__(tokens, budget + len(pinned))

@@ -599,7 +599,8 @@ def lfm2_vl() -> Built:
     text = {
         "model_type": "lfm2",
         **_TEXT,
-        "layer_types": ["conv", "full_attention"],
+        "num_hidden_layers": 4,
+        "layer_types": ["conv", "full_attention"] * 2,
         "block_multiple_of": 8,
     }
     config = hf.Lfm2VlConfig(
