@@ -99,7 +99,10 @@ def _run(module: fx.GraphModule, inputs: Mapping[str, Tensor], counting: bool) -
     if any(isinstance(v := attribute(n), Tensor) and v.is_meta for n in module.graph.nodes if n.op == "get_attr"):
         given = [tensor.to("meta") for tensor in given]
     arguments = [g if fakes else mode.from_tensor(g, static_shapes=True) for g in given]
-    interpreter = _FakeInterpreter(module, mode, counting)
+    # The counter takes composite operators apart by itself: of a fused attention with an open batch that is three times
+    # as fast as what the dispatcher in Python does with it.
+    open_batch = any(isinstance(size, torch.SymInt) for fake in fakes for size in fake.shape)
+    interpreter = _FakeInterpreter(module, mode, counting or open_batch)
     # Of composite operators torch 2.11 has shapes with an open batch in Python alone.
     with mode, torch.no_grad(), enable_python_dispatcher() if fakes else nullcontext():
         interpreter.run(*arguments, enable_io_processing=False)
