@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 
 import pumer_compile as pumer
 from benchmarks.architecture_models import ARCHITECTURES
-from pumer_compile import Schedule
+from pumer_compile import Program, Reduced, Schedule
 from pumer_compile.errors import ParityError, UsageError
 from pumer_compile.generation import Generator, _check_step, export_decode
 from tests.support.commands import artifact
@@ -51,9 +52,18 @@ def decode(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return export_decode(model(), tensors(), tmp_path_factory.mktemp("decode") / "decode.onnx")
 
 
+@functools.cache
+def reduced(**schedule: Any) -> Reduced:
+    return pumer.reduce(captured(), Schedule(method="vispruner", **schedule))
+
+
+@functools.cache
+def captured() -> Program:
+    return pumer.capture(model(), tensors())
+
+
 def prefill(folder: Path, **schedule: Any) -> Path:
-    reduced = pumer.reduce(pumer.capture(model(), tensors()), Schedule(method="vispruner", **schedule))
-    return pumer.export(reduced, folder / "prefill.onnx", verify=False).path
+    return pumer.export(reduced(**schedule), folder / "prefill.onnx", verify=False).path
 
 
 @pytest.fixture(scope="module")
@@ -75,11 +85,8 @@ def test_positions_go_on_where_the_prompt_ends(decode: Path, tmp_path: Path) -> 
     """With original positions a new token stands behind the whole prompt, as if nothing had been left out."""
     path = prefill(tmp_path, budget=48, positions="original")
     made = Generator(path, decode).generate(tensors(), TOKENS)
-    reduced = pumer.reduce(
-        pumer.capture(model(), tensors()), Schedule(method="vispruner", budget=48, positions="original")
-    )
     with torch.no_grad():
-        found = reduced.module(**tensors())
+        found = reduced(budget=48, positions="original").module(**tensors())
         token, cache = found.logits[:, -1:].argmax(-1), found.past_key_values
         wanted = [token]
         for position in range(158, 158 + TOKENS - 1):
