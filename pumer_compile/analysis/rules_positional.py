@@ -14,7 +14,20 @@ from torch import fx
 from .axes import ByPosition, Causal, Constraint, Dim, Reduce, Same, Seed, same_size
 from .nodes import values
 from .operators import aten, overloads
-from .rules import _reduced, argument, broadcast, int_arg, keep_dims, list_arg, node_arg, repeated, rule, shape, tensors, wrap
+from .rules import (
+    _reduced,
+    argument,
+    broadcast,
+    int_arg,
+    keep_dims,
+    list_arg,
+    node_arg,
+    repeated,
+    rule,
+    shape,
+    tensors,
+    wrap,
+)
 
 
 def by_position(node: fx.Node, x: fx.Node, moved: Iterable[int]) -> Iterator[Constraint]:

@@ -6,8 +6,6 @@ written, side by side, in a constant order.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, fx
 

@@ -43,7 +43,8 @@ def in_fixed_order() -> Iterator[None]:
         for owner, name, factory in _PATCHES.get("dynamo", ()):
             if owner.rpartition(".")[2] == "DynamicSlidingWindowLayer":
                 target = getattr(importlib.import_module(owner.rpartition(".")[0]), owner.rpartition(".")[2])
-                stack.enter_context(mock.patch.object(target, name, factory(getattr(target, name))))
+                rewrite: Any = factory
+                stack.enter_context(mock.patch.object(target, name, rewrite(getattr(target, name))))
         for frontend in FRONTENDS:
             if getattr(frontend, "FIXES_ORDER", False):
                 path, _, name = frontend.TARGET.rpartition(".")
