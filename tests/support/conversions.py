@@ -14,8 +14,9 @@ import pytest
 import torch
 from torch import nn
 
-from pumer_compile import Program, Schedule
+from pumer_compile import Program, Reduced, Schedule
 from pumer_compile.exporters import onnx
+from pumer_compile.exporters.chain import Prepared, program_of, schedule_of
 from pumer_compile.exporters.onnx import OnnxBuild, OnnxOptions
 
 _kept: dict[tuple[object, ...], OnnxBuild] = {}
@@ -64,16 +65,25 @@ def _kept_by(key: tuple[object, ...], convert: Callable[[], OnnxBuild]) -> OnnxB
 @pytest.fixture
 def converted_once(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Not for tests that change what happens while a graph is reduced or converted."""
-    through_transformers, through_torch = onnx._through_transformers, onnx._through_torch
+    through_transformers, through_torch, prepare = onnx._through_transformers, onnx._through_torch, onnx.prepare
+    prepared_of: list[Reduced | Program] = []
 
-    def of_transformers(program: Program, model: Any, schedule: Any, shapes: Any, options: OnnxOptions) -> OnnxBuild:
-        key = _key(program, model, schedule, shapes, options)
-        return _kept_by(key, lambda: through_transformers(program, model, schedule, shapes, options))
+    def noted(reduced: Reduced | Program) -> Prepared:
+        prepared_of.append(reduced)
+        return prepare(reduced)
 
-    def of_torch(program: Program, schedule: Any, shapes: Any, options: OnnxOptions) -> OnnxBuild:
-        key = _key(program, None, schedule, shapes, options)
-        return _kept_by(key, lambda: through_torch(program, schedule, shapes, options))
+    def key(prepared: Prepared, options: OnnxOptions, *, by_content: bool) -> tuple[object, ...]:
+        program, schedule = program_of(prepared_of[-1]), schedule_of(prepared_of[-1])
+        return _key(program, program.model if by_content else None, schedule, prepared.dynamic_shapes, options)
 
+    def of_transformers(prepared: Prepared, options: OnnxOptions) -> OnnxBuild:
+        made = key(prepared, options, by_content=True)
+        return _kept_by(made, lambda: through_transformers(prepared, options))
+
+    def of_torch(prepared: Prepared, options: OnnxOptions) -> OnnxBuild:
+        return _kept_by(key(prepared, options, by_content=False), lambda: through_torch(prepared, options))
+
+    monkeypatch.setattr(onnx, "prepare", noted)
     monkeypatch.setattr(onnx, "_through_transformers", of_transformers)
     monkeypatch.setattr(onnx, "_through_torch", of_torch)
     yield
