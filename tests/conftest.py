@@ -19,7 +19,6 @@ settings.load_profile("fixed")
 torch.manual_seed(0)
 faster.collect_garbage_seldom()
 faster.share_provenance()
-faster.remember_annotations()
 # Small models: a second thread costs more than it gives.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start

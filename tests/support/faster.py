@@ -6,7 +6,6 @@ the time goes into work that one conversion of a large model does not feel.
 
 from __future__ import annotations
 
-import collections.abc
 import copy
 import functools
 import gc
@@ -61,17 +60,3 @@ def share_provenance() -> None:
 
     torch.fx.traceback.copy = Shallow("copy")  # type: ignore[attr-defined]
 
-
-def remember_annotations() -> None:
-    """Decomposing a graph registers ten thousand kernels one by one, and each evaluates two annotations."""
-    callable_type: Any = collections.abc.Callable
-    make = callable_type.__class_getitem__
-    remembered = functools.cache(make)
-
-    def get_item(cls: type, parameters: Any) -> Any:
-        try:
-            return remembered(parameters)
-        except TypeError:  # a list of arguments
-            return make(parameters)
-
-    callable_type.__class_getitem__ = classmethod(get_item)
