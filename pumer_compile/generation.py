@@ -87,7 +87,11 @@ def export_decode(model: PreTrainedModel, inputs: Mapping[str, Tensor], path: st
             offset = _offset(given["position_ids"], inputs["input_ids"].shape[1])
             kinds = {name: int(given[name].flatten()[0]) for name in _KINDS if isinstance(given.get(name), Tensor)}
             _prove(model, inputs, session, offset, kinds)
-            described: dict[str, Any] = {"inputs": session.inputs, "outputs": session.outputs, "position_offset": offset}
+            described: dict[str, Any] = {
+                "inputs": session.inputs,
+                "outputs": session.outputs,
+                "position_offset": offset,
+            }
             described["token_types"] = kinds
             described["lengths_by_layer"] = apart
             described["window"] = _window(model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, fx
 
@@ -29,7 +30,13 @@ class Count(Pass):
         insertions, prompt = state.find(Insertions), state.find(Prompt)
         if insertions is None:
             batch = next(iter(state.inputs.values())).shape[0]
-            before, after = (_sections(m, state.inputs, 0, lambda node: -1) for m in (state.captured, state.reduced))
+            before, after = (
+                _sections(module, counted, 0, lambda node: -1)
+                for module, counted in (
+                    (state.captured, _counted_once(state.captured, state.inputs)),
+                    (state.reduced, count_multiply_adds(state.reduced, state.inputs)),
+                )
+            )
             state.add(Plan((), sum(before) // batch, sum(after) // batch))
             return 1
         layers = tokens_after_layers(state.attentions, insertions, state.rewriter)
@@ -70,8 +77,10 @@ def count_plan(
     batch = next(iter(inputs.values())).shape[0]
     carriers = [site.attention.carrier for site, _ in insertions.done]
     prefixes = tuple(f"reducer.{site.attention.name}." for site, _ in insertions.done)
-    before = _sections(captured, inputs, len(carriers), lambda node: carriers.index(node) if node in carriers else -1)
-    after = _sections(reduced, inputs, len(carriers), lambda node: _site_of(node, prefixes))
+    counted = _counted_once(captured, inputs)
+    before = _sections(captured, counted, len(carriers), lambda node: carriers.index(node) if node in carriers else -1)
+    counted = count_multiply_adds(reduced, inputs)
+    after = _sections(reduced, counted, len(carriers), lambda node: _site_of(node, prefixes))
     sites = [
         dataclasses.replace(plan, multiply_adds=(before[i + 1] // batch, after[i + 1] // batch))
         for i, (_, plan) in enumerate(insertions.done)
@@ -85,13 +94,26 @@ def _site_of(node: fx.Node, prefixes: tuple[str, ...]) -> int:
     return next((i for i, prefix in enumerate(prefixes) if called.startswith(prefix)), -1)
 
 
+# One program is reduced by many schedules; a captured graph is not changed after that. By place and name: nodes would
+# keep their module alive.
+_captured: WeakKeyDictionary[fx.GraphModule, tuple[object, list[int]]] = WeakKeyDictionary()
+
+
+def _counted_once(captured: fx.GraphModule, inputs: dict[str, Tensor]) -> dict[fx.Node, int]:
+    nodes = list(captured.graph.nodes)
+    key = ([node.format_node() for node in nodes], {name: tuple(tensor.shape) for name, tensor in inputs.items()})
+    if captured not in _captured or _captured[captured][0] != key:
+        counts = count_multiply_adds(captured, inputs)
+        _captured[captured] = (key, [counts.get(node, 0) for node in nodes])
+    return dict(zip(nodes, _captured[captured][1], strict=True))
+
+
 def _sections(
-    module: fx.GraphModule, inputs: dict[str, Tensor], sites: int, opens: Callable[[fx.Node], int]
+    module: fx.GraphModule, counts: dict[fx.Node, int], sites: int, opens: Callable[[fx.Node], int]
 ) -> list[int]:
     """Multiply-adds of the whole batch before the first site, and from each site to the next. `opens` gives the site
     that a node belongs to, or -1; a site whose reducers nothing reads has none. A captured attention that no output
     needs is not counted: no runtime computes it."""
-    counts = count_multiply_adds(module, inputs)
     totals, section, live = [0] * (sites + 1), 0, ancestors(module.graph.output_node())
     for node in module.graph.nodes:
         section = max(section, opens(node) + 1)
