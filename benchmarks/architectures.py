@@ -85,10 +85,10 @@ def compile_one(name: str) -> Result:
 def reduce_somehow(program: Any, annotation: Any, attentions: list[Any]) -> Result:
     """Reduce before a prompt where the image has a place in one, by the text where it asks the image in attention, else
     merge in the vision tower."""
-    from pumer_compile.analysis.prompts import spell_out
+    from pumer_compile.analysis.prompts import lower_masked_scatter
 
     try:
-        prompt = spell_out(program.module, program.inputs)
+        prompt = lower_masked_scatter(program.module, program.inputs)
     except Exception as error:  # as above
         return {"error": describe(error)}
     if prompt is not None:
@@ -137,7 +137,7 @@ def before_the_prompt(program: Any, tokens: int) -> Result:
     from pumer_compile import Schedule, reduce
 
     try:
-        plan = reduce(program, Schedule(method="vispruner", budget=max(1, tokens // 9))).plan
+        plan = reduce(program, Schedule(method="vispruner", budget=max(1, tokens // 9), positions="original")).plan
     except Exception as error:  # as above
         return {"error": describe(error)}
     return {

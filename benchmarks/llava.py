@@ -27,7 +27,7 @@ import pumer_compile as pumer
 from benchmarks.common import machine
 from pumer_compile import Program, Schedule
 from pumer_compile.analysis.nodes import module_path
-from pumer_compile.analysis.propagate import propagate
+from pumer_compile.analysis.propagate import count_multiply_adds
 from pumer_compile.reducers import reducers_of
 
 BUDGETS = (192, 128, 64, 32)
@@ -91,7 +91,7 @@ def prompt(*, crops: bool = False) -> dict[str, torch.Tensor]:
 
 def parts(module: fx.GraphModule, program: Program) -> dict[str, int]:
     """Multiply-adds of tower, selection, projector and prefill."""
-    _, counts = propagate(module, program.inputs)
+    counts = count_multiply_adds(module, program.inputs)
     found = dict.fromkeys(("tower", "selection", "projector", "prefill"), 0)
     for node, count in counts.items():
         path = str(node.target) if node.op == "call_module" else module_path(node)

@@ -422,7 +422,7 @@ class _Proof:
     """The proof of one artifact, again and again."""
 
     def __init__(self, path: Path, reduced: Any, manifest: dict[str, Any]) -> None:
-        from pumer_compile.exporters import _eager
+        from pumer_compile.exporters.publish import _eager
 
         self.path, self.manifest = path, manifest
         self.eager, self.unreduced, self.model = _eager(reduced)

@@ -84,13 +84,13 @@ def export_decode(model: PreTrainedModel, inputs: Mapping[str, Tensor], path: st
             files = save_onnx(converted, Path(folder) / path.name)
             session = OnnxSession(files[-1])
             _check_step(model, session)
-            # Some models count from 1.
-            offset = int(given["position_ids"].flatten()[0]) - inputs["input_ids"].shape[1]
-            kind = _token_type(given)
-            _prove(model, inputs, session, offset, kind)
-            described = {"inputs": session.inputs, "outputs": session.outputs, "position_offset": offset}
-            described["token_type"] = kind
+            offset = _offset(given["position_ids"], inputs["input_ids"].shape[1])
+            kinds = {name: int(given[name].flatten()[0]) for name in _KINDS if isinstance(given.get(name), Tensor)}
+            _prove(model, inputs, session, offset, kinds)
+            described: dict[str, Any] = {"inputs": session.inputs, "outputs": session.outputs, "position_offset": offset}
+            described["token_types"] = kinds
             described["lengths_by_layer"] = apart
+            described["window"] = _window(model)
             append_metadata(files[-1], {KEY: json.dumps(described)})
             seal_onnx(files[-1], {file.name: file for file in files[:-1]})
             publish([(file, path.with_name(file.name)) for file in files])
@@ -123,6 +123,14 @@ def _check_unpadded(inputs: Mapping[str, Tensor]) -> None:
         raise UsageError("A prompt for generation must have no padding: batch prompts of one length.")
 
 
+def _window(model: PreTrainedModel) -> int | None:
+    """How many tokens the layers with the smallest sliding window see; None without one."""
+    text = model.config.get_text_config()
+    kinds = getattr(text, "layer_types", None) or []
+    window = getattr(text, "sliding_window", None)
+    return int(window) if window and "sliding_attention" in kinds else None
+
+
 def _without_mask(step: PreTrainedModel) -> bool:
     """Let a step compute its attention without a mask, so that the cache of each layer may have its own length; False
     where some layer does not see the whole of it (a sliding window), or the attention is not transformers' `sdpa`."""
@@ -142,7 +150,7 @@ def _no_mask(*_: Any, **__: Any) -> None:
 
 
 def _check_step(model: PreTrainedModel, session: OnnxSession) -> None:
-    known = ("input_ids", "position_ids", "token_type_ids")
+    known = ("input_ids", "position_ids", *_KINDS)
     others = [n for n in session.inputs if n not in known and not n.startswith(f"input.{CACHE}")]
     if others or "position_ids" not in session.inputs:
         raise UsageError(
@@ -151,13 +159,35 @@ def _check_step(model: PreTrainedModel, session: OnnxSession) -> None:
         )
 
 
-def _token_type(given: Mapping[str, Any]) -> int:
-    """The type that transformers gives to a new token (PaliGemma: 1, what is behind the prompt)."""
-    types = given.get("token_type_ids")
-    return int(types.flatten()[0]) if isinstance(types, Tensor) else 0
+# Types that transformers gives to a new token (PaliGemma: 1, what is behind the prompt).
+_KINDS = ("token_type_ids", "mm_token_type_ids")
+Offset = int | list[int]
 
 
-def _prove(model: PreTrainedModel, inputs: Mapping[str, Tensor], session: OnnxSession, offset: int, kind: int) -> None:
+def _offset(positions: Tensor, length: int) -> Offset:
+    """How far the position of a new token is from the length of the prompt: some models count from 1; where positions
+    have several axes (M-RoPE), for each of them.
+
+    Args:
+        positions: of the first new token, `[batch, 1]` or `[axes, batch, 1]`.
+        length: of the prompt.
+
+    Raises:
+        UsageError: prompts of a batch differ in it.
+    """
+    offsets = (positions[..., 0] - length).reshape(-1, positions.shape[-2])
+    if not bool((offsets == offsets[:, :1]).all()):
+        raise UsageError("The prompts of the batch go on at other positions; give prompts of one form.")
+    return int(offsets[0, 0]) if positions.dim() == 2 else [int(offset) for offset in offsets[:, 0]]
+
+
+def _prove(
+    model: PreTrainedModel,
+    inputs: Mapping[str, Tensor],
+    session: OnnxSession,
+    offset: Offset,
+    kinds: Mapping[str, int],
+) -> None:
     """Compare with eager PyTorch, which counts positions by itself, after the prompt and again one token later."""
     found = model(**inputs, use_cache=True)
     token = found.logits[:, -1:].argmax(-1)
@@ -165,9 +195,9 @@ def _prove(model: PreTrainedModel, inputs: Mapping[str, Tensor], session: OnnxSe
     named = "cache" if "cache" in found else "past_key_values"  # of transformers 5.24 and newer
     cache = _cache(get_leaf_tensors({"past_key_values": found[named]}))
     for position in (length, length + 1):
-        step = _step(session, token, position + offset, kind)
+        step = _step(session, token, position, offset, kinds)
         outputs = session.run({**step, **_past(session, cache)})
-        typed = {name: step[name] for name in ("token_type_ids",) if name in step}
+        typed = {name: step[name] for name in _KINDS if name in step}
         found = model(input_ids=token, use_cache=True, **{named: found[named]}, **typed)
         error = float(np.abs(outputs["logits"] - found.logits.float().numpy()).max())
         if not error <= TOLERANCE:
@@ -244,7 +274,10 @@ class Generator:
                 f"{decode} takes one of the same length in all. Export the step again; of models with sliding windows, "
                 "or whose attention is not transformers' sdpa, it is not supported."
             )
-        self._offset, self._token_type = step["position_offset"], step.get("token_type", 0)
+        self._window = step.get("window") if schedule and not self._compact else None
+        self._offset = step["position_offset"]
+        # Steps exported before have one type.
+        self._kinds = step.get("token_types") or {"token_type_ids": step.get("token_type", 0)}
 
     def generate(self, inputs: Mapping[str, Tensor], tokens: int, stop: int | None = None) -> Tensor:
         """New tokens, greedy.
@@ -258,17 +291,24 @@ class Generator:
             `[batch, tokens or fewer]`, int64.
 
         Raises:
-            UsageError: the prompt has padding, or its images are not where they were in the sample.
+            UsageError: the prompt has padding, its images are not where they were in the sample, or it is longer than
+                a sliding window.
         """
         _check_unpadded(inputs)
         check_prompts(self._manifest, inputs)
+        whole = inputs["input_ids"].shape[1] + tokens
+        if self._window is not None and whole > self._window:
+            raise UsageError(
+                f"A prompt of {whole - tokens} tokens and {tokens} new ones are more than the sliding window of "
+                f"{self._window}, and a step counts the window along the shortened cache, where the tokens that went "
+                "leave no gaps. Use `positions: compact`, or generate no more tokens than the window has room for."
+            )
         outputs = self.prefill.run(inputs)
         length = outputs["logits"].shape[1] if self._compact else inputs["input_ids"].shape[1]
         cache = _cache({name: torch.from_numpy(a) for name, a in outputs.items() if name.startswith(CACHE)})
         made = [torch.from_numpy(outputs["logits"])[:, -1:].argmax(-1)]
         while len(made) < tokens and not (stop is not None and _ended(made, stop)):
-            position = length + len(made) - 1 + self._offset
-            step = _step(self.decode, made[-1], position, self._token_type)
+            step = _step(self.decode, made[-1], length + len(made) - 1, self._offset, self._kinds)
             outputs = self.decode.run({**step, **_past(self.decode, cache)})
             cache = _next(outputs)
             made.append(torch.from_numpy(outputs["logits"])[:, -1:].argmax(-1))
@@ -286,9 +326,15 @@ def _described(path: Path) -> dict[str, Any]:
     raise UsageError(f"{path} is no decoding step of pumer-compile: its metadata has no {KEY}.")
 
 
-def _step(session: OnnxSession, token: Tensor, position: int, kind: int) -> dict[str, Tensor]:
-    same = {"position_ids": position, "token_type_ids": kind}
-    given = {"input_ids": token, **{name: torch.full_like(token, value) for name, value in same.items()}}
+def _step(
+    session: OnnxSession, token: Tensor, position: int, offset: Offset, kinds: Mapping[str, int]
+) -> dict[str, Tensor]:
+    if isinstance(offset, int):
+        positions = torch.full_like(token, position + offset)
+    else:
+        positions = torch.stack([torch.full_like(token, position + own) for own in offset])
+    given = {"input_ids": token, "position_ids": positions}
+    given |= {name: torch.full_like(token, kind) for name, kind in kinds.items()}
     return {name: tensor for name, tensor in given.items() if name in session.inputs}
 
 

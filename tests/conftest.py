@@ -10,11 +10,16 @@ import pytest
 import torch
 from hypothesis import settings
 
+from tests.support import faster
+
 # The same examples on every run, and no deadline: the machines that run this are shared.
 settings.register_profile("fixed", derandomize=True, deadline=None, database=None, max_examples=50)
 settings.load_profile("fixed")
 
 torch.manual_seed(0)
+faster.collect_garbage_seldom()
+faster.share_provenance()
+faster.remember_annotations()
 # Small models: a second thread costs more than it gives.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start
@@ -26,3 +31,8 @@ def pytest_configure(config: pytest.Config) -> None:
         folder = tempfile.mkdtemp(prefix="pumer-compile-tests-")
         os.environ["PUMER_COMPILE_TESTS"] = folder
         config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    faster.keep_what_is_imported()
+    faster.convert_with_one_registry()

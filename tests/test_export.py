@@ -235,7 +235,7 @@ def test_without_a_proof(
     def never(*args: Any, **options: Any) -> None:
         raise AssertionError("verified all the same")
 
-    monkeypatch.setattr("pumer_compile.exporters.check", never)
+    monkeypatch.setattr("pumer_compile.exporters.publish.check", never)
     exported = pumer.export(reduced, tmp_path / "model.onnx", verify=False)
     assert exported.report is None and exported.manifest["parity"] == {"verified": False}
     assert inner_manifest(tmp_path / "model.onnx")["parity"] == {"verified": False}
@@ -276,7 +276,7 @@ def test_a_proof_takes_no_batch_twice(
         given.extend([*batches, next(iter(more["more"]))])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pumer_compile.exporters.check", noted)
+    monkeypatch.setattr("pumer_compile.exporters.publish.check", noted)
     with pytest.raises(KeyboardInterrupt):
         pumer.export(pumer.reduce(program, schedule()), tmp_path / "model.onnx")
     firsts = [float(batch["pixel_values"].flatten()[0]) for batch in given]
@@ -288,7 +288,9 @@ def test_a_proof_takes_no_batch_twice(
 # --- Interrupted ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("step", ["onnx.save_onnx", "_prove", "onnx.append_metadata", "make_manifest", "publish"])
+@pytest.mark.parametrize(
+    "step", ["onnx.save_onnx", "publish._prove", "onnx.append_metadata", "publish.make_manifest", "publish.publish"]
+)
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
 def test_an_exception_leaves_nothing(
     step: str, error: type[BaseException], out: Path, reduced: Reduced, converted: OnnxBuild, monkeypatch: Any

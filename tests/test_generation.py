@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,10 +14,12 @@ from torch import Tensor
 
 import pumer_compile as pumer
 from benchmarks.architecture_models import ARCHITECTURES
-from pumer_compile import Schedule
+from pumer_compile import Program, Reduced, Schedule
 from pumer_compile.errors import ParityError, UsageError
 from pumer_compile.generation import Generator, _check_step, export_decode
 from tests.support.commands import artifact
+from tests.support.prompt_families import built, placeholders
+from tests.support.prompt_oracle import by_hand
 from tests.support.tiny import tiny_vilt
 from tests.support.visual import select, visual_cues
 from tests.test_oracle_llava import model, tensors
@@ -49,9 +52,18 @@ def decode(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return export_decode(model(), tensors(), tmp_path_factory.mktemp("decode") / "decode.onnx")
 
 
+@functools.cache
+def reduced(**schedule: Any) -> Reduced:
+    return pumer.reduce(captured(), Schedule(method="vispruner", **schedule))
+
+
+@functools.cache
+def captured() -> Program:
+    return pumer.capture(model(), tensors())
+
+
 def prefill(folder: Path, **schedule: Any) -> Path:
-    reduced = pumer.reduce(pumer.capture(model(), tensors()), Schedule(method="vispruner", **schedule))
-    return pumer.export(reduced, folder / "prefill.onnx", verify=False).path
+    return pumer.export(reduced(**schedule), folder / "prefill.onnx", verify=False).path
 
 
 @pytest.fixture(scope="module")
@@ -73,11 +85,8 @@ def test_positions_go_on_where_the_prompt_ends(decode: Path, tmp_path: Path) -> 
     """With original positions a new token stands behind the whole prompt, as if nothing had been left out."""
     path = prefill(tmp_path, budget=48, positions="original")
     made = Generator(path, decode).generate(tensors(), TOKENS)
-    reduced = pumer.reduce(
-        pumer.capture(model(), tensors()), Schedule(method="vispruner", budget=48, positions="original")
-    )
     with torch.no_grad():
-        found = reduced.module(**tensors())
+        found = reduced(budget=48, positions="original").module(**tensors())
         token, cache = found.logits[:, -1:].argmax(-1), found.past_key_values
         wanted = [token]
         for position in range(158, 158 + TOKENS - 1):
@@ -166,3 +175,57 @@ def test_what_the_loop_does_not_give() -> None:
         _check_step(model(), SimpleNamespace(inputs=[*known, "cache_position"]))
     with pytest.raises(UsageError, match="takes no position_ids"):
         _check_step(model(), SimpleNamespace(inputs=["input_ids"]))
+
+
+# --- Prompts of every family ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["internvl", "qwen2_5_vl", "smolvlm", "gemma3"])
+def test_prompt_families_by_hand(name: str, tmp_path: Path) -> None:
+    """Twenty tokens, each the most likely one of the model's own modules given the rows that stay and what was made."""
+    family, make = built(name)
+    widen(family, 64)
+    program = pumer.capture(family, make(0))
+    schedule = Schedule(method="vispruner", budget=4, positions="original")
+    pumer.export(pumer.reduce(program, schedule), tmp_path / "prefill.onnx", verify=False)
+    export_decode(family, make(0), tmp_path / "decode.onnx")
+    inputs = make(2)  # of which no new token is a placeholder
+    found = Generator(tmp_path / "prefill.onnx", tmp_path / "decode.onnx").generate(inputs, tokens=20)
+    for place in range(20):
+        logits, _ = by_hand(family, longer(inputs, found[:, :place]), 4, placeholders(name))
+        assert torch.equal(logits[:, -1].argmax(-1), found[:, place]), place
+
+
+def widen(family: Any, window: int) -> None:
+    """Let sliding windows be longer than the prompt."""
+    for module in family.modules():
+        if getattr(module, "sliding_window", None):
+            module.sliding_window = window
+    text = family.config.get_text_config()
+    if getattr(text, "sliding_window", None):
+        text.sliding_window = window
+
+
+def test_a_sliding_window_that_a_gap_would_fall_into(tmp_path: Path) -> None:
+    family, make = built("gemma3")
+    program = pumer.capture(family, make(0))
+    schedule = Schedule(method="vispruner", budget=4, positions="original")
+    pumer.export(pumer.reduce(program, schedule), tmp_path / "prefill.onnx", verify=False)
+    export_decode(family, make(0), tmp_path / "decode.onnx")
+    generator = Generator(tmp_path / "prefill.onnx", tmp_path / "decode.onnx")
+    with pytest.raises(UsageError, match=r"18 tokens and 3 new ones are more than the .* window of 8"):
+        generator.generate(make(1), tokens=3)
+
+
+def longer(inputs: dict[str, Tensor], new: Tensor) -> dict[str, Tensor]:
+    """A prompt with more text behind it."""
+    more = {name: torch.cat([inputs[name], fill(new)], 1) for name, fill in _LONGER.items() if name in inputs}
+    return {**inputs, **more}
+
+
+_LONGER = {
+    "input_ids": lambda new: new,
+    "attention_mask": torch.ones_like,
+    "mm_token_type_ids": torch.zeros_like,
+    "token_type_ids": torch.zeros_like,
+}

@@ -55,10 +55,10 @@ def test_eager_and_the_two_artifacts(name: str, exported: str, tmp_path: Path) -
     model = crops_model(name)
     inputs = crops_inputs(model, SIZE)
     decode = export_decode(model, inputs, tmp_path / "decode.onnx")
-    made = {}
+    made, captured = {}, pumer.capture(model, inputs)
     for positions in ("compact", "original"):
         wanted = by_hand(model, inputs, positions)
-        reduced = pumer.reduce(pumer.capture(model, inputs), schedule(positions))
+        reduced = pumer.reduce(captured, schedule(positions))
         with torch.no_grad():
             found = reduced.module(**inputs)
         after = inputs["input_ids"].shape[1] if positions == "original" else found.logits.shape[1]

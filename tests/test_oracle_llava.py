@@ -18,6 +18,7 @@ import pumer_compile as pumer
 from pumer_compile import Program, Reduced, Schedule
 from pumer_compile.capture.loading import load_model
 from pumer_compile.errors import UsageError
+from pumer_compile.reduce import reduce_graph
 from pumer_compile.reducers import reducers_of
 from tests.support.commands import done, inner_manifest, onnx_outputs, refused, tensorrt_refuses
 from tests.support.prompt_oracle import by_hand
@@ -103,7 +104,7 @@ def test_images_one_by_one() -> None:
     together = run(reduced("T48-r0.5").module, tensors())
     for row in range(2):
         alone = pumer.capture(model(), tensors(slice(row, row + 1)), outputs=["logits"])
-        logits = run(pumer.reduce(alone, schedule("T48-r0.5")).module, tensors(slice(row, row + 1)))
+        logits = run(reduce_graph(alone, schedule("T48-r0.5")), tensors(slice(row, row + 1)))
         torch.testing.assert_close(logits[0], together[row], atol=1e-5, rtol=1e-5)
 
 
@@ -114,8 +115,8 @@ def test_other_budgets(budget: int, important: float) -> None:
     features, attention = visual_cues(model(), tensors()["pixel_values"])
     kept = select(features, attention, budget, important)
     wanted = logits_by_hand(model(), tensors(), kept, features)
-    found = pumer.reduce(program(), Schedule(method="vispruner", budget=budget, important=important))
-    torch.testing.assert_close(run(found.module, tensors()), wanted, atol=1e-4, rtol=1e-4)
+    found = reduce_graph(program(), Schedule(method="vispruner", budget=budget, important=important))
+    torch.testing.assert_close(run(found, tensors()), wanted, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("positions", ["compact", "original"])
@@ -130,7 +131,7 @@ def test_positions(positions: str) -> None:
         "compact": logits_by_hand(model(), tensors(), kept, features),
         "original": logits_by_hand(model(), tensors(), kept, features, left),
     }
-    found = run(pumer.reduce(program(), schedule(case, positions=positions)).module, tensors())
+    found = run(reduce_graph(program(), schedule(case, positions=positions)), tensors())
     torch.testing.assert_close(found, wanted[positions], atol=1e-4, rtol=1e-4)
     assert (wanted["compact"] - wanted["original"]).abs().max() > 1e-2
 

@@ -17,6 +17,7 @@ from .axes import (
     AxisConflict,
     AxisKind,
     ByPosition,
+    Causal,
     Concat,
     Constraint,
     Dim,
@@ -24,6 +25,7 @@ from .axes import (
     Literal,
     Product,
     Reduce,
+    Repeat,
     Reshape,
     Same,
     Seed,
@@ -232,6 +234,13 @@ def _apply(axes: dict[Dim, Axis], constraint: Constraint) -> None:
             part = Axis(axes[result].size)
             part.parts = tuple(chosen)
             unify(part, axes[result])
+        case Repeat(source, result, times, in_place):
+            factors = [axes[source], Axis(times)]
+            _factor(axes[result], factors if in_place else factors[::-1])
+        case Causal(source, result, behind):
+            longer = Axis(axes[result].size)
+            longer.parts = (axes[source], Axis(behind))
+            unify(longer, axes[result])
         case Reshape(sources, results):
             _reshape([axes[s] for s in sources], [axes[r] for r in results])
         case Seed(dims, stream):

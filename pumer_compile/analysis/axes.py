@@ -59,6 +59,27 @@ class Reshape:
 
 
 @dataclass(frozen=True)
+class Repeat:
+    """`result` has every position of `source` several times: each `in_place` (side by side), or all in a row, and then
+    all of them again."""
+
+    source: Dim
+    result: Dim
+    times: int
+    in_place: bool
+
+
+@dataclass(frozen=True)
+class Causal:
+    """Every position of `result` is computed of the one of `source` with its number and those before it; `behind` so
+    many more follow. Right for any number of tokens, as long as they are in their old order."""
+
+    source: Dim
+    result: Dim
+    behind: int
+
+
+@dataclass(frozen=True)
 class Slice:
     """`result` is `source[start:stop]`, step 1; the literals are arguments `start_arg` and `stop_arg`."""
 
@@ -117,7 +138,7 @@ class Seed:
     stream: str
 
 
-Constraint = Same | Concat | Reshape | Slice | Select | Reduce | Summed | ByPosition | Literal | Seed
+Constraint = Same | Concat | Reshape | Repeat | Causal | Slice | Select | Reduce | Summed | ByPosition | Literal | Seed
 
 
 def constraint_dims(constraint: Constraint) -> tuple[Dim, ...]:
@@ -129,7 +150,7 @@ def constraint_dims(constraint: Constraint) -> tuple[Dim, ...]:
             return (result, *parts)
         case Reshape(sources, results):
             return (*sources, *results)
-        case Slice(source, result):
+        case Slice(source, result) | Repeat(source, result) | Causal(source, result):
             return (source, result)
         case Select(source) | Reduce(source) | Summed(source) | ByPosition(source):
             return (source,)

@@ -25,6 +25,7 @@ from .arrangement import SEPARATOR, Arrangement, arrangement
 from .attention import Parts
 from .axes import ByPosition, Constraint, Dim, Same, Seed
 from .constant_places import Block, lower_constant_places, same_tokens
+from .dead_code import with_writes
 from .lineage import Lineage, lineage
 from .nodes import (
     Emitter,
@@ -204,7 +205,7 @@ def lower_masked_scatter(
 def _first(graph: fx.Graph, marks: list[fx.Node]) -> None:
     """Let everything that the marks need come before everything else: positions in a prompt may be counted before the
     image is looked at, and have to be counted over what is left of it."""
-    early = set(marks).union(*(ancestors(mark) for mark in marks))
+    early = with_writes(graph, set(marks).union(*(ancestors(mark) for mark in marks)))
     nodes = list(graph.nodes)
     first = next((n for n in nodes if n.op == "call_function" and n not in early), None)
     if first is None:
@@ -215,7 +216,7 @@ def _first(graph: fx.Graph, marks: list[fx.Node]) -> None:
 
 
 @dataclass
-class _Image:
+class Image:
     """An image of a prompt.
 
     Attributes:
@@ -248,6 +249,35 @@ class _Image:
         """Of the text between them."""
         own = set(self.places)
         return tuple(place for place in range(self.length) if place not in own)
+
+
+def voting(node: fx.Node, batch: int, image: Image, found: Lineage) -> tuple[tuple[tuple[int, ...], ...], Votes]:
+    """Places of an image that are reduced together (of one tile or frame), and whose votes they get.
+
+    Args:
+        node: for messages.
+        batch: prompts.
+        image: of each of them.
+        found: what its rows are made of.
+
+    Raises:
+        AxisError: it is another in another prompt.
+    """
+    owners, share = found.owners(), len(found.members) // batch
+    held = {token for row in found.members for token in row}
+    by_class = all(token not in held for token, place in enumerate(found.places()) if place == 0)
+    kinds, members = [], []
+    for prompt in range(batch):
+        rows = [found.members[prompt * share + row] for row in image.rows]
+        kinds.append(_together(image.places, [{owners[token] for token in tokens} for tokens in rows]))
+        own = dict(zip(image.places, rows, strict=True))
+        members.append(tuple(own.get(place, rows[0]) for place in range(image.length)))
+    if len(set(kinds)) > 1:
+        raise AxisError(
+            f"{describe(node)} has images of another shape, or another number of them, in another prompt of the batch. "
+            "Compile for a batch of one, or for prompts of one form."
+        )
+    return kinds[0], Votes(found.deciding, tuple(members), by_class, found.own)
 
 
 class _Scatter:
@@ -315,9 +345,9 @@ class _Scatter:
             )
         self._mark_images(self._images(blocks, found), found)
 
-    def _images(self, blocks: list[Block], found: Lineage | None) -> list[_Image]:
+    def _images(self, blocks: list[Block], found: Lineage | None) -> list[Image]:
         """The images of a prompt: a block each; or several blocks that one image is cut into, line by line."""
-        images: list[_Image] = []
+        images: list[Image] = []
         done = 0
         for start, stop in blocks:
             rows = range(done, done + stop - start)
@@ -328,7 +358,7 @@ class _Scatter:
                 images[-1].rows.extend(rows)
                 images[-1].owners |= owners
             else:
-                images.append(_Image([(start, stop)], [*rows], owners))
+                images.append(Image([(start, stop)], [*rows], owners))
         return images
 
     def _owners(self, found: Lineage | None, rows: Iterable[int]) -> set[int]:
@@ -337,7 +367,7 @@ class _Scatter:
         owners = found.owners()
         return {owners[token] for row in rows for token in found.members[row]}
 
-    def _mark_images(self, images: list[_Image], found: Lineage | None) -> None:
+    def _mark_images(self, images: list[Image], found: Lineage | None) -> None:
         """Mark the rows of every image; with the tokens that they are made of where these are asked for."""
         marked = []
         with self.prompt.module.graph.inserting_before(self.node):
@@ -345,7 +375,9 @@ class _Scatter:
             for image in images:
                 rows = self._span(whole, image)
                 mark = self.emit(visual_tokens, rows, f"prompt{self._suffix()}")
-                crops, votes = ((image.places,), None) if found is None else self._voting(image, found)
+                crops, votes = (
+                    ((image.places,), None) if found is None else voting(self.node, int(self.batch), image, found)
+                )
                 self.prompt.marks.append(Mark(mark, rows, None, crops, votes=votes, pinned=image.pinned))
                 marked.append(mark)
             spans = [image.span for image in images]
@@ -353,7 +385,7 @@ class _Scatter:
         self.prompt.blocks.extend(spans)
         self.prompt.module.graph.erase_node(self.node)
 
-    def _span(self, whole: fx.Node, image: _Image) -> fx.Node:
+    def _span(self, whole: fx.Node, image: Image) -> fx.Node:
         """An image's rows, with the text between its blocks."""
         parts, done = [], image.rows[0]
         for number, (start, stop) in enumerate(image.blocks):
@@ -362,24 +394,6 @@ class _Scatter:
             parts.append(self.emit(aten.slice.Tensor, whole, 1, done, done + stop - start))
             done += stop - start
         return self.emit(with_text, *parts) if len(parts) > 1 else parts[0]
-
-    def _voting(self, image: _Image, found: Lineage) -> tuple[tuple[tuple[int, ...], ...], Votes]:
-        """Places of an image that are reduced together (of one tile or frame), and whose votes they get."""
-        owners, share = found.owners(), len(found.members) // int(self.batch)
-        held = {token for row in found.members for token in row}
-        by_class = all(token not in held for token, place in enumerate(found.places()) if place == 0)
-        kinds, members = [], []
-        for prompt in range(self.batch):
-            rows = [found.members[prompt * share + row] for row in image.rows]
-            kinds.append(_together(image.places, [{owners[token] for token in tokens} for tokens in rows]))
-            own = dict(zip(image.places, rows, strict=True))
-            members.append(tuple(own.get(place, rows[0]) for place in range(image.length)))
-        if len(set(kinds)) > 1:
-            raise AxisError(
-                f"{describe(self.node)} has images of another shape, or another number of them, in another prompt of "
-                "the batch. Compile for a batch of one, or for prompts of one form."
-            )
-        return kinds[0], Votes(found.deciding, tuple(members), by_class, found.own)
 
     def _blocks(self) -> list[Block]:
         """Where the image stands, in every prompt alike.

@@ -23,6 +23,7 @@ from .axes import (
     Dim,
     Literal,
     Reduce,
+    Repeat,
     Reshape,
     Same,
     Seed,
@@ -308,8 +309,18 @@ def repeat(node: fx.Node) -> Iterator[Constraint]:
     x, repeats = node_arg(node, 0), list_arg(node, 1)
     offset = len(repeats) - len(shape(x))
     for i in range(len(shape(x))):
-        once = isinstance(repeats[i + offset], int) and repeats[i + offset] == 1
-        yield Same(Dim(x, i), Dim(node, i + offset)) if once else ByPosition(Dim(x, i))
+        times = repeats[i + offset]
+        if times == 1:
+            yield Same(Dim(x, i), Dim(node, i + offset))
+        else:
+            yield repeated(Dim(x, i), Dim(node, i + offset), times, in_place=False)
+
+
+def repeated(source: Dim, result: Dim, times: object, *, in_place: bool) -> Constraint:
+    """A dimension several times."""
+    if isinstance(times, int) and times > 1:
+        return Repeat(source, result, times, in_place)
+    return ByPosition(source)
 
 
 # --- joining and cutting ------------------------------------------------------------------------------------

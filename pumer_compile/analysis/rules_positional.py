@@ -11,10 +11,23 @@ from typing import Any
 
 from torch import fx
 
-from .axes import ByPosition, Constraint, Dim, Reduce, Same, Seed, same_size
+from .axes import ByPosition, Causal, Constraint, Dim, Reduce, Same, Seed, same_size
 from .nodes import values
 from .operators import aten, overloads
-from .rules import _reduced, argument, broadcast, int_arg, keep_dims, list_arg, node_arg, rule, shape, tensors, wrap
+from .rules import (
+    _reduced,
+    argument,
+    broadcast,
+    int_arg,
+    keep_dims,
+    list_arg,
+    node_arg,
+    repeated,
+    rule,
+    shape,
+    tensors,
+    wrap,
+)
 
 
 def by_position(node: fx.Node, x: fx.Node, moved: Iterable[int]) -> Iterator[Constraint]:
@@ -84,7 +97,26 @@ def neighbours(node: fx.Node) -> Iterator[Constraint]:
     """Mixes channels, and positions with their neighbours."""
     x = node_arg(node, 0)
     yield Same(Dim(x, 0), Dim(node, 0))
-    yield from (ByPosition(Dim(x, i)) for i in range(1, len(shape(x))))
+    behind = _causal(node)
+    if behind:
+        yield from (ByPosition(Dim(x, 1)), Causal(Dim(x, 2), Dim(node, 2), behind))
+    else:
+        yield from (ByPosition(Dim(x, i)) for i in range(1, len(shape(x))))
+
+
+def _causal(node: fx.Node) -> int:
+    """How many positions a convolution adds behind those that look at themselves and back alone: it is padded by its
+    whole reach on both sides. 0 where it is of another kind."""
+    if node.target is not aten.conv1d.default or len(shape(node_arg(node, 0))) != 3:
+        return 0
+
+    def number(position: int, name: str, default: int) -> Any:
+        found = argument(node, position, name, default)
+        return found[0] if isinstance(found, list | tuple) and len(found) == 1 else found
+
+    reach = (shape(node_arg(node, 1))[-1] - 1) * number(5, "dilation", 1)
+    causal = number(3, "stride", 1) == 1 and number(4, "padding", 0) == reach
+    return int(reach) if causal else 0
 
 
 @rule(*overloads("group_norm instance_norm batch_norm native_group_norm"))
@@ -201,10 +233,14 @@ def one_hot(node: fx.Node) -> Iterator[Constraint]:
 @rule(aten.repeat_interleave.self_int)
 def repeated_in_place(node: fx.Node) -> Iterator[Constraint]:
     """Each entry of a dimension several times, side by side, as with the heads of grouped queries."""
-    x, repeated = node_arg(node, 0), argument(node, 2, "dim")
+    x, times, asked = node_arg(node, 0), argument(node, 1), argument(node, 2, "dim")
     for i in range(len(shape(x))):
-        other = isinstance(repeated, int) and i != wrap(repeated, len(shape(x)))
-        yield Same(Dim(x, i), Dim(node, i)) if other else ByPosition(Dim(x, i))
+        if not isinstance(asked, int):  # of all numbers in a row
+            yield ByPosition(Dim(x, i))
+        elif i == wrap(asked, len(shape(x))) and times != 1:
+            yield repeated(Dim(x, i), Dim(node, i), times, in_place=True)
+        else:
+            yield Same(Dim(x, i), Dim(node, i))
 
 
 @rule(aten.repeat_interleave.Tensor, aten.repeat_interleave.self_Tensor, *overloads("unfold im2col cdist"))

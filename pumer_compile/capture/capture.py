@@ -247,13 +247,22 @@ _NUMBERS = frozenset({torch.ops.aten.item.default, torch.ops.aten._local_scalar_
 
 
 def set_for_inference(model: nn.Module) -> None:
-    """Put a model in eval mode, without its loss; `restoring_model_state` undoes it."""
+    """Put a model in eval mode, without its loss, its experts as plain products; `restoring_model_state` undoes it."""
     for module in model.modules():
+        _write_out_experts(module)
         # Not eval(): a model may override it with work that nothing undoes.
         module.training = False
         config = getattr(module, "config", None)
         if isinstance(config, PreTrainedConfig) and getattr(config, "return_loss", False):
             config.return_loss = False  # transformers traces no loss
+
+
+def _write_out_experts(module: nn.Module) -> None:
+    """Let a mixture of experts multiply each token with the weights of its experts. transformers otherwise sorts the
+    tokens of all prompts by expert first, which leaves no token axis to follow."""
+    settable = getattr(module, "_can_set_experts_implementation", None)  # since transformers 5
+    if isinstance(module, PreTrainedModel) and settable is not None and settable():
+        module.set_experts_implementation("batched_mm")
 
 
 def _export(model: nn.Module, sample: dict[str, Tensor], shapes: dict[str, Any] | None) -> ExportedProgram:

@@ -158,16 +158,17 @@ class FollowSample(TorchFunctionMode):
         made = self._ask(func, args, kwargs)
         with _outside():
             found = func(*_real(args), **_real(kwargs))
+        device = next(t.device for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and shadow(t))
         if isinstance(found, Tensor):
-            return self._lift(found, made)
-        return type(found)(self._lift(t, made.part(i)) for i, t in enumerate(found))
+            return self._lift(found, made, device)
+        return type(found)(self._lift(t, made.part(i), device) for i, t in enumerate(found))
 
     def _as_numbers(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         for tensor in (t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)):
             self._ask(Tensor.item, (tensor,), {})
         with _outside():
             numbers: tuple[tuple[Any, ...], dict[str, Any]] = tree_map_only(
-                Tensor, lambda t: t.item(), (_real(args), _real(kwargs))
+                Tensor, lambda t: _real(t).item(), (args, kwargs)
             )
         return numbers
 
@@ -218,7 +219,7 @@ class FollowSample(TorchFunctionMode):
             made = self._ask(Tensor.nonzero, (item,), {"as_tuple": True})
             with _outside():
                 places = found.real.nonzero(as_tuple=True)
-            items += [self._lift(place, made.part(i)) for i, place in enumerate(places)]
+            items += [self._lift(place, made.part(i), item.device) for i, place in enumerate(places)]
         return tuple(items) if len(items) > 1 else items[0]
 
     def _ask(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Made:
@@ -230,10 +231,14 @@ class FollowSample(TorchFunctionMode):
                     self.asked.append(Asked(found.made, found.real.clone(), _caller(), found.stale))
         return Made.call(func, _made(args), _made(kwargs))
 
-    def _lift(self, real: Tensor, made: Made) -> Tensor:
-        """A real tensor as a constant of the trace."""
-        self.lifted.append(real)
-        traced: Tensor = torch.ops.aten.lift_fresh_copy.default(real)
+    def _lift(self, real: Tensor, made: Made, device: torch.device) -> Tensor:
+        """A real tensor as a constant of the trace, on the device of what it is made of."""
+        with _outside():
+            constant = real.to(device)
+        if constant.is_meta:
+            give_numbers(constant, real)
+        self.lifted.append(real if constant.is_meta else constant)
+        traced: Tensor = torch.ops.aten.lift_fresh_copy.default(constant)
         self._attach(traced, Shadow(real, made))
         return traced
 

@@ -1,12 +1,10 @@
-"""Writes into slices (`x[..., 1:60:3] = y`: rotary angles of three axes, interleaved), as joins.
+"""Writes into slices (`x[..., 1:60:3] = y`: rotary angles of three axes, interleaved; `x[-3:] = 0`), as joins.
 
 torch.onnx makes a ScatterND of such a write. Its places are constants, so the result is what was there and what is
 written, side by side, in a constant order.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -20,7 +18,7 @@ def lower_slice_writes(module: fx.GraphModule) -> None:
     """Replace writes into slices, in place; the module computes the same numbers. A write whose target others may see
     under another name stays as it is."""
     for node in list(module.graph.nodes):
-        if node.target is aten.copy_.default and not node.users:
+        if node.target in _WRITES and not node.users:
             cut = node.args[0]
             if isinstance(cut, fx.Node) and cut.target is aten.slice.Tensor and list(cut.users) == [node]:
                 _lower(node, cut)
@@ -28,24 +26,27 @@ def lower_slice_writes(module: fx.GraphModule) -> None:
     module.recompile()
 
 
+_WRITES = frozenset({aten.copy_.default, aten.fill_.Tensor, aten.fill_.Scalar})
+
+
 def _lower(node: fx.Node, cut: fx.Node) -> None:
     whole, written = cut.args[0], node.args[1]
-    if not isinstance(whole, fx.Node) or not isinstance(written, fx.Node):
+    if not isinstance(whole, fx.Node):
         return
     order = {other: number for number, other in enumerate(node.graph.nodes)}
     if not _seen_by_itself(whole, node, order):
         return
     shape, part = values(whole)[0].shape, values(cut)[0].shape
     dim = wrap(argument(cut, 1, "dim", 0), len(shape))
-    if not isinstance(shape[dim], int) or values(written)[0].shape != part:
+    if not all(isinstance(size, int) for size in (*shape, *part)):
         return
-    bounds: list[Any] = [argument(cut, number, name) for number, name in ((2, "start"), (3, "end"), (4, "step"))]
-    places = range(shape[dim])[slice(*bounds)]
+    start, stop, step = argument(cut, 2, "start"), argument(cut, 3, "end"), argument(cut, 4, "step", 1)
+    places = range(shape[dim])[start:stop:step]
     index = list(range(shape[dim]))
     for number, place in enumerate(places):
         index[place] = shape[dim] + number
     with node.graph.inserting_before(node):
-        new = node.graph.call_function(_joined, (whole, written, dim, index))
+        new = node.graph.call_function(_joined, (whole, written, dim, index, list(part)))
         new.meta = {**node.meta, "val": values(whole)[0]}
     for user in [user for user in whole.users if order.get(user, 0) > order[node] and user is not new]:
         user.replace_input_with(whole, new)
@@ -53,9 +54,11 @@ def _lower(node: fx.Node, cut: fx.Node) -> None:
     node.graph.erase_node(cut)
 
 
-def _joined(whole: Tensor, written: Tensor, dim: int, index: list[int]) -> Tensor:
+def _joined(whole: Tensor, written: Tensor | float, dim: int, index: list[int], part: list[int]) -> Tensor:
+    """`whole` with `written` (broadcast to the shape `part`) where `index` says so."""
     order = torch.tensor(index).to(whole.device)
-    return torch.cat([whole, written.to(whole.dtype)], dim).index_select(dim, order)
+    values = written if isinstance(written, Tensor) else torch.full([1], written, device=whole.device)
+    return torch.cat([whole, values.to(whole.dtype).expand(part)], dim).index_select(dim, order)
 
 
 def _seen_by_itself(whole: fx.Node, node: fx.Node, order: dict[fx.Node, int]) -> bool:

@@ -16,7 +16,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from transformers.exporters.utils import register_patch
+from transformers.exporters.utils import _PATCHES, register_patch
 
 from . import llava_next, masks, uneven_segments, vilt
 from .meter import MODELS as MODELS
@@ -36,9 +36,15 @@ for _frontend in (*FRONTENDS, *FOR_EXPORT):
 
 @contextlib.contextmanager
 def in_fixed_order() -> Iterator[None]:
-    """Within the block models run with the rewrites that give tokens in another order than the models do (ViLT's
-    patches come at random, as many as the largest image of a batch has): what a graph is compared with by token."""
+    """Within the block models run as they are traced where that gives tokens in another order, or other ones, than the
+    models do (ViLT's patches come at random, as many as the largest image of a batch has; the cache of a sliding window
+    is traced whole): what a graph is compared with by token."""
     with contextlib.ExitStack() as stack:
+        for owner, name, factory in _PATCHES.get("dynamo", ()):
+            if owner.rpartition(".")[2] == "DynamicSlidingWindowLayer":
+                target = getattr(importlib.import_module(owner.rpartition(".")[0]), owner.rpartition(".")[2])
+                rewrite: Any = factory
+                stack.enter_context(mock.patch.object(target, name, rewrite(getattr(target, name))))
         for frontend in FRONTENDS:
             if getattr(frontend, "FIXES_ORDER", False):
                 path, _, name = frontend.TARGET.rpartition(".")

@@ -71,7 +71,7 @@ class FastV(Method):
         """
         from ..rewrite.sites import Site
 
-        images, layers = graph.prompt_images(), graph.prompt_layers()
+        images, layers = graph.prompt_images(), graph.prompt_layers() or graph.reading_layers()
         if not layers:
             raise LocateError(
                 "`method: fastv` reads the attention of a language model, and none was found whose queries and keys "

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from ..analysis.attention import Attention
 from ..analysis.nodes import ancestors
 from ..analysis.prompts import Prompt
-from ..analysis.propagate import propagate
+from ..analysis.propagate import count_multiply_adds
 from ..plan import Plan
 from ..rewrite.rewriter import Rewriter
 from ..rewrite.sites import Insertions
@@ -91,7 +91,7 @@ def _sections(
     """Multiply-adds of the whole batch before the first site, and from each site to the next. `opens` gives the site
     that a node belongs to, or -1; a site whose reducers nothing reads has none. A captured attention that no output
     needs is not counted: no runtime computes it."""
-    _, counts = propagate(module, inputs)
+    counts = count_multiply_adds(module, inputs)
     totals, section, live = [0] * (sites + 1), 0, ancestors(module.graph.output_node())
     for node in module.graph.nodes:
         section = max(section, opens(node) + 1)

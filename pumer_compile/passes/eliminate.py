@@ -260,7 +260,7 @@ def _shift(node: fx.Node, born: Range, have: Range) -> bool:
 def _check(module: fx.GraphModule, before: list[tuple[str, Sequence[Tensor]]]) -> None:
     """Propagate shapes through the result, note them, and compare the outputs."""
     inputs = {str(n.target): values(n)[0] for n in module.graph.nodes if n.op == "placeholder" and values(n)}
-    found, _ = propagate(module, inputs)
+    found = propagate(module, inputs)
     for node, value in found.items():
         if isinstance(value, Tensor) or (node.op == "call_function" and isinstance(value, list | tuple)):
             node.meta["val"] = value

@@ -8,6 +8,7 @@ from .annotate import Annotate
 from .count import Count
 from .eliminate import Eliminate, EliminateAlone
 from .insert import Insert
+from .join_writes import JoinWrites
 from .locate import Locate
 from .lower_einsum import LowerEinsum
 from .manager import Pass
@@ -15,7 +16,7 @@ from .prompt import MarkPrompt
 from .rewrite import Rewrite
 from .verify import Verify
 
-ANALYSE: tuple[Pass, ...] = (LowerEinsum(), MarkPrompt(), Annotate(), Locate())
+ANALYSE: tuple[Pass, ...] = (JoinWrites(), LowerEinsum(), MarkPrompt(), Annotate(), Locate())
 """What is there: tokens, attentions, prompts."""
 REDUCE: tuple[Pass, ...] = (Insert(), Rewrite(), Verify())
 """Reducers go in, and every size follows."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..analysis.prompts import lower_masked_scatter
+from ..analysis.read_images import mark_read_images
 from .manager import Pass, State
 
 
@@ -16,7 +17,10 @@ class MarkPrompt(Pass):
         """See `Pass`; counts blocks of image tokens."""
         if not state.method.needs_prompt:
             return 0
-        prompt = lower_masked_scatter(state.captured, state.inputs, in_tower=state.method.reads_tower)
+        tower = state.method.reads_tower
+        prompt = lower_masked_scatter(state.captured, state.inputs, in_tower=tower)
+        if prompt is None:
+            prompt = mark_read_images(state.captured, in_tower=tower)
         if prompt is None:
             return 0
         state.add(prompt)

@@ -44,7 +44,7 @@ def verify(module: fx.GraphModule, rewriter: Rewriter) -> int:
         if isinstance(node.target, torch._ops.OpOverload) and node.target.overloadpacket in FORBIDDEN:
             raise VerifyError(f"{describe(node)} has a data-dependent shape or exports to wrong values.")
     inputs = {str(n.target): values(n)[0] for n in rewriter.source.graph.nodes if n.op == "placeholder" and values(n)}
-    found, _ = propagate(module, inputs)
+    found = propagate(module, inputs)
     for node, value in found.items():
         if isinstance(value, Tensor):
             node.meta["val"] = value

@@ -70,8 +70,9 @@ class AlignAxis(nn.Module):
         if self.mode == "gather":
             return result.to(dtype)  # exact: each row of the maps has one 1
         if self.mode == "log_mean_exp":
-            # A token of masked ones has log(0): the dtype's lowest value masks without making a row NaN.
-            return result.log().to(dtype).clamp(min=torch.finfo(dtype).min)
+            # A token of masked ones has log(0): a very low value masks without making a row NaN. Not the lowest there
+            # is, by which transformers' exporters know rows that attend to nothing and give 0 where PyTorch does not.
+            return result.log().to(dtype).clamp(min=torch.finfo(dtype).min / 2)
         return result.to(dtype)
 
 

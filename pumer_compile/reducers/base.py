@@ -156,11 +156,13 @@ class Reducer(nn.Module):
         reads: the signals that `forward` takes after the tokens, in order.
         judged: whether a choice that differs from eager PyTorch's must be a near-tie (parity); else it is reported.
         first_stays: whether token 0 is token 0 afterwards.
+        keeps_order: whether the tokens that it keeps stay in their order.
     """
 
     reads: tuple[Signal, ...] = ()
     judged = True
     first_stays = False
+    keeps_order = False
 
     def __init__(
         self, tokens: int, keep: int, merge: int = 0, *, averaging: Averaging = "plain", carried: Carried = "ones"

@@ -50,6 +50,7 @@ class LastQueryReducer(Reducer):
     """
 
     reads = (Signal.LAST_QUERY,)
+    keeps_order = True
 
     def __init__(self, tokens: int, budget: int, pinned: Sequence[int] = ()) -> None:
         super().__init__(tokens, budget + len(pinned))
@@ -63,7 +64,7 @@ class LastQueryReducer(Reducer):
     def choose(self, tokens: Tensor, last_query: Tensor) -> Choice:
         """See `Reducer` and `Signal`; the tokens are the image's part of the carrier."""
         kept, scores = self.pruner(last_query.detach())
-        weights = torch.ones_like(tokens[:, :, 0])
+        weights = torch.ones_like(scores)
         return Choice(kept_alone(kept), one_hot(kept, self.tokens).float(), weights, scores)
 
     def margin(self, own: Choice, among: Choice, forced: Decisions) -> Tensor:

@@ -24,6 +24,7 @@ class VisualReducer(Reducer):
     """
 
     reads = (Signal.CLASS_TOKEN,)
+    keeps_order = True
     # A selection of hundreds of steps has no score by which a differing one could be called nearly tied.
     judged = False
 

@@ -31,6 +31,7 @@ class Step:
         after: tokens after.
         merged: whether any tokens were merged (and not only pruned).
         first_stays: whether token 0 is token 0 afterwards.
+        in_order: whether those that are left are some of the old ones, in their order.
     """
 
     parent: int
@@ -39,6 +40,7 @@ class Step:
     after: int
     merged: bool
     first_stays: bool
+    in_order: bool = False
 
 
 @dataclass

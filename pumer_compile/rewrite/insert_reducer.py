@@ -207,7 +207,10 @@ class InsertReducer:
         """Enter a reducer into the history; gives the epoch it makes."""
         rewriter = place.rewriter
         map_, assigned = (rewriter.field(result, Reduction, name) for name in ("map", "assigned"))
-        step = Step(place.epoch(stream), map_, assigned, reducer.tokens_after, reducer.merge > 0, reducer.first_stays)
+        merged, in_order = reducer.merge > 0, reducer.keeps_order and not reducer.merge
+        step = Step(
+            place.epoch(stream), map_, assigned, reducer.tokens_after, merged, reducer.first_stays, in_order=in_order
+        )
         epoch = rewriter.history.add_step(stream, step)
         # Means of ones are ones, and need not be carried.
         if signals.get(Signal.WEIGHTS) is not None or reducer.carried == "sum":
@@ -224,7 +227,7 @@ def _drop_separators(mark: Mark, rewriter: Rewriter) -> fx.Node:
     inner, outer = (_only_stream(rewriter, node) for node in (mark.node, separated))
     (step,) = rewriter.history.steps[inner]
     map_ = rewriter.call_module(f"reducer.separators.{outer}", WithSeparators(mark.origin), step.map)
-    epoch = rewriter.history.add_step(outer, Step(0, map_, map_, step.after, False, False))
+    epoch = rewriter.history.add_step(outer, Step(0, map_, map_, step.after, False, False, step.in_order))
     rewriter.history.bump(Dim(separated, 1), {outer: epoch})
     return rewriter.env[image]
 

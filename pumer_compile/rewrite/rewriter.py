@@ -20,10 +20,12 @@ from torch import fx, nn
 from ..analysis.annotate import Annotation
 from ..analysis.axes import (
     ByPosition,
+    Causal,
     Concat,
     Constraint,
     Dim,
     Literal,
+    Repeat,
     Reshape,
     Same,
     Select,
@@ -268,6 +270,11 @@ class Rewriter:
                 self._concat(node, result, parts)
             case Reshape(sources, results):
                 self._reshape(node, sources, results)
+            case Repeat(source, result):
+                self.history.record(result, self.history.at(source))
+            case Causal(source, result):
+                self._check_in_order(node, source)
+                self.history.record(result, self.history.at(source))
             case Slice(source, result, start, stop):
                 if self.history.at(source) and not self._first_token(source, start, stop):
                     for stream, epoch in self.history.at(source).items():
@@ -285,6 +292,16 @@ class Rewriter:
                 )
             case _:
                 pass
+
+    def _check_in_order(self, node: fx.Node, source: Dim) -> None:
+        """What looks back at the tokens before each one takes fewer of them as they come, if that is their old order."""
+        for stream, epoch in self.history.at(source).items():
+            if not all(step.in_order for step in self.history.lineage(stream, epoch)):
+                raise SiteError(
+                    f"{describe(node)} mixes each token with those before it, and a reducer has merged the {stream} "
+                    "tokens, or brought them into another order. Use a method that keeps some of them in their order, "
+                    "or move the site behind it."
+                )
 
     def _check_totals(self) -> None:
         """A sum over fewer tokens is smaller. That is right for a sum divided by another one over the same tokens (a

@@ -157,6 +157,15 @@ class LocatedGraph:
         wanted = {*self.prompt_images(), "text"}
         return [a for a in self.attentions if wanted <= set(a.query_axis.streams) & set(a.key_axis.streams)]
 
+    def reading_layers(self) -> list[Attention]:
+        """The attentions of a language model to images that stand in no prompt, and are read by cross-attention."""
+        wanted = set(self.prompt_images())
+        return [
+            a
+            for a in self.attentions
+            if wanted and wanted <= set(a.key_axis.streams) and not wanted & set(a.query_axis.streams)
+        ]
+
     def towers(self) -> list[tuple[Attention, tuple[Mark, ...]]]:
         """The last attention of each tower before its marks, which makes the features that leave it.
 

@@ -45,9 +45,12 @@ def crops(name: str, size: tuple[int, int]) -> tuple[Any, dict[str, Tensor], Pro
     return model, inputs, pumer.capture(model, inputs, outputs=["logits"])
 
 
-def reduced(model: Any, inputs: dict[str, Tensor], budget: int, important: float = 0.5, **more: Any) -> Any:
-    schedule = Schedule(method="vispruner", budget=budget, important=important, **more)
-    return pumer.reduce(pumer.capture(model, inputs, outputs=["logits"]), schedule)
+def vispruner(budget: int, important: float = 0.5, **more: Any) -> Schedule:
+    return Schedule(method="vispruner", budget=budget, important=important, **more)
+
+
+def reduced(model: Any, inputs: dict[str, Tensor], budget: int) -> Any:
+    return pumer.reduce(pumer.capture(model, inputs, outputs=["logits"]), vispruner(budget))
 
 
 @pytest.mark.parametrize(("name", "size", "budget", "important"), CASES)
@@ -55,7 +58,7 @@ def test_crops_equal_the_prompt_put_together_by_hand(
     name: str, size: tuple[int, int], budget: int, important: float
 ) -> None:
     model, inputs, captured = crops(name, size)
-    found = pumer.reduce(captured, Schedule(method="vispruner", budget=budget, important=important))
+    found = pumer.reduce(captured, vispruner(budget, important))
     with torch.no_grad():
         logits = found.module(**inputs)["logits"]
     wanted = logits_of_crops(model, inputs, budget, important)
@@ -68,10 +71,9 @@ def test_crops_equal_the_prompt_put_together_by_hand(
 
 
 def test_original_positions() -> None:
-    model = crops_model("LLaVA-NeXT")
-    inputs = crops_inputs(model, SIZES[0])
+    model, inputs, captured = crops("LLaVA-NeXT", SIZES[0])
     with torch.no_grad():
-        logits = reduced(model, inputs, 9, positions="original").module(**inputs)["logits"]
+        logits = pumer.reduce(captured, vispruner(9, positions="original")).module(**inputs)["logits"]
     prompt, places = prompt_of_crops(model, inputs, 9, 0.5)
     wanted = run_by_hand(model, prompt, position_ids=torch.tensor(places))
     torch.testing.assert_close(logits, wanted, atol=1e-5, rtol=1e-4)
@@ -91,20 +93,18 @@ def test_a_batch_equals_its_images_one_by_one() -> None:
 
 
 def test_a_budget_of_everything_leaves_the_newlines_out(caplog: pytest.LogCaptureFixture) -> None:
-    model = crops_model("LLaVA-NeXT")
-    inputs = crops_inputs(model, SIZES[0])
+    model, inputs, captured = crops("LLaVA-NeXT", SIZES[0])
     with caplog.at_level("WARNING", "pumer_compile"), torch.no_grad():
-        logits = reduced(model, inputs, TOKENS).module(**inputs)["logits"]
+        logits = pumer.reduce(captured, vispruner(TOKENS)).module(**inputs)["logits"]
     assert "keeps every token" in caplog.text
     torch.testing.assert_close(logits, logits_of_crops(model, inputs, TOKENS, 0.5), atol=1e-5, rtol=1e-4)
     with pytest.raises(PlanError, match=f"more than the {TOKENS} tokens"):
-        reduced(model, inputs, TOKENS + 1)
+        pumer.reduce(captured, vispruner(TOKENS + 1))
 
 
 def test_one_artifact(tmp_path: Path) -> None:
-    model = crops_model("LLaVA-NeXT")
-    inputs = crops_inputs(model, SIZES[0])
-    exported = pumer.export(reduced(model, inputs, 9), tmp_path / "next.onnx")
+    model, _, captured = crops("LLaVA-NeXT", SIZES[0])
+    exported = pumer.export(pumer.reduce(captured, vispruner(9)), tmp_path / "next.onnx")
     assert exported.report is not None and exported.report.passed and exported.report.decisions_compared
     engine = Engine(exported.path)
     assert engine.inputs == ["input_ids", "pixel_values", "attention_mask"]

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 import pumer_compile as pumer
 from pumer_compile import Schedule
 from pumer_compile.reducers import reducers_of
-from tests.support.prompt_families import FAMILIES, IMAGE, OTHER, ROW, Tensors, built, decoder_of, layers_of
+from tests.support.prompt_families import FAMILIES, IMAGE, OTHER, ROW, Tensors, captured, decoder_of, layers_of
 from tests.support.prompt_oracle import eagerly, scores
 
 LAYER, BUDGET = 1, 3
+# Where not every layer attends: the first that the first attention leaves fewer tokens.
+FEWER_FROM = {"lfm2_vl": 2}
 
 
 def images_of(ids: Tensor) -> list[list[int]]:
@@ -32,7 +34,7 @@ def images_of(ids: Tensor) -> list[list[int]]:
 
 
 class _Cut:
-    """Hooks that let a language model's layers from `LAYER` on see some places of the prompts alone."""
+    """Hooks that let a language model's later layers see some places of the prompts alone."""
 
     def __init__(self, ids: Tensor) -> None:
         self.ids, self.whole = ids, ids.shape[1]
@@ -86,13 +88,13 @@ class _Cut:
         return processed
 
 
-def by_hand(model: nn.Module, inputs: Tensors) -> tuple[Tensor, Tensor]:
-    """Logits of the model whose layers from `LAYER` on see `BUDGET` tokens of each image, and the places in the prompt
+def by_hand(model: nn.Module, inputs: Tensors, first: int = LAYER) -> tuple[Tensor, Tensor]:
+    """Logits of the model whose layers from `first` on see `BUDGET` tokens of each image, and the places in the prompt
     that they see. The layers are called as the model calls them, with what goes by token cut to those places."""
     decoder, layers = decoder_of(model), layers_of(model)
     cut = _Cut(inputs["input_ids"])
-    handles = [layers[LAYER - 1].self_attn.register_forward_hook(cut.votes)]
-    handles += [layer.register_forward_pre_hook(cut.fewer, with_kwargs=True) for layer in layers[LAYER:]]
+    handles = [layers[first - 1].self_attn.register_forward_hook(cut.votes)]
+    handles += [layer.register_forward_pre_hook(cut.fewer, with_kwargs=True) for layer in layers[first:]]
     spread = _Spread(cut)
     if "embeddings" in vars(model) or hasattr(model, "embedding_proj_layer"):
         handles.append(decoder.register_forward_hook(spread))
@@ -123,25 +125,28 @@ class _Spread:
         return output
 
 
+# What `fastv` does not reduce yet, and issue 17 asks for.
+OPEN = set("colpali gemma4 instructblip kimi_k25 minicpmv4_6 mllama qwen3_5".split())
+
+
 @functools.cache
-def case(name: str) -> tuple[nn.Module, Any, pumer.Reduced]:
-    model, make = built(name)
-    with torch.no_grad():
-        model(**make(0))  # Emu3 keeps tensors that it makes at first, and would keep those of a trace
-    program = pumer.capture(model, make(0), outputs=["logits"])
-    return model, make, pumer.reduce(program, Schedule(method="fastv", layer=LAYER, budget=BUDGET))
+def case(name: str) -> tuple[nn.Module, Any, str, pumer.Reduced]:
+    model, make, output, program = captured(name)
+    return model, make, output, pumer.reduce(program, Schedule(method="fastv", layer=LAYER, budget=BUDGET))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in OPEN])
 def test_the_layers_of_the_model(name: str) -> None:
-    model, make, reduced = case(name)
+    model, make, output, reduced = case(name)
     kept = []
     for seed in (0, 1):
-        wanted, places = by_hand(model, make(seed))
+        wanted, places = by_hand(model, make(seed), FEWER_FROM.get(name, LAYER))
         with torch.no_grad():
-            found = reduced.module(**make(seed))["logits"]
+            found = reduced.module(**make(seed))[output]
         torch.testing.assert_close(found, wanted, atol=2e-5 * float(wanted.abs().max()), rtol=1e-4)
         kept.append(places)
     assert not torch.equal(*kept)  # another picture keeps other tokens
-    images = 2 if name == "video_llava" else 1
-    assert wanted.shape[1] == 3 + images * (4 + BUDGET) and len(reducers_of(reduced.module)) == images
+    ids = make(0)["input_ids"]
+    images = images_of(ids[0])
+    words = ids.shape[1] - sum(map(len, images))
+    assert places.shape[1] == words + len(images) * BUDGET and len(reducers_of(reduced.module)) == len(images)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import pumer_compile as pumer
 from pumer_compile import Schedule
 from pumer_compile.reducers import reducers_of
-from tests.support.prompt_families import IMAGE, OTHER, Tensors, built, placeholders
+from tests.support.prompt_families import IMAGE, OTHER, built, captured, placeholders
 from tests.support.prompt_oracle import by_hand, eagerly, kept_places, kept_rows, logits, look, scores
 
 BUDGET = 4
@@ -33,6 +33,8 @@ ROWS = {
     "internvl": (1, 1),
     "internvl_tiles": (3, 1),
     "janus": (1, 1),
+    "lfm2_vl": (1, 1),
+    "llama4": (1, 1),
     "llava_next_video": (2, 1),
     "mistral3": (1, 1),
     "ovis2": (1, 1),
@@ -45,6 +47,7 @@ ROWS = {
     "qwen2_vl": (1, 1),
     "qwen3_vl": (1, 1),
     "qwen3_vl_two": (2, 2),
+    "qwen3_vl_moe": (1, 1),
     "smolvlm": (1, 1),
     "smolvlm_split": (3, 3),
     "video_llava": (3, 2),
@@ -52,17 +55,9 @@ ROWS = {
 }
 
 
-def score_name(model: nn.Module, inputs: Tensors) -> str:
-    """What a family gives for every token."""
-    with torch.no_grad():
-        return "logits" if "logits" in model(**inputs) else "embeddings"
-
-
 @functools.cache
 def case(name: str) -> tuple[nn.Module, Any, str, pumer.Reduced]:
-    model, make = built(name)
-    output = score_name(model, make(0))
-    program = pumer.capture(model, make(0), outputs=[output])
+    model, make, output, program = captured(name)
     schedule = Schedule(method="vispruner", budget=BUDGET, positions="original")
     return model, make, output, pumer.reduce(program, schedule)
 

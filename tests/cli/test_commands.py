@@ -37,8 +37,13 @@ from tests.support.commands import (
     schedule,
     snapshot,
 )
+from tests.support.conversions import converted_once
 from tests.support.models import Config, inputs_for, make
 from tests.support.tiny import tiny_vilt
+
+__all__ = ["converted_once"]
+
+pytestmark = pytest.mark.usefixtures("converted_once")
 
 
 @pytest.fixture

@@ -345,7 +345,7 @@ def test_killed_before_the_first_rename(artifacts: Any, tmp_path: Path, monkeypa
     def killed(*arguments: Any, **options: Any) -> None:
         raise Killed
 
-    monkeypatch.setattr("pumer_compile.exporters.make_manifest", killed)
+    monkeypatch.setattr("pumer_compile.exporters.publish.make_manifest", killed)
     captured = another_model()
     with pytest.raises(Killed):
         pumer.export(captured, path, verify=False)

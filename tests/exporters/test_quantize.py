@@ -24,8 +24,13 @@ from pumer_compile.exporters.onnx import build_onnx, save_onnx
 from pumer_compile.exporters.quantize import linear_layers, quantize_onnx
 from pumer_compile.files import sha256_file
 from tests.support.commands import TOKENS, artifact, done, feed, folder, onnx_outputs, refused, run, schedule
+from tests.support.conversions import converted_once
 from tests.support.models import Config, highest, inputs_for, program
 from tests.support.models import schedule as budgets
+
+__all__ = ["converted_once"]
+
+pytestmark = pytest.mark.usefixtures("converted_once")
 
 pytest.importorskip("transformers.exporters.quantizers")
 

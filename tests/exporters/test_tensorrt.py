@@ -26,9 +26,14 @@ from pumer_compile.reduce import Reduced
 from pumer_compile.runtimes import tensorrt_library
 from pumer_compile.runtimes.tensorrt_library import Library, load_library
 from tests.support.commands import TOKENS, artifact, done, folder, refused, run, schedule, snapshot
+from tests.support.conversions import converted_once
 from tests.support.fake_tensorrt import install
 from tests.support.models import Config, highest, program
 from tests.support.models import schedule as budgets
+
+__all__ = ["converted_once"]
+
+pytestmark = pytest.mark.usefixtures("converted_once")
 
 RTX = load_library("tensorrt-rtx")
 MAGIC = b"vtrt"

@@ -33,7 +33,12 @@ from tests.support.commands import (
     schedule,
     snapshot,
 )
+from tests.support.conversions import converted_once
 from tests.support.fake_tensorrt import engine_of, install
+
+__all__ = ["converted_once"]
+
+pytestmark = pytest.mark.usefixtures("converted_once")
 
 OPEN = ("--dynamic-batch",)
 

@@ -24,8 +24,13 @@ from pumer_compile.reduce import Reduced, with_decisions
 from pumer_compile.reducers import forced_decisions
 from pumer_compile.reducers.base import Decisions
 from tests.support.commands import artifact, done, feed, folder, inner_manifest, refused, run, with_manifest
+from tests.support.conversions import converted_once
 from tests.support.models import Config, Fusion, inputs_for, make, program, schedule
 from tests.support.tiny import tiny_vilt
+
+__all__ = ["converted_once"]
+
+pytestmark = pytest.mark.usefixtures("converted_once")
 
 Arrays = dict[str, np.ndarray]
 TEXT, IMAGE = "reducer.cross_modal_0.text", "reducer.cross_modal_0.image"

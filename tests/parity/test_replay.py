@@ -14,6 +14,11 @@ import pytest
 from pumer_compile.errors import UsageError
 from pumer_compile.parity.replay import check_recording
 from tests.support.commands import artifact, done, folder, inner_manifest, refused, snapshot
+from tests.support.conversions import converted_once
+
+__all__ = ["converted_once"]
+
+pytestmark = pytest.mark.usefixtures("converted_once")
 
 HALF = ("--dtype", "float16", "--with-decisions")
 

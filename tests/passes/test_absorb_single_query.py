@@ -223,7 +223,7 @@ def test_new_operators_know_their_values_and_where_they_come_from() -> None:
     module = copy_of(captured)
     absorb_single_query(module)
     given = {str(n.target): values(n)[0] for n in module.graph.nodes if n.op == "placeholder"}
-    found, _ = propagate(module, given)
+    found = propagate(module, given)
     for node in module.graph.nodes:
         if node.op == "call_function":
             assert node.meta["stack_trace"] and "nn_module_stack" in node.meta

@@ -22,7 +22,12 @@ from pumer_compile.errors import ExportError, UsageError
 from pumer_compile.runtimes.compatibility import check_device, engine_library
 from pumer_compile.runtimes.tensorrt import choose_profile
 from tests.support.commands import artifact, done, feed, folder, onnx_outputs, refused
+from tests.support.conversions import converted_once
 from tests.support.fake_tensorrt import DataType, EngineInvalidityDiagnostics, EngineValidity, engine_of, install
+
+__all__ = ["converted_once"]
+
+pytestmark = pytest.mark.usefixtures("converted_once")
 
 OPEN = ("--dynamic-batch",)
 PROFILES = [(1, 1, 2), (2, 4, 8)]

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -14,13 +15,15 @@ import transformers as hf
 from torch import Tensor, nn
 from transformers.models.got_ocr2.configuration_got_ocr2 import GotOcr2VisionConfig
 
+import pumer_compile as pumer
+
 Tensors = dict[str, Tensor]
 IMAGE, OTHER = 99, 98
 _TEXT: dict[str, Any] = {
     "vocab_size": 100,
     "hidden_size": 32,
     "intermediate_size": 48,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 128,
@@ -291,7 +294,7 @@ def qwen2_5_vl_video() -> Built:
 
 
 _QWEN3_VISION: dict[str, Any] = {
-    "depth": 3,
+    "depth": 2,
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_heads": 4,
@@ -346,12 +349,12 @@ def internvl_tiles() -> Built:
 
 
 def _gemma3() -> nn.Module:
-    """Rows of an image see each other both ways; a layer between others has a sliding window."""
+    """Rows of an image see each other both ways; the last layer has a sliding window."""
     text = {
         **_TEXT,
         "head_dim": 8,
         "sliding_window": 8,
-        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        "layer_types": ["full_attention", "sliding_attention"],
         "query_pre_attn_scalar": 8,
     }
     return hf.Gemma3ForConditionalGeneration(
@@ -443,7 +446,7 @@ def vipllava() -> Built:
 def mistral3() -> Built:
     """Every line of the picture ends in a mark, so that an image stands in several blocks; a sliding window."""
     vision = {**_PICTURE, "head_dim": 8, "model_type": "pixtral"}
-    text = {"model_type": "mistral", **_TEXT, "head_dim": 8, "sliding_window": 8}
+    text = {"model_type": "mistral", **_TEXT, "head_dim": 8, "sliding_window": 12}
     config = hf.Mistral3Config(vision_config=vision, text_config=text, image_token_index=IMAGE)
     line = [IMAGE] * 3
     parts = [3, [*line, ROW, *line, ROW, *line, END], 4]
@@ -466,7 +469,7 @@ _HYBRID = {
     **_TEXT,
     "head_dim": 8,
     "rope_parameters": {**_MROPE, "mrope_interleaved": True, "partial_rotary_factor": 1.0},
-    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "layer_types": ["linear_attention", "full_attention"],
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 8,
     "linear_num_key_heads": 2,
@@ -482,7 +485,7 @@ def _qwen3_5(**text: Any) -> nn.Module:
 
 @_family
 def qwen3_5() -> Built:
-    """Two of its three layers carry a state from token to token (a gated delta rule) in place of attention."""
+    """One of its two layers carries a state from token to token (a gated delta rule) in place of attention."""
     return _qwen3_5(), _packed((1, 6, 8), width=_PATCH)
 
 
@@ -574,7 +577,7 @@ def kimi_k25() -> Built:
 def minicpmv4_6() -> Built:
     """Merges windows of 2 x 2 behind its first layer, and 2 x 2 of those before the prompt: 16 patches a row."""
     vision = {**_PICTURE, "patch_size": 4, "image_size": 64}
-    text = {"model_type": "qwen3_5_text", **_HYBRID, "layer_types": ["full_attention"] * 3}
+    text = {"model_type": "qwen3_5_text", **_HYBRID, "layer_types": ["full_attention"] * 2}
     config = hf.MiniCPMV4_6Config(
         vision_config=vision, text_config=text, insert_layer_id=0, image_token_id=IMAGE, video_token_id=OTHER
     )
@@ -596,7 +599,8 @@ def lfm2_vl() -> Built:
     text = {
         "model_type": "lfm2",
         **_TEXT,
-        "layer_types": ["conv", "full_attention", "conv"],
+        "num_hidden_layers": 4,
+        "layer_types": ["conv", "full_attention"] * 2,
         "block_multiple_of": 8,
     }
     config = hf.Lfm2VlConfig(
@@ -629,7 +633,7 @@ def gemma4() -> Built:
         "head_dim": 8,
         "global_head_dim": 8,
         "sliding_window": 8,
-        "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+        "layer_types": ["sliding_attention", "full_attention"],
         "vocab_size_per_layer_input": 100,
         "hidden_size_per_layer_input": 4,
         "use_bidirectional_attention": "vision",
@@ -755,8 +759,8 @@ def florence2() -> Built:
         "model_type": "bart",
         "vocab_size": 100,
         "d_model": 32,
-        "encoder_layers": 3,
-        "decoder_layers": 2,
+        "encoder_layers": 2,
+        "decoder_layers": 1,
         "encoder_ffn_dim": 48,
         "decoder_ffn_dim": 48,
         "encoder_attention_heads": 4,
@@ -908,6 +912,16 @@ def colqwen2() -> Built:
         return {**inputs, "pixel_values": inputs["pixel_values"][None]}
 
     return hf.ColQwen2ForRetrieval(hf.ColQwen2Config(vlm_config=vlm, embedding_dim=12)), make
+
+
+@functools.cache
+def captured(name: str) -> tuple[nn.Module, Callable[[int], Tensors], str, pumer.Program]:
+    """A model of a family, what makes its inputs, what it gives for every token (logits, or embeddings), and its graph;
+    captured once for all tests of a process."""
+    model, make = built(name)
+    with torch.no_grad():  # Emu3 keeps tensors that it makes at first, and would keep those of a trace
+        output = "logits" if "logits" in model(**make(0)) else "embeddings"
+    return model, make, output, pumer.capture(model, make(0), outputs=[output])
 
 
 PUBLISHED = {
