@@ -7,7 +7,7 @@ NEWEST := .venv-newest/bin
 NEWEST_STAMP := .venv-newest/.installed
 NEWEST_TESTS := tests/capture/test_capture.py tests/capture/test_loading.py tests/test_generation.py tests/test_oracle_llava.py
 # Folders with tests that have the marker `fast`.
-FAST_TESTS := tests/reducers tests/test_guards.py tests/capture/test_asked.py tests/analysis/test_axes.py tests/analysis/test_rules.py tests/methods tests/parity \
+FAST_TESTS := tests/reducers tests/test_guards.py tests/capture/test_asked.py tests/frontends/test_uneven_segments.py tests/analysis/test_axes.py tests/analysis/test_rules.py tests/methods tests/parity \
     tests/rewrite tests/test_plan.py tests/test_files.py tests/test_layers.py tests/test_distill.py
 BENCHMARK ?= benchmarks.performance
 # Test processes: one for each core.

@@ -56,10 +56,10 @@ class Lineage:
     own: tuple[int, ...]
 
     def tells_apart(self) -> bool:
-        """Whether rows of one image are made of other tokens each, not all of all."""
+        """Whether rows of one image are made of other tokens each, not all of all; separators are made of none."""
         owners = self.owners()
         sets: dict[frozenset[int], list[tuple[int, ...]]] = {}
-        for row in self.members:
+        for row in filter(None, self.members):
             sets.setdefault(frozenset(owners[token] for token in row), []).append(row)
         return all(len(rows) == 1 or len(set(rows)) > 1 for rows in sets.values())
 

@@ -72,6 +72,21 @@ def test_tokens_stay_as_they_are_and_in_order() -> None:
     assert torch.equal(found.weights, torch.ones(2, 2, dtype=torch.float16))
 
 
+@given(data=st.data(), batch=st.integers(1, 2), tokens=st.integers(2, 8))
+def test_pinned_tokens_stay_and_count_in_no_budget(data: st.DataObject, batch: int, tokens: int) -> None:
+    pinned = data.draw(st.lists(st.integers(0, tokens - 1), unique=True, max_size=tokens - 1))
+    keep = data.draw(st.integers(1, tokens - len(pinned)))
+    # Attention is at most 1, and a pinned token may get nothing.
+    votes = torch.tensor([[data.draw(st.sampled_from([0.0, 0.5, 1.0])) for _ in range(tokens)] for _ in range(batch)])
+    kept, _ = LastQueryPruner(keep, pinned)(votes.view(batch, 1, 1, tokens))
+    for row in range(batch):
+        others = [i for i in range(tokens) if i not in pinned]
+        best = sorted(others, key=lambda i: (-float(votes[row, i]), i))[:keep]
+        assert kept[row].tolist() == sorted([*best, *pinned])
+    found = LastQueryReducer(tokens, keep, pinned)(torch.randn(batch, tokens, 3), votes.view(batch, 1, 1, tokens))
+    assert torch.equal(found.kept, kept)
+
+
 def test_a_choice_has_no_gradient_and_tokens_have() -> None:
     tokens, votes = torch.randn(1, 3, 2, requires_grad=True), torch.rand(1, 2, 1, 3, requires_grad=True)
     LastQueryReducer(3, 1)(tokens, votes).tokens.sum().backward()
