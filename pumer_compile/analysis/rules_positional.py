@@ -14,7 +14,7 @@ from torch import fx
 from .axes import ByPosition, Causal, Constraint, Dim, Reduce, Same, Seed, same_size
 from .nodes import values
 from .operators import aten, overloads
-from .rules import _reduced, argument, broadcast, int_arg, keep_dims, list_arg, node_arg, repeated, rule, shape, tensors, wrap
+from .rules import _reduced, argument, broadcast, int_arg, fills_with_number, keep_dims, list_arg, node_arg, pointwise, repeated, rule, shape, tensors, wrap
 
 
 def by_position(node: fx.Node, x: fx.Node, moved: Iterable[int]) -> Iterator[Constraint]:
@@ -151,7 +151,10 @@ def masked_scatter(node: fx.Node) -> Iterator[Constraint]:
 
 @rule(*overloads("index_put index_put_ index_add index_fill index_copy"))
 def written(node: fx.Node) -> Iterator[Constraint]:
-    """Writes at given places."""
+    """Writes at given places; one number where a mask is true is written into each element by itself."""
+    if node.target in overloads("index_put index_put_") and fills_with_number(node):
+        yield from pointwise(node)
+        return
     yield from (ByPosition(Dim(x, i)) for x in tensors(node) for i in range(len(shape(x))))
 
 

@@ -145,12 +145,18 @@ def _check_batch(model: str, sample: Mapping[str, Tensor]) -> None:
         )
 
 
-def _check_token_ids(model: PreTrainedModel, sample: Mapping[str, Tensor]) -> None:
+def word_table(model: nn.Module) -> nn.Embedding | None:
+    """The table in which a transformers model looks up words; None where it has no one table (CLIP, say)."""
     try:
-        table = model.get_input_embeddings()
-    except NotImplementedError:  # a model of two towers, such as CLIP, has no one table
-        return
-    if "input_ids" not in sample or sample["input_ids"].is_meta or not isinstance(table, nn.Embedding):
+        table = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
+    except NotImplementedError:
+        return None
+    return table if isinstance(table, nn.Embedding) else None
+
+
+def _check_token_ids(model: PreTrainedModel, sample: Mapping[str, Tensor]) -> None:
+    table = word_table(model)
+    if "input_ids" not in sample or sample["input_ids"].is_meta or table is None:
         return
     low, high = (int(bound) for bound in torch.aminmax(sample["input_ids"]))
     if low < 0 or high >= table.num_embeddings:

@@ -730,6 +730,7 @@ def llama4() -> Built:
         "head_dim": 8,
         "num_local_experts": 2,
         "attention_chunk_size": 16,
+        "layer_types": ["full_attention", "chunked_attention"],
         "no_rope_layer_interval": 2,
         "interleave_moe_layer_step": 2,
     }
