@@ -432,8 +432,13 @@ _UNCHANGED = {*overloads("to clone contiguous alias detach view reshape _to_copy
 
 
 def straight_from_input(node: fx.Node) -> bool:
-    """Whether a value is an input, whole or cut, under another shape or dtype; some of its numbers may be replaced by
-    one number (placeholders of images, before words are looked up)."""
+    """Whether a value is an input (`source_input`)."""
+    return source_input(node) is not None
+
+
+def source_input(node: fx.Node) -> fx.Node | None:
+    """The input that a value is, whole or cut, under another shape or dtype; some of its numbers may be replaced by one
+    number (placeholders of images, before words are looked up). None where it is computed."""
     while node.op == "call_function":
         if node.target in _UNCHANGED or node.target is aten.masked_fill.Scalar or fills_with_number(node):
             node = node_arg(node, 0)
@@ -441,7 +446,7 @@ def straight_from_input(node: fx.Node) -> bool:
             node = node_arg(node, 2 if node.target is aten.where.ScalarSelf else 1)
         else:
             break
-    return node.op == "placeholder"
+    return node if node.op == "placeholder" else None
 
 
 def fills_with_number(node: fx.Node) -> bool:
