@@ -453,10 +453,11 @@ def fills_with_number(node: fx.Node) -> bool:
     """Whether `x[mask] = number` is written, with a mask of the shape of `x`."""
     if node.target not in overloads("index_put index_put_"):
         return False
-    x, places, value = node_arg(node, 0), list_arg(node, 1), node_arg(node, 2)
+    x, places, value = node_arg(node, 0), list_arg(node, 1), argument(node, 2)
     mask = places[0] if len(places) == 1 else None
-    plain = isinstance(mask, fx.Node) and values(mask)[0].dtype == torch.bool and len(shape(mask)) == len(shape(x))
-    return plain and not shape(value) and not argument(node, 3, "accumulate", False)
+    if not isinstance(mask, fx.Node) or not isinstance(value, fx.Node) or argument(node, 3, "accumulate", False):
+        return False
+    return values(mask)[0].dtype == torch.bool and len(shape(mask)) == len(shape(x)) and not shape(value)
 
 
 @rule(aten.gather.default)

@@ -85,7 +85,7 @@ class FastV(Method):
             )
         attention = layers[self.layer - 1]
         graph.check_reducible(attention)
-        _check_prompt(attention, images)
+        _check_prompt(graph, attention, images)
         graph.check_masks(attention)
         self._check_seen(graph, layers, images)
         return [Site(attention, after=attention.carrier, streams=images)]
@@ -132,9 +132,9 @@ class FastV(Method):
         return LastQueryReducer(stream.tokens, self.budget, stream.pinned)
 
 
-def _check_prompt(attention: Attention, images: tuple[str, ...]) -> None:
+def _check_prompt(graph: LocatedGraph, attention: Attention, images: tuple[str, ...]) -> None:
     *_, last = attention.query_axis.segments
-    if last.stream != "text":
+    if last.stream is None or graph.modality(last.stream) != "text":
         raise LocateError(
             f"The prompt {attention.query_axis} ends with an image, and `method: fastv` keeps the image tokens that "
             "its last token attends to. Compile it for a prompt that ends with text."

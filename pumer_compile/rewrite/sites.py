@@ -157,8 +157,13 @@ class LocatedGraph:
 
     def prompt_layers(self) -> list[Attention]:
         """The attentions of a language model over a prompt with all its images."""
-        wanted = {*self.prompt_images(), "text"}
-        return [a for a in self.attentions if wanted <= set(a.query_axis.streams) & set(a.key_axis.streams)]
+        images, found = set(self.prompt_images()), []
+        for attention in self.attentions:
+            both = set(attention.query_axis.streams) & set(attention.key_axis.streams)
+            # The prompt's words need not be the first text (a query transformer may read the instruction before).
+            if images <= both and any(self.modality(stream) == "text" for stream in both):
+                found.append(attention)
+        return found
 
     def reading_layers(self) -> list[Attention]:
         """The attentions of a language model to images that stand in no prompt, and are read by cross-attention."""

@@ -21,6 +21,7 @@ ROWS = {
     "aya_vision": (1, 1),
     "blip_2": (1, 1),
     "cohere2_vision": (1, 1),
+    "colpali": (1, 1),
     "colqwen2": (1, 1),
     "florence2": (1, 1),
     "gemma3": (1, 1),

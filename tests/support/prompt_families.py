@@ -932,6 +932,7 @@ def captured(name: str) -> tuple[nn.Module, Callable[[int], Tensors], str, pumer
 
 
 PUBLISHED = {
+    "colpali": {IMAGE: "multi_modal_projector"},
     "janus": {IMAGE: "aligner"},
     "llava": {IMAGE: "multi_modal_projector"},
     "paligemma": {IMAGE: "multi_modal_projector"},
