@@ -314,7 +314,21 @@ class _Scatter:
                 if found is None or not all(found.members):
                     raise why or published from published
                 del self.prompt.marks[marks:]
+        self._check_each_once(found)
         self._rows_with_votes(blocks, found)
+
+    def _check_each_once(self, found: Lineage) -> None:
+        """Rows that are made of the same tokens get the same votes: nothing would decide between them."""
+        share = len(found.members) // int(self.batch)
+        for prompt in range(int(self.batch)):
+            rows = found.members[prompt * share : (prompt + 1) * share]
+            again = next((place for place, row in enumerate(rows) if row in rows[:place]), None)
+            if again is not None:
+                raise AxisError(
+                    f"{describe(self.node)} has the same tokens of the vision tower at several places of the prompt "
+                    f"(rows {rows.index(rows[again])} and {again} of the image), and no vote would decide between "
+                    "them. `method: fastv` reduces the rows of the prompt."
+                )
 
     def _where_published(self, blocks: list[Block]) -> None:
         found = arrangement(self.node, self.source, self.batch)
