@@ -17,9 +17,10 @@ from ..errors import AxisError
 from .axes import ByPosition, Constraint, Dim, Same, Seed
 from .nodes import Emitter, after_attention, ancestors, constant_value, describe, values
 from .operators import CASTS, aten
-from .rules import is_pointwise, rule
+from .rules import is_pointwise, node_arg, rule, source_input
 
 _READ = aten.index.Tensor
+_LOOKUP = aten.embedding.default
 _WRITES = {aten.index_put_.default, aten.index_put.default}
 Block = tuple[int, int]
 
@@ -96,6 +97,43 @@ def _read(node: fx.Node, blocks: list[Block]) -> None:
         whole = emit(aten.cat.default, parts, 1) if len(parts) > 1 else parts[0]
         node.replace_all_uses_with(emit(aten.reshape.default, whole, [-1, width]))
     node.graph.erase_node(node)
+
+
+def lookups_of_words(words: fx.Node) -> set[fx.Node]:
+    """The lookups that a prompt's words come from."""
+    return {n for n in ancestors(words) | {words} if n.target is _LOOKUP and _input(n)}
+
+
+def lower_other_lookups(graph: fx.Graph, images: Mapping[Block, str], words: set[fx.Node]) -> None:
+    """Say of what else is looked up for every token of a prompt (embeddings for each layer of a language model) that it
+    is an image's where that stands.
+
+    Args:
+        graph: it is changed.
+        images: the place of each image in the prompt, and what it is called.
+        words: the lookups that the prompt comes from.
+    """
+    read = {(_input(node), tuple(values(node)[0].shape[:2])) for node in words}
+    for node in [n for n in graph.nodes if n.target is _LOOKUP and n not in words]:
+        if (_input(node), tuple(values(node)[0].shape[:2])) not in read or values(node)[0].dim() != 3:
+            continue
+        emit, position, parts = Emitter(node), 0, []
+        with graph.inserting_before(node.next):
+            for (start, stop), place in sorted(images.items()):
+                if position < start:
+                    parts.append(emit(aten.slice.Tensor, node, 1, position, start))
+                parts.append(emit(same_tokens, emit(aten.slice.Tensor, node, 1, start, stop), place))
+                position = stop
+            if position < values(node)[0].shape[1]:
+                parts.append(emit(aten.slice.Tensor, node, 1, position, values(node)[0].shape[1]))
+            whole = emit(aten.cat.default, parts, 1)
+        cuts = {x for part in parts for x in (part, *part.all_input_nodes)}
+        for user in [user for user in node.users if user not in cuts]:
+            user.replace_input_with(node, whole)
+
+
+def _input(lookup: fx.Node) -> fx.Node | None:
+    return source_input(node_arg(lookup, 1))
 
 
 class _Write:

@@ -20,7 +20,7 @@ from torch import Tensor, fx
 from ..errors import AxisError
 from .attention import Parts, attention_parts
 from .masks import HIDES
-from .nodes import ancestors, constant_value, content_inputs, describe, values
+from .nodes import ancestors, constant_value, content_inputs, depends_on_parameter, describe, values
 from .operators import ATTENTION, CASTS, DROPOUT, MATMULS, MOVES, PRODUCTS, SOFTMAX, VIEWS, aten, overloads
 from .own_keys import own_keys
 from .rules import argument, is_pointwise, wrap
@@ -274,7 +274,9 @@ class _Run:
         made = []
         if left in self.known:
             made.append(self.sets.union(self.known[left], [-1]))
-        if right in self.known:
+        if right in self.known and left not in self.known and node.target in MATMULS and _shares_out(left):
+            made.append(self._shared_out(left, right))
+        elif right in self.known:
             # What decides how much of each is in the result is not what it is made of.
             if node.target in MATMULS and left in self.known and self._routes(left):
                 made.clear()
@@ -282,6 +284,13 @@ class _Run:
         if not made:
             raise AxisError(f"{describe(node)} adds image tokens to a product of something else.")
         return self.sets.join([ids.expand(_size(node)) for ids in made])
+
+    def _shared_out(self, left: fx.Node, right: fx.Node) -> Tensor:
+        """Of a product with a constant matrix (means over given places): the tokens that each row takes."""
+        shares = constant_value(left)
+        assert shares is not None
+        tokens = self.sets.union(self.known[right], [-1]).transpose(-1, -2)
+        return self.sets.union(torch.where(shares != 0, tokens, EMPTY), [-1])
 
     @staticmethod
     def _routes(left: fx.Node) -> bool:
@@ -383,6 +392,11 @@ def _size(node: fx.Node) -> list[int]:
 def _constant(node: fx.Node) -> bool:
     """Whether a value comes from no input's numbers."""
     return not any(n.op == "placeholder" for n in ancestors(node) | {node})
+
+
+def _shares_out(left: fx.Node) -> bool:
+    """Whether a matrix is a constant that was not learned."""
+    return _constant(left) and not depends_on_parameter(left)
 
 
 def _pair(value: Any) -> list[int]:

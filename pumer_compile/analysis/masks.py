@@ -20,6 +20,7 @@ from ..reducers.align import MaskKind
 from .axes import same_size
 from .dead_code import draws_nothing
 from .nodes import (
+    ancestors,
     attribute,
     constant_value,
     content_inputs,
@@ -66,6 +67,26 @@ class Mask:
     def of_input(self) -> bool:
         """Whether it depends on what an input holds; padding does."""
         return depends_on_input(self.node)
+
+
+def hidden(mask: Mask, inputs: Mapping[str, Tensor]) -> Tensor | None:
+    """Where a mask hides keys of the sample, bool, in its shape; None where its numbers are not known (a model on the
+    meta device, a mask made of features).
+
+    Args:
+        mask: whose numbers come from integers (of padding, of places).
+        inputs: the sample.
+    """
+    read = [n for n in ancestors(mask.node) | {mask.node} if n.op == "placeholder"]
+    known = all(not inputs[n.target].is_floating_point() for n in read if isinstance(inputs.get(str(n.target)), Tensor))
+    if not known or depends_on_parameter(mask.node):
+        return None
+    value = constant_value(mask.node, inputs)
+    if value is None or value.is_meta:
+        return None
+    if value.dtype == torch.bool:
+        return ~value if mask.kind == "keep" else value
+    return value <= HIDES
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from ..plan import PromptPlace
 from .arrangement import SEPARATOR, Arrangement, arrangement
 from .attention import Parts
 from .axes import ByPosition, Constraint, Dim, Same, Seed
-from .constant_places import Block, lower_constant_places, same_tokens
+from .constant_places import Block, lookups_of_words, lower_constant_places, lower_other_lookups, same_tokens
 from .dead_code import with_writes
 from .lineage import Lineage, lineage
 from .nodes import (
@@ -184,15 +184,19 @@ def lower_masked_scatter(
     graph = copied(captured.graph)
     module = fx.GraphModule(captured, graph)
     prompt = Prompt(module, [], [])
+    words: set[fx.Node] = set()
     for node in [n for n in graph.nodes if n.target is _SCATTER]:
         behind = ancestors(node)
+        words |= lookups_of_words(node.args[0])  # type: ignore[arg-type]  # a value
         if in_tower and any(n.target in _ATTENTION for n in behind):  # the output of a tower
             _Scatter(prompt, node, inputs).spell_out()
         elif not in_tower and any(n.op == "placeholder" and values(n)[0].is_floating_point() for n in behind):
             _Scatter(prompt, node, inputs).spell_out_rows()
     graph.eliminate_dead_code()
     names = [str(_place(mark.node, 1)) for mark in prompt.marks]
-    lower_constant_places(graph, dict(zip(prompt.blocks, names, strict=True)), [mark.node for mark in prompt.marks])
+    images = dict(zip(prompt.blocks, names, strict=True))
+    lower_constant_places(graph, images, [mark.node for mark in prompt.marks])
+    lower_other_lookups(graph, images, words)
     graph.eliminate_dead_code()
     if in_tower:
         again = [node for node in graph.nodes if node.target is same_tokens]
@@ -310,7 +314,21 @@ class _Scatter:
                 if found is None or not all(found.members):
                     raise why or published from published
                 del self.prompt.marks[marks:]
+        self._check_each_once(found)
         self._rows_with_votes(blocks, found)
+
+    def _check_each_once(self, found: Lineage) -> None:
+        """Rows that are made of the same tokens get the same votes: nothing would decide between them."""
+        share = len(found.members) // int(self.batch)
+        for prompt in range(int(self.batch)):
+            rows = found.members[prompt * share : (prompt + 1) * share]
+            again = next((place for place, row in enumerate(rows) if row in rows[:place]), None)
+            if again is not None:
+                raise AxisError(
+                    f"{describe(self.node)} has the same tokens of the vision tower at several places of the prompt "
+                    f"(rows {rows.index(rows[again])} and {again} of the image), and no vote would decide between "
+                    "them. `method: fastv` reduces the rows of the prompt."
+                )
 
     def _where_published(self, blocks: list[Block]) -> None:
         found = arrangement(self.node, self.source, self.batch)

@@ -432,10 +432,32 @@ _UNCHANGED = {*overloads("to clone contiguous alias detach view reshape _to_copy
 
 
 def straight_from_input(node: fx.Node) -> bool:
-    """Whether a value is an input, whole or cut, under another shape or dtype."""
-    while node.op == "call_function" and node.target in _UNCHANGED:
-        node = node_arg(node, 0)
-    return node.op == "placeholder"
+    """Whether a value is an input (`source_input`)."""
+    return source_input(node) is not None
+
+
+def source_input(node: fx.Node) -> fx.Node | None:
+    """The input that a value is, whole or cut, under another shape or dtype; some of its numbers may be replaced by one
+    number (placeholders of images, before words are looked up). None where it is computed."""
+    while node.op == "call_function":
+        if node.target in _UNCHANGED or node.target is aten.masked_fill.Scalar or fills_with_number(node):
+            node = node_arg(node, 0)
+        elif node.target in (aten.where.ScalarSelf, aten.where.ScalarOther):
+            node = node_arg(node, 2 if node.target is aten.where.ScalarSelf else 1)
+        else:
+            break
+    return node if node.op == "placeholder" else None
+
+
+def fills_with_number(node: fx.Node) -> bool:
+    """Whether `x[mask] = number` is written, with a mask of the shape of `x`."""
+    if node.target not in overloads("index_put index_put_"):
+        return False
+    x, places, value = node_arg(node, 0), list_arg(node, 1), argument(node, 2)
+    mask = places[0] if len(places) == 1 else None
+    if not isinstance(mask, fx.Node) or not isinstance(value, fx.Node) or argument(node, 3, "accumulate", False):
+        return False
+    return values(mask)[0].dtype == torch.bool and len(shape(mask)) == len(shape(x)) and not shape(value)
 
 
 @rule(aten.gather.default)

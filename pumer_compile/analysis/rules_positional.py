@@ -19,9 +19,11 @@ from .rules import (
     argument,
     broadcast,
     int_arg,
+    fills_with_number,
     keep_dims,
     list_arg,
     node_arg,
+    pointwise,
     repeated,
     rule,
     shape,
@@ -164,7 +166,10 @@ def masked_scatter(node: fx.Node) -> Iterator[Constraint]:
 
 @rule(*overloads("index_put index_put_ index_add index_fill index_copy"))
 def written(node: fx.Node) -> Iterator[Constraint]:
-    """Writes at given places."""
+    """Writes at given places; one number where a mask is true is written into each element by itself."""
+    if node.target in overloads("index_put index_put_") and fills_with_number(node):
+        yield from pointwise(node)
+        return
     yield from (ByPosition(Dim(x, i)) for x in tensors(node) for i in range(len(shape(x))))
 
 

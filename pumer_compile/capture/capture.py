@@ -47,6 +47,7 @@ from .inputs import (
     explain_inputs,
     exported_inputs,
     fixed_inputs,
+    word_table,
 )
 from .loading import LoadedModel, first_line, quiet
 
@@ -202,7 +203,7 @@ def _followed(model: nn.Module, sample: dict[str, Tensor], kept: Mapping[str, Te
     Raises:
         CaptureError: a size still depends on data, or what was asked could not be checked of other inputs.
     """
-    follow = FollowSample(kept)
+    follow = FollowSample(kept, word_table(model))
     with following(model, follow), open_padding(model, follow.keep_open):
         exported = _export(model, sample, None)
     graph = plain_graph_module(exported)

@@ -86,6 +86,8 @@ class FollowSample(TorchFunctionMode):
 
     Args:
         sample: real inputs by name; those on the meta device have no numbers, and cannot answer.
+        words: the model's table of words, where it has one; ids that are looked up in others (of places, of kinds) are
+            geometry.
 
     Attributes:
         names: of the inputs.
@@ -94,8 +96,9 @@ class FollowSample(TorchFunctionMode):
         content: inputs that stay data: their numbers are rows of a learned table, or they were kept open.
     """
 
-    def __init__(self, sample: Mapping[str, Tensor]) -> None:
+    def __init__(self, sample: Mapping[str, Tensor], words: nn.Embedding | None = None) -> None:
         super().__init__()
+        self.words = None if words is None else words.weight.shape
         self.names = tuple(sample)
         self.sample = {name: t.detach().cpu().clone() for name, t in sample.items() if not t.is_meta}
         self.asked: list[Asked] = []
@@ -244,6 +247,9 @@ class FollowSample(TorchFunctionMode):
 
     def _look_up(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids = args[0] if args else kwargs.get("input")
+        table = args[1] if len(args) > 1 else kwargs.get("weight")
+        if self.words is not None and isinstance(table, Tensor) and table.shape != self.words:
+            return
         found = shadow(ids)
         if found is not None:
             self.content |= found.made.carried()

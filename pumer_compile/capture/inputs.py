@@ -70,7 +70,7 @@ def check_inputs(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Te
     """
     name = type(model).__name__
     accepted = forward_inputs(model)
-    _check_names(name, accepted, inputs, open_ended=_takes_any_keyword(model))
+    _check_names(name, accepted, inputs, _handed_on(model), open_ended=_takes_any_keyword(model))
     ordered = [key for key in accepted if key in inputs] + [key for key in inputs if key not in accepted]
     sample = {key: inputs[key] for key in ordered}
     for key, tensor in sample.items():
@@ -90,19 +90,39 @@ def check_inputs(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Te
 
 def _takes_any_keyword(model: nn.Module) -> bool:
     """Whether extra names reach the model. transformers' `**kwargs` swallow a misspelt input, so there they do not."""
+    return _has_keywords(model) and not isinstance(model, PreTrainedModel)
+
+
+def _handed_on(model: nn.Module) -> set[str]:
+    """Names that a forward of transformers takes for a model inside it (ColPali hands token types to PaliGemma)."""
+    names: set[str] = set()
+    inside = [child for child in model.children() if isinstance(child, PreTrainedModel)]
+    while inside and _has_keywords(model):
+        names = names.union(*(forward_inputs(child) for child in inside))
+        model = next((child for child in inside if _has_keywords(child)), inside[0])
+        inside = [child for child in model.children() if isinstance(child, PreTrainedModel)]
+    return names
+
+
+def _has_keywords(model: nn.Module) -> bool:
     kinds = [parameter.kind for parameter in inspect.signature(model.forward).parameters.values()]
-    return inspect.Parameter.VAR_KEYWORD in kinds and not isinstance(model, PreTrainedModel)
+    return inspect.Parameter.VAR_KEYWORD in kinds
 
 
 def _check_names(
-    model: str, accepted: Mapping[str, inspect.Parameter], inputs: Mapping[str, Any], *, open_ended: bool
+    model: str,
+    accepted: Mapping[str, inspect.Parameter],
+    inputs: Mapping[str, Any],
+    handed_on: set[str],
+    *,
+    open_ended: bool,
 ) -> None:
     if not isinstance(inputs, Mapping) or not inputs:
         raise UsageError(
             f"The sample inputs of {model} must be a mapping from argument names to tensors, with at least "
             f"one entry; found {type(inputs).__name__}. Its forward takes {', '.join(accepted)}."
         )
-    unknown = [key for key in inputs if key not in accepted]
+    unknown = [key for key in inputs if key not in accepted and key not in handed_on]
     if unknown and not open_ended:
         raise UsageError(
             f"{model} has no input {unknown[0]!r}. Its forward takes {', '.join(accepted)}. Rename or remove it."
@@ -145,12 +165,18 @@ def _check_batch(model: str, sample: Mapping[str, Tensor]) -> None:
         )
 
 
-def _check_token_ids(model: PreTrainedModel, sample: Mapping[str, Tensor]) -> None:
+def word_table(model: nn.Module) -> nn.Embedding | None:
+    """The table in which a transformers model looks up words; None where it has no one table (CLIP, say)."""
     try:
-        table = model.get_input_embeddings()
-    except NotImplementedError:  # a model of two towers, such as CLIP, has no one table
-        return
-    if "input_ids" not in sample or sample["input_ids"].is_meta or not isinstance(table, nn.Embedding):
+        table = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
+    except NotImplementedError:
+        return None
+    return table if isinstance(table, nn.Embedding) else None
+
+
+def _check_token_ids(model: PreTrainedModel, sample: Mapping[str, Tensor]) -> None:
+    table = word_table(model)
+    if "input_ids" not in sample or sample["input_ids"].is_meta or table is None:
         return
     low, high = (int(bound) for bound in torch.aminmax(sample["input_ids"]))
     if low < 0 or high >= table.num_embeddings:

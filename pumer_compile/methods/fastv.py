@@ -85,9 +85,30 @@ class FastV(Method):
             )
         attention = layers[self.layer - 1]
         graph.check_reducible(attention)
-        _check_prompt(attention, images)
+        _check_prompt(graph, attention, images)
         graph.check_masks(attention)
+        self._check_seen(graph, layers, images)
         return [Site(attention, after=attention.carrier, streams=images)]
+
+    def _check_seen(self, graph: LocatedGraph, layers: list[Attention], images: tuple[str, ...]) -> None:
+        """What the last token does not see gets no vote, and chance would decide over it."""
+        attention = layers[self.layer - 1]
+        if not set(images) <= set(attention.query_axis.streams):
+            return  # images that are read hold tiles of padding, which nobody sees
+        unseen = graph.hidden_from_last(attention, images)
+        if not unseen:
+            return
+        others = [i + 1 for i, other in enumerate(layers[:-1]) if not graph.hidden_from_last(other, images)]
+        remedy = (
+            f"Choose `layer: {min(others, key=lambda i: abs(i - self.layer))}`, whose last token sees every image token"
+            if others
+            else "Use a method that reads the vision tower, or a prompt that the window reaches over"
+        )
+        raise PlanError(
+            f"The last token of the prompt does not see all of {' and '.join(unseen)} in language layer {self.layer} "
+            f"({attention.described}), whose mask lets it look at a window of tokens; the others would get no vote in "
+            f"`method: fastv`. {remedy}."
+        )
 
     def reducers(self, site: Site, streams: Sequence[Stream]) -> dict[str, Reducer]:
         """See `Method.reducers`."""
@@ -111,9 +132,9 @@ class FastV(Method):
         return LastQueryReducer(stream.tokens, self.budget, stream.pinned)
 
 
-def _check_prompt(attention: Attention, images: tuple[str, ...]) -> None:
+def _check_prompt(graph: LocatedGraph, attention: Attention, images: tuple[str, ...]) -> None:
     *_, last = attention.query_axis.segments
-    if last.stream != "text":
+    if last.stream is None or graph.modality(last.stream) != "text":
         raise LocateError(
             f"The prompt {attention.query_axis} ends with an image, and `method: fastv` keeps the image tokens that "
             "its last token attends to. Compile it for a prompt that ends with text."

@@ -19,5 +19,5 @@ class Locate(Pass):
     def run(self, state: State) -> int:
         """See `Pass`; counts attentions."""
         attentions, prompt = locate(state.captured, state.annotation, state.inputs), state.find(Prompt)
-        state.add(LocatedGraph(state.annotation, attentions, tuple(prompt.marks) if prompt else ()))
+        state.add(LocatedGraph(state.annotation, attentions, tuple(prompt.marks) if prompt else (), state.inputs))
         return len(attentions)

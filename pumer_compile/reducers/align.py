@@ -37,6 +37,8 @@ class AlignAxis(nn.Module):
             value: any rank of at least 2, batch (or 1) first.
             maps: one for each reduced segment, `[batch, after, before]`, float32.
         """
+        if value.is_complex():  # rotary angles
+            return torch.view_as_complex(self(torch.view_as_real(value), *maps))
         if self.fold > 1:
             maps = tuple(map_.repeat_interleave(self.fold, 0) for map_ in maps)
         if self.mode == "mean" and self.dim == 1 and value.dim() == 3 and len(self.segments) == 1:

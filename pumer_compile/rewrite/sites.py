@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from torch import fx
+from torch import Tensor, fx
 
 from ..analysis.annotate import Annotation
 from ..analysis.attention import NOT_KNOWN, Attention, Parts, attention_parts, choose, tower_attention
 from ..analysis.axes import Dim, Tokens
+from ..analysis.masks import hidden
 from ..analysis.nodes import ancestors, describe
 from ..analysis.prompts import Mark
 from ..analysis.rules import shape
@@ -111,11 +112,13 @@ class LocatedGraph:
         annotation: axes of every value.
         attentions: in execution order.
         marks: where image tokens leave the vision tower, or enter the prompt.
+        inputs: the sample.
     """
 
     annotation: Annotation
     attentions: list[Attention]
     marks: tuple[Mark, ...] = ()
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)
 
     # --- looking ------------------------------------------------------------------------------------------------------
 
@@ -154,8 +157,13 @@ class LocatedGraph:
 
     def prompt_layers(self) -> list[Attention]:
         """The attentions of a language model over a prompt with all its images."""
-        wanted = {*self.prompt_images(), "text"}
-        return [a for a in self.attentions if wanted <= set(a.query_axis.streams) & set(a.key_axis.streams)]
+        images, found = set(self.prompt_images()), []
+        for attention in self.attentions:
+            both = set(attention.query_axis.streams) & set(attention.key_axis.streams)
+            # The prompt's words need not be the first text (a query transformer may read the instruction before).
+            if images <= both and any(self.modality(stream) == "text" for stream in both):
+                found.append(attention)
+        return found
 
     def reading_layers(self) -> list[Attention]:
         """The attentions of a language model to images that stand in no prompt, and are read by cross-attention."""
@@ -165,6 +173,19 @@ class LocatedGraph:
             for a in self.attentions
             if wanted and wanted <= set(a.key_axis.streams) and not wanted & set(a.query_axis.streams)
         ]
+
+    def hidden_from_last(self, attention: Attention, streams: tuple[str, ...]) -> tuple[str, ...]:
+        """Of some streams of keys, those that the last query of the sample does not see whole."""
+        found: dict[str, None] = {}
+        for mask in attention.masks:
+            hides = hidden(mask, self.inputs) if mask.by_query else None
+            for stream in streams if hides is not None else ():
+                start = attention.key_axis.offset(stream)
+                length = sum(s.length for s in attention.key_axis.segments if s.stream == stream)
+                assert hides is not None
+                if bool(hides[..., -1, start : start + length].any()):
+                    found[stream] = None
+        return tuple(found)
 
     def towers(self) -> list[tuple[Attention, tuple[Mark, ...]]]:
         """The last attention of each tower before its marks, which makes the features that leave it.

@@ -126,7 +126,7 @@ class _Spread:
 
 
 # What `fastv` does not reduce yet, and issue 17 asks for.
-OPEN = set("colpali gemma4 instructblip kimi_k25 minicpmv4_6 mllama qwen3_5".split())
+OPEN = set("minicpmv4_6 mllama qwen3_5".split())
 
 
 @functools.cache

@@ -59,4 +59,3 @@ def share_provenance() -> None:
             return list(value) if isinstance(value, list) else copy.deepcopy(value, memo)
 
     torch.fx.traceback.copy = Shallow("copy")  # type: ignore[attr-defined]
-

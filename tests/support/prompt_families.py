@@ -633,7 +633,8 @@ def gemma4() -> Built:
         "head_dim": 8,
         "global_head_dim": 8,
         "sliding_window": 8,
-        "layer_types": ["sliding_attention", "full_attention"],
+        "num_hidden_layers": 3,
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
         "vocab_size_per_layer_input": 100,
         "hidden_size_per_layer_input": 4,
         "use_bidirectional_attention": "vision",
@@ -648,7 +649,12 @@ def gemma4() -> Built:
         image_position_ids=at.expand(2, -1, -1).contiguous(),
         mm_token_type_ids=_by_type,
     )
-    return hf.Gemma4ForConditionalGeneration(config), make
+    model = hf.Gemma4ForConditionalGeneration(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("q_norm.weight"):
+                parameter.fill_(0.3)  # its scores have no scale of their own, and these sizes no training
+    return model, make
 
 
 # --- resamplers and query transformers --------------------------------------------------------------------------------
@@ -730,6 +736,7 @@ def llama4() -> Built:
         "head_dim": 8,
         "num_local_experts": 2,
         "attention_chunk_size": 16,
+        "layer_types": ["full_attention", "chunked_attention"],
         "no_rope_layer_interval": 2,
         "interleave_moe_layer_step": 2,
     }
@@ -925,6 +932,7 @@ def captured(name: str) -> tuple[nn.Module, Callable[[int], Tensors], str, pumer
 
 
 PUBLISHED = {
+    "colpali": {IMAGE: "multi_modal_projector"},
     "janus": {IMAGE: "aligner"},
     "llava": {IMAGE: "multi_modal_projector"},
     "paligemma": {IMAGE: "multi_modal_projector"},

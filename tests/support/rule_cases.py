@@ -222,7 +222,7 @@ CASES: dict[str, tuple[Any, list[str], Callable[..., tuple], list[str], set[str]
         [f"2 {T} 8"],
         set(),
     ),
-    "repeat tokens": (aten.repeat.default, [X], lambda x: (x, [1, 2, 1]), ["2 14 8"], {"ByPosition"}),
+    "repeat tokens": (aten.repeat.default, [X], lambda x: (x, [1, 2, 1]), [f"2 (2 x {T}) 8"], {"Repeat"}),
     # joining and cutting
     "concat": (aten.concat.default, [X, "2 image:5 8"], lambda x, y: ([x, y], 1), [f"2 {B} 8"], {"Concat"}),
     "concatenate": (aten.concatenate.default, [X, "2 image:5 8"], lambda x, y: ([x, y], 1), [f"2 {B} 8"], {"Concat"}),
@@ -592,6 +592,20 @@ CASES: dict[str, tuple[Any, list[str], Callable[..., tuple], list[str], set[str]
         ["2 4 7"],
         {"ByPosition"},
     ),
+    "conv1d that looks back": (
+        aten.conv1d.default,
+        ["2 8 text:7", "8 1 3"],
+        lambda x, w: (x, w, None, [1], [2], [1], 8),
+        ["2 8 [text:7 | learned:2]"],
+        {"Causal"},
+    ),
+    "conv1d that looks back in strides": (
+        aten.conv1d.default,
+        ["2 8 text:7", "8 1 3"],
+        lambda x, w: (x, w, None, [2], [2], [1], 8),
+        ["2 8 5"],
+        {"ByPosition"},
+    ),
     "group_norm": (aten.group_norm.default, ["2 8 text:7"], lambda x: (x, 2), [f"2 8 {T}"], {"ByPosition"}),
     "grid_sampler": (
         aten.grid_sampler.default,
@@ -645,7 +659,14 @@ CASES: dict[str, tuple[Any, list[str], Callable[..., tuple], list[str], set[str]
         aten.repeat_interleave.self_int,
         [X],
         lambda x: (x, 2, 1),
-        ["2 14 8"],
+        [f"2 ({T} x 2) 8"],
+        {"Repeat"},
+    ),
+    "repeat_interleave of all in a row": (
+        aten.repeat_interleave.self_int,
+        ["text:7"],
+        lambda x: (x, 2),
+        ["14"],
         {"ByPosition"},
     ),
 }
