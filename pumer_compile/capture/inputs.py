@@ -8,7 +8,7 @@ the model itself refused it (`explain_inputs`), because a rule that one model br
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +113,7 @@ def _check_names(
     model: str,
     accepted: Mapping[str, inspect.Parameter],
     inputs: Mapping[str, Any],
-    handed_on: set[str],
+    handed_on: Iterable[str] = (),
     *,
     open_ended: bool,
 ) -> None:
