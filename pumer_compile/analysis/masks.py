@@ -78,7 +78,7 @@ def hidden(mask: Mask, inputs: Mapping[str, Tensor]) -> Tensor | None:
         inputs: the sample.
     """
     read = [n for n in ancestors(mask.node) | {mask.node} if n.op == "placeholder"]
-    known = all(not inputs[n.target].is_floating_point() for n in read if isinstance(inputs.get(str(n.target)), Tensor))
+    known = all(not inputs[str(n.target)].is_floating_point() for n in read if str(n.target) in inputs)
     if not known or depends_on_parameter(mask.node):
         return None
     value = constant_value(mask.node, inputs)

@@ -187,7 +187,7 @@ def lower_masked_scatter(
     words: set[fx.Node] = set()
     for node in [n for n in graph.nodes if n.target is _SCATTER]:
         behind = ancestors(node)
-        words |= lookups_of_words(node.args[0])  # type: ignore[arg-type]  # a value
+        words |= lookups_of_words(node.args[0])
         if in_tower and any(n.target in _ATTENTION for n in behind):  # the output of a tower
             _Scatter(prompt, node, inputs).spell_out()
         elif not in_tower and any(n.op == "placeholder" and values(n)[0].is_floating_point() for n in behind):

@@ -14,7 +14,22 @@ from torch import fx
 from .axes import ByPosition, Causal, Constraint, Dim, Reduce, Same, Seed, same_size
 from .nodes import values
 from .operators import aten, overloads
-from .rules import _reduced, argument, broadcast, int_arg, fills_with_number, keep_dims, list_arg, node_arg, pointwise, repeated, rule, shape, tensors, wrap
+from .rules import (
+    _reduced,
+    argument,
+    broadcast,
+    fills_with_number,
+    int_arg,
+    keep_dims,
+    list_arg,
+    node_arg,
+    pointwise,
+    repeated,
+    rule,
+    shape,
+    tensors,
+    wrap,
+)
 
 
 def by_position(node: fx.Node, x: fx.Node, moved: Iterable[int]) -> Iterator[Constraint]:

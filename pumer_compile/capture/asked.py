@@ -17,7 +17,9 @@ _LARGEST = 1 << 20
 _MOVES = frozenset("view reshape unsqueeze squeeze expand expand_as flatten contiguous clone to detach".split())
 
 
-_REPLACES = frozenset({"where", "masked_fill", "clamp", "long", "int", "cat", "stack", "getitem", "setitem", "index_select"})
+_REPLACES = frozenset(
+    {"where", "masked_fill", "clamp", "long", "int", "cat", "stack", "getitem", "setitem", "index_select"}
+)
 
 
 @dataclass(eq=False)

@@ -110,7 +110,12 @@ def _has_keywords(model: nn.Module) -> bool:
 
 
 def _check_names(
-    model: str, accepted: Mapping[str, inspect.Parameter], inputs: Mapping[str, Any], handed_on: Set[str] = frozenset(), *, open_ended: bool
+    model: str,
+    accepted: Mapping[str, inspect.Parameter],
+    inputs: Mapping[str, Any],
+    handed_on: Set[str] = frozenset(),
+    *,
+    open_ended: bool,
 ) -> None:
     if not isinstance(inputs, Mapping) or not inputs:
         raise UsageError(

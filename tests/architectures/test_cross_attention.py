@@ -133,5 +133,5 @@ def test_onnx(tmp_path: Path) -> None:
 
 
 def test_a_budget_beyond_the_image() -> None:
-    with pytest.raises(PlanError, match="more than the .* tokens of prompt_image"):
+    with pytest.raises(PlanError, match=r"more than the .* tokens of prompt_image"):
         pumer.reduce(reduced().program, Schedule(method="fastv", layer=1, budget=1000))

@@ -102,5 +102,5 @@ def test_what_a_model_makes_up_while_it_is_traced(name: str) -> None:
     """Without token types its mask is causal in a trace, and in eager PyTorch there is none."""
     model, make = built(name)
     inputs = {key: value for key, value in make(0).items() if key != "token_type_ids"}
-    with pytest.raises(CaptureError, match="eager PyTorch than while it is traced.*token_type_ids"):
+    with pytest.raises(CaptureError, match=r"eager PyTorch than while it is traced.*token_type_ids"):
         pumer.capture(model, inputs)
