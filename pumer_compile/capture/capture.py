@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -25,9 +26,10 @@ from torch.utils._pytree import tree_leaves, tree_structure, tree_unflatten
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.exporters.configs import DynamoConfig
 from transformers.exporters.exporter_dynamo import DynamoExporter
-from transformers.exporters.utils import apply_patches
+from transformers.exporters.utils import apply_patches, get_leaf_tensors
 
-from .. import frontends  # noqa: F401  (importing it registers the rewrites that tracing needs)
+from .. import frontends  # importing it registers the rewrites that tracing needs
+from ..analysis.dead_code import draws_nothing
 from ..analysis.nodes import describe, values
 from ..analysis.outputs import drop_unasked, join_features, select_outputs
 from ..errors import CaptureError, PumerError, UsageError
@@ -43,6 +45,7 @@ from .inputs import (
     check_inputs,
     constant_inputs,
     describe_inputs,
+    differs,
     example_inputs,
     explain_inputs,
     exported_inputs,
@@ -161,7 +164,8 @@ def _from_module(model: nn.Module, inputs: Mapping[str, Tensor], dynamic_batch: 
         try:
             traced = _traced(model, sample, kept, shapes)
             _refuse_training(traced.graph, "Make it follow self.training")
-            constant = constant_inputs(model, sample)
+            with frontends.in_fixed_order():
+                constant = constant_inputs(model, sample, partial(_check_eager, model, sample, traced.graph))
         except PumerError:
             raise
         except Exception as error:
@@ -169,6 +173,28 @@ def _from_module(model: nn.Module, inputs: Mapping[str, Tensor], dynamic_batch: 
     return Program(
         traced.graph, kept, dynamic_batch, model, fixed=traced.fixed, constant=constant, guards=traced.guards
     )
+
+
+def _check_eager(
+    model: nn.Module, sample: Mapping[str, Tensor], graph: fx.GraphModule, eager: Mapping[str, Tensor]
+) -> None:
+    """A graph must give what the model gives.
+
+    Raises:
+        CaptureError: it does not: the model does something else while it is traced (PaliGemma without token types has a
+            causal mask then, and none in eager PyTorch).
+    """
+    seeded = [n for n in graph.graph.nodes if torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ())]
+    if not all(map(draws_nothing, seeded)):
+        return
+    with torch.no_grad():
+        found = differs(dict(get_leaf_tensors(graph(**sample))), eager)
+    if found:
+        raise CaptureError(
+            f"{type(model).__name__} gives other {found} in eager PyTorch than while it is traced, for the inputs "
+            f"{describe_inputs(sample)}. It makes something up for an input that is left out: give all that its "
+            "processor makes (token_type_ids, masks)."
+        )
 
 
 class _Traced(NamedTuple):

@@ -8,7 +8,7 @@ the model itself refused it (`explain_inputs`), because a rule that one model br
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +113,7 @@ def _check_names(
     model: str,
     accepted: Mapping[str, inspect.Parameter],
     inputs: Mapping[str, Any],
-    handed_on: Iterable[str] = (),
+    handed_on: Set[str] = frozenset(),
     *,
     open_ended: bool,
 ) -> None:
@@ -227,15 +227,26 @@ _CONSTANT = {
 }
 
 
-def constant_inputs(model: nn.Module, sample: Mapping[str, Tensor]) -> dict[str, int]:
+def constant_inputs(
+    model: nn.Module, sample: Mapping[str, Tensor], check: Callable[[Mapping[str, Tensor]], None] | None = None
+) -> dict[str, int]:
     """Inputs that the model takes and the sample lacks, with the value that, everywhere in them, changes nothing.
 
     The model shows it: it runs in eager PyTorch without each and with it. Nothing is found on the meta device.
+
+    Args:
+        model: in eval mode.
+        sample: its inputs.
+        check: is given what the model gives without them, where it is run: what a model makes up for an input that is
+            left out may be something else while it is traced.
     """
-    shapes = {name: shape for name in _CONSTANT if name in forward_inputs(model) and (shape := _shape(name, sample))}
+    taken = forward_inputs(model).keys() | _handed_on(model)
+    shapes = {name: shape for name in _CONSTANT if name in taken and (shape := _shape(name, sample))}
     if not shapes or any(tensor.is_meta for tensor in sample.values()):
         return {}
     without = _eager(model, sample)
+    if check is not None and without:
+        check(without)
     found: dict[str, int] = {}
     for name, shape in shapes.items():
         for value in _CONSTANT[name][2]:
@@ -265,6 +276,18 @@ def _eager(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
             return dict(get_leaf_tensors(model(**inputs)))
         except Exception:  # a model may raise anything
             return {}
+
+
+def differs(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> str:
+    """The first floating-point result in which two runs differ by more than the rounding of many layers; '' if none."""
+    for name in one.keys() & other.keys():
+        a, b = one[name], other[name]
+        if a.is_floating_point() and a.shape == b.shape and a.numel():
+            given, wanted = a.double().nan_to_num(), b.double().nan_to_num()
+            limit = max(1.0, float(wanted.abs().max())) * 10 * torch.finfo(a.dtype).eps ** 0.5
+            if float((given - wanted).abs().max()) > limit:
+                return name
+    return ""
 
 
 def _alike(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:

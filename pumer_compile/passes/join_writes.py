@@ -1,8 +1,7 @@
 """Writes: a value that is put together by writing into parts of it, written as a join. Exact, on any graph.
 
-Some models make room and fill it part by part (`keys = x.new_empty(...); keys[..., :8].copy_(a);
-keys[..., 8:].copy_(b)`; `table[i] = row` for every row). Where the parts cover the whole, that is `cat`, and axes
-follow by the ordinary rules.
+Some models make room and fill it part by part (`keys = x.new_empty(...); keys[..., :8].copy_(a)`, then the rest of it;
+`table[i] = row` for every row). Where the parts cover the whole, that is `cat`, and axes follow by the ordinary rules.
 """
 
 from __future__ import annotations

@@ -294,7 +294,7 @@ class Rewriter:
                 pass
 
     def _check_in_order(self, node: fx.Node, source: Dim) -> None:
-        """What looks back at the tokens before each one takes fewer of them, if they come in their old order."""
+        """What looks back takes fewer tokens as they come, if they are some of the old ones, in their order."""
         for stream, epoch in self.history.at(source).items():
             if not all(step.in_order for step in self.history.lineage(stream, epoch)):
                 raise SiteError(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import pumer_compile as pumer
 from pumer_compile import Schedule
+from pumer_compile.errors import PlanError
 from pumer_compile.reducers import reducers_of
 from tests.support.prompt_families import FAMILIES, IMAGE, OTHER, ROW, Tensors, captured, decoder_of, layers_of
 from tests.support.prompt_oracle import eagerly, scores
@@ -150,3 +151,15 @@ def test_the_layers_of_the_model(name: str) -> None:
     images = images_of(ids[0])
     words = ids.shape[1] - sum(map(len, images))
     assert places.shape[1] == words + len(images) * BUDGET and len(reducers_of(reduced.module)) == len(images)
+
+
+def test_a_window_that_does_not_reach_the_image() -> None:
+    """What the last word does not see gets no vote."""
+    torch.manual_seed(0)
+    model, make = FAMILIES["gemma3"]()
+    model.config.text_config.num_hidden_layers = 3
+    model.config.text_config.layer_types = ["sliding_attention", "full_attention", "full_attention"]
+    program = pumer.capture(type(model)(model.config).eval(), make(0), outputs=["logits"])
+    with pytest.raises(PlanError, match=r"does not see all of prompt_image in language layer 1 .*`layer: 2`, whose"):
+        pumer.reduce(program, Schedule(method="fastv", layer=1, budget=BUDGET))
+    pumer.reduce(program, Schedule(method="fastv", layer=2, budget=BUDGET))

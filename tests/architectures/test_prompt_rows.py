@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import pumer_compile as pumer
 from pumer_compile import Schedule
+from pumer_compile.errors import CaptureError
 from pumer_compile.reducers import reducers_of
 from tests.support.prompt_families import IMAGE, OTHER, built, captured, placeholders
 from tests.support.prompt_oracle import by_hand, eagerly, kept_places, kept_rows, logits, look, scores
@@ -94,3 +95,12 @@ def test_the_oracle_with_every_row_is_the_model(name: str) -> None:
     found: Tensor = logits(model, inputs, kept_places(sight, inputs, rows), rows, len(rows))
     torch.testing.assert_close(found, wanted, atol=0.0, rtol=0.0)
     assert len(sight.groups) == ROWS[name][0] * len(inputs["input_ids"])
+
+
+@pytest.mark.parametrize("name", ["paligemma", "colpali"])
+def test_what_a_model_makes_up_while_it_is_traced(name: str) -> None:
+    """Without token types its mask is causal in a trace, and in eager PyTorch there is none."""
+    model, make = built(name)
+    inputs = {key: value for key, value in make(0).items() if key != "token_type_ids"}
+    with pytest.raises(CaptureError, match=r"eager PyTorch than while it is traced.*token_type_ids"):
+        pumer.capture(model, inputs)

@@ -446,7 +446,7 @@ def vipllava() -> Built:
 def mistral3() -> Built:
     """Every line of the picture ends in a mark, so that an image stands in several blocks; a sliding window."""
     vision = {**_PICTURE, "head_dim": 8, "model_type": "pixtral"}
-    text = {"model_type": "mistral", **_TEXT, "head_dim": 8, "sliding_window": 12}
+    text = {"model_type": "mistral", **_TEXT, "head_dim": 8, "sliding_window": 16}
     config = hf.Mistral3Config(vision_config=vision, text_config=text, image_token_index=IMAGE)
     line = [IMAGE] * 3
     parts = [3, [*line, ROW, *line, ROW, *line, END], 4]
