@@ -7,6 +7,7 @@ from functools import partial
 
 from torch import fx
 
+from ..analysis.operators import aten
 from ..errors import LocateError
 from ..methods.base import Method
 from ..rewrite.carried_weights import CarriedWeights
@@ -42,6 +43,14 @@ def plan_insertions(graph: LocatedGraph, method: Method) -> Insertions:
         PlanError: budgets for tokens that a site does not have.
     """
     if method.needs_prompt and not graph.marks:
+        if method.reads_tower and any(
+            node.target is aten.masked_scatter.default for node in graph.annotation.constraints
+        ):
+            raise LocateError(
+                f"`method: {method.method}` reads the attention of a vision tower, and what is scattered into the prompt "
+                "comes from none (patches that are projected straight into it, a convolutional tower). "
+                "`method: fastv` reads the language model's own attention."
+            )
         raise LocateError(
             f"`method: {method.method}` keeps image tokens of a prompt, and nothing is scattered into one: looked "
             "for masked_scatter of a vision tower's features and found none. For models whose text and image meet in "
