@@ -43,12 +43,11 @@ def plan_insertions(graph: LocatedGraph, method: Method) -> Insertions:
         PlanError: budgets for tokens that a site does not have.
     """
     if method.needs_prompt and not graph.marks:
-        if method.reads_tower and any(
-            node.target is aten.masked_scatter.default for node in graph.annotation.constraints
-        ):
+        scattered = any(node.target is aten.masked_scatter.default for node in graph.annotation.constraints)
+        if method.reads_tower and scattered:
             raise LocateError(
-                f"`method: {method.method}` reads the attention of a vision tower, and what is scattered into the prompt "
-                "comes from none (patches that are projected straight into it, a convolutional tower). "
+                f"`method: {method.method}` reads the attention of a vision tower, and what is scattered into the "
+                "prompt comes from none (patches that are projected straight into it, a convolutional tower). "
                 "`method: fastv` reads the language model's own attention."
             )
         raise LocateError(

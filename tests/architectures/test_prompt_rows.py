@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import pumer_compile as pumer
 from pumer_compile import Schedule
-from pumer_compile.errors import CaptureError
+from pumer_compile.errors import CaptureError, LocateError
 from pumer_compile.reducers import reducers_of
 from tests.support.prompt_families import IMAGE, OTHER, built, captured, placeholders
 from tests.support.prompt_oracle import by_hand, eagerly, kept_places, kept_rows, logits, look, scores
@@ -104,3 +104,9 @@ def test_what_a_model_makes_up_while_it_is_traced(name: str) -> None:
     inputs = {key: value for key, value in make(0).items() if key != "token_type_ids"}
     with pytest.raises(CaptureError, match=r"eager PyTorch than while it is traced.*token_type_ids"):
         pumer.capture(model, inputs)
+
+
+def test_patches_that_no_attention_has_seen_have_no_votes() -> None:
+    *_, program = captured("fuyu")
+    with pytest.raises(LocateError, match=r"what is scattered into the prompt comes from none .*fastv"):
+        pumer.reduce(program, Schedule(method="vispruner", budget=4, positions="original"))

@@ -1,4 +1,4 @@
-"""Prompts whose rows are made of several tokens under `torch.compile`, where Dynamo traces the model without a sample."""
+"""Prompts whose rows are made of several tokens under `torch.compile`, where Dynamo needs no sample to trace."""
 
 from __future__ import annotations
 
