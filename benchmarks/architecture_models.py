@@ -317,7 +317,7 @@ def _blip2_matching() -> Built:
     return Blip2Matching(), {**words(72, first=32), **pixels(224)}
 
 
-@_architecture("BLIP-2", f"{SMALL}, OPT", "logits")
+@_architecture("BLIP-2", f"{SMALL}, OPT", "logits", proof=_oracle("prompt_rows"))
 def _blip2() -> Built:
     config = hf.Blip2Config(
         vision_config=_TOWER,
@@ -329,7 +329,7 @@ def _blip2() -> Built:
     return hf.Blip2ForConditionalGeneration(config), {**words(20, first=6), **pixels(48)}
 
 
-@_architecture("InstructBLIP", f"{SMALL}, OPT", "logits")
+@_architecture("InstructBLIP", f"{SMALL}, OPT", "logits", proof=_oracle("prompt_rows"))
 def _instructblip() -> Built:
     config = hf.InstructBlipConfig(
         vision_config=_TOWER,
@@ -380,7 +380,7 @@ def _llava_onevision() -> Built:
     return hf.LlavaOnevisionForConditionalGeneration(config), {**words(90, first=78), **_tiles()}
 
 
-@_architecture("VipLLaVA", SMALL, "logits")
+@_architecture("VipLLaVA", SMALL, "logits", proof=_oracle("prompt_rows"))
 def _vipllava() -> Built:
     config = hf.VipLlavaConfig(
         vision_config=_CLIP, text_config=_LLAMA, image_token_index=99, vision_feature_layers=[0, 1, 2]
@@ -398,7 +398,7 @@ def _paligemma() -> Built:
     return hf.PaliGemmaForConditionalGeneration(config), {**words(50, first=36), **pixels(48), **types}
 
 
-@_architecture("Gemma 3", SMALL, "logits")
+@_architecture("Gemma 3", SMALL, "logits", proof=_oracle("prompt_rows"))
 def _gemma3() -> Built:
     text = {"model_type": "gemma3_text", "head_dim": 16, **_LANGUAGE}
     config = hf.Gemma3Config(vision_config=_SIGLIP, text_config=text, image_token_id=99, mm_tokens_per_image=9)
@@ -407,7 +407,7 @@ def _gemma3() -> Built:
     return hf.Gemma3ForConditionalGeneration(config), {**asked, **pixels(48), **types}
 
 
-@_architecture("Janus", SMALL, "logits")
+@_architecture("Janus", SMALL, "logits", proof=_oracle("prompt_rows"))
 def _janus() -> Built:
     vision = {**_TOWER, "mlp_ratio": 2, "projection_dim": 64, "num_image_tokens": 36}
     codes = {"embed_dim": 8, "num_embeddings": 32, "latent_channels": 8, "num_patches": 4, "base_channels": 32}
@@ -420,14 +420,14 @@ def _janus() -> Built:
     return hf.JanusForConditionalGeneration(config), {**words(50, first=36), **pixels(48)}
 
 
-@_architecture("InternVL", SMALL, "logits")
+@_architecture("InternVL", SMALL, "logits", proof=_oracle("prompt_rows"))
 def _internvl() -> Built:
     vision = {**_TOWER, "image_size": [48, 48], "patch_size": [8, 8]}
     config = hf.InternVLConfig(vision_config=vision, text_config=_QWEN, image_token_id=99, downsample_ratio=0.5)
     return hf.InternVLForConditionalGeneration(config), {**words(20, first=9), **pixels(48)}
 
 
-@_architecture("Aya Vision", SMALL, "logits")
+@_architecture("Aya Vision", SMALL, "logits", proof=_oracle("prompt_rows"))
 def _aya_vision() -> Built:
     text = {"model_type": "cohere2", **_LANGUAGE}
     config = hf.AyaVisionConfig(
@@ -436,7 +436,7 @@ def _aya_vision() -> Built:
     return hf.AyaVisionForConditionalGeneration(config), {**words(20, first=9), **pixels(48)}
 
 
-@_architecture("Ovis 2", SMALL, "logits")
+@_architecture("Ovis 2", SMALL, "logits", proof=_oracle("prompt_rows"))
 def _ovis2() -> Built:
     vision = {**_TOWER, "vocab_size": 40, "hidden_stride": 2, "num_visual_indicator_tokens": 5}
     config = hf.Ovis2Config(
@@ -450,16 +450,16 @@ def _ovis2() -> Built:
     return hf.Ovis2ForConditionalGeneration(config), {**words(20, first=9), **pixels(48)}
 
 
-@_architecture("Idefics 3", SMALL, "logits")
+@_architecture("Idefics 3", SMALL, "logits", proof=_oracle("prompt_rows"))
 def _idefics3() -> Built:
     config = hf.Idefics3Config(vision_config=_TOWER, text_config=_LLAMA, image_token_id=99, scale_factor=2)
     return hf.Idefics3ForConditionalGeneration(config), {
         **words(20, first=9),
-        "pixel_values": torch.zeros(1, 1, 3, 48, 48),
+        "pixel_values": torch.ones(1, 1, 3, 48, 48),
     }
 
 
-@_architecture("SmolVLM", SMALL, "logits")
+@_architecture("SmolVLM", SMALL, "logits", proof=_oracle("prompt_rows"))
 def _smolvlm() -> Built:
     config = hf.SmolVLMConfig(vision_config=_TOWER, text_config=_LLAMA, image_token_id=99, scale_factor=2)
     return hf.SmolVLMForConditionalGeneration(config), {
@@ -468,7 +468,7 @@ def _smolvlm() -> Built:
     }
 
 
-@_architecture("Qwen2-VL", SMALL, "logits")
+@_architecture("Qwen2-VL", SMALL, "logits", proof=_oracle("prompt_rows"))
 def _qwen2_vl() -> Built:
     rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}
     vision = {"depth": 2, "embed_dim": 64, "hidden_size": 64, "num_heads": 4, "mlp_ratio": 2, "patch_size": 8}
@@ -495,7 +495,7 @@ def _kosmos2() -> Built:
     return hf.Kosmos2ForConditionalGeneration(config), {**asked, **pixels(48), "image_embeds_position_mask": places}
 
 
-@_architecture("Florence-2", SMALL, "logits")
+@_architecture("Florence-2", SMALL, "logits", proof=_oracle("prompt_rows"))
 def _florence2() -> Built:
     vision = {"embed_dim": [8, 16, 32], "depths": [1, 1, 1], "num_heads": [2, 2, 2], "num_groups": [2, 2, 2]}
     patches = {"patch_size": [7, 3, 3], "patch_stride": [4, 2, 2], "patch_padding": [3, 1, 1], "window_size": 4}
