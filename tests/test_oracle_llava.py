@@ -281,7 +281,7 @@ def test_a_class_token_in_the_prompt_is_a_row_like_the_others() -> None:
     reduced = pumer.reduce(
         pumer.capture(llava, inputs, outputs=["logits"]), Schedule(method="vispruner", budget=48, positions="original")
     )
-    wanted, _ = by_hand(llava, inputs, 48, (llava.config.image_token_id,))
+    wanted, _ = by_hand(llava, inputs, 48, {llava.config.image_token_id: ""})
     with torch.no_grad():
         found = reduced.module(**inputs)["logits"]
     torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0.0)

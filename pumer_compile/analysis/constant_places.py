@@ -113,7 +113,8 @@ def lower_other_lookups(graph: fx.Graph, images: Mapping[Block, str], words: set
         images: the place of each image in the prompt, and what it is called.
         words: the lookups that the prompt comes from.
     """
-    read = {(_input(node), tuple(values(node)[0].shape[:2])) for node in words}
+    there = set(graph.nodes)  # a prompt of images alone looks no word up
+    read = {(_input(node), tuple(values(node)[0].shape[:2])) for node in words & there}
     for node in [n for n in graph.nodes if n.target is _LOOKUP and n not in words]:
         if (_input(node), tuple(values(node)[0].shape[:2])) not in read or values(node)[0].dim() != 3:
             continue

@@ -30,8 +30,11 @@ def use_plain_forms(module: fx.GraphModule) -> None:
 def _squeeze(node: fx.Node) -> None:
     source, dim = node.args
     assert isinstance(source, fx.Node) and isinstance(dim, int)
-    size = values(source)[0].shape[dim]
-    if isinstance(size, int) and size != 1:
+    found = values(source)
+    if not found:
+        return
+    shape = found[0].shape
+    if not shape or (isinstance(shape[dim], int) and shape[dim] != 1):
         node.replace_all_uses_with(source)
         node.graph.erase_node(node)
 

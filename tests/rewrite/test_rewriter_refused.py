@@ -125,10 +125,6 @@ def length_of_tokens(x: Tensor, text: int) -> Tensor:
     return torch.linalg.vector_norm(x, dim=1)
 
 
-def repeated_tokens(x: Tensor, text: int) -> Tensor:
-    return x.repeat_interleave(2, 1).amax(1)
-
-
 def constants_without_batch(x: Tensor, text: int) -> Tensor:
     return (x + torch.ones(x.shape[1], 1)).amax(1)
 
@@ -170,7 +166,6 @@ REFUSED: dict[Head, tuple[str, str]] = {
     triangle: ("tril", "position by position"),
     spread_of_tokens: ("var", "position by position"),
     length_of_tokens: ("linalg_vector_norm", "position by position"),
-    repeated_tokens: ("repeat_interleave", "position by position"),
     constants_without_batch: ("add", "cannot be aligned"),
     pairs_in_a_row: ("view", "grid is gone"),
     positions: ("mul", "integers of merged tokens have no mean"),

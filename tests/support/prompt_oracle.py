@@ -287,7 +287,7 @@ class _Reading:
 
     def _by_name(self, name: str, value: Any) -> Any:
         places = self.places
-        if value is None or isinstance(value, bool | int | str) or name == "past_key_values":
+        if value is None or isinstance(value, bool | int | str) or name in ("past_key_values", "cache"):
             return value
         if name in ("inputs_embeds", "per_layer_inputs", "visual_pos_masks", "input_ids"):
             return _cut(value, places, 1)
