@@ -79,10 +79,10 @@ def hidden(mask: Mask, inputs: Mapping[str, Tensor]) -> Tensor | None:
     """
     read = [n for n in ancestors(mask.node) | {mask.node} if n.op == "placeholder"]
     known = all(not inputs[str(n.target)].is_floating_point() for n in read if str(n.target) in inputs)
-    if not known or depends_on_parameter(mask.node):
+    if not known or depends_on_parameter(mask.node) or values(mask.node)[0].is_meta:
         return None
     value = constant_value(mask.node, inputs)
-    if value is None or value.is_meta:
+    if value is None:
         return None
     if value.dtype == torch.bool:
         return ~value if mask.kind == "keep" else value

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import pumer_compile as pumer
-from pumer_compile.errors import UsageError
+from pumer_compile.errors import CaptureError, UsageError
 from pumer_compile.parity import check as check_module
 from pumer_compile.parity.check import check
 from pumer_compile.parity.report import OutputReport, ParityReport, ReducerReport
@@ -228,14 +228,13 @@ def test_transformers_models_that_mean_something_else_while_they_are_traced() ->
         "pixel_values": torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0)),
     }
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    for implementation, passes in (("sdpa", False), ("eager", True)):
-        captured = pumer.capture(colpali(implementation), inputs, outputs=["embeddings"])
-        opened: Any = Open.__new__(Open)
-        opened.twin, opened.decisions, opened.change, opened.ran = captured.module, [], lambda given: given, []
-        opened.outputs = ["embeddings"]
-        report = check(opened, captured.module, captured.module, [inputs], "float32", [], model=captured.model)
-        assert report.passed == passes
-        assert passes or "output embeddings of the captured graph differs by up to" in report.failures()
+    with pytest.raises(CaptureError, match="gives other embeddings in eager PyTorch than while it is traced"):
+        pumer.capture(colpali("sdpa"), inputs, outputs=["embeddings"])
+    captured = pumer.capture(colpali("eager"), inputs, outputs=["embeddings"])
+    opened: Any = Open.__new__(Open)
+    opened.twin, opened.decisions, opened.change, opened.ran = captured.module, [], lambda given: given, []
+    opened.outputs = ["embeddings"]
+    assert check(opened, captured.module, captured.module, [inputs], "float32", [], model=captured.model).passed
 
 
 def colpali(implementation: str) -> Any:
