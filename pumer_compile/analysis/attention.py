@@ -185,9 +185,21 @@ def _match(
         counts[group] = counts.get(group, 0) + 1
     else:
         site, call = again.site, again.call + 1
+    return _attention(parts, site, path, call, (query_axis, key_axis), (carrier, why))
+
+
+def _attention(
+    parts: Parts,
+    site: str,
+    module: str,
+    call: int,
+    axes: tuple[Tokens, Tokens],
+    carrier: tuple[fx.Node | None, str],
+) -> Attention:
+    """An attention of its parts, at an address; with its carrier, or why there is none."""
     return Attention(
         site=site,
-        module=path,
+        module=module,
         call=call,
         query=parts.query,
         key_transposed=parts.key_transposed,
@@ -199,10 +211,10 @@ def _match(
         unusual=parts.unusual,
         probabilities=parts.probabilities,
         context=parts.context,
-        query_axis=query_axis,
-        key_axis=key_axis,
-        carrier=carrier,
-        no_carrier=why,
+        query_axis=axes[0],
+        key_axis=axes[1],
+        carrier=carrier[0],
+        no_carrier=carrier[1],
     )
 
 
@@ -263,28 +275,12 @@ def tower_attention(parts: Parts, number: int) -> Attention:
         parts: of it.
         number: among the attentions of its tower.
     """
-    queries, keys = (Tokens((Segment(None, int(size)),)) for size in (shape(parts.query)[-2], shape(parts.context)[-2]))
-    if parts.key is not None:
-        keys = Tokens((Segment(None, int(shape(parts.key)[-2])),))
-    return Attention(
-        site=f"vision.{number}",
-        module=module_path(parts.context),
-        call=0,
-        query=parts.query,
-        key_transposed=parts.key_transposed,
-        key=parts.key,
-        scores=parts.scores,
-        masks=parts.added.masks,
-        biases=parts.added.biases,
-        sums=parts.added.sums,
-        unusual=parts.unusual,
-        probabilities=parts.probabilities,
-        context=parts.context,
-        query_axis=queries,
-        key_axis=keys,
-        carrier=None,
-        no_carrier="its tokens are not followed",
-    )
+    keys, dim = parts.key_dim
+    sizes = (shape(parts.query)[-2], shape(keys)[dim])
+    queries_axis, keys_axis = (Tokens((Segment(None, int(size)),)) for size in sizes)
+    without = (None, "its tokens are not followed")
+    path = module_path(parts.context)
+    return _attention(parts, f"vision.{number}", path, 0, (queries_axis, keys_axis), without)
 
 
 def _fused(node: fx.Node, reader: MaskReader) -> Parts:
