@@ -16,7 +16,9 @@ from typing import Any
 from unittest import mock
 
 import torch
-from transformers.exporters.utils import _PATCHES, register_patch
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.exporters import exporter_dynamo
+from transformers.exporters.utils import register_patch
 
 from . import llava_next, masks, uneven_segments, vilt
 from .meter import MODELS as MODELS
@@ -40,11 +42,9 @@ def in_fixed_order() -> Iterator[None]:
     models do (ViLT's patches come at random, as many as the largest image of a batch has; the cache of a sliding window
     is traced whole): what a graph is compared with by token."""
     with contextlib.ExitStack() as stack:
-        for owner, name, factory in _PATCHES.get("dynamo", ()):
-            if owner.rpartition(".")[2] == "DynamicSlidingWindowLayer":
-                target = getattr(importlib.import_module(owner.rpartition(".")[0]), owner.rpartition(".")[2])
-                rewrite: Any = factory
-                stack.enter_context(mock.patch.object(target, name, rewrite(getattr(target, name))))
+        if hasattr(exporter_dynamo, "_patch_sliding_window_layer"):  # 5.17 does not
+            for name in ("update", "get_mask_sizes", "get_seq_length"):
+                stack.enter_context(mock.patch.object(DynamicSlidingWindowLayer, name, getattr(DynamicLayer, name)))
         for frontend in FRONTENDS:
             if getattr(frontend, "FIXES_ORDER", False):
                 path, _, name = frontend.TARGET.rpartition(".")
