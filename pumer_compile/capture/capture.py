@@ -212,7 +212,7 @@ def _traced(
     try:
         exported = _export(model, sample, shapes)
         graph = plain_graph_module(exported)
-        if not _sized_by_data(graph):
+        if shapes is not None or not _sized_by_data(graph):
             return _Traced(graph, _without_numbers(graph, fixed_inputs(exported), sample))
     except Exception as error:
         if isinstance(error, PumerError):
@@ -220,7 +220,7 @@ def _traced(
         if shapes is not None:  # no sample has the numbers of every batch
             _refuse_open_batch(model, sample, kept, error)
             raise
-    return _followed(model, sample, kept) if shapes is None else _Traced(graph, ())
+    return _followed(model, sample, kept)
 
 
 def _followed(model: nn.Module, sample: dict[str, Tensor], kept: Mapping[str, Tensor]) -> _Traced:
