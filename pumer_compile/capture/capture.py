@@ -39,7 +39,7 @@ from ..passes.fold_masks import fold_masks, masks_of
 from .asked import guards_of
 from .blocks import inline_blocks
 from .fold import fold
-from .follow import FollowSample, following
+from .follow import FollowSample, following, forward_of
 from .inputs import (
     check_exported_inputs,
     check_inputs,
@@ -339,21 +339,13 @@ def _named_arguments(model: nn.Module, sample: Mapping[str, Tensor]) -> Iterator
     if all(name in parameters for name in sample):
         yield
         return
-    original, own = model.forward, "forward" in vars(model)
+    original = model.forward
 
     def forward(**kwargs: Any) -> Any:
         return original(**kwargs)
 
-    kind = inspect.Parameter.KEYWORD_ONLY
-    forward.__signature__ = inspect.Signature([inspect.Parameter(name, kind) for name in sample])  # type: ignore[attr-defined]
-    model.forward = forward
-    try:
+    with forward_of(model, forward, sample):
         yield
-    finally:
-        if own:
-            model.forward = original
-        else:
-            del model.forward
 
 
 def symbolic_batch(sample: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -418,17 +418,23 @@ def _caller() -> str:
 def following(model: nn.Module, follow: FollowSample) -> Iterator[None]:
     """Within the block a trace of `model` follows the sample."""
     original: Callable[..., Any] = model.forward
-    own = "forward" in vars(model)
 
     def forward(**kwargs: Any) -> Any:
         follow.enter(kwargs)
         with follow:
             return original(**kwargs)
 
-    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    forward.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-        [inspect.Parameter(name, kind, default=None) for name in follow.names]
-    )
+    with forward_of(model, forward, follow.names):
+        yield
+
+
+@contextmanager
+def forward_of(model: nn.Module, forward: Callable[..., Any], names: Iterable[str]) -> Iterator[None]:
+    """Within the block a model's forward is another function, which takes inputs by these names."""
+    original, own = model.forward, "forward" in vars(model)
+    kind = inspect.Parameter.KEYWORD_ONLY
+    # torch.export reads the signature of a function here.
+    forward.__signature__ = inspect.Signature([inspect.Parameter(name, kind) for name in names])  # type: ignore[attr-defined]
     model.forward = forward
     try:
         yield

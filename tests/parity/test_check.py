@@ -228,7 +228,7 @@ def test_transformers_models_that_mean_something_else_while_they_are_traced() ->
         "pixel_values": torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0)),
     }
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    with pytest.raises(CaptureError, match="gives other embeddings in eager PyTorch than while it is traced"):
+    with pytest.raises(CaptureError, match=r"gives other \S+ in eager PyTorch than while it is traced"):
         pumer.capture(colpali("sdpa"), inputs, outputs=["embeddings"])
     captured = pumer.capture(colpali("eager"), inputs, outputs=["embeddings"])
     opened: Any = Open.__new__(Open)
