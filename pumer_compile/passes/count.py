@@ -58,7 +58,7 @@ def tokens_after_layers(
             present: dict[str, int] = {}
             for segment in axis.segments:
                 if segment.stream:
-                    length = rewriter.history.length(segment, rewriter.history.at(dim))
+                    length = rewriter.epochs.length(segment, rewriter.epochs.at(dim))
                     present[segment.stream] = present.get(segment.stream, 0) + length
             counts.update(present)
         name = attention.site + (f"@{attention.call}" if attention.call else "")

@@ -197,9 +197,9 @@ def _cuts(graph: DynamoGraph, state: State, lowered: fx.GraphModule) -> dict[int
     streams = padded_streams(captured, annotation, graph.padding)
     places = check_padding(graph, lowered)
     rewriter = state.find(Rewriter)
-    history = rewriter.history if rewriter is not None else None
+    table = rewriter.epochs if rewriter is not None else None
     restored = state.method.outputs == "restored"
-    return output_cuts(graph, captured, annotation, history, streams, places, restored=restored)
+    return output_cuts(graph, captured, annotation, table, streams, places, restored=restored)
 
 
 def _lossless(state: State, where: str) -> fx.GraphModule:
@@ -235,7 +235,7 @@ def _check_sites(state: State) -> None:
 
 def _say_counts(state: State, where: str) -> None:
     before = state.annotation.streams
-    counts = {s: [before[s], *(step.after for step in steps)] for s, steps in state.rewriter.history.steps.items()}
+    counts = {s: [before[s], *(step.after for step in steps)] for s, steps in state.rewriter.epochs.steps.items()}
     text = ", ".join(f"{stream} {' -> '.join(map(str, numbers))}" for stream, numbers in counts.items())
     log.info("torch.compile: %s tokens in %s", text, where)
 
