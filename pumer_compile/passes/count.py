@@ -61,7 +61,7 @@ def tokens_after_layers(
                     length = rewriter.epochs.length(segment, rewriter.epochs.at(dim))
                     present[segment.stream] = present.get(segment.stream, 0) + length
             counts.update(present)
-        name = attention.site + (f"@{attention.call}" if attention.call else "")
+        name = attention.address + (f"@{attention.call}" if attention.call else "")
         layers[name] = {**counts, **after.get(name, {})}
     return layers
 

@@ -294,7 +294,7 @@ class Eliminate(Pass):
         for site, _ in state.insertions.done:
             if not any(name.startswith(f"reducer.{site.attention.name}.") for name in called):
                 log.warning(
-                    "Site %s has no effect: nothing reads the tokens it reduces. Leave it out.", site.attention.site
+                    "Site %s has no effect: nothing reads the tokens it reduces. Leave it out.", site.attention.address
                 )
         return matches
 

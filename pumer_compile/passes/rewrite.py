@@ -63,7 +63,7 @@ def _check_one_pass(insertions: Insertions) -> None:
     with each image in turn would come to the second one reduced for the first."""
     first: dict[str, dict[str, int]] = {}
     for site in insertions.sites:
-        before = first.setdefault(site.attention.site, site.passed)
+        before = first.setdefault(site.attention.address, site.passed)
         if before != site.passed:
             raise AxisError(
                 f"Site {site.attention.described} runs more than once (one pass for each image, say): the first time "

@@ -176,7 +176,7 @@ class InsertReducer:
         counts = {s: (r.tokens_after, r.tokens - r.keep, r.merge) for s, r in made.items()}
         after, pruned, merged = ({s: counts.get(s, (n, 0, 0))[i] for s, n in before.items()} for i in range(3))
         attention = site.attention
-        plan = site.plan or SitePlan(attention.site, attention.module, {}, {}, {}, {}, call=attention.call)
+        plan = site.plan or SitePlan(attention.address, attention.module, {}, {}, {}, {}, call=attention.call)
         site.plan = dataclasses.replace(
             plan,
             before={**plan.before, **before},

@@ -226,7 +226,7 @@ def _find_attentions(state: State) -> None:
 def _check_sites(state: State) -> None:
     """Some site of the schedule must be here; a schedule that is met in part is an error of the passes."""
     sites = state.method.addresses
-    if not {attention.site for attention in state.attentions} & set(sites):
+    if not {attention.address for attention in state.attentions} & set(sites):
         try:
             choose(state.attentions, sites[0])
         except LocateError as error:
@@ -366,7 +366,7 @@ def default_schedule(layers: Sequence[int]) -> Schedule:
 def _default(state: State) -> Schedule:
     modality = state.annotation.modality
     by_text = (a for a in state.attentions if a.cross_modal and "text" in map(modality.get, a.query_axis.streams))
-    layers = sorted({int(a.site.rpartition(".")[2]) for a in by_text})
+    layers = sorted({int(a.address.rpartition(".")[2]) for a in by_text})
     if not layers:
         raise _NothingReduced("No attention in it goes from text to image, which the default schedule is for.")
     schedule = default_schedule(layers)
