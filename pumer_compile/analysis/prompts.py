@@ -149,7 +149,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A graph whose prompt is spelled out.
+    """A graph without the scatter into its prompt: text, image, text joined by `cat`.
 
     Attributes:
         module: a copy of the captured graph; parameters are shared.
@@ -167,7 +167,7 @@ class Prompt:
 def lower_masked_scatter(
     captured: fx.GraphModule, inputs: Mapping[str, Tensor], *, in_tower: bool = True
 ) -> Prompt | None:
-    """The graph with its prompts spelled out; None where nothing is scattered into one.
+    """The graph with each scatter into a prompt lowered to a `cat`; None where nothing is scattered into one.
 
     Args:
         captured: pre-decomposition ATen graph; it is not changed.
@@ -189,9 +189,9 @@ def lower_masked_scatter(
         behind = ancestors(node)
         words |= lookups_of_words(node.args[0])
         if in_tower and any(n.target in _ATTENTION for n in behind):  # the output of a tower
-            _Scatter(prompt, node, inputs).spell_out()
+            _Scatter(prompt, node, inputs).lower_features()
         elif not in_tower and any(n.op == "placeholder" and values(n)[0].is_floating_point() for n in behind):
-            _Scatter(prompt, node, inputs).spell_out_rows()
+            _Scatter(prompt, node, inputs).lower_rows()
     graph.eliminate_dead_code()
     names = [str(_place(mark.node, 1)) for mark in prompt.marks]
     images = dict(zip(prompt.blocks, names, strict=True))
@@ -200,13 +200,13 @@ def lower_masked_scatter(
     graph.eliminate_dead_code()
     if in_tower:
         again = [node for node in graph.nodes if node.target is same_tokens]
-        _first(graph, [*(mark.prompted for mark in prompt.marks), *again])
+        _hoist(graph, [*(mark.prompted for mark in prompt.marks), *again])
     graph.lint()
     module.recompile()
     return prompt if prompt.marks else None
 
 
-def _first(graph: fx.Graph, marks: list[fx.Node]) -> None:
+def _hoist(graph: fx.Graph, marks: list[fx.Node]) -> None:
     """Let everything that the marks need come before everything else: positions in a prompt may be counted before the
     image is looked at, and have to be counted over what is left of it."""
     early = with_writes(graph, set(marks).union(*(ancestors(mark) for mark in marks)))
@@ -297,7 +297,7 @@ class _Scatter:
         # An output of the model, say.
         self.others = [user for user in source.users if user is not node]
 
-    def spell_out(self) -> None:
+    def lower_features(self) -> None:
         """Mark the features: where they leave their tower, if each row of the prompt is one of its tokens (the
         published place); or else the rows that enter the prompt, with the tokens that they are made of."""
         blocks = self._blocks()
@@ -334,7 +334,7 @@ class _Scatter:
         found = arrangement(self.node, self.source, self.batch)
         graph = self.prompt.module.graph
         with graph.inserting_before(self.source.next):  # others may read it before the scatter does
-            images = self._as_it_is(found) if len(blocks) == 1 and found.in_place else self._arranged(found, blocks)
+            images = self._single_image(found) if len(blocks) == 1 and found.in_place else self._arranged(found, blocks)
             if self.others:
                 self._replace_source(images)
         with graph.inserting_before(self.node):
@@ -342,7 +342,7 @@ class _Scatter:
         self.prompt.blocks.extend(blocks)
         graph.erase_node(self.node)
 
-    def spell_out_rows(self) -> None:
+    def lower_rows(self) -> None:
         """Mark the rows that are scattered, for a method that reduces them in the prompt."""
         blocks = self._blocks()
         try:
@@ -468,8 +468,8 @@ class _Scatter:
 
     # --- one row for each prompt, as it is ----------------------------------------------------------------------
 
-    def _as_it_is(self, found: Arrangement) -> list[fx.Node]:
-        features, user = _leaving(self.node, found.projected)
+    def _single_image(self, found: Arrangement) -> list[fx.Node]:
+        features, user = _tower_output(self.node, found.projected)
         _check_published(features)
         behind = ancestors(self.source) | {self.source}
         with self.prompt.module.graph.inserting_after(features):
@@ -486,9 +486,9 @@ class _Scatter:
     # --- tokens of several rows, or rearranged ------------------------------------------------------------------
 
     def _arranged(self, found: Arrangement, blocks: list[Block]) -> list[fx.Node]:
-        features, _ = _leaving(self.node, found.projected)
+        features, _ = _tower_output(self.node, found.projected)
         _check_published(features)
-        projector = _between(self.node, features, found.projected)
+        projector = _projector_nodes(self.node, features, found.projected)
         images, done = [], 0
         seen: set[int] = set()
         for start, stop in blocks:
@@ -584,7 +584,7 @@ def _blocks(scatter: fx.Node, mask: Tensor) -> list[Block]:
     return list(zip(starts, stops, strict=True))
 
 
-def _leaving(scatter: fx.Node, projected: fx.Node) -> tuple[fx.Node, fx.Node]:
+def _tower_output(scatter: fx.Node, projected: fx.Node) -> tuple[fx.Node, fx.Node]:
     """The features that leave the tower, and the first learned operator outside of it, which takes them."""
     behind = ancestors(projected) | {projected}
     order = [n for n in projected.graph.nodes if n in behind]
@@ -649,7 +649,7 @@ def _leads_with_learned(join: fx.Node) -> bool:
     return len(shape(first)) == 3 and not depends_on_input(first) and any(map(depends_on_input, rest))
 
 
-def _between(scatter: fx.Node, features: fx.Node, projected: fx.Node) -> list[fx.Node]:
+def _projector_nodes(scatter: fx.Node, features: fx.Node, projected: fx.Node) -> list[fx.Node]:
     """The projector: what makes `projected` of `features`, in order, each token by itself."""
     behind = ancestors(projected) | {projected}
     after, chain = {features}, []
