@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, SerializeAsAny, field_validator
 
 from ..errors import PlanError, ScheduleError
+from .about import About
 from .base import ActsOn, Method, TokenOutputs
 
 if TYPE_CHECKING:
@@ -28,6 +29,12 @@ class Stages(Method):
         stages: schedules in the order in which they act, each with its `method` and its keys.
         outputs: `reduced` by default; stages have none of their own.
     """
+
+    about = About(
+        does="several of these, one after the other",
+        reads="what its stages read",
+        use="a tower's tokens first, and fewer inside the language model",
+    )
 
     needs_prompt = True
     cache_lengths: ClassVar[Literal["uniform", "by_layer"]] = "by_layer"
