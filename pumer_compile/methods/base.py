@@ -132,10 +132,10 @@ class Method(BaseModel):
         return ()
 
     @property
-    def marks(self) -> tuple[ActsOn, bool]:
-        """Where image tokens are to be marked, and whether the attention of the tower is to be found that votes for
-        them."""
-        return self.acts_on, self.reads_tower
+    def marks(self) -> tuple[ActsOn, bool] | None:
+        """Where image tokens of a prompt are to be marked, and whether the attention of the tower is to be found that
+        votes for them; None where no prompt is needed."""
+        return (self.acts_on, self.reads_tower) if self.needs_prompt else None
 
     # --- what it does -------------------------------------------------------------------------------------------------
 

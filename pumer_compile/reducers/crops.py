@@ -41,16 +41,16 @@ class CropReducer(Reducer):
         """See `Reducer`; a budget of all tokens is a selection too."""
         return True
 
-    def by_token(self, tokens: Tensor, **signals: Any) -> tuple[Tensor, ...]:
+    def by_token(self, tokens: Tensor, *given: Any, **signals: Any) -> tuple[Tensor, ...]:
         """What is chosen by, an entry for each token: tensors `[batch, before, ...]`. A crop has its part of them.
 
         Args:
             tokens: `[batch, before, width]`.
             signals: what it `reads`, by name.
         """
-        return (tokens, *signals.values())
+        return (tokens, *given, *signals.values())
 
-    def of_crop(self, *parts: Tensor) -> Tensor:
+    def of_crop(self, *parts: Any, **named: Any) -> Tensor:
         """Which tokens of a crop stay: bool `[crops, length]`, with `min(budget, length)` of them true in each row.
 
         Args:
@@ -58,7 +58,7 @@ class CropReducer(Reducer):
         """
         raise NotImplementedError
 
-    def scores(self, *parts: Tensor) -> Tensor | None:
+    def scores(self, *parts: Any, **named: Any) -> Tensor | None:
         """What the tokens that stay have most of, `[batch, before]`, float32; None where no score tells how near to one
         another two choices are (then `judged` is False).
 

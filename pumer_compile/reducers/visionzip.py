@@ -71,7 +71,9 @@ class VisionZipReducer(CropReducer):
         rest = [max(0, length - dominant) for length in lengths]
         self.targets = MergeTargets(lengths, rest, [min(contextual, left) for left in rest])
         self.merge = sum(rest) - sum(self.targets.counts)
-        self.made = MergedTokens(self.crops, self.tokens, self.tokens_after, self.classes, published=order == "reference")
+        self.made = MergedTokens(
+            self.crops, self.tokens, self.tokens_after, self.classes, published=order == "reference"
+        )
         signals = (Signal.CLASS_TOKEN, Signal.TOWER_KEYS)
         self.reads = (*signals, Signal.CLASS_FEATURE) if class_tokens else signals
 

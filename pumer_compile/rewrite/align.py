@@ -81,7 +81,7 @@ class Aligner:
                 if index != queries:
                     value = self._emit(rewriter, node, source, value, index, target)
             changed = [s for s, epoch in targets[queries].items() if epoch]
-            rows = rewriter.history.size(
+            rows = rewriter.epochs.size(
                 self.whole_streams(rewriter, Dim(source, queries), node, changed), targets[queries]
             )
             self._aligned[key] = rewriter.call(
@@ -93,14 +93,14 @@ class Aligner:
         self, rewriter: Rewriter, node: fx.Node, source: fx.Node, value: fx.Node, index: int, target: Epochs
     ) -> fx.Node:
         dim = Dim(source, index)
-        have = rewriter.history.at(dim)
+        have = rewriter.epochs.at(dim)
         kind = self.whole_streams(rewriter, dim, node, [s for s, epoch in target.items() if epoch != have.get(s, 0)])
         mode = self._mode(rewriter, node, source, kind, have, target)
         where = not _of_data(source)
         segments, maps = [], []
         for segment in kind.segments:
             old, new = (e.get(segment.stream or "", 0) for e in (have, target))
-            segments.append((rewriter.history.length(segment, have), new != old))
+            segments.append((rewriter.epochs.length(segment, have), new != old))
             if new != old:
                 maps.append(self._map(rewriter, segment.stream or "", old, new, where))
         self.count += 1
@@ -142,7 +142,7 @@ class Aligner:
             return "all" if rewriter.masks.get(source) == "drop" else "any"
         if dtype.is_floating_point:
             return "log_mean_exp" if rewriter.masks.get(source) == "additive" else "mean"
-        lineages = {s: rewriter.history.lineage(s, target.get(s, 0), have.get(s, 0)) for s in kind.streams}
+        lineages = {s: rewriter.epochs.lineage(s, target.get(s, 0), have.get(s, 0)) for s in kind.streams}
         merged = [s for s, steps in lineages.items() if any(step.merged and step.place is None for step in steps)]
         if merged:
             raise SiteError(
@@ -155,7 +155,7 @@ class Aligner:
     def _map(self, rewriter: Rewriter, stream: str, old: int, new: int, where: bool = False) -> fx.Node:
         """The map from one epoch of a stream to a later one, composed where it spans several reducers; of what says
         `where` tokens stand, and so who sees whom, that of their places, where a reducer tells these."""
-        steps = rewriter.history.lineage(stream, new, old)
+        steps = rewriter.epochs.lineage(stream, new, old)
         where = where and any(step.place is not None for step in steps)
         key = (stream, old, new, where)
         if key not in self._maps:
@@ -180,4 +180,4 @@ def _input_targets(rewriter: Rewriter, source: fx.Node, x: fx.Node, targets: dic
             for mine, other in ((constraint.a, constraint.b), (constraint.b, constraint.a)):
                 if mine.node is source and mine.index in targets and other.node is x:
                     found[other.index] = targets[mine.index]
-    return {index: target for index, target in found.items() if rewriter.history.behind(Dim(x, index), target)}
+    return {index: target for index, target in found.items() if rewriter.epochs.behind(Dim(x, index), target)}

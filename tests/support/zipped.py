@@ -117,7 +117,9 @@ def tokens_of(own: Cues, row: int, dominant: int, contextual: int, order: str) -
 # --- rows of any family -----------------------------------------------------------------------------------------------
 
 
-def keys_of_rows(model: nn.Module, inputs: dict[str, Tensor], placeholders: dict[int, str]) -> tuple[Sight, list[Tensor]]:
+def keys_of_rows(
+    model: nn.Module, inputs: dict[str, Tensor], placeholders: dict[int, str]
+) -> tuple[Sight, list[Tensor]]:
     """What a model sees, and of every row the mean of its members' keys."""
     first = look(model, inputs, placeholders)
     deciding = first.deciding[0][0]
