@@ -42,7 +42,7 @@ class VisualReducer(CropReducer):
 
 
 class MemberVotes(nn.Module):
-    """What each row of a prompt gets of the votes for the tokens that it is made of: their mean.
+    """What each row of a prompt gets of the votes for the tokens that it is made of, or has of their keys: the mean.
 
     Args:
         members: of each row of each prompt, the numbers of its tokens; at least one.
@@ -59,11 +59,12 @@ class MemberVotes(nn.Module):
         self.shares = None if even else [share for row in shares for share in row]
 
     def forward(self, votes: Tensor) -> Tensor:
-        """`[tokens]` to `[batch, rows]`."""
-        own = votes.index_select(0, torch.tensor(self.index).to(votes.device)).view(self.shape)
+        """`[tokens, ...]` to `[batch, rows, ...]`."""
+        rest = votes.shape[1:]
+        own = votes.index_select(0, torch.tensor(self.index).to(votes.device)).view([*self.shape, *rest])
         if self.shares is None:
-            return own.mean(-1)
-        return (own * torch.tensor(self.shares).to(votes).view(self.shape)).sum(-1)
+            return own.mean(2)
+        return (own * torch.tensor(self.shares).to(votes).view([*self.shape, *[1] * len(rest)])).sum(2)
 
 
 class WithSeparators(nn.Module):

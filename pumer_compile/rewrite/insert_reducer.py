@@ -21,7 +21,7 @@ from . import sink_projections
 from .carried_weights import CarriedWeights
 from .epochs import Epochs, Step
 from .rewriter import Rewriter
-from .signals import Place, read_signal
+from .signals import Place, has_class_token, read_signal
 from .sites import Action, LocatedGraph, Site, Stream
 
 if TYPE_CHECKING:
@@ -147,7 +147,10 @@ class InsertReducer:
         name, annotation = _only_stream(rewriter, mark.node), self.graph.annotation
         count = sum(map(len, mark.crops)) + len(mark.pinned)
         row = max(map(len, mark.crops)) if mark.enters else int(shape(mark.features)[1])
-        stream = Stream(name, annotation.modality[name], count, annotation.learned[name], mark.crops, row, mark.pinned)
+        attention = self.site.attention
+        class_token = attention is not None and has_class_token(self.graph, attention, mark)
+        modality, learned = annotation.modality[name], annotation.learned[name]
+        stream = Stream(name, modality, count, learned, mark.crops, row, mark.pinned, class_token)
         made = self._made(place, [stream])
         if not made:
             return None
@@ -208,9 +211,9 @@ class InsertReducer:
         rewriter = place.rewriter
         map_, assigned = (rewriter.field(result, Reduction, name) for name in ("map", "assigned"))
         merged, in_order = reducer.merge > 0, reducer.keeps_order and not reducer.merge
-        step = Step(
-            place.epoch(stream), map_, assigned, reducer.tokens_after, merged, reducer.first_stays, in_order=in_order
-        )
+        stands = rewriter.field(result, Reduction, "place") if reducer.tells_place else None
+        parent, after = place.epoch(stream), reducer.tokens_after
+        step = Step(parent, map_, assigned, after, merged, reducer.first_stays, in_order, stands)
         epoch = rewriter.epochs.add_step(stream, step)
         # Means of ones are ones, and need not be carried.
         if signals.get(Signal.WEIGHTS) is not None or reducer.carried == "sum":
@@ -226,8 +229,14 @@ def _drop_separators(mark: Mark, rewriter: Rewriter) -> fx.Node:
     assert isinstance(image, fx.Node)
     inner, outer = (_only_stream(rewriter, node) for node in (mark.node, separated))
     (step,) = rewriter.epochs.steps[inner]
-    map_ = rewriter.call_module(f"reducer.separators.{outer}", WithSeparators(mark.origin), step.map)
-    epoch = rewriter.epochs.add_step(outer, Step(0, map_, map_, step.after, False, False, step.in_order))
+    separators = WithSeparators(mark.origin)
+    map_ = rewriter.call_module(f"reducer.separators.{outer}", separators, step.map)
+    assigned, stands = map_, None
+    if step.place is not None:
+        assigned = rewriter.call_module(f"reducer.separators.{outer}.assigned", separators, step.assigned)
+        stands = rewriter.call_module(f"reducer.separators.{outer}.place", separators, step.place)
+    dropped = Step(0, map_, assigned, step.after, step.merged, False, step.in_order, stands)
+    epoch = rewriter.epochs.add_step(outer, dropped)
     rewriter.epochs.bump(Dim(separated, 1), {outer: epoch})
     return rewriter.env[image]
 

@@ -44,6 +44,7 @@ class Stream:
         crops: of image tokens that leave a tower: places of each crop's tokens in the stream, in raster order.
         row: and how many tokens the tower gives for one crop.
         pinned: places of tokens among an image's that stay (text at the ends of its lines).
+        class_token: whether the tower has a class token for each crop, which leaves it beside these tokens.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Stream:
     crops: tuple[tuple[int, ...], ...] = ()
     row: int = 0
     pinned: tuple[int, ...] = ()
+    class_token: bool = False
 
     @property
     def rows(self) -> int:
