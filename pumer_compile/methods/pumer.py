@@ -86,7 +86,7 @@ class Pumer(Budgeted):
         reads="attention of the text to the image, keys",
         use="fusion models (ViLT, METER), best fine-tuned with it",
         paper="Cao et al., PuMer, ACL 2023",
-        code="csarron/PuMer, Apache-2.0",
+        code="csarron/PuMer, MIT",
         held="published vectors",
     )
 
