@@ -107,7 +107,7 @@ class Pumer(Budgeted):
             log.warning(
                 "Site %s is left out: its share prunes none of %d image tokens, and there the published code "
                 "merges nothing either.",
-                site.attention.site,
+                site.address,
                 skipped[0],
             )
             return {}

@@ -75,8 +75,8 @@ def count_plan(
 ) -> Plan:
     """The plan with one sample's multiply-adds before and after, in total and from each site to the next."""
     batch = next(iter(inputs.values())).shape[0]
-    carriers = [site.attention.carrier for site, _ in insertions.done]
-    prefixes = tuple(f"reducer.{site.attention.name}." for site, _ in insertions.done)
+    carriers = [site.opens for site, _ in insertions.done]
+    prefixes = tuple(f"reducer.{site.name}." for site, _ in insertions.done)
     counted = _counted_once(captured, inputs)
     before = _sections(captured, counted, len(carriers), lambda node: carriers.index(node) if node in carriers else -1)
     counted = count_multiply_adds(reduced, inputs)

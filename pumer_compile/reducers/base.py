@@ -310,12 +310,16 @@ def set_margin(scores: Tensor, own: Tensor, forced: Tensor) -> Tensor:
         scores: `[batch, tokens]`.
         own, forced: indices, ascending, `[batch, keep]`.
     """
-    mine, theirs = (one_hot(kept, scores.shape[1]).any(1) for kept in (own, forced))
-    best = torch.where(mine & ~theirs, scores, -torch.inf).amax(1)
-    worst = torch.where(theirs & ~mine, scores, torch.inf).amin(1)
-    apart = relative_gap(best.unsqueeze(1), worst.unsqueeze(1), scores).squeeze(1)
-    gap = torch.where(best > worst, apart, 0.0)
+    gap = mask_margin(scores, *(one_hot(kept, scores.shape[1]).any(1) for kept in (own, forced)))
     return torch.where((forced[:, 1:] > forced[:, :-1]).all(1), gap, 1.0)
+
+
+def mask_margin(scores: Tensor, own: Tensor, forced: Tensor) -> Tensor:
+    """The same of sets that are given by a true value for each of their tokens, `[batch, tokens]`."""
+    best = torch.where(own & ~forced, scores, -torch.inf).amax(1)
+    worst = torch.where(forced & ~own, scores, torch.inf).amin(1)
+    apart = relative_gap(best.unsqueeze(1), worst.unsqueeze(1), scores).squeeze(1)
+    return torch.where(best > worst, apart, 0.0)
 
 
 # --- reducers of a module ---------------------------------------------------------------------------------------------

@@ -60,7 +60,7 @@ class InsertReducer:
 
     def _carrier(self, rewriter: Rewriter) -> fx.Node | None:
         attention, carrier = self.site.attention, self.site.after
-        assert carrier is not None
+        assert attention is not None and carrier is not None
         dim, axis = self._token_dim(rewriter, carrier)
         place = self._place(rewriter, Dim(carrier, dim))
         rewriter.follow_batch(Dim(carrier, 1 - dim))
@@ -93,7 +93,7 @@ class InsertReducer:
         dims = [(i, a) for i, a in enumerate(axes) if isinstance(a, Tokens)]
         if len(axes) != 3 or len(dims) != 1 or dims[0][0] > 1:
             raise LocateError(
-                f"The carrier of {self.site.attention.described}, {describe(carrier)}, has axes "
+                f"The carrier of {self.site.described}, {describe(carrier)}, has axes "
                 f"({', '.join(map(str, axes))}); expected [batch, tokens, width] or [tokens, batch, width]."
             )
         return dims[0]
@@ -117,7 +117,7 @@ class InsertReducer:
         """A value with the carrier's tokens, reduced by the maps of some streams."""
         parts = []
         for stream, part in self._parts(rewriter, value, dim):
-            name = f"reducer.{self.site.attention.name}.{stream}_map"
+            name = f"reducer.{self.site.name}.{stream}_map"
             map_ = maps.get(stream)
             parts.append(part if map_ is None else rewriter.call_module(name, self.applied, part, map_))
         return self._joined(rewriter, parts, dim)
@@ -146,7 +146,7 @@ class InsertReducer:
         rewriter.follow_batch(Dim(mark.node, 0))
         name, annotation = _only_stream(rewriter, mark.node), self.graph.annotation
         count = sum(map(len, mark.crops)) + len(mark.pinned)
-        row = int(shape(mark.features)[1]) if mark.votes is None else max(map(len, mark.crops))
+        row = max(map(len, mark.crops)) if mark.enters else int(shape(mark.features)[1])
         stream = Stream(name, annotation.modality[name], count, annotation.learned[name], mark.crops, row, mark.pinned)
         made = self._made(place, [stream])
         if not made:
@@ -160,7 +160,8 @@ class InsertReducer:
     # --- both ---------------------------------------------------------------------------------------------------------
 
     def _place(self, rewriter: Rewriter, dim: Dim) -> Place:
-        epochs: Epochs = {**rewriter.history.at(self.site.attention.key_dim), **rewriter.history.at(dim)}
+        keys = self.site.epoch_dim
+        epochs: Epochs = {**(rewriter.history.at(keys) if keys else {}), **rewriter.history.at(dim)}
         return Place(rewriter, self.graph, self.site, epochs, self.carried, read=self.read)
 
     def _made(self, place: Place, streams: Sequence[Stream]) -> dict[str, Reducer]:
@@ -175,8 +176,7 @@ class InsertReducer:
         before = {s.name: s.tokens for s in streams}
         counts = {s: (r.tokens_after, r.tokens - r.keep, r.merge) for s, r in made.items()}
         after, pruned, merged = ({s: counts.get(s, (n, 0, 0))[i] for s, n in before.items()} for i in range(3))
-        attention = site.attention
-        plan = site.plan or SitePlan(attention.site, attention.module, {}, {}, {}, {}, call=attention.call)
+        plan = site.plan or SitePlan(site.address, site.module, {}, {}, {}, {}, call=site.call)
         site.plan = dataclasses.replace(
             plan,
             before={**plan.before, **before},
@@ -198,7 +198,7 @@ class InsertReducer:
         tokens: fx.Node | None,
         signals: dict[Signal, fx.Node | None],
     ) -> fx.Node:
-        name = f"reducer.{self.site.attention.name}.{stream}"
+        name = f"reducer.{self.site.name}.{stream}"
         return rewriter.call_module(name, reducer, tokens, *signals.values())
 
     def _step(

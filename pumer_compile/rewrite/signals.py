@@ -45,7 +45,13 @@ class Place:
 
     @property
     def attention(self) -> Attention:
-        """Of the site."""
+        """Of the site.
+
+        Raises:
+            LocateError: it has none.
+        """
+        if self.site.attention is None:
+            raise LocateError(f"Site {self.site.described} has no attention that could be read.")
         return self.site.attention
 
     def epoch(self, stream: str) -> int:

@@ -12,7 +12,7 @@ from ..analysis.annotate import Annotation
 from ..analysis.attention import NOT_KNOWN, Attention, Parts, attention_parts, choose, tower_attention
 from ..analysis.axes import Dim, Tokens
 from ..analysis.masks import hidden
-from ..analysis.nodes import ancestors, describe
+from ..analysis.nodes import ancestors, describe, module_path
 from ..analysis.prompts import Mark
 from ..analysis.rules import shape
 from ..errors import LocateError
@@ -64,7 +64,7 @@ class Site:
     """Where reducers are inserted: `after` a carrier, or `instead` of marks.
 
     Attributes:
-        attention: that the signals are read from.
+        attention: that the signals are read from; None where none is read (the rows of a prompt by themselves).
         after: the residual value that is reduced; None where marks are.
         instead: where image tokens leave the tower, for each block of a prompt.
         streams: that may be reduced.
@@ -74,7 +74,7 @@ class Site:
         passed: how many reducers each modality had passed before.
     """
 
-    attention: Attention
+    attention: Attention | None
     after: fx.Node | None = None
     instead: tuple[Mark, ...] = ()
     streams: tuple[str, ...] = ()
@@ -82,6 +82,41 @@ class Site:
     plan: SitePlan | None = None
     reducers: dict[str, Reducer] = field(default_factory=dict)
     passed: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """For the modules that are inserted, such as `vision_2`; `prompt` for rows of a prompt."""
+        return "prompt" if self.attention is None else self.attention.name
+
+    @property
+    def address(self) -> str:
+        """For users: that of its attention, or `prompt`."""
+        return "prompt" if self.attention is None else self.attention.site
+
+    @property
+    def module(self) -> str:
+        """Path of the module that it stands in."""
+        return module_path(self.instead[0].features) if self.attention is None else self.attention.module
+
+    @property
+    def call(self) -> int:
+        """How many times its layer ran before, on other inputs."""
+        return 0 if self.attention is None else self.attention.call
+
+    @property
+    def described(self) -> str:
+        """For messages."""
+        return "prompt (rows that enter it)" if self.attention is None else self.attention.described
+
+    @property
+    def opens(self) -> fx.Node | None:
+        """The captured node with which what it saves begins."""
+        return self.instead[0].node if self.attention is None else self.attention.carrier
+
+    @property
+    def epoch_dim(self) -> Dim | None:
+        """The dimension whose epochs its signals are at."""
+        return None if self.attention is None else self.attention.key_dim
 
 
 @dataclass
@@ -186,6 +221,10 @@ class LocatedGraph:
                 if bool(hides[..., -1, start : start + length].any()):
                     found[stream] = None
         return tuple(found)
+
+    def rows(self) -> list[Site]:
+        """The rows of a prompt: one site without an attention, for all its images."""
+        return [Site(None, instead=self.marks)]
 
     def towers(self) -> list[tuple[Attention, tuple[Mark, ...]]]:
         """The last attention of each tower before its marks, which makes the features that leave it.
