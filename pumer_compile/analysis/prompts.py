@@ -154,7 +154,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A graph whose prompt is spelled out.
+    """A graph without the scatter into its prompt: text, image, text joined by `cat`.
 
     Attributes:
         module: a copy of the captured graph; parameters are shared.
@@ -172,7 +172,7 @@ class Prompt:
 def lower_masked_scatter(
     captured: fx.GraphModule, inputs: Mapping[str, Tensor], acts_on: ActsOn = "tower", *, votes: bool = True
 ) -> Prompt | None:
-    """The graph with its prompts spelled out; None where nothing is scattered into one.
+    """The graph with each scatter into a prompt lowered to a `cat`; None where nothing is scattered into one.
 
     Args:
         captured: pre-decomposition ATen graph; it is not changed.
@@ -198,7 +198,7 @@ def lower_masked_scatter(
         if not votes:
             needed = any(n.op == "placeholder" and values(n)[0].is_floating_point() for n in behind)
         if needed:
-            _Scatter(prompt, node, inputs).spell_out(acts_on, votes)
+            _Scatter(prompt, node, inputs).lower(acts_on, votes)
     graph.eliminate_dead_code()
     names = [str(_place(mark.node, 1)) for mark in prompt.marks]
     images = dict(zip(prompt.blocks, names, strict=True))
@@ -207,13 +207,13 @@ def lower_masked_scatter(
     graph.eliminate_dead_code()
     if acts_on != "layers":
         again = [node for node in graph.nodes if node.target is same_tokens]
-        _first(graph, [*(mark.prompted for mark in prompt.marks), *again])
+        _hoist(graph, [*(mark.prompted for mark in prompt.marks), *again])
     graph.lint()
     module.recompile()
     return prompt if prompt.marks else None
 
 
-def _first(graph: fx.Graph, marks: list[fx.Node]) -> None:
+def _hoist(graph: fx.Graph, marks: list[fx.Node]) -> None:
     """Let everything that the marks need come before everything else: positions in a prompt may be counted before the
     image is looked at, and have to be counted over what is left of it."""
     early = with_writes(graph, set(marks).union(*(ancestors(mark) for mark in marks)))
@@ -320,18 +320,18 @@ class _Scatter:
         # An output of the model, say.
         self.others = [user for user in source.users if user is not node]
 
-    def spell_out(self, acts_on: ActsOn, votes: bool) -> None:
+    def lower(self, acts_on: ActsOn, votes: bool) -> None:
         """Mark the image; see `lower_masked_scatter`."""
         blocks = self._blocks()
         if acts_on == "tower":
-            self._in_tower(blocks)
+            self._lower_features(blocks)
             return
         found = made_of(self.source, int(self.width), needed=votes)
         if votes:
             self._check_members(found)
         self._mark_images(blocks, found, votes=votes, by_crop=acts_on == "rows")
 
-    def _in_tower(self, blocks: list[Block]) -> None:
+    def _lower_features(self, blocks: list[Block]) -> None:
         """Mark the features: where they leave their tower, if each row of the prompt is one of its tokens (the
         published place); or else the rows that enter the prompt, with the tokens that they are made of."""
         found, why = None, None
@@ -372,7 +372,7 @@ class _Scatter:
         found = arrangement(self.node, self.source, self.batch)
         graph = self.prompt.module.graph
         with graph.inserting_before(self.source.next):  # others may read it before the scatter does
-            images = self._as_it_is(found) if len(blocks) == 1 and found.in_place else self._arranged(found, blocks)
+            images = self._single_image(found) if len(blocks) == 1 and found.in_place else self._arranged(found, blocks)
             if self.others:
                 self._replace_source(images)
         with graph.inserting_before(self.node):
@@ -524,8 +524,8 @@ class _Scatter:
 
     # --- one row for each prompt, as it is ----------------------------------------------------------------------
 
-    def _as_it_is(self, found: Arrangement) -> list[fx.Node]:
-        features, user = _leaving(self.node, found.projected)
+    def _single_image(self, found: Arrangement) -> list[fx.Node]:
+        features, user = _tower_output(self.node, found.projected)
         _check_published(features)
         behind = ancestors(self.source) | {self.source}
         with self.prompt.module.graph.inserting_after(features):
@@ -542,9 +542,9 @@ class _Scatter:
     # --- tokens of several rows, or rearranged ------------------------------------------------------------------
 
     def _arranged(self, found: Arrangement, blocks: list[Block]) -> list[fx.Node]:
-        features, _ = _leaving(self.node, found.projected)
+        features, _ = _tower_output(self.node, found.projected)
         _check_published(features)
-        projector = _between(self.node, features, found.projected)
+        projector = _projector_nodes(self.node, features, found.projected)
         images, done = [], 0
         seen: set[int] = set()
         for start, stop in blocks:
@@ -640,7 +640,7 @@ def _blocks(scatter: fx.Node, mask: Tensor) -> list[Block]:
     return list(zip(starts, stops, strict=True))
 
 
-def _leaving(scatter: fx.Node, projected: fx.Node) -> tuple[fx.Node, fx.Node]:
+def _tower_output(scatter: fx.Node, projected: fx.Node) -> tuple[fx.Node, fx.Node]:
     """The features that leave the tower, and the first learned operator outside of it, which takes them."""
     behind = ancestors(projected) | {projected}
     order = [n for n in projected.graph.nodes if n in behind]
@@ -705,7 +705,7 @@ def _leads_with_learned(join: fx.Node) -> bool:
     return len(shape(first)) == 3 and not depends_on_input(first) and any(map(depends_on_input, rest))
 
 
-def _between(scatter: fx.Node, features: fx.Node, projected: fx.Node) -> list[fx.Node]:
+def _projector_nodes(scatter: fx.Node, features: fx.Node, projected: fx.Node) -> list[fx.Node]:
     """The projector: what makes `projected` of `features`, in order, each token by itself."""
     behind = ancestors(projected) | {projected}
     after, chain = {features}, []

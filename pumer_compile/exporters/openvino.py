@@ -182,19 +182,19 @@ class OpenVinoWriter(Writer[OpenVinoOptions, OpenVinoBuild]):
         return path.with_name(f"{stem}.bin{rest}")
 
     def evidence(self, build: OpenVinoBuild, files: Sequence[Path]) -> Evidence:
-        """The artifact on the CPU plugin, with a twin where it does not give its decisions."""
+        """The artifact on the CPU plugin, with a decision session where it does not give its decisions."""
         session = OpenVinoSession(files[-1])
         reopen = partial(OpenVinoSession, files[-1])
         if all(name in session.outputs for name in build.decisions):
             return Evidence(session, reopen)
-        return Evidence(session, reopen, partial(self._deciding, build, files[-1]))
+        return Evidence(session, reopen, partial(self._with_decisions, build, files[-1]))
 
-    def _deciding(self, build: OpenVinoBuild, path: Path) -> OpenVinoSession:
-        """A twin that gives the decisions, which the artifact does not even compute."""
-        twin = path.parent / "deciding" / path.name
-        twin.parent.mkdir(exist_ok=True)
-        self._write(build.model, twin)
-        return OpenVinoSession(twin)
+    def _with_decisions(self, build: OpenVinoBuild, path: Path) -> OpenVinoSession:
+        """The decision session: a second model that gives the decisions, which the artifact does not even compute."""
+        second = path.parent / "deciding" / path.name
+        second.parent.mkdir(exist_ok=True)
+        self._write(build.model, second)
+        return OpenVinoSession(second)
 
     def describe(self, build: OpenVinoBuild) -> dict[str, Any]:
         """Inputs are float32, whatever the weights are."""

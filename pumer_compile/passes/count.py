@@ -58,10 +58,10 @@ def tokens_after_layers(
             present: dict[str, int] = {}
             for segment in axis.segments:
                 if segment.stream:
-                    length = rewriter.history.length(segment, rewriter.history.at(dim))
+                    length = rewriter.epochs.length(segment, rewriter.epochs.at(dim))
                     present[segment.stream] = present.get(segment.stream, 0) + length
             counts.update(present)
-        name = attention.site + (f"@{attention.call}" if attention.call else "")
+        name = attention.address + (f"@{attention.call}" if attention.call else "")
         layers[name] = {**counts, **after.get(name, {})}
     return layers
 

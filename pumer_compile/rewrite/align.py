@@ -81,7 +81,7 @@ class Aligner:
                 if index != queries:
                     value = self._emit(rewriter, node, source, value, index, target)
             changed = [s for s, epoch in targets[queries].items() if epoch]
-            rows = rewriter.history.size(
+            rows = rewriter.epochs.size(
                 self.whole_streams(rewriter, Dim(source, queries), node, changed), targets[queries]
             )
             self._aligned[key] = rewriter.call(
@@ -93,12 +93,12 @@ class Aligner:
         self, rewriter: Rewriter, node: fx.Node, source: fx.Node, value: fx.Node, index: int, target: Epochs
     ) -> fx.Node:
         dim = Dim(source, index)
-        have = rewriter.history.at(dim)
+        have = rewriter.epochs.at(dim)
         kind = self.whole_streams(rewriter, dim, node, [s for s, epoch in target.items() if epoch != have.get(s, 0)])
         segments, maps = [], []
         for segment in kind.segments:
             old, new = (e.get(segment.stream or "", 0) for e in (have, target))
-            segments.append((rewriter.history.length(segment, have), new != old))
+            segments.append((rewriter.epochs.length(segment, have), new != old))
             if new != old:
                 maps.append(self._map(rewriter, segment.stream or "", old, new))
         mode = self._mode(rewriter, node, source, kind, have, target)
@@ -144,7 +144,7 @@ class Aligner:
         merged = [
             s
             for s in kind.streams
-            if any(step.merged for step in rewriter.history.lineage(s, target.get(s, 0), have.get(s, 0)))
+            if any(step.merged for step in rewriter.epochs.lineage(s, target.get(s, 0), have.get(s, 0)))
         ]
         if merged:
             raise SiteError(
@@ -158,7 +158,7 @@ class Aligner:
         """The map from one epoch of a stream to a later one, composed where it spans several reducers."""
         key = (stream, old, new)
         if key not in self._maps:
-            first, *rest = rewriter.history.lineage(stream, new, old)
+            first, *rest = rewriter.epochs.lineage(stream, new, old)
             composed = first.map
             for step in rest:
                 composed = rewriter.call(aten.matmul.default, step.map, composed)
@@ -174,4 +174,4 @@ def _input_targets(rewriter: Rewriter, source: fx.Node, x: fx.Node, targets: dic
             for mine, other in ((constraint.a, constraint.b), (constraint.b, constraint.a)):
                 if mine.node is source and mine.index in targets and other.node is x:
                     found[other.index] = targets[mine.index]
-    return {index: target for index, target in found.items() if rewriter.history.behind(Dim(x, index), target)}
+    return {index: target for index, target in found.items() if rewriter.epochs.behind(Dim(x, index), target)}

@@ -82,7 +82,7 @@ class InsertReducer:
             reduced = {s: rewriter.field(results[s], Reduction, "tokens") for s in reducers}
             new = self._joined(rewriter, [reduced.get(name, part) for name, part in parts], dim)
         epochs = {s: self._step(place, s, made[s], results[s], signals[s]) for s in made}
-        rewriter.history.bump(Dim(carrier, dim), {s: epoch for s, epoch in epochs.items() if s in axis.streams})
+        rewriter.epochs.bump(Dim(carrier, dim), {s: epoch for s, epoch in epochs.items() if s in axis.streams})
         if attention.cross_modal:
             for stream, epoch in epochs.items():
                 rewriter.reduce_later_uses(attention.context, stream, place.epoch(stream), epoch)
@@ -130,7 +130,7 @@ class InsertReducer:
             Stream(
                 stream,
                 annotation.modality[stream],
-                place.rewriter.history.length(segments[stream], place.epochs),
+                place.rewriter.epochs.length(segments[stream], place.epochs),
                 annotation.learned[stream],
                 pinned=self.graph.pinned(stream),
             )
@@ -154,21 +154,21 @@ class InsertReducer:
         reducer = made[name]
         signals = self._signals(place, name, reducer)
         result = self._call(rewriter, name, reducer, rewriter.env[tokens], signals)
-        rewriter.history.bump(dim, {name: self._step(place, name, reducer, result, signals)})
+        rewriter.epochs.bump(dim, {name: self._step(place, name, reducer, result, signals)})
         return rewriter.field(result, Reduction, "tokens")
 
     # --- both ---------------------------------------------------------------------------------------------------------
 
     def _place(self, rewriter: Rewriter, dim: Dim) -> Place:
         keys = self.site.epoch_dim
-        epochs: Epochs = {**(rewriter.history.at(keys) if keys else {}), **rewriter.history.at(dim)}
+        epochs: Epochs = {**(rewriter.epochs.at(keys) if keys else {}), **rewriter.epochs.at(dim)}
         return Place(rewriter, self.graph, self.site, epochs, self.carried, read=self.read)
 
     def _made(self, place: Place, streams: Sequence[Stream]) -> dict[str, Reducer]:
         """The reducers of some streams, entered into the plan of the site."""
-        site, history = self.site, place.rewriter.history
+        site, table = self.site, place.rewriter.epochs
         names = site.streams or [stream.name for stream in streams]
-        site.passed = {self.graph.modality(s): len(history.lineage(s, place.epoch(s))) for s in names}
+        site.passed = {self.graph.modality(s): len(table.lineage(s, place.epoch(s))) for s in names}
         made = self.method.reducers(site, streams)
         if not made:
             return {}
@@ -204,14 +204,14 @@ class InsertReducer:
     def _step(
         self, place: Place, stream: str, reducer: Reducer, result: fx.Node, signals: dict[Signal, fx.Node | None]
     ) -> int:
-        """Enter a reducer into the history; gives the epoch it makes."""
+        """Enter a reducer into the table of epochs; gives the epoch it makes."""
         rewriter = place.rewriter
         map_, assigned = (rewriter.field(result, Reduction, name) for name in ("map", "assigned"))
         merged, in_order = reducer.merge > 0, reducer.keeps_order and not reducer.merge
         step = Step(
             place.epoch(stream), map_, assigned, reducer.tokens_after, merged, reducer.first_stays, in_order=in_order
         )
-        epoch = rewriter.history.add_step(stream, step)
+        epoch = rewriter.epochs.add_step(stream, step)
         # Means of ones are ones, and need not be carried.
         if signals.get(Signal.WEIGHTS) is not None or reducer.carried == "sum":
             self.carried.keep(stream, epoch, rewriter.field(result, Reduction, "weights"))
@@ -225,10 +225,10 @@ def _drop_separators(mark: Mark, rewriter: Rewriter) -> fx.Node:
     image = separated.args[0]
     assert isinstance(image, fx.Node)
     inner, outer = (_only_stream(rewriter, node) for node in (mark.node, separated))
-    (step,) = rewriter.history.steps[inner]
+    (step,) = rewriter.epochs.steps[inner]
     map_ = rewriter.call_module(f"reducer.separators.{outer}", WithSeparators(mark.origin), step.map)
-    epoch = rewriter.history.add_step(outer, Step(0, map_, map_, step.after, False, False, step.in_order))
-    rewriter.history.bump(Dim(separated, 1), {outer: epoch})
+    epoch = rewriter.epochs.add_step(outer, Step(0, map_, map_, step.after, False, False, step.in_order))
+    rewriter.epochs.bump(Dim(separated, 1), {outer: epoch})
     return rewriter.env[image]
 
 

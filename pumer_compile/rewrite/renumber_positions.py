@@ -109,9 +109,9 @@ def _count(node: fx.Node, rewriter: Rewriter, carried: CarriedWeights) -> fx.Nod
     dim = Dim(node, 0)
     kind = rewriter.annotation.axis(dim)
     assert isinstance(kind, Tokens)
-    epochs = {s: len(rewriter.history.steps.get(s, ())) for s in kind.streams}
-    rewriter.history.bump(dim, epochs)
-    size = rewriter.history.size(kind, epochs)
+    epochs = {s: len(rewriter.epochs.steps.get(s, ())) for s in kind.streams}
+    rewriter.epochs.bump(dim, epochs)
+    size = rewriter.epochs.size(kind, epochs)
     new = rewriter.graph.node_copy(node, lambda n: rewriter.env[n])
     new.args = (size, *new.args[1:])
     return new

@@ -78,15 +78,15 @@ def read_signal(signal: Signal, place: Place, stream: str) -> fx.Node | None:
 
 def _keys(place: Place, stream: str) -> fx.Node:
     """This site's keys of a stream, or the nearest self-attention's."""
-    site, rewriter = place.attention, place.rewriter
-    at = rewriter.history.at(site.key_dim)
-    if stream not in site.key_axis.streams or at.get(stream, 0) != place.epoch(stream):
-        site = _nearest_self_attention(place, stream)
-    span = rewriter.history.span(site.key_axis, stream, rewriter.history.at(site.key_dim))
-    if site.key is not None:
-        return rewriter.call(aten.slice.Tensor, rewriter.env[site.key], 2, *span)
-    assert site.key_transposed is not None
-    cut = rewriter.call(aten.slice.Tensor, rewriter.env[site.key_transposed], 3, *span)
+    attention, rewriter = place.attention, place.rewriter
+    at = rewriter.epochs.at(attention.key_dim)
+    if stream not in attention.key_axis.streams or at.get(stream, 0) != place.epoch(stream):
+        attention = _nearest_self_attention(place, stream)
+    span = rewriter.epochs.span(attention.key_axis, stream, rewriter.epochs.at(attention.key_dim))
+    if attention.key is not None:
+        return rewriter.call(aten.slice.Tensor, rewriter.env[attention.key], 2, *span)
+    assert attention.key_transposed is not None
+    cut = rewriter.call(aten.slice.Tensor, rewriter.env[attention.key_transposed], 3, *span)
     return rewriter.call(aten.transpose.int, cut, 2, 3)
 
 
@@ -96,7 +96,7 @@ def _nearest_self_attention(place: Place, stream: str) -> Attention:
     for attention in reversed(place.graph.attentions[:position]):
         reads = stream in attention.query_axis.streams and stream in attention.key_axis.streams
         if reads and attention.context in before:
-            if place.rewriter.history.at(attention.key_dim).get(stream, 0) == place.epoch(stream):
+            if place.rewriter.epochs.at(attention.key_dim).get(stream, 0) == place.epoch(stream):
                 return attention
             break
     raise LocateError(
@@ -121,20 +121,20 @@ def _text_weights(place: Place, stream: str) -> fx.Node | None:
 
 
 def _text_to_image(place: Place, stream: str) -> fx.Node:
-    site, rewriter = place.attention, place.rewriter
-    rows = rewriter.history.span(site.query_axis, place.text(), place.epochs)
-    keys = rewriter.history.span(site.key_axis, stream, place.epochs)
-    found = attention_rows(rewriter, site, rows, f"reducer.{site.name}.attention.{stream}")
+    attention, rewriter = place.attention, place.rewriter
+    rows = rewriter.epochs.span(attention.query_axis, place.text(), place.epochs)
+    keys = rewriter.epochs.span(attention.key_axis, stream, place.epochs)
+    found = attention_rows(rewriter, attention, rows, f"reducer.{attention.name}.attention.{stream}")
     return rewriter.call(aten.slice.Tensor, found, 3, *keys)
 
 
 def _last_query(place: Place, stream: str) -> fx.Node:
-    site, rewriter = place.attention, place.rewriter
+    attention, rewriter = place.attention, place.rewriter
     if "last_query" not in place.read:
-        last = int(rewriter.history.size(site.query_axis, place.epochs))
-        name = f"reducer.{site.name}.attention"
-        place.read["last_query"] = attention_rows(rewriter, site, (last - 1, last), name)
-    span = rewriter.history.span(site.key_axis, stream, place.epochs)
+        last = int(rewriter.epochs.size(attention.query_axis, place.epochs))
+        name = f"reducer.{attention.name}.attention"
+        place.read["last_query"] = attention_rows(rewriter, attention, (last - 1, last), name)
+    span = rewriter.epochs.span(attention.key_axis, stream, place.epochs)
     return rewriter.call(aten.slice.Tensor, place.read["last_query"], 3, *span)
 
 

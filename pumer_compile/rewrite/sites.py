@@ -91,7 +91,7 @@ class Site:
     @property
     def address(self) -> str:
         """For users: that of its attention, or `prompt`."""
-        return "prompt" if self.attention is None else self.attention.site
+        return "prompt" if self.attention is None else self.attention.address
 
     @property
     def module(self) -> str:
