@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from .crops import CropReducer
 from .greedy import cosines, pick, repeated, row_at
 
 Order = Literal["reference", "stable"]
@@ -61,3 +63,25 @@ def _step(number: Tensor, near: Tensor, distance: Tensor) -> tuple[Tensor]:
     """Pick the token that is farthest, `near` being each token's distance to its nearest picked one."""
     _, place, picked = pick(near)
     return (torch.where(picked, TAKEN, torch.minimum(near, row_at(distance, place))),)
+
+
+class DiverseReducer(CropReducer):
+    """Keeps the tokens of each crop that `FarthestPoints` picks, in their order; see `CropReducer`."""
+
+    # What a pick is worth depends on those before it: no score tells how near two choices are.
+    judged = False
+
+    def __init__(
+        self, crops: Sequence[Sequence[int]], budget: int, *, order: Order = "reference", pinned: Sequence[int] = ()
+    ) -> None:
+        super().__init__(crops, budget, pinned=pinned)
+        self.select = FarthestPoints(budget, order)
+
+    def by_token(self, tokens: Tensor) -> tuple[Tensor]:
+        """See `CropReducer`: the rows that enter the prompt."""
+        return (tokens.float(),)
+
+    def of_crop(self, features: Tensor) -> Tensor:
+        """See `CropReducer`."""
+        kept: Tensor = self.select(features)
+        return kept
