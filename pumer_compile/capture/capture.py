@@ -24,6 +24,7 @@ from torch.export import ExportedProgram
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils._pytree import tree_leaves, tree_structure, tree_unflatten
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.exporters import utils as exporter_utils
 from transformers.exporters.configs import DynamoConfig
 from transformers.exporters.exporter_dynamo import DynamoExporter
 from transformers.exporters.utils import apply_patches, get_leaf_tensors
@@ -296,7 +297,8 @@ def _export(model: nn.Module, sample: dict[str, Tensor], shapes: dict[str, Any] 
     # With gradients: otherwise the graph does not say what the model itself computes without.
     with torch.inference_mode(False), torch.enable_grad(), _gradient_blocks():
         if isinstance(model, PreTrainedModel):
-            exported = DynamoExporter().export(model, dict(sample), DynamoConfig(dynamic_shapes=shapes))
+            with _inputs_as_given():
+                exported = DynamoExporter().export(model, dict(sample), DynamoConfig(dynamic_shapes=shapes))
             # transformers 5.17 returns the program itself, later versions wrap it.
             program: ExportedProgram = exported if isinstance(exported, ExportedProgram) else exported.program
             return program
@@ -328,6 +330,22 @@ def _gradient_blocks() -> Iterator[None]:
         mock.patch.object(mode, "__enter__", enter),
         mock.patch.object(mode, "__exit__", leave),
     ):
+        yield
+
+
+@contextmanager
+def _inputs_as_given() -> Iterator[None]:
+    """Keep transformers' exporter from giving a model more inputs than its sample has. What it computes for the parts of
+    a model (a vision encoder's `position_ids` from `target_sizes`) means something else to the whole."""
+    compute = getattr(exporter_utils, "precompute_export_inputs", None)  # another name in another version
+
+    def without_more(model: nn.Module, inputs: dict[str, Any]) -> None:
+        given = set(inputs)
+        compute(model, inputs)
+        for name in inputs.keys() - given:
+            del inputs[name]
+
+    with mock.patch.object(exporter_utils, "precompute_export_inputs", without_more) if compute else nullcontext():
         yield
 
 

@@ -127,7 +127,7 @@ class _Spread:
 
 
 # What `fastv` does not reduce yet, and issue 17 asks for.
-OPEN = set("minicpmv4_6 mllama qwen3_5".split())
+OPEN = set("mllama qwen3_5".split())
 
 
 @functools.cache

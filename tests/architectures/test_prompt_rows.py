@@ -40,6 +40,7 @@ ROWS = {
     "lfm2_vl": (1, 1),
     "llama4": (1, 1),
     "llava_next_video": (2, 1),
+    "minicpmv4_6": (1, 1),
     "mistral3": (1, 1),
     "ovis2": (1, 1),
     "paddleocr_vl": (1, 1),
