@@ -34,6 +34,7 @@ from ..analysis.dead_code import draws_nothing
 from ..analysis.nodes import describe, values
 from ..analysis.outputs import drop_unasked, join_features, select_outputs
 from ..errors import CaptureError, PumerError, UsageError
+from ..frontends import gated_delta_rule
 from ..frontends.rope_index import open_padding
 from ..guards import Guard
 from ..passes.fold_masks import fold_masks, masks_of
@@ -295,7 +296,7 @@ def _write_out_experts(module: nn.Module) -> None:
 
 def _export(model: nn.Module, sample: dict[str, Tensor], shapes: dict[str, Any] | None) -> ExportedProgram:
     # With gradients: otherwise the graph does not say what the model itself computes without.
-    with torch.inference_mode(False), torch.enable_grad(), _gradient_blocks():
+    with torch.inference_mode(False), torch.enable_grad(), _gradient_blocks(), gated_delta_rule.kept_whole():
         if isinstance(model, PreTrainedModel):
             with _inputs_as_given():
                 exported = DynamoExporter().export(model, dict(sample), DynamoConfig(dynamic_shapes=shapes))
@@ -335,9 +336,12 @@ def _gradient_blocks() -> Iterator[None]:
 
 @contextmanager
 def _inputs_as_given() -> Iterator[None]:
-    """Keep transformers' exporter from giving a model more inputs than its sample has. What it computes for the parts of
-    a model (a vision encoder's `position_ids` from `target_sizes`) means something else to the whole."""
-    compute = getattr(exporter_utils, "precompute_export_inputs", None)  # another name in another version
+    """Keep transformers' exporter from giving a model more inputs than its sample has: what it computes for the parts
+    of a model (a vision encoder's `position_ids` from `target_sizes`) means something else to the whole."""
+    compute = getattr(exporter_utils, "precompute_export_inputs", None)
+    if compute is None:  # a version of transformers that does not
+        yield
+        return
 
     def without_more(model: nn.Module, inputs: dict[str, Any]) -> None:
         given = set(inputs)
@@ -345,7 +349,7 @@ def _inputs_as_given() -> Iterator[None]:
         for name in inputs.keys() - given:
             del inputs[name]
 
-    with mock.patch.object(exporter_utils, "precompute_export_inputs", without_more) if compute else nullcontext():
+    with mock.patch.object(exporter_utils, "precompute_export_inputs", without_more):
         yield
 
 
@@ -462,6 +466,7 @@ def plain_graph_module(exported: ExportedProgram) -> fx.GraphModule:
     with_parameter = "check_guards" in inspect.signature(exported.module).parameters
     unlifted = exported.module(check_guards=False) if with_parameter else exported.module()
     inline_blocks(unlifted)
+    gated_delta_rule.plainly(unlifted)
     for node in list(unlifted.graph.nodes):
         if node.target in _CHECKS or (node.op == "call_module" and node.target == "_guards_fn"):
             _erase(node)

@@ -50,6 +50,7 @@ ROWS = {
     "qwen2_5_vl_uneven": (1, 1),
     "qwen2_5_vl_video": (3, 1),
     "qwen2_vl": (1, 1),
+    "qwen3_5": (1, 1),
     "qwen3_vl": (1, 1),
     "qwen3_vl_two": (2, 2),
     "qwen3_vl_moe": (1, 1),
