@@ -24,6 +24,7 @@ from torch.export import ExportedProgram
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils._pytree import tree_leaves, tree_structure, tree_unflatten
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.exporters import utils as exporter_utils
 from transformers.exporters.configs import DynamoConfig
 from transformers.exporters.exporter_dynamo import DynamoExporter
 from transformers.exporters.utils import apply_patches, get_leaf_tensors
@@ -33,6 +34,7 @@ from ..analysis.dead_code import draws_nothing
 from ..analysis.nodes import describe, values
 from ..analysis.outputs import drop_unasked, join_features, select_outputs
 from ..errors import CaptureError, PumerError, UsageError
+from ..frontends import gated_delta_rule
 from ..frontends.rope_index import open_padding
 from ..guards import Guard
 from ..passes.fold_masks import fold_masks, masks_of
@@ -294,9 +296,10 @@ def _write_out_experts(module: nn.Module) -> None:
 
 def _export(model: nn.Module, sample: dict[str, Tensor], shapes: dict[str, Any] | None) -> ExportedProgram:
     # With gradients: otherwise the graph does not say what the model itself computes without.
-    with torch.inference_mode(False), torch.enable_grad(), _gradient_blocks():
+    with torch.inference_mode(False), torch.enable_grad(), _gradient_blocks(), gated_delta_rule.kept_whole():
         if isinstance(model, PreTrainedModel):
-            exported = DynamoExporter().export(model, dict(sample), DynamoConfig(dynamic_shapes=shapes))
+            with _inputs_as_given():
+                exported = DynamoExporter().export(model, dict(sample), DynamoConfig(dynamic_shapes=shapes))
             # transformers 5.17 returns the program itself, later versions wrap it.
             program: ExportedProgram = exported if isinstance(exported, ExportedProgram) else exported.program
             return program
@@ -328,6 +331,25 @@ def _gradient_blocks() -> Iterator[None]:
         mock.patch.object(mode, "__enter__", enter),
         mock.patch.object(mode, "__exit__", leave),
     ):
+        yield
+
+
+@contextmanager
+def _inputs_as_given() -> Iterator[None]:
+    """Keep transformers' exporter from giving a model more inputs than its sample has: what it computes for the parts
+    of a model (a vision encoder's `position_ids` from `target_sizes`) means something else to the whole."""
+    compute = getattr(exporter_utils, "precompute_export_inputs", None)
+    if compute is None:  # a version of transformers that does not
+        yield
+        return
+
+    def without_more(model: nn.Module, inputs: dict[str, Any]) -> None:
+        given = set(inputs)
+        compute(model, inputs)
+        for name in inputs.keys() - given:
+            del inputs[name]
+
+    with mock.patch.object(exporter_utils, "precompute_export_inputs", without_more):
         yield
 
 
@@ -444,6 +466,7 @@ def plain_graph_module(exported: ExportedProgram) -> fx.GraphModule:
     with_parameter = "check_guards" in inspect.signature(exported.module).parameters
     unlifted = exported.module(check_guards=False) if with_parameter else exported.module()
     inline_blocks(unlifted)
+    gated_delta_rule.plainly(unlifted)
     for node in list(unlifted.graph.nodes):
         if node.target in _CHECKS or (node.op == "call_module" and node.target == "_guards_fn"):
             _erase(node)
