@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from ..analysis.axes import Dim, Tokens
 from ..analysis.masks import HIDES
-from ..analysis.nodes import attribute, describe, values, with_numbers
+from ..analysis.nodes import ancestors, attribute, describe, values, with_numbers
 from ..analysis.operators import ADD, MOVES, aten, overloads
 from ..errors import UsageError
 from .carried_weights import CarriedWeights
@@ -31,14 +31,29 @@ def renumbered_positions(graph: LocatedGraph, *, compact: bool) -> Replacements:
     if compact:
         _check_not_constant(graph, streams)
         _check_not_given(graph, streams)
-    found: Replacements = {}
-    for node in graph.annotation.constraints:
-        if node.target is not aten.arange.default or not streams & set(_streams(graph, node, 0)):
-            continue
-        if not compact and not _is_compared(graph, node):
-            continue
-        found[node] = partial(_count, node)
-    return found
+    counts = [
+        node
+        for node in graph.annotation.constraints
+        if node.target is aten.arange.default and streams & set(_streams(graph, node, 0))
+    ]
+    if not compact:
+        counts = _only_compared(graph, counts)
+    return {node: partial(_count, node) for node in counts}
+
+
+def _only_compared(graph: LocatedGraph, counts: list[fx.Node]) -> list[fx.Node]:
+    """Those of some counts that are compared with each other and nothing else: one that is compared with a count which
+    stays as it is (less the width of a window, say) stays too."""
+    read = {node: found for node in counts if (found := _comparisons(graph, node)) is not None}
+    stays = [node for node in counts if node not in read]
+    while True:
+        behind = {node: ancestors(node) for found in read.values() for node in found}
+        more = [node for node, found in read.items() if any(s in behind[c] for c in found for s in stays)]
+        if not more:
+            return [node for node in counts if node in read]
+        stays += more
+        for node in more:
+            del read[node]
 
 
 def _check_not_constant(graph: LocatedGraph, streams: set[str]) -> None:
@@ -126,18 +141,22 @@ _NOT_READ = frozenset(overloads("eq ne lt le gt ge new_ones new_zeros ones_like 
 """Compared with others, or asked for their shape alone."""
 
 
-def _is_compared(graph: LocatedGraph, node: fx.Node) -> bool:
-    """Whether numbers are only compared, or look tokens up (those of a padding mask), moved about as they are."""
-    pending, seen = [node], {node}
+def _comparisons(graph: LocatedGraph, node: fx.Node) -> list[fx.Node] | None:
+    """Where numbers are compared, if they are only that, or look tokens up (those of a padding mask), moved about as
+    they are; None if anything else reads them."""
+    pending, seen, found = [node], {node}, []
     while pending:
         for user in pending.pop().users:
-            if user.target in _NOT_READ or user in seen or _looks_tokens_up(graph, user, seen):
+            if user in seen or _looks_tokens_up(graph, user, seen):
+                continue
+            if user.target in _NOT_READ:
+                found.append(user)
                 continue
             if user.target not in MOVES and not (user.target in ADD and user.args[1] == 0):
-                return False
+                return None
             seen.add(user)
             pending.append(user)
-    return True
+    return found
 
 
 def _looks_tokens_up(graph: LocatedGraph, node: fx.Node, numbers: set[fx.Node]) -> bool:
