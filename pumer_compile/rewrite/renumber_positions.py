@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from ..analysis.axes import Dim, Tokens
 from ..analysis.masks import HIDES
-from ..analysis.nodes import attribute, describe, values, with_numbers
+from ..analysis.nodes import ancestors, attribute, describe, values, with_numbers
 from ..analysis.operators import ADD, MOVES, aten, overloads
 from ..errors import UsageError
 from .carried_weights import CarriedWeights
@@ -31,14 +31,25 @@ def renumbered_positions(graph: LocatedGraph, *, compact: bool) -> Replacements:
     if compact:
         _check_not_constant(graph, streams)
         _check_not_given(graph, streams)
-    found: Replacements = {}
-    for node in graph.annotation.constraints:
-        if node.target is not aten.arange.default or not streams & set(_streams(graph, node, 0)):
-            continue
-        if not compact and not _is_compared(graph, node):
-            continue
-        found[node] = partial(_count, node)
-    return found
+    counts = [
+        node
+        for node in graph.annotation.constraints
+        if node.target is aten.arange.default and streams & set(_streams(graph, node, 0))
+    ]
+    return {node: partial(_count, node) for node in (counts if compact else _compared_alone(graph, counts))}
+
+
+def _compared_alone(graph: LocatedGraph, counts: list[fx.Node]) -> list[fx.Node]:
+    """Those that are compared with each other and nothing else."""
+    compared = {node: _comparisons(graph, node) for node in counts}
+    found = {node: nodes for node, nodes in compared.items() if nodes is not None}
+    while True:
+        others = set(counts) - set(found)
+        mixed = [node for node, nodes in found.items() if any(others & ancestors(user) for user in nodes)]
+        if not mixed:
+            return list(found)
+        for node in mixed:
+            del found[node]
 
 
 def _check_not_constant(graph: LocatedGraph, streams: set[str]) -> None:
@@ -122,22 +133,27 @@ def _streams(graph: LocatedGraph, node: fx.Node, index: int) -> tuple[str, ...]:
     return kind.streams if isinstance(kind, Tokens) else ()
 
 
-_NOT_READ = frozenset(overloads("eq ne lt le gt ge new_ones new_zeros ones_like zeros_like"))
-"""Compared with others, or asked for their shape alone."""
+_COMPARES = frozenset(overloads("eq ne lt le gt ge"))
+_SHAPES = frozenset(overloads("new_ones new_zeros ones_like zeros_like"))
+"""What asks for a shape alone."""
 
 
-def _is_compared(graph: LocatedGraph, node: fx.Node) -> bool:
-    """Whether numbers are only compared, or look tokens up (those of a padding mask), moved about as they are."""
-    pending, seen = [node], {node}
+def _comparisons(graph: LocatedGraph, node: fx.Node) -> list[fx.Node] | None:
+    """Where numbers are compared, if they are only compared, or look tokens up (those of a padding mask), moved about
+    as they are; else None."""
+    pending, seen, found = [node], {node}, []
     while pending:
         for user in pending.pop().users:
-            if user.target in _NOT_READ or user in seen or _looks_tokens_up(graph, user, seen):
+            if user.target in _COMPARES:
+                found.append(user)
+            elif user.target in _SHAPES or user in seen or _looks_tokens_up(graph, user, seen):
                 continue
-            if user.target not in MOVES and not (user.target in ADD and user.args[1] == 0):
-                return False
-            seen.add(user)
-            pending.append(user)
-    return True
+            elif user.target not in MOVES and not (user.target in ADD and user.args[1] == 0):
+                return None
+            else:
+                seen.add(user)
+                pending.append(user)
+    return found
 
 
 def _looks_tokens_up(graph: LocatedGraph, node: fx.Node, numbers: set[fx.Node]) -> bool:
