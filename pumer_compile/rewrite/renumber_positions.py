@@ -36,24 +36,20 @@ def renumbered_positions(graph: LocatedGraph, *, compact: bool) -> Replacements:
         for node in graph.annotation.constraints
         if node.target is aten.arange.default and streams & set(_streams(graph, node, 0))
     ]
-    if not compact:
-        counts = _only_compared(graph, counts)
-    return {node: partial(_count, node) for node in counts}
+    return {node: partial(_count, node) for node in (counts if compact else _compared_alone(graph, counts))}
 
 
-def _only_compared(graph: LocatedGraph, counts: list[fx.Node]) -> list[fx.Node]:
-    """Those of some counts that are compared with each other and nothing else: one that is compared with a count which
-    stays as it is (less the width of a window, say) stays too."""
-    read = {node: found for node in counts if (found := _comparisons(graph, node)) is not None}
-    stays = [node for node in counts if node not in read]
+def _compared_alone(graph: LocatedGraph, counts: list[fx.Node]) -> list[fx.Node]:
+    """Those that are compared with each other and nothing else."""
+    compared = {node: _comparisons(graph, node) for node in counts}
+    found = {node: nodes for node, nodes in compared.items() if nodes is not None}
     while True:
-        behind = {node: ancestors(node) for found in read.values() for node in found}
-        more = [node for node, found in read.items() if any(s in behind[c] for c in found for s in stays)]
-        if not more:
-            return [node for node in counts if node in read]
-        stays += more
-        for node in more:
-            del read[node]
+        others = set(counts) - set(found)
+        mixed = [node for node, nodes in found.items() if any(others & ancestors(user) for user in nodes)]
+        if not mixed:
+            return list(found)
+        for node in mixed:
+            del found[node]
 
 
 def _check_not_constant(graph: LocatedGraph, streams: set[str]) -> None:
@@ -137,25 +133,26 @@ def _streams(graph: LocatedGraph, node: fx.Node, index: int) -> tuple[str, ...]:
     return kind.streams if isinstance(kind, Tokens) else ()
 
 
-_NOT_READ = frozenset(overloads("eq ne lt le gt ge new_ones new_zeros ones_like zeros_like"))
-"""Compared with others, or asked for their shape alone."""
+_COMPARES = frozenset(overloads("eq ne lt le gt ge"))
+_SHAPES = frozenset(overloads("new_ones new_zeros ones_like zeros_like"))
+"""What asks for a shape alone."""
 
 
 def _comparisons(graph: LocatedGraph, node: fx.Node) -> list[fx.Node] | None:
-    """Where numbers are compared, if they are only that, or look tokens up (those of a padding mask), moved about as
-    they are; None if anything else reads them."""
+    """Where numbers are compared, if they are only compared, or look tokens up (those of a padding mask), moved about
+    as they are; else None."""
     pending, seen, found = [node], {node}, []
     while pending:
         for user in pending.pop().users:
-            if user in seen or _looks_tokens_up(graph, user, seen):
-                continue
-            if user.target in _NOT_READ:
+            if user.target in _COMPARES:
                 found.append(user)
+            elif user.target in _SHAPES or user in seen or _looks_tokens_up(graph, user, seen):
                 continue
-            if user.target not in MOVES and not (user.target in ADD and user.args[1] == 0):
+            elif user.target not in MOVES and not (user.target in ADD and user.args[1] == 0):
                 return None
-            seen.add(user)
-            pending.append(user)
+            else:
+                seen.add(user)
+                pending.append(user)
     return found
 
 
