@@ -70,7 +70,8 @@ class Program:
     model looked at while it was traced (the sizes of images that are cut into crops): the graph is for these alone and
     does not read them. `unpadded` are those of them that are masks, of ones. `constant` are inputs that the model takes
     as well, and the value that, everywhere in them, is as good as leaving them out (token types of zeros). `guards` are
-    what must be true of other inputs, where the trace followed the sample (`follow.py`).
+    what must be true of other inputs, where the trace followed the sample (`follow.py`); `counted` are masks over which
+    positions were counted there (M-RoPE): padding takes none.
     """
 
     module: fx.GraphModule
@@ -84,6 +85,7 @@ class Program:
     unpadded: tuple[str, ...] = ()
     constant: dict[str, int] = field(default_factory=dict)
     guards: tuple[Guard, ...] = ()
+    counted: tuple[str, ...] = ()
 
 
 def capture(
@@ -173,7 +175,14 @@ def _from_module(model: nn.Module, inputs: Mapping[str, Tensor], dynamic_batch: 
         except Exception as error:
             raise _failure(model, sample, dynamic_batch, error) from error
     return Program(
-        traced.graph, kept, dynamic_batch, model, fixed=traced.fixed, constant=constant, guards=traced.guards
+        traced.graph,
+        kept,
+        dynamic_batch,
+        model,
+        fixed=traced.fixed,
+        constant=constant,
+        guards=traced.guards,
+        counted=traced.counted,
     )
 
 
@@ -200,11 +209,12 @@ def _check_eager(
 
 
 class _Traced(NamedTuple):
-    """A graph, the inputs that are written into it, and what must be true of the others."""
+    """A graph, the inputs that are written into it, and what is true of the others (`Program`)."""
 
     graph: fx.GraphModule
     fixed: tuple[str, ...]
     guards: tuple[Guard, ...] = ()
+    counted: tuple[str, ...] = ()
 
 
 def _traced(
@@ -242,7 +252,8 @@ def _followed(model: nn.Module, sample: dict[str, Tensor], kept: Mapping[str, Te
     open_ = _sized_by_data(graph)
     if open_:
         raise CaptureError(f"{describe(open_[0])} has a size that depends on data; a compiled graph has fixed sizes.")
-    return _Traced(graph, (*fixed, *(n for n in asked if n not in fixed)), guards)
+    counted = tuple(sorted(follow.opened))
+    return _Traced(graph, (*fixed, *(n for n in asked if n not in fixed)), guards, counted)
 
 
 def _export_followed(

@@ -96,6 +96,7 @@ class FollowSample(TorchFunctionMode):
         asked: what was asked, in order.
         lifted: results of the sample that became constants of the trace.
         content: inputs that stay data: their numbers are rows of a learned table, or they were kept open.
+        opened: those that were kept open.
     """
 
     def __init__(
@@ -109,6 +110,7 @@ class FollowSample(TorchFunctionMode):
         self.asked: list[Asked] = []
         self.lifted: list[Tensor] = []
         self.content: set[str] = set()
+        self.opened: set[str] = set()
         self.memory = _Memory()
 
     def enter(self, inputs: Mapping[str, Any]) -> None:
@@ -122,6 +124,7 @@ class FollowSample(TorchFunctionMode):
         found = shadow(tensor)
         if found is not None:
             self.content |= found.made.inputs
+            self.opened |= found.made.inputs
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

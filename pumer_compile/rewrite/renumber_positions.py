@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from ..analysis.axes import Dim, Tokens
 from ..analysis.masks import HIDES
 from ..analysis.nodes import attribute, describe, values, with_numbers
-from ..analysis.operators import MOVES, aten, overloads
+from ..analysis.operators import ADD, MOVES, aten, overloads
 from ..errors import UsageError
 from .carried_weights import CarriedWeights
 from .rewriter import Rewriter
@@ -35,7 +35,7 @@ def renumbered_positions(graph: LocatedGraph, *, compact: bool) -> Replacements:
     for node in graph.annotation.constraints:
         if node.target is not aten.arange.default or not streams & set(_streams(graph, node, 0)):
             continue
-        if not compact and not _is_compared(node):
+        if not compact and not _is_compared(graph, node):
             continue
         found[node] = partial(_count, node)
     return found
@@ -109,9 +109,9 @@ def _count(node: fx.Node, rewriter: Rewriter, carried: CarriedWeights) -> fx.Nod
     dim = Dim(node, 0)
     kind = rewriter.annotation.axis(dim)
     assert isinstance(kind, Tokens)
-    epochs = {s: len(rewriter.history.steps.get(s, ())) for s in kind.streams}
-    rewriter.history.bump(dim, epochs)
-    size = rewriter.history.size(kind, epochs)
+    epochs = {s: len(rewriter.epochs.steps.get(s, ())) for s in kind.streams}
+    rewriter.epochs.bump(dim, epochs)
+    size = rewriter.epochs.size(kind, epochs)
     new = rewriter.graph.node_copy(node, lambda n: rewriter.env[n])
     new.args = (size, *new.args[1:])
     return new
@@ -122,18 +122,28 @@ def _streams(graph: LocatedGraph, node: fx.Node, index: int) -> tuple[str, ...]:
     return kind.streams if isinstance(kind, Tokens) else ()
 
 
-_COMPARES = frozenset(overloads("eq ne lt le gt ge"))
+_NOT_READ = frozenset(overloads("eq ne lt le gt ge new_ones new_zeros ones_like zeros_like"))
+"""Compared with others, or asked for their shape alone."""
 
 
-def _is_compared(node: fx.Node) -> bool:
-    """Whether numbers are only compared, moved about as they are."""
+def _is_compared(graph: LocatedGraph, node: fx.Node) -> bool:
+    """Whether numbers are only compared, or look tokens up (those of a padding mask), moved about as they are."""
     pending, seen = [node], {node}
     while pending:
         for user in pending.pop().users:
-            if user.target in _COMPARES or user in seen:
+            if user.target in _NOT_READ or user in seen or _looks_tokens_up(graph, user, seen):
                 continue
-            if user.target not in MOVES:
+            if user.target not in MOVES and not (user.target in ADD and user.args[1] == 0):
                 return False
             seen.add(user)
             pending.append(user)
     return True
+
+
+def _looks_tokens_up(graph: LocatedGraph, node: fx.Node, numbers: set[fx.Node]) -> bool:
+    """Whether such numbers are places among the tokens of what is indexed."""
+    if node.target is not aten.index.Tensor or node.args[0] in numbers:
+        return False
+    source, places = node.args[:2]
+    assert isinstance(source, fx.Node) and isinstance(places, list | tuple)
+    return all(bool(_streams(graph, source, i)) for i, place in enumerate(places) if place in numbers)

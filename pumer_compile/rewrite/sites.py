@@ -12,12 +12,13 @@ from ..analysis.annotate import Annotation
 from ..analysis.attention import NOT_KNOWN, Attention, Parts, attention_parts, choose, tower_attention
 from ..analysis.axes import Dim, Tokens
 from ..analysis.masks import hidden
-from ..analysis.nodes import ancestors, describe
+from ..analysis.nodes import ancestors, describe, module_path
 from ..analysis.prompts import Mark
 from ..analysis.rules import shape
 from ..errors import LocateError
 
 if TYPE_CHECKING:
+    from ..methods.base import Method
     from ..methods.budgets import SiteBudget
     from ..plan import SitePlan
     from ..reducers import Reducer
@@ -43,6 +44,7 @@ class Stream:
         crops: of image tokens that leave a tower: places of each crop's tokens in the stream, in raster order.
         row: and how many tokens the tower gives for one crop.
         pinned: places of tokens among an image's that stay (text at the ends of its lines).
+        class_token: whether the tower has a class token for each crop, which leaves it beside these tokens.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Stream:
     crops: tuple[tuple[int, ...], ...] = ()
     row: int = 0
     pinned: tuple[int, ...] = ()
+    class_token: bool = False
 
     @property
     def rows(self) -> int:
@@ -64,7 +67,7 @@ class Site:
     """Where reducers are inserted: `after` a carrier, or `instead` of marks.
 
     Attributes:
-        attention: that the signals are read from.
+        attention: that the signals are read from; None where none is read (the rows of a prompt by themselves).
         after: the residual value that is reduced; None where marks are.
         instead: where image tokens leave the tower, for each block of a prompt.
         streams: that may be reduced.
@@ -72,9 +75,10 @@ class Site:
         plan: token counts, once the rewriter has passed it; None where it was left out.
         reducers: by stream.
         passed: how many reducers each modality had passed before.
+        method: whose site it is, where a schedule has several.
     """
 
-    attention: Attention
+    attention: Attention | None
     after: fx.Node | None = None
     instead: tuple[Mark, ...] = ()
     streams: tuple[str, ...] = ()
@@ -82,6 +86,42 @@ class Site:
     plan: SitePlan | None = None
     reducers: dict[str, Reducer] = field(default_factory=dict)
     passed: dict[str, int] = field(default_factory=dict)
+    method: Method | None = None
+
+    @property
+    def name(self) -> str:
+        """For the modules that are inserted, such as `vision_2`; `prompt` for rows of a prompt."""
+        return "prompt" if self.attention is None else self.attention.name
+
+    @property
+    def address(self) -> str:
+        """For users: that of its attention, or `prompt`."""
+        return "prompt" if self.attention is None else self.attention.address
+
+    @property
+    def module(self) -> str:
+        """Path of the module that it stands in."""
+        return module_path(self.instead[0].features) if self.attention is None else self.attention.module
+
+    @property
+    def call(self) -> int:
+        """How many times its layer ran before, on other inputs."""
+        return 0 if self.attention is None else self.attention.call
+
+    @property
+    def described(self) -> str:
+        """For messages."""
+        return "prompt (rows that enter it)" if self.attention is None else self.attention.described
+
+    @property
+    def opens(self) -> fx.Node | None:
+        """The captured node with which what it saves begins."""
+        return self.instead[0].node if self.attention is None else self.attention.carrier
+
+    @property
+    def epoch_dim(self) -> Dim | None:
+        """The dimension whose epochs its signals are at."""
+        return None if self.attention is None else self.attention.key_dim
 
 
 @dataclass
@@ -186,6 +226,14 @@ class LocatedGraph:
                 if bool(hides[..., -1, start : start + length].any()):
                     found[stream] = None
         return tuple(found)
+
+    def place_of(self, site: Site) -> int:
+        """A number that grows from site to site in execution order."""
+        return -1 if site.attention not in self.attentions else self.attentions.index(site.attention)
+
+    def rows(self) -> list[Site]:
+        """The rows of a prompt: one site without an attention, for all its images."""
+        return [Site(None, instead=self.marks)]
 
     def towers(self) -> list[tuple[Attention, tuple[Mark, ...]]]:
         """The last attention of each tower before its marks, which makes the features that leave it.

@@ -1,0 +1,10 @@
+"""Generate with a reduced prompt: the prefill as one artifact, one step of decoding as another, and a small loop; or
+`torch.compile` and transformers' own `generate`."""
+
+from __future__ import annotations
+
+from .decode import export_decode
+from .forward import whole_forward
+from .loop import Generator
+
+__all__ = ["Generator", "export_decode", "whole_forward"]
