@@ -21,7 +21,7 @@ from unittest import mock
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, free_unbacked_symbols
 from torch.utils._pytree import tree_leaves, tree_structure, tree_unflatten
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.exporters import utils as exporter_utils
@@ -40,7 +40,7 @@ from ..guards import Guard
 from ..passes.fold_masks import fold_masks, masks_of
 from .asked import guards_of
 from .blocks import inline_blocks
-from .fold import fold
+from .fold import fold, fold_written
 from .follow import FollowSample, following, forward_of
 from .inputs import (
     check_exported_inputs,
@@ -225,6 +225,7 @@ def _traced(
         exported = _export(model, sample, shapes)
         graph = plain_graph_module(exported)
         if shapes is not None or not _sized_by_data(graph):
+            fold_written(graph)
             return _Traced(graph, _without_numbers(graph, fixed_inputs(exported), sample))
     except Exception as error:
         if isinstance(error, PumerError):
@@ -241,9 +242,7 @@ def _followed(model: nn.Module, sample: dict[str, Tensor], kept: Mapping[str, Te
     Raises:
         CaptureError: a size still depends on data, or what was asked could not be checked of other inputs.
     """
-    follow = FollowSample(kept, word_table(model))
-    with following(model, follow), open_padding(model, follow.keep_open):
-        exported = _export(model, sample, None)
+    exported, follow = _export_followed(model, sample, kept)
     graph = plain_graph_module(exported)
     content = frozenset(n for n, t in kept.items() if t.is_floating_point()) | follow.content
     asked, guards = guards_of(follow.asked, content, kept, type(model).__name__)
@@ -255,6 +254,21 @@ def _followed(model: nn.Module, sample: dict[str, Tensor], kept: Mapping[str, Te
         raise CaptureError(f"{describe(open_[0])} has a size that depends on data; a compiled graph has fixed sizes.")
     counted = tuple(sorted(follow.opened))
     return _Traced(graph, (*fixed, *(n for n in asked if n not in fixed)), guards, counted)
+
+
+def _export_followed(
+    model: nn.Module, sample: dict[str, Tensor], kept: Mapping[str, Tensor]
+) -> tuple[ExportedProgram, FollowSample]:
+    """The trace of a model that follows its sample, and what was asked."""
+    for as_expanded in (False, True):
+        follow = FollowSample(kept, word_table(model), as_expanded=as_expanded)
+        with following(model, follow), open_padding(model, follow.keep_open):
+            try:
+                return _export(model, sample, None), follow
+            except GuardOnDataDependentSymNode:
+                if as_expanded:
+                    raise
+    raise AssertionError("unreachable")
 
 
 def _refuse_open_batch(
@@ -356,6 +370,7 @@ def _inputs_as_given() -> Iterator[None]:
 
     def without_more(model: nn.Module, inputs: dict[str, Any]) -> None:
         given = set(inputs)
+        inputs.setdefault("position_ids", True)  # else it counts them, which on the meta device cannot be
         compute(model, inputs)
         for name in inputs.keys() - given:
             del inputs[name]
