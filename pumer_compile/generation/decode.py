@@ -88,7 +88,7 @@ def export_decode(model: PreTrainedModel, inputs: Mapping[str, Tensor], path: st
             }
             described["token_types"] = kinds
             described["lengths_by_layer"] = apart
-            described["window"] = _window(model)
+            described["window"] = window_of(model)
             append_metadata(files[-1], {KEY: json.dumps(described)})
             seal_onnx(files[-1], {file.name: file for file in files[:-1]})
             publish([(file, path.with_name(file.name)) for file in files])
@@ -121,7 +121,7 @@ def check_unpadded(inputs: Mapping[str, Tensor]) -> None:
         raise UsageError("A prompt for generation must have no padding: batch prompts of one length.")
 
 
-def _window(model: PreTrainedModel) -> int | None:
+def window_of(model: PreTrainedModel) -> int | None:
     """How many tokens the layers with the smallest sliding window see; None without one."""
     text = model.config.get_text_config()
     kinds = getattr(text, "layer_types", None) or []
