@@ -30,11 +30,11 @@ def mark_read_images(captured: fx.GraphModule, acts_on: ActsOn, *, votes: bool) 
         AxisError: which tokens of the tower these are is not found.
     """
     graph = copied(captured.graph)
+    module = fx.GraphModule(captured, graph)  # constants are looked up in it
     reading = [parts for parts in attention_parts(graph.output_node()) if _reads(parts)]
     source = _frontier(graph, reading)
     if source is None:
         return None
-    module = fx.GraphModule(captured, graph)
     batch = int(values(reading[0].query)[0].shape[0])
     emit = Emitter(source)
     behind = set().union(*(ancestors(n) | {n} for parts in reading for n in _read(parts)))

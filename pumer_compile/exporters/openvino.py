@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
+from torch.export import ExportedProgram
 from transformers import PreTrainedModel
 
 from ..artifacts.profile import Profile
@@ -24,6 +25,7 @@ from ..reduce import Reduced
 from ..runtimes.openvino import OpenVinoSession, load_openvino
 from .base import Evidence, Options, Writer
 from .chain import GraphStep, Prepared, cast, prepare, program_of
+from .while_loops import carry_everything
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ def build_openvino(reduced: Reduced | Program, options: OpenVinoOptions) -> Open
         if isinstance(program.model, PreTrainedModel):
             model = _through_transformers(prepared)
         else:
-            model = load_openvino().convert_model(prepared.export())
+            model = load_openvino().convert_model(carry_everything(prepared.export()))
         for port, name in zip(model.outputs, [*prepared.outputs, *prepared.decisions], strict=True):
             port.get_tensor().set_names({name})
         model.reshape(_shapes(program, model, options.profiles))
@@ -115,6 +117,10 @@ def _through_transformers(prepared: Prepared) -> Any:
 
     class GraphOpenVinoExporter(OpenVINOExporter, GraphStep):  # type: ignore[misc]  # one converts what the other exports
         """transformers' OpenVINO exporter for a graph that was captured before."""
+
+        def export(self, model: Any, sample_inputs: Any, config: Any) -> ExportedProgram:  # type: ignore[override]
+            """With loops as OpenVINO takes them."""
+            return carry_everything(super().export(model, sample_inputs, config))
 
     exporter = GraphOpenVinoExporter()  # type: ignore[no-untyped-call]
     config = OpenVINOConfig(dynamic_shapes=prepared.dynamic_shapes, stateful=False)

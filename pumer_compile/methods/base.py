@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ..errors import ScheduleError
+from .about import About
 from .reading import class_of, explain, read_yaml
 
 if TYPE_CHECKING:
@@ -54,6 +55,8 @@ class Method(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    about: ClassVar[About] = About("", "", "")
+    """For those who choose."""
     needs_prompt: ClassVar[bool] = False
     """It reduces the image tokens that stand in a language model's prompt."""
     acts_on: ClassVar[ActsOn] = "layers"

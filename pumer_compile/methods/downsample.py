@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 
 from ..errors import PlanError
+from .about import About
 from .control import Control
 
 if TYPE_CHECKING:
@@ -23,6 +24,12 @@ class Downsample(Control):
     Args:
         grid: rows and columns of an image's tokens, such as `[24, 24]`; by default they are a square.
     """
+
+    about = About(
+        does="pools the grid of image tokens to a coarser one",
+        reads="nothing",
+        use="as a control, and where an image is looked at as a whole",
+    )
 
     method: Literal["downsample"] = "downsample"
     grid: tuple[Side, Side] | None = None

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field, field_validator
 
 from ..errors import LocateError, PlanError
+from .about import About
 from .base import Method, TokenOutputs
 
 if TYPE_CHECKING:
@@ -27,6 +28,15 @@ class FastV(Method):
         positions: `original`: of tokens that layers before it have counted already.
         outputs: `reduced` by default: logits have an entry for each token that is left.
     """
+
+    about = About(
+        does="keeps the image tokens that the last token of a prompt attends to, after a layer",
+        reads="attention of the last token in the language model",
+        use="every prompt family, with or without a tower; what is kept depends on the question",
+        paper="Chen et al., FastV, ECCV 2024",
+        code="pkunlp-icler/FastV, no licence file",
+        held="published vectors",
+    )
 
     needs_prompt = True
     cache_lengths: ClassVar[Literal["uniform", "by_layer"]] = "by_layer"

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
+from .about import About
 from .control import Control
 
 if TYPE_CHECKING:
@@ -19,6 +20,12 @@ class Random(Control):
     Args:
         seed: of the draw; the same places on every machine.
     """
+
+    about = About(
+        does="keeps image tokens drawn by lot, once",
+        reads="nothing",
+        use="as a control: a method that does no better has found nothing",
+    )
 
     method: Literal["random"] = "random"
     seed: Annotated[int, Field(strict=True)] = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
+from .about import About
 from .control import Control
 
 if TYPE_CHECKING:
@@ -12,6 +13,12 @@ if TYPE_CHECKING:
 
 class Uniform(Control):
     """Keeps `budget` tokens of each image: the middles of as many equal parts of it, in raster order."""
+
+    about = About(
+        does="keeps image tokens at equal distances in raster order",
+        reads="nothing",
+        use="as a control",
+    )
 
     method: Literal["uniform"] = "uniform"
 

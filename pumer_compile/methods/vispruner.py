@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from .about import About
 from .base import ActsOn
 from .image_budget import ImageBudget
 
@@ -26,6 +27,15 @@ class VisPruner(ImageBudget):
             the whole prompt).
         outputs: `reduced` by default: logits have an entry for each token that is left.
     """
+
+    about = About(
+        does="keeps the image tokens with the most attention, and diverse ones of the rest",
+        reads="attention of the class token, features that leave the tower",
+        use="any vision-language model with a tower; its prompts ask different questions of one image",
+        paper="Zhang et al., VisPruner, ICCV 2025",
+        code="Theia-4869/VisPruner, Apache-2.0",
+        held="published vectors",
+    )
 
     acts_on: ClassVar[ActsOn] = "tower"
     reads_tower = True

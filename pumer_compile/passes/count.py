@@ -13,6 +13,7 @@ from ..analysis.nodes import ancestors
 from ..analysis.prompts import Prompt
 from ..analysis.propagate import count_multiply_adds
 from ..plan import Plan
+from ..reducers import Reducer
 from ..rewrite.rewriter import Rewriter
 from ..rewrite.sites import Insertions
 from .manager import Pass, ReducedGraph, State
@@ -41,7 +42,9 @@ class Count(Pass):
             return 1
         layers = tokens_after_layers(state.attentions, insertions, state.rewriter)
         plan = count_plan(state.captured, state.reduced, insertions, state.inputs, layers)
-        state.add(dataclasses.replace(plan, prompts=tuple(prompt.places) if prompt else ()))
+        read = {signal.value for m in state.reduced.modules() if isinstance(m, Reducer) for signal in m.reads}
+        places = tuple(prompt.places) if prompt else ()
+        state.add(dataclasses.replace(plan, prompts=places, signals=tuple(sorted(read))))
         return len(plan.sites)
 
 

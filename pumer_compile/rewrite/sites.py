@@ -18,6 +18,7 @@ from ..analysis.rules import shape
 from ..errors import LocateError
 
 if TYPE_CHECKING:
+    from ..methods.base import Method
     from ..methods.budgets import SiteBudget
     from ..plan import SitePlan
     from ..reducers import Reducer
@@ -74,6 +75,7 @@ class Site:
         plan: token counts, once the rewriter has passed it; None where it was left out.
         reducers: by stream.
         passed: how many reducers each modality had passed before.
+        method: whose site it is, where a schedule has several.
     """
 
     attention: Attention | None
@@ -84,6 +86,7 @@ class Site:
     plan: SitePlan | None = None
     reducers: dict[str, Reducer] = field(default_factory=dict)
     passed: dict[str, int] = field(default_factory=dict)
+    method: Method | None = None
 
     @property
     def name(self) -> str:
@@ -223,6 +226,10 @@ class LocatedGraph:
                 if bool(hides[..., -1, start : start + length].any()):
                     found[stream] = None
         return tuple(found)
+
+    def place_of(self, site: Site) -> int:
+        """A number that grows from site to site in execution order."""
+        return -1 if site.attention not in self.attentions else self.attentions.index(site.attention)
 
     def rows(self) -> list[Site]:
         """The rows of a prompt: one site without an attention, for all its images."""
