@@ -25,7 +25,7 @@ IDS, MASK, POSITIONS = "input_ids", "attention_mask", "position_ids"
 # Inputs with an entry for every token of a prompt, `[batch, tokens, ...]`.
 BY_TOKEN = (IDS, MASK, "token_type_ids", "mm_token_type_ids", POSITIONS, "cross_attention_mask")
 # What reducers read (`Signal`) that holds nothing of the text around an image.
-_OF_IMAGES = {"class_token", "keys", "weights"}
+_OF_IMAGES = {"class_feature", "class_token", "keys", "tower_keys", "weights"}
 
 
 @dataclass(frozen=True)
