@@ -11,7 +11,7 @@ from .masked_softmax import PublishedMaskedSoftmax
 from .merger import ModalityAwareMerger
 from .prune_merge import StreamReducer
 from .pruner import TextInformedPruner
-from .relevance import MeanOfWords
+from .relevance import MeanOfWords, RowsOfTower
 from .visionzip import VisionZipReducer
 from .vispruner import VisPruner
 from .visual import MemberVotes, VisualReducer, WithSeparators
@@ -29,6 +29,7 @@ __all__ = [
     "PublishedMaskedSoftmax",
     "Reducer",
     "Reduction",
+    "RowsOfTower",
     "Signal",
     "SizeBias",
     "StreamReducer",

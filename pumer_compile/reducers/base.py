@@ -36,6 +36,10 @@ class Signal(Enum):
             stream with `class_tokens`.
         TEXT_EMBEDDING: mean of the input embeddings of the prompt's text, without padding and the two tokens beside
             each image (where it begins and ends), `[batch, width]`, float32.
+        TOWER_FEATURES: what each row of the prompt was when it left the vision tower, `[batch, tokens, width]`; of
+            rows that are one token of it each.
+        TEXT_EMBEDS: an input that a method adds (`Method.adds`): a text in CLIP's space, `[batch, texts, width]`.
+        QUESTION_IDS: another: the ids of a question, `[batch, length]`.
     """
 
     KEYS = "keys"
@@ -47,6 +51,9 @@ class Signal(Enum):
     TOWER_KEYS = "tower_keys"
     CLASS_FEATURE = "class_feature"
     TEXT_EMBEDDING = "text_embedding"
+    TOWER_FEATURES = "tower_features"
+    TEXT_EMBEDS = "text_embeds"
+    QUESTION_IDS = "question_ids"
 
 
 @dataclass(frozen=True)
