@@ -18,11 +18,11 @@ from pumer_compile import Program, Reduced, Schedule
 from pumer_compile.errors import ParityError, UsageError
 from pumer_compile.generation import Generator, _check_step, export_decode
 from tests.support.commands import artifact
+from tests.support.llava import model, tensors
 from tests.support.prompt_families import built, placeholders
 from tests.support.prompt_oracle import by_hand
 from tests.support.tiny import tiny_vilt
 from tests.support.visual import select, visual_cues
-from tests.test_oracle_llava import model, tensors
 
 TOKENS = 20
 

@@ -17,10 +17,9 @@ from pumer_compile.errors import UsageError
 from pumer_compile.exporters.onnx import append_metadata
 from pumer_compile.generation import KEY, Generator, _described, export_decode
 from tests.support.fastv import by_hand
-from tests.test_generation import TOKENS
-from tests.test_oracle_llava import model, tensors
+from tests.support.llava import model, tensors
 
-LENGTH = 158
+TOKENS, LENGTH = 20, 158
 
 
 @pytest.fixture(scope="module")

@@ -17,9 +17,9 @@ from pumer_compile import Schedule
 from pumer_compile.errors import LocateError, PlanError, ScheduleError
 from pumer_compile.reducers import reducers_of
 from pumer_compile.reducers.last_query import LastQueryReducer
-from tests.analysis.test_prompts import IMAGE, Block, Talker, Tensors, prompts
 from tests.support.fastv import places_left, rows_of
 from tests.support.models import Config, program
+from tests.support.talker import IMAGE, Block, Talker, Tensors, prompts
 
 
 class Deep(Talker):

@@ -17,6 +17,8 @@ import torch
 import torch._dynamo
 import transformers
 from packaging.version import parse
+from tests.support.prompt_models import BLOCKS, built, images
+from tests.support.prompt_models import by_hand as images_by_hand
 from torch import Tensor
 from torch._dynamo.exc import BackendCompilerFailed
 from torch.torch_version import TorchVersion
@@ -26,10 +28,7 @@ import pumer_compile as pumer
 from pumer_compile import Schedule
 from pumer_compile.errors import AxisError, LocateError, UsageError
 from pumer_compile.generation import UNCHECKED, Generator, export_decode, whole_forward
-from tests import test_oracle_llava as oracle
-from tests.architectures.test_crops import BLOCKS, images
-from tests.architectures.test_crops import by_hand as images_by_hand
-from tests.architectures.test_prompts import built
+from tests.support import llava as oracle
 from tests.support.crops import crops_inputs, crops_model
 from tests.support.tiny import tiny_vilt
 from tests.support.visual import logits_by_hand, select, visual_cues
