@@ -1,8 +1,8 @@
 """ViLT in eager PyTorch: against vectors of the published implementation, and against its own layers run by hand.
 
 `by_hand` runs transformers' `ViltLayer` parts one after the other (`support/vilt_layers.py`), with the algorithms of
-`helpers.py` between attention and MLP. Under `reference` it must give the published vectors too, so that it can stand in
-for them on inputs and schedules that have none.
+`helpers.py` between attention and MLP. Under `reference` it must give the published vectors too, so that it can stand
+in for them on inputs and schedules that have none.
 """
 
 from __future__ import annotations
