@@ -49,7 +49,8 @@ def tokens_after_layers(
     attentions: list[Attention], insertions: Insertions, rewriter: Rewriter
 ) -> dict[str, dict[str, int]]:
     """Tokens by stream after every attention node, by its address (and `@1` where its layer runs again)."""
-    after = {plan.name: plan.after for _, plan in insertions.done}
+    # What is reduced before an attention has fewer tokens in it already.
+    after = {p.name: p.after for site, p in insertions.done if site.after in (None, site.attention.carrier)}
     layers: dict[str, dict[str, int]] = {}
     for attention in (a for a in attentions if a.query_axis.streams):
         counts: dict[str, int] = {}
@@ -75,7 +76,7 @@ def count_plan(
 ) -> Plan:
     """The plan with one sample's multiply-adds before and after, in total and from each site to the next."""
     batch = next(iter(inputs.values())).shape[0]
-    carriers = [site.attention.carrier for site, _ in insertions.done]
+    carriers = [site.after or site.attention.carrier for site, _ in insertions.done]
     prefixes = tuple(f"reducer.{site.attention.name}." for site, _ in insertions.done)
     counted = _counted_once(captured, inputs)
     before = _sections(captured, counted, len(carriers), lambda node: carriers.index(node) if node in carriers else -1)

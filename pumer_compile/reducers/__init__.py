@@ -3,7 +3,7 @@
 from .align import AlignAxis, TokenWeights, UnitWeights
 from .attention import SizeBias, TextRowsAttention
 from .base import ApplyMap, Reducer, Reduction, Signal, forced_decisions, noted_decisions, reducers_of
-from .last_query import LastQueryPruner, LastQueryReducer
+from .last_query import LastQueryPruner, LastQueryReducer, NextQueryReducer
 from .masked_softmax import PublishedMaskedSoftmax
 from .merger import ModalityAwareMerger
 from .prune_merge import StreamReducer
@@ -18,6 +18,7 @@ __all__ = [
     "LastQueryReducer",
     "MemberVotes",
     "ModalityAwareMerger",
+    "NextQueryReducer",
     "PublishedMaskedSoftmax",
     "Reducer",
     "Reduction",

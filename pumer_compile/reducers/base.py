@@ -30,6 +30,8 @@ class Signal(Enum):
         LAST_QUERY: attention of the last query to the stream after softmax, `[batch, heads, 1, tokens]`.
         CLASS_TOKEN: what each token gets from the class token of a vision tower (in one without: from all tokens,
             mean over them), mean over heads, `[batch, tokens]`.
+        NEXT_QUERY: like `LAST_QUERY`, of the layer that comes next, computed ahead from the tokens before they are
+            reduced.
     """
 
     KEYS = "keys"
@@ -38,6 +40,7 @@ class Signal(Enum):
     TEXT_WEIGHTS = "text_weights"
     LAST_QUERY = "last_query"
     CLASS_TOKEN = "class_token"
+    NEXT_QUERY = "next_query"
 
 
 @dataclass(frozen=True)

@@ -29,9 +29,11 @@ class Aligner:
 
     Attributes:
         count: of the alignments inserted.
+        counted: captured values that are computed from places alone, which are counted anew behind every reducer.
     """
 
     count: int = 0
+    counted: set[fx.Node] = field(default_factory=set)
     _aligned: dict[tuple[Any, ...], fx.Node] = field(default_factory=dict)
     _maps: dict[tuple[str, int, int], fx.Node] = field(default_factory=dict)
 
@@ -93,6 +95,10 @@ class Aligner:
         self, rewriter: Rewriter, node: fx.Node, source: fx.Node, value: fx.Node, index: int, target: Epochs
     ) -> fx.Node:
         dim = Dim(source, index)
+        if source in self.counted:  # the first places, whichever tokens are left
+            return rewriter.call(
+                aten.slice.Tensor, value, index, 0, rewriter.history.size(rewriter.annotation.axis(dim), target)
+            )
         have = rewriter.history.at(dim)
         kind = self.whole_streams(rewriter, dim, node, [s for s, epoch in target.items() if epoch != have.get(s, 0)])
         segments, maps = [], []

@@ -26,7 +26,7 @@ class Place:
     """Where signals are read.
 
     Attributes:
-        rewriter: which has passed the site's attention.
+        rewriter: which has passed what the site stands after.
         graph: captured.
         site: that is being reduced.
         epochs: of its streams.
@@ -132,6 +132,16 @@ def _last_query(place: Place, stream: str) -> fx.Node:
     return rewriter.call(aten.slice.Tensor, place.read["last_query"], 3, *span)
 
 
+def _next_query(place: Place, stream: str) -> fx.Node:
+    """Of the site's attention, which comes later: it is computed ahead, from the tokens as they are."""
+    site, after = place.attention, place.site.after
+    assert after is not None
+    if "last_query" in place.read:
+        return _last_query(place, stream)
+    with place.rewriter.ahead(site.context, after, after):
+        return _last_query(place, stream)
+
+
 def _class_token(place: Place, stream: str) -> fx.Node:
     mark, rewriter = place.mark, place.rewriter
     if mark is None:
@@ -235,4 +245,5 @@ _SIGNALS: dict[Signal, Callable[[Place, str], fx.Node | None]] = {
     Signal.TEXT_WEIGHTS: _text_weights,
     Signal.LAST_QUERY: _last_query,
     Signal.CLASS_TOKEN: _class_token,
+    Signal.NEXT_QUERY: _next_query,
 }

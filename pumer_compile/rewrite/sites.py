@@ -65,10 +65,13 @@ class Site:
 
     Attributes:
         attention: that the signals are read from.
-        after: the residual value that is reduced; None where marks are.
+        after: the residual value that is reduced: the carrier of the attention, or what enters its layer; None where
+            marks are.
         instead: where image tokens leave the tower, for each block of a prompt.
         streams: that may be reduced.
         budget: of the schedule, where it has one for each site.
+        keep: tokens of each stream to leave, or the share of those before `first`, where it is one of several stages.
+        first: the first stage of these.
         plan: token counts, once the rewriter has passed it; None where it was left out.
         reducers: by stream.
         passed: how many reducers each modality had passed before.
@@ -79,6 +82,8 @@ class Site:
     instead: tuple[Mark, ...] = ()
     streams: tuple[str, ...] = ()
     budget: SiteBudget | None = None
+    keep: float = 0
+    first: Site | None = None
     plan: SitePlan | None = None
     reducers: dict[str, Reducer] = field(default_factory=dict)
     passed: dict[str, int] = field(default_factory=dict)
