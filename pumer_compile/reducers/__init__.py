@@ -3,6 +3,7 @@
 from .align import AlignAxis, TokenWeights, UnitWeights
 from .attention import SizeBias, TextRowsAttention
 from .base import ApplyMap, Reducer, Reduction, Signal, forced_decisions, noted_decisions, reducers_of
+from .dart import DartReducer
 from .last_query import LastQueryPruner, LastQueryReducer, NextQueryReducer
 from .masked_softmax import PublishedMaskedSoftmax
 from .merger import ModalityAwareMerger
@@ -14,6 +15,7 @@ from .visual import MemberVotes, VisualReducer, WithSeparators
 __all__ = [
     "AlignAxis",
     "ApplyMap",
+    "DartReducer",
     "LastQueryPruner",
     "LastQueryReducer",
     "MemberVotes",

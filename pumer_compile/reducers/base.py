@@ -32,6 +32,9 @@ class Signal(Enum):
             mean over them), mean over heads, `[batch, tokens]`.
         NEXT_QUERY: like `LAST_QUERY`, of the layer that comes next, computed ahead from the tokens before they are
             reduced.
+        TEXT_KEYS: keys of the text behind the image, `[batch, heads, text, head_size]`.
+        NORMED: the tokens as the model's last norm would leave them, `[batch, tokens, width]`.
+        TEXT_NORMED: the text behind the image, likewise.
     """
 
     KEYS = "keys"
@@ -41,6 +44,9 @@ class Signal(Enum):
     LAST_QUERY = "last_query"
     CLASS_TOKEN = "class_token"
     NEXT_QUERY = "next_query"
+    TEXT_KEYS = "text_keys"
+    NORMED = "normed"
+    TEXT_NORMED = "text_normed"
 
 
 @dataclass(frozen=True)

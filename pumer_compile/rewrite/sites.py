@@ -10,9 +10,10 @@ from torch import Tensor, fx
 
 from ..analysis.annotate import Annotation
 from ..analysis.attention import NOT_KNOWN, Attention, Parts, attention_parts, choose, tower_attention
-from ..analysis.axes import Dim, Tokens
+from ..analysis.axes import Dim, Segment, Tokens
+from ..analysis.carrier import norm_behind
 from ..analysis.masks import hidden
-from ..analysis.nodes import ancestors, describe
+from ..analysis.nodes import ancestors, describe, values
 from ..analysis.prompts import Mark
 from ..analysis.rules import shape
 from ..errors import LocateError
@@ -160,6 +161,12 @@ class LocatedGraph:
                 return mark.pinned
         return ()
 
+    def behind(self, axis: Tokens, stream: str) -> list[Segment]:
+        """The text behind an image on an axis."""
+        segments = list(axis.segments)
+        last = max(i for i, segment in enumerate(segments) if segment.stream == stream)
+        return [s for s in segments[last + 1 :] if s.stream and self.modality(s.stream) == "text"]
+
     def prompt_layers(self) -> list[Attention]:
         """The attentions of a language model over a prompt with all its images."""
         images, found = set(self.prompt_images()), []
@@ -212,6 +219,33 @@ class LocatedGraph:
             marks = found[last.context][1] if last.context in found else ()
             found[last.context] = (last, (*marks, mark))
         return list(found.values())
+
+    def last_norm(self, value: fx.Node) -> tuple[fx.Node, fx.Node]:
+        """What leaves the last layer of the language model, and the norm that follows it: the model's last.
+
+        Args:
+            value: residual, between two layers of it.
+
+        Raises:
+            LocateError: no norm follows.
+        """
+        layers = self.prompt_layers()
+        sizes, axes = shape(value), self.annotation.axes(value)
+        later = [layers[-1].context]
+        found = {later[0]}
+        for node in value.graph.nodes:
+            if not found.isdisjoint(node.all_input_nodes):
+                found.add(node)
+                later.append(node)
+        for node in reversed(later):
+            if values(node) and shape(node) == sizes and self.annotation.axes(node) == axes:
+                norm = norm_behind(node)
+                if norm is not None:
+                    return node, norm
+        raise LocateError(
+            f"Tokens are compared as the model's last norm leaves them, and none was found: looked behind the last "
+            f"language layer, {layers[-1].described}, for a norm of each token of {axes[1]}."
+        )
 
     def _deciding(self, parts: Parts) -> Attention:
         """The attention that decides over the rows of a prompt."""

@@ -125,15 +125,17 @@ def by_hand(
     *,
     compact: bool = False,
     placeholder: int = 0,
+    kind: type[Staged] = Staged,
 ) -> tuple[Tensor, list[Tensor]]:
     """Scores of every token that is left, and the places in the prompt that are left after each stage.
 
     Args:
         placeholder: of the image tokens; those of `prompt_families` by default.
+        kind: how tokens are chosen.
     """
     ids = inputs["input_ids"]
     images = [(ids[0] == placeholder).nonzero().flatten().tolist()] if placeholder else images_of(ids[0])
-    staged = Staged(model, images, ids.shape[1], stages, rule, compact)
+    staged = kind(model, images, ids.shape[1], stages, rule, compact)
     handles: list[Any] = []
     decoder = decoder_of(model)
     if hasattr(decoder, "_deepstack_process"):
