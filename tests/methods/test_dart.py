@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -71,10 +71,9 @@ def test_some_rows_are_published_in_ascending_order() -> None:
     """And the order of pivots decides: other rows come out otherwise."""
     flags = [flag for spec in PUBLISHED.cases.values() for flag in spec["pivot_order_ascending"]]
     assert flags.count(True) == 2
-    (kept,), _ = kept_and_logits(
-        PUBLISHED.reduced("K1-4+4-r.8", schedule("K1-4+4-r.8")), PUBLISHED.inputs("K1-4+4-r.8")
-    )
-    assert not np.array_equal(kept, PUBLISHED.wanted("K1-4+4-r.8", "kept"))
+    case = "K1-4+4-r.8"
+    (kept,), _ = kept_and_logits(PUBLISHED.reduced(case, schedule(case)), PUBLISHED.inputs(case))
+    assert not np.array_equal(kept, PUBLISHED.wanted(case, "kept"))
 
 
 def test_prompts_one_by_one() -> None:
@@ -124,9 +123,8 @@ def unlike(rows: Tensor, image: list[int], pivots: tuple[int, int], keys: Tensor
     """The image's places that stay in one prompt: `rows` normalised states, `keys` `[heads, places, size]`."""
     norm = keys.double().abs().sum((0, 2)).tolist()
     behind = list(range(image[-1] + 1, len(norm)))
-    chosen = [
-        sorted(sorted(of, key=lambda i: (-norm[i], i))[:n]) for of, n in zip((image, behind), pivots, strict=True)
-    ]
+    ranked = [sorted(of, key=lambda i: (-norm[i], i)) for of in (image, behind)]
+    chosen = [sorted(of[:n]) for of, n in zip(ranked, pivots, strict=True)]
     stay, rest = list(chosen[0]), budget - pivots[0]
     order, shape = [*chosen[0], *chosen[1]], torch.nn.functional.normalize(rows.double(), dim=-1)
     for number, pivot in enumerate(order):
@@ -164,7 +162,8 @@ def dart_by_hand(
     model: Any, inputs: Any, layer: int, budget: int, pivots: tuple[int, int], placeholder: int = 0
 ) -> Any:
     kind = type("Of", (Unlike,), {"pivots": pivots, "norm": decoder_of(model).norm, "recorder": Recorder()})
-    rule = "own" if layer else "next"  # before the first layer, its keys are computed ahead
+    # Before the first layer, its keys are computed ahead.
+    rule: Literal["own", "next"] = "own" if layer else "next"
     return by_hand(model, inputs, {layer: budget}, rule, placeholder=placeholder, kind=kind)
 
 
