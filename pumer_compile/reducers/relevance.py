@@ -35,7 +35,7 @@ class MeanOfWords(nn.Module):
 
 
 def to_text(tokens: Tensor, text: Tensor, epsilon: float = 0.0) -> Tensor:
-    """Cosine of every token to a text: `[batch, tokens, width]` and `[batch, texts, width]` to `[batch, tokens, texts]`.
+    """Cosine of every token to texts: `[batch, tokens, width]`, `[batch, texts, width]` to `[batch, tokens, texts]`.
 
     Args:
         tokens, text: float32.
