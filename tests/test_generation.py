@@ -11,23 +11,25 @@ import onnx
 import pytest
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
 import pumer_compile as pumer
 from benchmarks.architecture_models import ARCHITECTURES
 from pumer_compile import Program, Reduced, Schedule
 from pumer_compile.errors import ParityError, UsageError
-from pumer_compile.generation import Generator, _check_step, export_decode
+from pumer_compile.generation import Generator, export_decode
+from pumer_compile.generation.decode import _check_step
+from pumer_compile.generation.framing import frame
 from tests.support.commands import artifact
 from tests.support.llava import model, tensors
 from tests.support.prompt_families import built, placeholders
 from tests.support.prompt_oracle import by_hand
+from tests.support.speaking import TOKENS, longer, shortened, speaking_words, widen
 from tests.support.tiny import tiny_vilt
 from tests.support.visual import select, visual_cues
 
-TOKENS = 20
 
-
-def reduced_by_hand(inputs: dict[str, Tensor], budget: int) -> Tensor:
+def reduced_by_hand(inputs: dict[str, Tensor], budget: int, **more: Any) -> Tensor:
     """What transformers generates from the prompt with the kept tokens alone."""
     llava, ids = model(), inputs["input_ids"]
     features, attention = visual_cues(llava, inputs["pixel_values"])
@@ -40,9 +42,7 @@ def reduced_by_hand(inputs: dict[str, Tensor], budget: int) -> Tensor:
         made: Tensor = llava.generate(
             inputs_embeds=prompt,
             attention_mask=torch.ones(prompt.shape[:2], dtype=torch.int64),
-            max_new_tokens=TOKENS,
-            min_new_tokens=TOKENS,
-            do_sample=False,
+            **{"max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "do_sample": False, **more},
         )
     return made
 
@@ -77,6 +77,19 @@ def test_the_tokens_that_transformers_generates(decode: Path, prefilled: Path) -
     assert torch.equal(made, reduced_by_hand(tensors(), 48))
 
 
+def test_prompts_of_a_batch_by_their_own_lengths(decode: Path, prefilled: Path) -> None:
+    """Counted anew; one text is shorter behind the image, and padded in front as transformers' processors do it."""
+    inputs = tensors()
+    ids, mask = inputs["input_ids"].clone(), inputs["attention_mask"].clone()
+    short = {name: t[1:, :-3] if t.dim() == 2 else t[1:] for name, t in inputs.items()}
+    ids[1, 3:], ids[1, :3], mask[1, :3] = short["input_ids"][0], 0, 0
+    made = Generator(prefilled, decode).generate({**inputs, "input_ids": ids, "attention_mask": mask}, TOKENS)
+    first = {name: tensor[:1] for name, tensor in inputs.items()}
+    assert torch.equal(made[:1], reduced_by_hand(first, 48))
+    assert torch.equal(made[1:], reduced_by_hand(short, 48))
+    assert not torch.equal(made[1:], reduced_by_hand(inputs, 48)[1:])
+
+
 def test_another_budget_generates_something_else() -> None:
     assert not torch.equal(reduced_by_hand(tensors(), 48), reduced_by_hand(tensors(), 9))
 
@@ -98,15 +111,24 @@ def test_positions_go_on_where_the_prompt_ends(decode: Path, tmp_path: Path) -> 
 
 
 def test_a_text_that_ends(decode: Path, prefilled: Path) -> None:
+    """Of which the other goes on, and behind its end stands padding."""
     generator = Generator(prefilled, decode)
     whole = generator.generate(tensors(), TOKENS)
-    stop = int(whole[0, 3])
-    short = generator.generate(tensors(), TOKENS, stop=stop)
-    ends = [(row == stop).nonzero() for row in whole]
-    if all(len(end) for end in ends):
-        assert short.shape[1] == max(int(end[0]) for end in ends) + 1
-    else:
-        assert torch.equal(short, whole)
+    stop = next(int(token) for token in whole[0, 1:6] if token not in whole[1])
+    other, pad = int(whole[1, 9]), 7
+    found = generator.generate(tensors(), TOKENS, stop, config=GenerationConfig(eos_token_id=other, pad_token_id=pad))
+    wanted = reduced_by_hand(tensors(), 48, min_new_tokens=0, eos_token_id=[stop, other], pad_token_id=pad)
+    assert found.shape[1] < TOKENS and torch.equal(found, wanted)
+
+
+def test_tokens_that_are_drawn(decode: Path, prefilled: Path) -> None:
+    """With the same random numbers, those that transformers draws."""
+    how = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 20}
+    torch.manual_seed(5)
+    wanted = reduced_by_hand(tensors(), 48, **how)
+    torch.manual_seed(5)
+    found = Generator(prefilled, decode).generate(tensors(), TOKENS, config=GenerationConfig(**how))
+    assert torch.equal(found, wanted) and not torch.equal(found, reduced_by_hand(tensors(), 48))
 
 
 def test_the_cache_may_have_any_length(decode: Path) -> None:
@@ -127,11 +149,11 @@ def test_padding_is_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_padded_prompt_is_refused_by_the_loop(decode: Path, prefilled: Path) -> None:
+def test_padding_in_front_that_would_be_counted(decode: Path, prefilled: Path) -> None:
     inputs = tensors()
     inputs["attention_mask"] = inputs["attention_mask"].clone()
     inputs["attention_mask"][0, 0] = 0
-    with pytest.raises(UsageError, match="no padding"):
+    with pytest.raises(UsageError, match=r"counts padding in front .* 157 and 158 tokens .* position_ids"):
         Generator(prefilled, decode).generate(inputs, TOKENS)
 
 
@@ -141,7 +163,7 @@ def test_a_model_that_does_not_generate(tmp_path: Path) -> None:
 
 
 def test_a_wrong_step_is_not_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pumer_compile.generation.TOLERANCE", -1.0)
+    monkeypatch.setattr("pumer_compile.generation.decode.TOLERANCE", -1.0)
     with pytest.raises(ParityError, match="decoding step differs"):
         export_decode(model(), tensors(), tmp_path / "decode.onnx")
     assert not list(tmp_path.iterdir())
@@ -182,28 +204,46 @@ def test_what_the_loop_does_not_give() -> None:
 
 @pytest.mark.parametrize("name", ["internvl", "qwen2_5_vl", "smolvlm", "gemma3"])
 def test_prompt_families_by_hand(name: str, tmp_path: Path) -> None:
-    """Twenty tokens, each the most likely one of the model's own modules given the rows that stay and what was made."""
-    family, make = built(name)
+    """Twenty tokens of prompts of several lengths with one artifact, each the most likely one of the model's own
+    modules given the rows that stay and what was made."""
+    family, make = speaking_words(name)
     widen(family, 64)
-    program = pumer.capture(family, make(0))
+    sample = make(0)
+    if "image_grid_thw" not in sample:  # whose positions are counted over the mask
+        sample["position_ids"] = torch.arange(sample["input_ids"].shape[1]).repeat(len(sample["input_ids"]), 1)
     schedule = Schedule(method="vispruner", budget=4, positions="original")
-    pumer.export(pumer.reduce(program, schedule), tmp_path / "prefill.onnx", verify=False)
+    reduced = pumer.reduce(pumer.capture(family, sample), schedule)
+    pumer.export(reduced, tmp_path / "prefill.onnx", verify=False)
     export_decode(family, make(0), tmp_path / "decode.onnx")
-    inputs = make(2)  # of which no new token is a placeholder
-    found = Generator(tmp_path / "prefill.onnx", tmp_path / "decode.onnx").generate(inputs, tokens=20)
-    for place in range(20):
-        logits, _ = by_hand(family, longer(inputs, found[:, :place]), 4, placeholders(name))
-        assert torch.equal(logits[:, -1].argmax(-1), found[:, place]), place
+    generator = Generator(tmp_path / "prefill.onnx", tmp_path / "decode.onnx")
+    for seed, front, back in ((2, 0, 0), (3, 1, 2)):
+        inputs = shortened(make(seed), front, back)
+        found = generator.generate(inputs, tokens=20)
+        logits, _ = by_hand(family, longer(inputs, found[:, :-1]), 4, placeholders(name))
+        assert torch.equal(logits[:, -20:].argmax(-1), found), (seed, front, back)
+        assert torch.equal(eager(family, reduced, generator, inputs), found)
 
 
-def widen(family: Any, window: int) -> None:
-    """Let sliding windows be longer than the prompt."""
-    for module in family.modules():
-        if getattr(module, "sliding_window", None):
-            module.sliding_window = window
-    text = family.config.get_text_config()
-    if getattr(text, "sliding_window", None):
-        text.sliding_window = window
+def eager(family: Any, reduced: Reduced, generator: Generator, inputs: dict[str, Tensor]) -> Tensor:
+    """Twenty tokens of the reduced module in eager PyTorch, then of the model: the cache without padding."""
+    framed = frame(generator._manifest, inputs)
+    front, back = framed.front[0], framed.back[0]
+    with torch.no_grad():
+        found = reduced.module(**{name: framed.inputs[name] for name in reduced.program.inputs})
+        cache, length = found["past_key_values"], found["logits"].shape[1]
+        for layer in cache.layers:
+            layer.keys, layer.values = (t[:, :, front : length - back] for t in (layer.keys, layer.values))
+        made = [found["logits"][:, length - back - 1 : length - back].argmax(-1)]
+        for position in range(framed.lengths[0], framed.lengths[0] + 19):
+            places = torch.tensor(generator._offset).view(-1, 1, 1) + torch.full_like(made[-1], position)
+            step = family(
+                input_ids=made[-1],
+                past_key_values=cache,
+                position_ids=places if len(places) > 1 else places[0],
+                use_cache=True,
+            )
+            made.append(step.logits[:, -1:].argmax(-1))
+    return torch.cat(made, 1)
 
 
 def test_a_sliding_window_that_a_gap_would_fall_into(tmp_path: Path) -> None:
@@ -215,17 +255,3 @@ def test_a_sliding_window_that_a_gap_would_fall_into(tmp_path: Path) -> None:
     generator = Generator(tmp_path / "prefill.onnx", tmp_path / "decode.onnx")
     with pytest.raises(UsageError, match=r"18 tokens and 3 new ones are more than the .* window of 8"):
         generator.generate(make(1), tokens=3)
-
-
-def longer(inputs: dict[str, Tensor], new: Tensor) -> dict[str, Tensor]:
-    """A prompt with more text behind it."""
-    more = {name: torch.cat([inputs[name], fill(new)], 1) for name, fill in _LONGER.items() if name in inputs}
-    return {**inputs, **more}
-
-
-_LONGER = {
-    "input_ids": lambda new: new,
-    "attention_mask": torch.ones_like,
-    "mm_token_type_ids": torch.zeros_like,
-    "token_type_ids": torch.zeros_like,
-}

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
+from torch.export import ExportedProgram
 from transformers import PreTrainedModel
 
 from ..artifacts.profile import Profile
@@ -24,6 +25,7 @@ from ..reduce import Reduced
 from ..runtimes.openvino import OpenVinoSession, load_openvino
 from .base import Evidence, Options, Writer
 from .chain import GraphStep, Prepared, cast, prepare, program_of
+from .while_loops import carry_everything
 
 
 @dataclass(frozen=True)
@@ -114,13 +116,17 @@ def _through_transformers(prepared: Prepared) -> Any:
     class GraphOpenVinoExporter(OpenVINOExporter, GraphStep):  # type: ignore[misc]  # one converts what the other exports
         """transformers' OpenVINO exporter for a graph that was captured before."""
 
+        def export(self, model: Any, sample_inputs: Any, config: Any) -> ExportedProgram:  # type: ignore[override]
+            """With loops as OpenVINO takes them."""
+            return carry_everything(super().export(model, sample_inputs, config))
+
     exporter = GraphOpenVinoExporter()  # type: ignore[no-untyped-call]
     config = OpenVINOConfig(dynamic_shapes=prepared.dynamic_shapes, stateful=False)
     return exporter.convert(prepared, config)
 
 
 def _through_openvino(prepared: Prepared) -> Any:
-    return load_openvino().convert_model(prepared.export())
+    return load_openvino().convert_model(carry_everything(prepared.export()))
 
 
 def _shapes(program: Program, model: Any, profiles: Sequence[Profile]) -> dict[Any, Any]:

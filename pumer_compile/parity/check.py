@@ -482,16 +482,15 @@ def _flips(own: Decisions, forced: Decisions, row: int, prunes: bool) -> tuple[i
 
 def _fault(reducer: Reducer, decisions: Decisions) -> str:
     """Why these cannot be decisions of this reducer: another number of tokens, or one that is not there."""
-    keep, merge = reducer.keep, reducer.merge
-    for what, indices, count, tokens in (
-        ("keeps", decisions.kept, keep, reducer.tokens),
-        ("merges", decisions.source, merge, keep),
-        ("merges into", decisions.target, merge, keep),
-    ):
-        if indices.shape[1] != count:
-            return f"{what} {indices.shape[1]} tokens, but the schedule asks for {count}"
-        if count and not (0 <= int(indices.min()) and int(indices.max()) < tokens):
-            return f"{what} tokens {int(indices.min())} to {int(indices.max())}, but there are only {tokens}"
-        if what != "merges into" and (indices.sort(1).values.diff() == 0).any():
+    says = {"kept": "keeps", "source": "merges", "target": "merges into"}
+    for decision in reducer.decisions:
+        what, indices = says[decision.name], getattr(decisions, decision.name)
+        if indices.shape[1] != decision.count:
+            return f"{what} {indices.shape[1]} tokens, but the schedule asks for {decision.count}"
+        least = -1 if decision.gaps else 0
+        if decision.count and not (least <= int(indices.min()) and int(indices.max()) < decision.of):
+            return f"{what} tokens {int(indices.min())} to {int(indices.max())}, but there are only {decision.of}"
+        ordered = indices.sort(1).values
+        if decision.name != "target" and ((ordered.diff() == 0) & (ordered[:, 1:] >= 0)).any():
             return f"{what} the same token twice"
     return ""

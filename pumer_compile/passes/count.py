@@ -13,6 +13,7 @@ from ..analysis.nodes import ancestors
 from ..analysis.prompts import Prompt
 from ..analysis.propagate import count_multiply_adds
 from ..plan import Plan
+from ..reducers import Reducer
 from ..rewrite.rewriter import Rewriter
 from ..rewrite.sites import Insertions
 from .manager import Pass, ReducedGraph, State
@@ -41,7 +42,9 @@ class Count(Pass):
             return 1
         layers = tokens_after_layers(state.attentions, insertions, state.rewriter)
         plan = count_plan(state.captured, state.reduced, insertions, state.inputs, layers)
-        state.add(dataclasses.replace(plan, prompts=tuple(prompt.places) if prompt else ()))
+        read = {signal.value for m in state.reduced.modules() if isinstance(m, Reducer) for signal in m.reads}
+        places = tuple(prompt.places) if prompt else ()
+        state.add(dataclasses.replace(plan, prompts=places, signals=tuple(sorted(read))))
         return len(plan.sites)
 
 
@@ -49,7 +52,12 @@ def tokens_after_layers(
     attentions: list[Attention], insertions: Insertions, rewriter: Rewriter
 ) -> dict[str, dict[str, int]]:
     """Tokens by stream after every attention node, by its address (and `@1` where its layer runs again)."""
-    after = {plan.name: plan.after for _, plan in insertions.done}
+    # What is reduced before an attention has fewer tokens in it already.
+    after = {
+        plan.name: plan.after
+        for site, plan in insertions.done
+        if site.after is None or (site.attention is not None and site.after is site.attention.carrier)
+    }
     layers: dict[str, dict[str, int]] = {}
     for attention in (a for a in attentions if a.query_axis.streams):
         counts: dict[str, int] = {}
@@ -75,8 +83,8 @@ def count_plan(
 ) -> Plan:
     """The plan with one sample's multiply-adds before and after, in total and from each site to the next."""
     batch = next(iter(inputs.values())).shape[0]
-    carriers = [site.attention.carrier for site, _ in insertions.done]
-    prefixes = tuple(f"reducer.{site.attention.name}." for site, _ in insertions.done)
+    carriers = [site.opens for site, _ in insertions.done]
+    prefixes = tuple(f"reducer.{site.name}." for site, _ in insertions.done)
     counted = _counted_once(captured, inputs)
     before = _sections(captured, counted, len(carriers), lambda node: carriers.index(node) if node in carriers else -1)
     counted = count_multiply_adds(reduced, inputs)

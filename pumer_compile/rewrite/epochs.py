@@ -32,6 +32,7 @@ class Step:
         merged: whether any tokens were merged (and not only pruned).
         first_stays: whether token 0 is token 0 afterwards.
         in_order: whether those that are left are some of the old ones, in their order.
+        place: node that says where each new token stands, like `map`; None where the map does, or nothing.
     """
 
     parent: int
@@ -41,6 +42,7 @@ class Step:
     merged: bool
     first_stays: bool
     in_order: bool = False
+    place: fx.Node | None = None
 
 
 @dataclass

@@ -17,8 +17,6 @@ import torch
 import torch._dynamo
 import transformers
 from packaging.version import parse
-from tests.support.prompt_models import BLOCKS, built, images
-from tests.support.prompt_models import by_hand as images_by_hand
 from torch import Tensor
 from torch._dynamo.exc import BackendCompilerFailed
 from torch.torch_version import TorchVersion
@@ -27,9 +25,12 @@ from transformers import DynamicCache
 import pumer_compile as pumer
 from pumer_compile import Schedule
 from pumer_compile.errors import AxisError, LocateError, UsageError
-from pumer_compile.generation import UNCHECKED, Generator, export_decode, whole_forward
+from pumer_compile.generation import Generator, export_decode, whole_forward
+from pumer_compile.generation.forward import UNCHECKED
 from tests.support import llava as oracle
 from tests.support.crops import crops_inputs, crops_model
+from tests.support.prompt_models import BLOCKS, built, images
+from tests.support.prompt_models import by_hand as images_by_hand
 from tests.support.tiny import tiny_vilt
 from tests.support.visual import logits_by_hand, select, visual_cues
 
