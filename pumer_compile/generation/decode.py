@@ -71,19 +71,7 @@ def export_decode(
         if "decode" not in parts:
             raise UsageError(f"{type(model).__name__} has no decoding step of its own; found {', '.join(parts)}.")
         step, given = parts["decode"]
-        try:
-            assert isinstance(step, PreTrainedModel)  # of a decoder: the model itself
-            config = OnnxConfig(dynamic=True, opset_version=DEFAULT_OPSET)
-            with restoring_model_state(step), _positions_by_layer(step) if by_layer else nullcontext():
-                apart = _without_mask(step)
-                if by_layer and not apart:
-                    raise UsageError(
-                        f"The attention of {type(model).__name__} reads a mask in a decoding step (a sliding window, "
-                        "or none of transformers' sdpa), so caches have one length: leave out `by_layer`."
-                    )
-                converted, _ = OnnxExporter().export_program(step, given, config)
-        except torch.onnx.OnnxExporterError as error:
-            raise ExportError(f"transformers could not convert the decoding step: {error}") from error
+        converted, apart = _converted(model, step, given, by_layer)
         _lasting_names(converted)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
             files = save_onnx(converted, Path(folder) / path.name)
@@ -105,6 +93,24 @@ def export_decode(
             seal_onnx(files[-1], {file.name: file for file in files[:-1]})
             publish([(file, path.with_name(file.name)) for file in files])
     return path
+
+
+def _converted(model: PreTrainedModel, step: Any, given: Any, by_layer: bool) -> tuple[Any, bool]:
+    """The step as ONNX, and whether its layers may have caches of several lengths."""
+    try:
+        assert isinstance(step, PreTrainedModel)  # of a decoder: the model itself
+        config = OnnxConfig(dynamic=True, opset_version=DEFAULT_OPSET)
+        with restoring_model_state(step), _positions_by_layer(step) if by_layer else nullcontext():
+            apart = _without_mask(step)
+            if by_layer and not apart:
+                raise UsageError(
+                    f"The attention of {type(model).__name__} reads a mask in a decoding step (a sliding window, "
+                    "or none of transformers' sdpa), so caches have one length: leave out `by_layer`."
+                )
+            converted, _ = OnnxExporter().export_program(step, given, config)
+            return converted, apart
+    except torch.onnx.OnnxExporterError as error:
+        raise ExportError(f"transformers could not convert the decoding step: {error}") from error
 
 
 def _lasting_names(converted: Any) -> None:

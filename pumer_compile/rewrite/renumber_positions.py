@@ -28,7 +28,7 @@ def renumbered_positions(graph: LocatedGraph, *, compact: bool) -> Replacements:
     takes those that are left.
 
     Raises:
-        UsageError: positions are to be renumbered, and the caller gives them, or they are constants.
+        UsageError: positions are to be renumbered, and the caller gives them, they are constants, or there are none.
     """
     streams = set(graph.prompt_images())
     if compact:
@@ -40,6 +40,12 @@ def renumbered_positions(graph: LocatedGraph, *, compact: bool) -> Replacements:
         if node.target is aten.arange.default and streams & set(_streams(graph, node, 0))
     ]
     if compact:
+        if graph.prompt_layers() and len(_compared_alone(graph, counts)) == len(counts):
+            raise UsageError(
+                "`positions: compact` counts positions anew over the tokens that are left, and no position that is "
+                "counted along the prompt was found in this model (its tokens get theirs otherwise, by a learned table "
+                "say), so it would change nothing. Choose `positions: original`."
+            )
         return {node: partial(_count, node, computed_alone(node)) for node in counts}
     return {node: partial(_count, node, frozenset()) for node in _compared_alone(graph, counts)}
 
