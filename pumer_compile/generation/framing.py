@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
+from ..schedule import Schedule
 
 IDS, MASK, POSITIONS = "input_ids", "attention_mask", "position_ids"
 # Inputs with an entry for every token of a prompt, `[batch, tokens, ...]`.
@@ -162,9 +163,9 @@ def _check_sides(manifest: Mapping[str, Any], takes: Mapping[str, Any], framed: 
             f"{'behind it' if others == ['last_query'] else 'among it'} would be looked with. Compile it for a text "
             "of this length behind the image."
         )
-    schedule = manifest["schedule"] or {}
+    schedule = manifest["schedule"]
     by_mask = POSITIONS in takes or MASK in manifest.get("counted_masks", ())
-    if any(framed.front) and (not by_mask or schedule.get("positions", "compact") == "compact"):
+    if any(framed.front) and (not by_mask or not schedule or Schedule.from_manifest(schedule).renumbers):
         raise UsageError(
             f"The artifact counts padding in front of a prompt as positions, and {shorter} need some there. Compile it "
             f"with `positions: original` and with {POSITIONS} among the sample inputs (0, 1, 2, and so on), which "
