@@ -72,7 +72,7 @@ def compile_one(name: str) -> Result:
     except Exception as error:  # whatever a model does: the page says what
         return {**result, "error": describe(error)}
     result["sites"] = [
-        {"site": a.site, "module": a.module, "queries": str(a.query_axis), "keys": str(a.key_axis)}
+        {"site": a.address, "module": a.module, "queries": str(a.query_axis), "keys": str(a.key_axis)}
         for a in attentions
         if a.call == 0
     ]
@@ -93,15 +93,17 @@ def reduce_somehow(program: Any, annotation: Any, attentions: list[Any]) -> Resu
         return {"error": describe(error)}
     if prompt is not None:
         found = before_the_prompt(program, min(len(crop) for mark in prompt.marks for crop in mark.crops))
-        if "error" not in found or not any(a.site.startswith("vision.") for a in attentions):
+        if "error" not in found or not any(a.address.startswith("vision.") for a in attentions):
             return found
         return merged_in_the_tower(program, attentions) or found
 
     def modalities(axis: Any) -> set[str]:
         return {annotation.modality[stream] for stream in axis.streams}
 
-    informed = [a.site for a in attentions if "text" in modalities(a.query_axis) and "image" in modalities(a.key_axis)]
-    vision = [a.site for a in attentions if a.site.startswith("vision.")]
+    informed = [
+        a.address for a in attentions if "text" in modalities(a.query_axis) and "image" in modalities(a.key_axis)
+    ]
+    vision = [a.address for a in attentions if a.address.startswith("vision.")]
     if informed:
         both = {"prune": PRUNE, "merge": {"image": MERGE_IMAGE, "text": MERGE_TEXT}}
         image = {"prune": PRUNE, "merge": {"image": MERGE_IMAGE}}
@@ -127,7 +129,7 @@ def reduce_somehow(program: Any, annotation: Any, attentions: list[Any]) -> Resu
 
 def merged_in_the_tower(program: Any, attentions: list[Any]) -> Result:
     """Merge in the vision tower where the image cannot be reduced before the prompt; nothing where that fails too."""
-    sites = spread([a.site for a in attentions if a.site.startswith("vision.")])
+    sites = spread([a.address for a in attentions if a.address.startswith("vision.")])
     found = attempt(program, sites, "tome", {"merge": {"image": MERGE_IMAGE}})
     return {} if "error" in found else {**found, "what": "vision tower", "refusals": {}}
 

@@ -59,6 +59,7 @@ class Plan:
         multiply_adds_before, multiply_adds_after: of the whole model.
         layers: tokens by stream after every attention node that has any, by its address, in execution order.
         prompts: where images stand in prompts.
+        signals: what the reducers read, such as `last_query`.
     """
 
     sites: tuple[SitePlan, ...]
@@ -66,6 +67,7 @@ class Plan:
     multiply_adds_after: int
     layers: dict[str, dict[str, int]] = field(default_factory=dict)
     prompts: tuple[PromptPlace, ...] = ()
+    signals: tuple[str, ...] = ()
 
     @property
     def ratio(self) -> float:
@@ -77,10 +79,11 @@ class Plan:
         return {site: dict(counts) for site, counts in self.layers.items()}
 
     def to_dict(self) -> dict[str, Any]:
-        """`{"sites": [{site, module, before, after}], "multiply_adds": {before, after, ratio}}`."""
+        """`{"signals": [...], "sites": [{site, module, before, after}], "multiply_adds": {before, after, ratio}}`."""
         prompts = {"prompts": [asdict(place) for place in self.prompts]} if self.prompts else {}
         return {
             **prompts,
+            "signals": list(self.signals),
             "sites": [{"site": s.name, "module": s.module, "before": s.before, "after": s.after} for s in self.sites],
             "multiply_adds": {
                 "before": self.multiply_adds_before,

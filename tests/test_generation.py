@@ -16,9 +16,11 @@ import pumer_compile as pumer
 from benchmarks.architecture_models import ARCHITECTURES
 from pumer_compile import Program, Reduced, Schedule
 from pumer_compile.errors import ParityError, UsageError
-from pumer_compile.generation import Generator, _check_step, export_decode
+from pumer_compile.generation import Generator, export_decode
+from pumer_compile.generation.decode import _check_step
+from pumer_compile.generation.framing import frame
 from tests.support.commands import artifact
-from tests.support.prompt_families import built, placeholders
+from tests.support.prompt_families import WORDS, built, placeholders
 from tests.support.prompt_oracle import by_hand
 from tests.support.tiny import tiny_vilt
 from tests.support.visual import select, visual_cues
@@ -77,6 +79,19 @@ def test_the_tokens_that_transformers_generates(decode: Path, prefilled: Path) -
     assert torch.equal(made, reduced_by_hand(tensors(), 48))
 
 
+def test_prompts_of_a_batch_by_their_own_lengths(decode: Path, prefilled: Path) -> None:
+    """Counted anew; one text is shorter behind the image, and padded in front as transformers' processors do it."""
+    inputs = tensors()
+    ids, mask = inputs["input_ids"].clone(), inputs["attention_mask"].clone()
+    short = {name: t[1:, :-3] if t.dim() == 2 else t[1:] for name, t in inputs.items()}
+    ids[1, 3:], ids[1, :3], mask[1, :3] = short["input_ids"][0], 0, 0
+    made = Generator(prefilled, decode).generate({**inputs, "input_ids": ids, "attention_mask": mask}, TOKENS)
+    first = {name: tensor[:1] for name, tensor in inputs.items()}
+    assert torch.equal(made[:1], reduced_by_hand(first, 48))
+    assert torch.equal(made[1:], reduced_by_hand(short, 48))
+    assert not torch.equal(made[1:], reduced_by_hand(inputs, 48)[1:])
+
+
 def test_another_budget_generates_something_else() -> None:
     assert not torch.equal(reduced_by_hand(tensors(), 48), reduced_by_hand(tensors(), 9))
 
@@ -127,11 +142,11 @@ def test_padding_is_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_padded_prompt_is_refused_by_the_loop(decode: Path, prefilled: Path) -> None:
+def test_padding_in_front_that_would_be_counted(decode: Path, prefilled: Path) -> None:
     inputs = tensors()
     inputs["attention_mask"] = inputs["attention_mask"].clone()
     inputs["attention_mask"][0, 0] = 0
-    with pytest.raises(UsageError, match="no padding"):
+    with pytest.raises(UsageError, match=r"counts padding in front .* 157 and 158 tokens .* position_ids"):
         Generator(prefilled, decode).generate(inputs, TOKENS)
 
 
@@ -141,7 +156,7 @@ def test_a_model_that_does_not_generate(tmp_path: Path) -> None:
 
 
 def test_a_wrong_step_is_not_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pumer_compile.generation.TOLERANCE", -1.0)
+    monkeypatch.setattr("pumer_compile.generation.decode.TOLERANCE", -1.0)
     with pytest.raises(ParityError, match="decoding step differs"):
         export_decode(model(), tensors(), tmp_path / "decode.onnx")
     assert not list(tmp_path.iterdir())
@@ -182,18 +197,60 @@ def test_what_the_loop_does_not_give() -> None:
 
 @pytest.mark.parametrize("name", ["internvl", "qwen2_5_vl", "smolvlm", "gemma3"])
 def test_prompt_families_by_hand(name: str, tmp_path: Path) -> None:
-    """Twenty tokens, each the most likely one of the model's own modules given the rows that stay and what was made."""
-    family, make = built(name)
+    """Twenty tokens of prompts of several lengths with one artifact, each the most likely one of the model's own
+    modules given the rows that stay and what was made."""
+    family, make = speaking_words(name)
     widen(family, 64)
-    program = pumer.capture(family, make(0))
+    sample = make(0)
+    if "image_grid_thw" not in sample:  # whose positions are counted over the mask
+        sample["position_ids"] = torch.arange(sample["input_ids"].shape[1]).repeat(len(sample["input_ids"]), 1)
     schedule = Schedule(method="vispruner", budget=4, positions="original")
-    pumer.export(pumer.reduce(program, schedule), tmp_path / "prefill.onnx", verify=False)
+    reduced = pumer.reduce(pumer.capture(family, sample), schedule)
+    pumer.export(reduced, tmp_path / "prefill.onnx", verify=False)
     export_decode(family, make(0), tmp_path / "decode.onnx")
-    inputs = make(2)  # of which no new token is a placeholder
-    found = Generator(tmp_path / "prefill.onnx", tmp_path / "decode.onnx").generate(inputs, tokens=20)
-    for place in range(20):
-        logits, _ = by_hand(family, longer(inputs, found[:, :place]), 4, placeholders(name))
-        assert torch.equal(logits[:, -1].argmax(-1), found[:, place]), place
+    generator = Generator(tmp_path / "prefill.onnx", tmp_path / "decode.onnx")
+    for seed, front, back in ((2, 0, 0), (3, 1, 2)):
+        inputs = shortened(make(seed), front, back)
+        found = generator.generate(inputs, tokens=20)
+        logits, _ = by_hand(family, longer(inputs, found[:, :-1]), 4, placeholders(name))
+        assert torch.equal(logits[:, -20:].argmax(-1), found), (seed, front, back)
+        assert torch.equal(eager(family, reduced, generator, inputs), found)
+
+
+def speaking_words(name: str) -> Any:
+    """A model of a family that makes no placeholders, and what makes its inputs."""
+    family, make = built(name)
+    with torch.no_grad():
+        family.get_output_embeddings().weight[WORDS:] = 0
+    return family, make
+
+
+def shortened(inputs: dict[str, Tensor], front: int, back: int) -> dict[str, Tensor]:
+    """The prompts without some of their first and last words."""
+    length = inputs["input_ids"].shape[1]
+    return {name: t[:, front : length - back] if name in _LONGER else t for name, t in inputs.items()}
+
+
+def eager(family: Any, reduced: Reduced, generator: Generator, inputs: dict[str, Tensor]) -> Tensor:
+    """Twenty tokens of the reduced module in eager PyTorch, then of the model: the cache without padding."""
+    framed = frame(generator._manifest, inputs)
+    front, back = framed.front[0], framed.back[0]
+    with torch.no_grad():
+        found = reduced.module(**{name: framed.inputs[name] for name in reduced.program.inputs})
+        cache, length = found["past_key_values"], found["logits"].shape[1]
+        for layer in cache.layers:
+            layer.keys, layer.values = (t[:, :, front : length - back] for t in (layer.keys, layer.values))
+        made = [found["logits"][:, length - back - 1 : length - back].argmax(-1)]
+        for position in range(framed.lengths[0], framed.lengths[0] + 19):
+            places = torch.tensor(generator._offset).view(-1, 1, 1) + torch.full_like(made[-1], position)
+            step = family(
+                input_ids=made[-1],
+                past_key_values=cache,
+                position_ids=places if len(places) > 1 else places[0],
+                use_cache=True,
+            )
+            made.append(step.logits[:, -1:].argmax(-1))
+    return torch.cat(made, 1)
 
 
 def widen(family: Any, window: int) -> None:

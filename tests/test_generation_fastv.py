@@ -15,7 +15,8 @@ import pumer_compile as pumer
 from pumer_compile import Schedule
 from pumer_compile.errors import UsageError
 from pumer_compile.exporters.onnx import append_metadata
-from pumer_compile.generation import KEY, Generator, _described, export_decode
+from pumer_compile.generation import Generator, export_decode
+from pumer_compile.generation.decode import KEY, read_step
 from tests.support.fastv import by_hand
 from tests.test_generation import TOKENS
 from tests.test_oracle_llava import model, tensors
@@ -102,7 +103,7 @@ def test_the_model_is_left_as_it_was(decode: Path) -> None:
 def test_a_step_of_one_length_is_refused(decode: Path, prefill: Path, tmp_path: Path) -> None:
     one = tmp_path / "decode.onnx"
     one.write_bytes(decode.read_bytes())
-    described = {**_described(decode), "lengths_by_layer": False}
+    described = {**read_step(decode), "lengths_by_layer": False}
     loaded = onnx.load(str(one))
     del loaded.metadata_props[:]
     onnx.save(loaded, str(one))
@@ -119,13 +120,13 @@ def test_a_step_that_needs_its_mask_keeps_it(change: str, tmp_path: Path, monkey
     else:
         monkeypatch.setattr(text, "_attn_implementation_internal", "eager")
     path = export_decode(model(), tensors(), tmp_path / "decode.onnx")
-    assert _described(path)["lengths_by_layer"] is False
+    assert read_step(path)["lengths_by_layer"] is False
     inputs = [v for v in onnx.load(str(path)).graph.input if v.name.endswith(".keys")]
     assert len(inputs) == 3 and len({v.type.tensor_type.shape.dim[2].dim_param for v in inputs}) == 1
 
 
 def test_an_exporter_that_cannot(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """transformers 5.17 has it not."""
-    monkeypatch.setattr("pumer_compile.generation.OnnxExporter", type("OnnxExporter", (), {}))
+    monkeypatch.setattr("pumer_compile.generation.decode.OnnxExporter", type("OnnxExporter", (), {}))
     with pytest.raises(UsageError, match="cannot convert a decoding step"):
         export_decode(model(), tensors(), tmp_path / "decode.onnx")

@@ -55,6 +55,7 @@ def make_manifest(
         },
         "fixed_inputs": {n: program.inputs[n].tolist() for n in program.fixed if n not in program.unpadded},
         "unpadded_inputs": list(program.unpadded),
+        "counted_masks": list(program.counted),
         "guards": [guard.to_dict() for guard in program.guards],
         "samples": {n: kind.to_dict() for n, kind in describe_samples(program, plan.prompts if plan else ()).items()},
         "constant_inputs": dict(program.constant),

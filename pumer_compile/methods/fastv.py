@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from ..errors import PlanError
+from .about import About
 from .language import InLanguageModel, in_order
 
 if TYPE_CHECKING:
@@ -27,6 +28,15 @@ class FastV(InLanguageModel):
         positions: `original`: of tokens that layers before it have counted already.
         outputs: `reduced` by default: logits have an entry for each token that is left.
     """
+
+    about = About(
+        does="keeps the image tokens that the last token of a prompt attends to, after a layer, or fewer in stages",
+        reads="attention of the last token in the language model",
+        use="every prompt family, with or without a tower; what is kept depends on the question",
+        paper="Chen et al., FastV, ECCV 2024",
+        code="pkunlp-icler/FastV, no licence file",
+        held="published vectors",
+    )
 
     method: Literal["fastv"] = "fastv"
     semantics: Literal["reference"] = "reference"
@@ -84,16 +94,9 @@ class FastV(InLanguageModel):
         layers, sites = self.layers_of(graph, reading=True), []
         key = "layer" if self.stages is None else "stages"
         for layer, budget in (self.stages or {self.layer or 0: self.budget or 0}).items():
-            if layer >= len(layers):
-                few = f"choose 1 to {len(layers) - 1}" if len(layers) > 1 else "there is none to choose"
-                raise PlanError(
-                    f"`{key}: {layer}` lets the first {layer} language layers see every token and the others fewer, "
-                    f"and this model has {len(layers)}: {few}."
-                )
+            self.check_layer(layers, layer, key)
             attention = layers[layer - 1]
-            graph.check_reducible(attention)
             self.check_prompt(graph, attention, "keeps the image tokens that its last token attends to")
-            graph.check_masks(attention)
             self.check_seen(graph, layers, layer, {i: f"{key}: {i}" for i in range(1, len(layers))})
             sites.append(Site(attention, after=attention.carrier, streams=graph.prompt_images(), keep=budget))
         return sites

@@ -13,6 +13,7 @@ from ..analysis.nodes import ancestors
 from ..analysis.prompts import Prompt
 from ..analysis.propagate import count_multiply_adds
 from ..plan import Plan
+from ..reducers import Reducer
 from ..rewrite.rewriter import Rewriter
 from ..rewrite.sites import Insertions
 from .manager import Pass, ReducedGraph, State
@@ -41,7 +42,9 @@ class Count(Pass):
             return 1
         layers = tokens_after_layers(state.attentions, insertions, state.rewriter)
         plan = count_plan(state.captured, state.reduced, insertions, state.inputs, layers)
-        state.add(dataclasses.replace(plan, prompts=tuple(prompt.places) if prompt else ()))
+        read = {signal.value for m in state.reduced.modules() if isinstance(m, Reducer) for signal in m.reads}
+        places = tuple(prompt.places) if prompt else ()
+        state.add(dataclasses.replace(plan, prompts=places, signals=tuple(sorted(read))))
         return len(plan.sites)
 
 
@@ -50,7 +53,7 @@ def tokens_after_layers(
 ) -> dict[str, dict[str, int]]:
     """Tokens by stream after every attention node, by its address (and `@1` where its layer runs again)."""
     # What is reduced before an attention has fewer tokens in it already.
-    after = {p.name: p.after for site, p in insertions.done if site.after in (None, site.attention.carrier)}
+    after = {plan.name: plan.after for site, plan in insertions.done if not site.enters}
     layers: dict[str, dict[str, int]] = {}
     for attention in (a for a in attentions if a.query_axis.streams):
         counts: dict[str, int] = {}
@@ -59,10 +62,10 @@ def tokens_after_layers(
             present: dict[str, int] = {}
             for segment in axis.segments:
                 if segment.stream:
-                    length = rewriter.history.length(segment, rewriter.history.at(dim))
+                    length = rewriter.epochs.length(segment, rewriter.epochs.at(dim))
                     present[segment.stream] = present.get(segment.stream, 0) + length
             counts.update(present)
-        name = attention.site + (f"@{attention.call}" if attention.call else "")
+        name = attention.address + (f"@{attention.call}" if attention.call else "")
         layers[name] = {**counts, **after.get(name, {})}
     return layers
 
@@ -76,8 +79,8 @@ def count_plan(
 ) -> Plan:
     """The plan with one sample's multiply-adds before and after, in total and from each site to the next."""
     batch = next(iter(inputs.values())).shape[0]
-    carriers = [site.after or site.attention.carrier for site, _ in insertions.done]
-    prefixes = tuple(f"reducer.{site.attention.name}." for site, _ in insertions.done)
+    carriers = [site.opens for site, _ in insertions.done]
+    prefixes = tuple(f"reducer.{site.name}." for site, _ in insertions.done)
     counted = _counted_once(captured, inputs)
     before = _sections(captured, counted, len(carriers), lambda node: carriers.index(node) if node in carriers else -1)
     counted = count_multiply_adds(reduced, inputs)

@@ -292,10 +292,8 @@ class Eliminate(Pass):
         matches = eliminate(state.reduced)
         called = _called(state.reduced)
         for site, _ in state.insertions.done:
-            if not any(name.startswith(f"reducer.{site.attention.name}.") for name in called):
-                log.warning(
-                    "Site %s has no effect: nothing reads the tokens it reduces. Leave it out.", site.attention.site
-                )
+            if not any(name.startswith(f"reducer.{site.name}.") for name in called):
+                log.warning("Site %s has no effect: nothing reads the tokens it reduces. Leave it out.", site.address)
         return matches
 
 

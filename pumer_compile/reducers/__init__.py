@@ -3,19 +3,25 @@
 from .align import AlignAxis, TokenWeights, UnitWeights
 from .attention import SizeBias, TextRowsAttention
 from .base import ApplyMap, Reducer, Reduction, Signal, forced_decisions, noted_decisions, reducers_of
+from .crops import CropReducer
 from .dart import DartReducer
+from .fastervlm import VotesReducer
+from .holov import HoloVReducer
 from .last_query import LastQueryPruner, LastQueryReducer, NextQueryReducer
 from .masked_softmax import PublishedMaskedSoftmax
 from .merger import ModalityAwareMerger
 from .prune_merge import StreamReducer
 from .pruner import TextInformedPruner
+from .visionzip import VisionZipReducer
 from .vispruner import VisPruner
 from .visual import MemberVotes, VisualReducer, WithSeparators
 
 __all__ = [
     "AlignAxis",
     "ApplyMap",
+    "CropReducer",
     "DartReducer",
+    "HoloVReducer",
     "LastQueryPruner",
     "LastQueryReducer",
     "MemberVotes",
@@ -32,7 +38,9 @@ __all__ = [
     "TokenWeights",
     "UnitWeights",
     "VisPruner",
+    "VisionZipReducer",
     "VisualReducer",
+    "VotesReducer",
     "WithSeparators",
     "forced_decisions",
     "noted_decisions",

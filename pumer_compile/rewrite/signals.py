@@ -6,11 +6,12 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
+import torch
 from torch import fx
 
 from ..analysis.attention import NOT_KNOWN, Attention, Parts, tower_attention
-from ..analysis.axes import Dim, Tokens
-from ..analysis.nodes import ancestors, describe
+from ..analysis.axes import Dim, Size, Tokens
+from ..analysis.nodes import ancestors, describe, values
 from ..analysis.operators import aten
 from ..analysis.prompts import Mark, Votes
 from ..analysis.rules import shape
@@ -47,7 +48,13 @@ class Place:
 
     @property
     def attention(self) -> Attention:
-        """Of the site."""
+        """Of the site.
+
+        Raises:
+            LocateError: it has none.
+        """
+        if self.site.attention is None:
+            raise LocateError(f"Site {self.site.described} has no attention that could be read.")
         return self.site.attention
 
     def epoch(self, stream: str) -> int:
@@ -79,26 +86,27 @@ def _keys(place: Place, stream: str) -> fx.Node:
 
 
 def _passed(place: Place) -> AbstractContextManager[None]:
-    """The keys of the site's attention are there."""
-    key, after = place.attention.key_dim.node, place.site.after
+    """The keys that the site reads are there."""
+    key, after = (place.site.keys or place.attention).key_dim.node, place.site.after
     if key in place.rewriter.env or after is None:
         return nullcontext()
     return place.rewriter.ahead(key, after, after)
 
 
 def _text_keys(place: Place, stream: str) -> fx.Node:
-    site, rewriter = place.attention, place.rewriter
+    attention, rewriter = place.site.keys or place.attention, place.rewriter
     with _passed(place):
-        spans = _behind(place, site.key_axis, stream)
-        if site.key is not None:
-            return _joined(rewriter, rewriter.env[site.key], 2, spans)
-        assert site.key_transposed is not None
-        return rewriter.call(aten.transpose.int, _joined(rewriter, rewriter.env[site.key_transposed], 3, spans), 2, 3)
+        spans = _behind(place, attention.key_axis, stream)
+        if attention.key is not None:
+            return _joined(rewriter, rewriter.env[attention.key], 2, spans)
+        assert attention.key_transposed is not None
+        found = _joined(rewriter, rewriter.env[attention.key_transposed], 3, spans)
+        return rewriter.call(aten.transpose.int, found, 2, 3)
 
 
 def _behind(place: Place, axis: Tokens, stream: str) -> list[tuple[int, int]]:
     """Where the text behind an image stands."""
-    length, found, stop = place.rewriter.history.length, list[tuple[int, int]](), 0
+    length, found, stop = place.rewriter.epochs.length, list[tuple[int, int]](), 0
     wanted = [id(segment) for segment in place.graph.behind(axis, stream)]
     for segment in axis.segments:
         start, stop = stop, stop + length(segment, place.epochs)
@@ -113,15 +121,15 @@ def _joined(rewriter: Rewriter, value: fx.Node, dim: int, spans: list[tuple[int,
 
 
 def _known_keys(place: Place, stream: str) -> fx.Node:
-    site, rewriter = place.attention, place.rewriter
-    at = rewriter.history.at(site.key_dim)
-    if stream not in site.key_axis.streams or at.get(stream, 0) != place.epoch(stream):
-        site = _nearest_self_attention(place, stream)
-    span = rewriter.history.span(site.key_axis, stream, rewriter.history.at(site.key_dim))
-    if site.key is not None:
-        return rewriter.call(aten.slice.Tensor, rewriter.env[site.key], 2, *span)
-    assert site.key_transposed is not None
-    cut = rewriter.call(aten.slice.Tensor, rewriter.env[site.key_transposed], 3, *span)
+    attention, rewriter = place.site.keys or place.attention, place.rewriter
+    at = rewriter.epochs.at(attention.key_dim)
+    if stream not in attention.key_axis.streams or at.get(stream, 0) != place.epoch(stream):
+        attention = _nearest_self_attention(place, stream)
+    span = rewriter.epochs.span(attention.key_axis, stream, rewriter.epochs.at(attention.key_dim))
+    if attention.key is not None:
+        return rewriter.call(aten.slice.Tensor, rewriter.env[attention.key], 2, *span)
+    assert attention.key_transposed is not None
+    cut = rewriter.call(aten.slice.Tensor, rewriter.env[attention.key_transposed], 3, *span)
     return rewriter.call(aten.transpose.int, cut, 2, 3)
 
 
@@ -131,7 +139,7 @@ def _nearest_self_attention(place: Place, stream: str) -> Attention:
     for attention in reversed(place.graph.attentions[:position]):
         reads = stream in attention.query_axis.streams and stream in attention.key_axis.streams
         if reads and attention.context in before:
-            if place.rewriter.history.at(attention.key_dim).get(stream, 0) == place.epoch(stream):
+            if place.rewriter.epochs.at(attention.key_dim).get(stream, 0) == place.epoch(stream):
                 return attention
             break
     raise LocateError(
@@ -142,7 +150,7 @@ def _nearest_self_attention(place: Place, stream: str) -> Attention:
 
 def _normed(place: Place, stream: str) -> fx.Node:
     value, axis = _all_normed(place)
-    return place.rewriter.call(aten.slice.Tensor, value, 1, *place.rewriter.history.span(axis, stream, place.epochs))
+    return place.rewriter.call(aten.slice.Tensor, value, 1, *place.rewriter.epochs.span(axis, stream, place.epochs))
 
 
 def _text_normed(place: Place, stream: str) -> fx.Node:
@@ -179,30 +187,30 @@ def _text_weights(place: Place, stream: str) -> fx.Node | None:
 
 
 def _text_to_image(place: Place, stream: str) -> fx.Node:
-    site, rewriter = place.attention, place.rewriter
-    rows = rewriter.history.span(site.query_axis, place.text(), place.epochs)
-    keys = rewriter.history.span(site.key_axis, stream, place.epochs)
-    found = attention_rows(rewriter, site, rows, f"reducer.{site.name}.attention.{stream}")
+    attention, rewriter = place.attention, place.rewriter
+    rows = rewriter.epochs.span(attention.query_axis, place.text(), place.epochs)
+    keys = rewriter.epochs.span(attention.key_axis, stream, place.epochs)
+    found = attention_rows(rewriter, attention, rows, f"reducer.{attention.name}.attention.{stream}")
     return rewriter.call(aten.slice.Tensor, found, 3, *keys)
 
 
 def _last_query(place: Place, stream: str) -> fx.Node:
-    site, rewriter = place.attention, place.rewriter
+    attention, rewriter = place.attention, place.rewriter
     if "last_query" not in place.read:
-        last = int(rewriter.history.size(site.query_axis, place.epochs))
-        name = f"reducer.{site.name}.attention"
-        place.read["last_query"] = attention_rows(rewriter, site, (last - 1, last), name)
-    span = rewriter.history.span(site.key_axis, stream, place.epochs)
+        last = int(rewriter.epochs.size(attention.query_axis, place.epochs))
+        name = f"reducer.{attention.name}.attention"
+        place.read["last_query"] = attention_rows(rewriter, attention, (last - 1, last), name)
+    span = rewriter.epochs.span(attention.key_axis, stream, place.epochs)
     return rewriter.call(aten.slice.Tensor, place.read["last_query"], 3, *span)
 
 
 def _next_query(place: Place, stream: str) -> fx.Node:
     """Of the site's attention, which comes later: it is computed ahead, from the tokens as they are."""
-    site, after = place.attention, place.site.after
+    after = place.site.after
     assert after is not None
     if "last_query" in place.read:
         return _last_query(place, stream)
-    with place.rewriter.ahead(site.context, after, after):
+    with place.rewriter.ahead(place.attention.context, after, after):
         return _last_query(place, stream)
 
 
@@ -215,13 +223,18 @@ def _class_token(place: Place, stream: str) -> fx.Node:
     if "class_token" not in place.read:
         place.read["class_token"] = rewriter.call(aten.mean.dim, _tower_rows(place, mark), [1, 2])
     found = place.read["class_token"]
+    return _in_order(place, mark, found)
+
+
+def _in_order(place: Place, mark: Mark, found: fx.Node, *width: Size) -> fx.Node:
+    """What a tower has for its tokens, `[rows, tokens, *width]`, as the prompt has them, `[batch, tokens, *width]`."""
     if mark.order is None:
         return found
-    batch = shape(mark.node)[0]
-    own = rewriter.call(aten.reshape.default, found, [batch, -1])
+    call = place.rewriter.call
+    own = call(aten.reshape.default, found, [shape(mark.node)[0], -1, *width])
     # The captured graph brings the features into this order.
     order = next(n for n in mark.node.all_input_nodes[0].all_input_nodes if n.op == "get_attr")
-    return rewriter.call(aten.index_select.default, own, 1, rewriter.env[order])
+    return call(aten.index_select.default, own, 1, place.rewriter.env[order])
 
 
 def _votes_of_members(place: Place, votes: Votes, stream: str) -> fx.Node:
@@ -302,6 +315,68 @@ def _offset(features: fx.Node, attention: Attention) -> int:
     return start
 
 
+# --- of a tower -------------------------------------------------------------------------------------------------------
+
+
+def _tower_keys(place: Place, stream: str) -> fx.Node:
+    mark, call = place.mark, place.rewriter.call
+    if mark is None:
+        raise LocateError(f"Site {place.attention.described} is not where image tokens leave a vision tower.")
+    if mark.votes is None:
+        if "tower_keys" not in place.read:
+            start, tokens = _offset(mark.features, place.attention), int(shape(mark.features)[1])
+            keys = _keys_of_heads(place, place.attention)
+            place.read["tower_keys"] = call(aten.slice.Tensor, keys, 1, start, start + tokens)
+        width = shape(place.attention.query)[3]
+        return _in_order(place, mark, place.read["tower_keys"], width)
+    if "member_keys" not in place.read:
+        found = []
+        for number, (parts, first) in enumerate(zip(mark.votes.deciding, mark.votes.own, strict=True)):
+            keys = _keys_of_heads(place, tower_attention(parts, number))
+            own = call(aten.slice.Tensor, keys, 1, first, first + int(shape(parts.query)[-2]))
+            found.append(call(aten.reshape.default, own, [-1, shape(parts.query)[3]]))
+        place.read["member_keys"] = call(aten.cat.default, found, 0) if len(found) > 1 else found[0]
+    name = f"reducer.{place.attention.name}.keys.{stream}"
+    return place.rewriter.call_module(name, MemberVotes(mark.votes.members), place.read["member_keys"])
+
+
+def _keys_of_heads(place: Place, attention: Attention) -> fx.Node:
+    """The mean over heads of the keys of an attention, `[rows, tokens, head_size]`, float32."""
+    key, call = attention.key or attention.key_transposed, place.rewriter.call
+    assert key is not None
+    if len(shape(key)) != 4:
+        raise LocateError(
+            f"The attention {attention.described} of the vision tower has keys of shape {list(shape(key))}, and "
+            "[images, heads, tokens, head size] is expected: tokens are merged by the mean of their keys over heads."
+        )
+    given = place.rewriter.env[key]
+    if values(key)[0].dtype != torch.float32:
+        given = call(aten.to.dtype, given, torch.float32)
+    mean = call(aten.mean.dim, given, [1])
+    return mean if attention.key is not None else call(aten.transpose.int, mean, 1, 2)
+
+
+def has_class_token(graph: LocatedGraph, attention: Attention, mark: Mark) -> bool:
+    """Whether a mark is where tokens leave a tower whose class token leaves it beside them."""
+    learned = max((graph.annotation.learned[s] for s in attention.query_axis.streams), default=0)
+    return mark.votes is None and learned > 0 and _offset(mark.features, attention) > 0
+
+
+def _class_feature(place: Place, stream: str) -> fx.Node:
+    mark, call = place.mark, place.rewriter.call
+    assert mark is not None  # only of streams with a class token
+    node, tokens = mark.features, int(shape(mark.features)[1])
+    while shape(node)[1] != place.attention.query_axis.size:
+        (node,) = node.all_input_nodes
+    first = call(aten.slice.Tensor, place.rewriter.env[node], 1, 0, 1)
+    if mark.order is None:
+        return first
+    own = call(aten.reshape.default, first, [shape(mark.node)[0], -1, shape(mark.node)[2]])
+    rows = [mark.order[crop[0]] // tokens for crop in mark.crops]
+    parts = [call(aten.slice.Tensor, own, 1, row, row + 1) for row in rows]
+    return call(aten.cat.default, parts, 1) if len(parts) > 1 else parts[0]
+
+
 _SIGNALS: dict[Signal, Callable[[Place, str], fx.Node | None]] = {
     Signal.KEYS: _keys,
     Signal.WEIGHTS: _weights,
@@ -309,6 +384,8 @@ _SIGNALS: dict[Signal, Callable[[Place, str], fx.Node | None]] = {
     Signal.TEXT_WEIGHTS: _text_weights,
     Signal.LAST_QUERY: _last_query,
     Signal.CLASS_TOKEN: _class_token,
+    Signal.TOWER_KEYS: _tower_keys,
+    Signal.CLASS_FEATURE: _class_feature,
     Signal.NEXT_QUERY: _next_query,
     Signal.TEXT_KEYS: _text_keys,
     Signal.NORMED: _normed,

@@ -13,12 +13,13 @@ from ..analysis.attention import NOT_KNOWN, Attention, Parts, attention_parts, c
 from ..analysis.axes import Dim, Segment, Tokens
 from ..analysis.carrier import norm_behind
 from ..analysis.masks import hidden
-from ..analysis.nodes import ancestors, describe, values
+from ..analysis.nodes import ancestors, describe, module_path, values
 from ..analysis.prompts import Mark
 from ..analysis.rules import shape
 from ..errors import LocateError
 
 if TYPE_CHECKING:
+    from ..methods.base import Method
     from ..methods.budgets import SiteBudget
     from ..plan import SitePlan
     from ..reducers import Reducer
@@ -44,6 +45,7 @@ class Stream:
         crops: of image tokens that leave a tower: places of each crop's tokens in the stream, in raster order.
         row: and how many tokens the tower gives for one crop.
         pinned: places of tokens among an image's that stay (text at the ends of its lines).
+        class_token: whether the tower has a class token for each crop, which leaves it beside these tokens.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Stream:
     crops: tuple[tuple[int, ...], ...] = ()
     row: int = 0
     pinned: tuple[int, ...] = ()
+    class_token: bool = False
 
     @property
     def rows(self) -> int:
@@ -65,29 +68,78 @@ class Site:
     """Where reducers are inserted: `after` a carrier, or `instead` of marks.
 
     Attributes:
-        attention: that the signals are read from.
+        attention: that the signals are read from; None where none is read (the rows of a prompt by themselves).
         after: the residual value that is reduced: the carrier of the attention, or what enters its layer; None where
             marks are.
         instead: where image tokens leave the tower, for each block of a prompt.
         streams: that may be reduced.
         budget: of the schedule, where it has one for each site.
+        keys: whose keys are read, where these are not the attention's.
+        recounts: whether positions are counted anew behind it, where it stands between two layers.
         keep: tokens of each stream to leave, or the share of those before `first`, where it is one of several stages.
         first: the first stage of these.
         plan: token counts, once the rewriter has passed it; None where it was left out.
         reducers: by stream.
         passed: how many reducers each modality had passed before.
+        method: whose site it is, where a schedule has several.
     """
 
-    attention: Attention
+    attention: Attention | None
     after: fx.Node | None = None
     instead: tuple[Mark, ...] = ()
     streams: tuple[str, ...] = ()
     budget: SiteBudget | None = None
+    keys: Attention | None = None
+    recounts: bool = False
     keep: float = 0
     first: Site | None = None
     plan: SitePlan | None = None
     reducers: dict[str, Reducer] = field(default_factory=dict)
     passed: dict[str, int] = field(default_factory=dict)
+    method: Method | None = None
+
+    @property
+    def enters(self) -> bool:
+        """Whether it stands before the layer of its attention."""
+        return self.after is not None and self.attention is not None and self.after is not self.attention.carrier
+
+    @property
+    def name(self) -> str:
+        """For the modules that are inserted, such as `vision_2`, or `before_cross_modal_2` of what stands in front of
+        that; `prompt` for rows of a prompt."""
+        if self.attention is None:
+            return "prompt"
+        return f"before_{self.attention.name}" if self.enters else self.attention.name
+
+    @property
+    def address(self) -> str:
+        """For users: that of its attention, or `prompt`."""
+        return "prompt" if self.attention is None else self.attention.address
+
+    @property
+    def module(self) -> str:
+        """Path of the module that it stands in."""
+        return module_path(self.instead[0].features) if self.attention is None else self.attention.module
+
+    @property
+    def call(self) -> int:
+        """How many times its layer ran before, on other inputs."""
+        return 0 if self.attention is None else self.attention.call
+
+    @property
+    def described(self) -> str:
+        """For messages."""
+        return "prompt (rows that enter it)" if self.attention is None else self.attention.described
+
+    @property
+    def opens(self) -> fx.Node | None:
+        """The captured node with which what it saves begins."""
+        return self.instead[0].node if self.attention is None else self.after or self.attention.carrier
+
+    @property
+    def epoch_dim(self) -> Dim | None:
+        """The dimension whose epochs its signals are at."""
+        return None if self.attention is None else self.attention.key_dim
 
 
 @dataclass
@@ -198,6 +250,15 @@ class LocatedGraph:
                 if bool(hides[..., -1, start : start + length].any()):
                     found[stream] = None
         return tuple(found)
+
+    def place_of(self, site: Site) -> int:
+        """A number that grows from site to site in execution order."""
+        order = {node: number for number, node in enumerate(self.attentions[0].context.graph.nodes)}
+        return -1 if site.after is None else order[site.after]
+
+    def rows(self) -> list[Site]:
+        """The rows of a prompt: one site without an attention, for all its images."""
+        return [Site(None, instead=self.marks)]
 
     def towers(self) -> list[tuple[Attention, tuple[Mark, ...]]]:
         """The last attention of each tower before its marks, which makes the features that leave it.

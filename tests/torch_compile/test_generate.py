@@ -25,7 +25,8 @@ from transformers import DynamicCache
 import pumer_compile as pumer
 from pumer_compile import Schedule
 from pumer_compile.errors import AxisError, LocateError, UsageError
-from pumer_compile.generation import UNCHECKED, Generator, export_decode, whole_forward
+from pumer_compile.generation import Generator, export_decode, whole_forward
+from pumer_compile.generation.forward import UNCHECKED
 from tests import test_oracle_llava as oracle
 from tests.architectures.test_crops import BLOCKS, images
 from tests.architectures.test_crops import by_hand as images_by_hand

@@ -1,4 +1,4 @@
-"""Generate with a reduced prompt: the prefill as one artifact, one step of decoding as another, and a small loop.
+"""One step of decoding as an artifact.
 
 The prefill is an ordinary artifact (`export`), whose outputs hold the cache of the reduced prompt. A step of decoding
 reads that cache whatever its length, so it is the unreduced model's own: transformers' exporter takes it out of
@@ -8,41 +8,35 @@ mask for all layers; but a new token sees the whole of a cache without padding, 
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.torch_version import TorchVersion
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.exporters.configs import OnnxConfig
 from transformers.exporters.exporter_onnx import OnnxExporter
 from transformers.exporters.utils import decompose_for_generation, get_leaf_tensors
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from .analysis.outputs import lasting_names
-from .artifacts.manifest import read_manifest, read_sealed, seal_onnx
-from .capture.capture import restoring_model_state, set_for_inference
-from .errors import ExportError, ParityError, UsageError
-from .exporters.onnx import DEFAULT_OPSET, append_metadata, save_onnx, torch_onnx
-from .files import check_writable, publish
-from .guards import check_prompts
-from .runtimes.ort import OnnxSession
-from .schedule import Schedule
+from ..analysis.outputs import lasting_names
+from ..artifacts.manifest import read_sealed, seal_onnx
+from ..capture.capture import restoring_model_state, set_for_inference
+from ..errors import ExportError, ParityError, UsageError
+from ..exporters.onnx import DEFAULT_OPSET, append_metadata, save_onnx, torch_onnx
+from ..files import check_writable, publish
+from ..runtimes.ort import OnnxSession
 
 KEY = "pumer_compile.decode"
 CACHE = "past_key_values."
-UNCHECKED = "TRANSFORMERS_DISABLE_TORCH_CHECK"
 UNMASKED = "pumer_compile_unmasked"
 # A decoding step is the same arithmetic as eager PyTorch's: nothing is decided in it.
 TOLERANCE = 1e-4
@@ -96,7 +90,7 @@ def export_decode(
             session = OnnxSession(files[-1])
             _check_step(model, session)
             offset = _offset(given["position_ids"], inputs["input_ids"].shape[1])
-            kinds = {name: int(given[name].flatten()[0]) for name in _KINDS if isinstance(given.get(name), Tensor)}
+            kinds = {name: int(given[name].flatten()[0]) for name in KINDS if isinstance(given.get(name), Tensor)}
             _prove(model, inputs, session, offset, kinds)
             described: dict[str, Any] = {
                 "inputs": session.inputs,
@@ -106,7 +100,7 @@ def export_decode(
             described["token_types"] = kinds
             described["lengths_by_layer"] = apart
             described["positions_by_layer"] = by_layer
-            described["window"] = _window(model)
+            described["window"] = window_of(model)
             append_metadata(files[-1], {KEY: json.dumps(described)})
             seal_onnx(files[-1], {file.name: file for file in files[:-1]})
             publish([(file, path.with_name(file.name)) for file in files])
@@ -129,17 +123,17 @@ def _check(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> None:
             f"transformers {transformers.__version__} cannot convert a decoding step: its ONNX exporter has no "
             "`export_program`, as 5.23 has. Install a newer one."
         )
-    _check_unpadded(inputs)
+    check_unpadded(inputs)
 
 
-def _check_unpadded(inputs: Mapping[str, Tensor]) -> None:
+def check_unpadded(inputs: Mapping[str, Tensor]) -> None:
     """Positions of new tokens and the mask of a step are those of a prompt that is full."""
     mask = inputs.get("attention_mask")
     if mask is not None and not bool(mask.bool().all()):
         raise UsageError("A prompt for generation must have no padding: batch prompts of one length.")
 
 
-def _window(model: PreTrainedModel) -> int | None:
+def window_of(model: PreTrainedModel) -> int | None:
     """How many tokens the layers with the smallest sliding window see; None without one."""
     text = model.config.get_text_config()
     kinds = getattr(text, "layer_types", None) or []
@@ -196,7 +190,7 @@ def _positions_by_layer(step: PreTrainedModel) -> Iterator[None]:
 
 
 def _check_step(model: PreTrainedModel, session: OnnxSession) -> None:
-    known = ("input_ids", "position_ids", *_KINDS)
+    known = ("input_ids", "position_ids", *KINDS)
     others = [n for n in session.inputs if n not in known and not n.startswith(f"input.{CACHE}")]
     if others or "position_ids" not in session.inputs:
         raise UsageError(
@@ -206,7 +200,7 @@ def _check_step(model: PreTrainedModel, session: OnnxSession) -> None:
 
 
 # Types that transformers gives to a new token (PaliGemma: 1, what is behind the prompt).
-_KINDS = ("token_type_ids", "mm_token_type_ids")
+KINDS = ("token_type_ids", "mm_token_type_ids")
 Offset = int | list[int]
 
 
@@ -239,156 +233,42 @@ def _prove(
     token = found.logits[:, -1:].argmax(-1)
     length = inputs["input_ids"].shape[1]
     named = "cache" if "cache" in found else "past_key_values"  # of transformers 5.24 and newer
-    cache = _cache(get_leaf_tensors({"past_key_values": found[named]}))
+    cache = cache_of(get_leaf_tensors({"past_key_values": found[named]}))
     for position in (length, length + 1):
-        step = _step(session, token, position, offset, kinds)
-        outputs = session.run({**step, **_past(session, cache)})
-        typed = {name: step[name] for name in _KINDS if name in step}
+        step = step_inputs(session, token, position, offset, kinds)
+        outputs = session.run({**step, **past_of(session, cache)})
+        typed = {name: step[name] for name in KINDS if name in step}
         found = model(input_ids=token, use_cache=True, **{named: found[named]}, **typed)
         error = float(np.abs(outputs["logits"] - found.logits.float().numpy()).max())
         if not error <= TOLERANCE:
             raise ParityError(f"The decoding step differs from eager PyTorch by {error:.2e}, allowed {TOLERANCE:g}.")
-        token, cache = found.logits[:, -1:].argmax(-1), _next(outputs)
+        token, cache = found.logits[:, -1:].argmax(-1), next_cache(outputs)
 
 
-def whole_forward(model: PreTrainedModel) -> Callable[..., Any]:
-    """The model's forward, for `torch.compile`, such that its `generate` calls it with pixels.
-
-    Newer versions of transformers let `generate` run the vision tower before the model, where the model's forward takes
-    what the tower gives (`mm_encoder_outputs`); then the tower is not in the compiled graph. This one does not take it.
-
-    ```python
-    model.forward = torch.compile(whole_forward(model), backend="pumer", options={"schedule": schedule}, fullgraph=True)
-    model.generate(**inputs)
-    ```
-
-    Args:
-        model: that generates.
-
-    Returns:
-        A bound method; it calls `model`'s forward as that was when this was called.
+def read_step(path: Path) -> dict[str, Any]:
+    """What `export_decode` wrote down of a step.
 
     Raises:
-        UsageError: the model does not generate, or this PyTorch cannot trace what transformers checks.
+        UsageError: it is none.
     """
-    if not getattr(model, "can_generate", lambda: False)():
-        raise UsageError(f"{type(model).__name__} does not generate text; compile it with torch.compile(model).")
-    if TorchVersion(torch.__version__) < "2.13" and os.getenv(UNCHECKED, "0") != "1":
-        raise UsageError(
-            f"PyTorch {torch.__version__} cannot trace transformers' comparison of placeholders and image features. "
-            f"Set the environment variable {UNCHECKED}=1, which leaves it out (they are compared when the prompt is "
-            "reduced), or use PyTorch 2.13 or newer."
-        )
-    original = vars(model).get("forward")
-    signature = inspect.signature(model.forward)
-    itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    taken = [p for name, p in signature.parameters.items() if name != "mm_encoder_outputs"]
-
-    def forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        return type(self).forward(self, *args, **kwargs) if original is None else original(*args, **kwargs)
-
-    forward.__signature__ = signature.replace(parameters=[itself, *taken])  # type: ignore[attr-defined]
-    return MethodType(forward, model)
-
-
-class Generator:
-    """Greedy generation from two artifacts under onnxruntime; a reference for a server, not one.
-
-    Args:
-        prefill: made by `export` with its cache among the outputs.
-        decode: made by `export_decode` from the same model.
-
-    Raises:
-        UsageError: an artifact of another kind.
-    """
-
-    def __init__(self, prefill: str | os.PathLike[str], decode: str | os.PathLike[str]) -> None:
-        self._manifest = read_manifest(Path(prefill))
-        schedule = self._manifest["schedule"] or {}
-        self._compact = schedule.get("positions", "compact") == "compact"
-        step = _described(Path(decode))
-        self.prefill, self.decode = OnnxSession(Path(prefill)), OnnxSession(Path(decode))
-        if "logits" not in self.prefill.outputs or not any(n.startswith(CACHE) for n in self.prefill.outputs):
-            raise UsageError(
-                f"{prefill} gives {', '.join(self.prefill.outputs)}; generating needs logits and a cache. Compile it "
-                "without --outputs."
-            )
-        by_layer = bool(schedule) and Schedule.from_manifest(schedule).cache_lengths == "by_layer"
-        if by_layer and not step.get("lengths_by_layer"):
-            raise UsageError(
-                f"{prefill} gives a cache that is longer in the first layers (`method: {schedule['method']}`), and "
-                f"{decode} takes one of the same length in all. Export the step again; of models with sliding windows, "
-                "or whose attention is not transformers' sdpa, it is not supported."
-            )
-        self._apart = by_layer
-        if by_layer and self._compact and not step.get("positions_by_layer"):
-            raise UsageError(
-                f"{prefill} counts positions anew behind every stage (`method: {schedule['method']}`, `positions: "
-                f"compact`), so that each layer has its own, and {decode} gives one to all layers. Export the step "
-                "with `by_layer=True`, or choose `positions: original`."
-            )
-        if step.get("positions_by_layer") and not self._compact:
-            raise UsageError(
-                f"{decode} counts the positions of new tokens by layer, and {prefill} leaves tokens at their original "
-                "ones. Export the step without `by_layer`."
-            )
-        self._window = step.get("window") if schedule and not self._compact else None
-        self._offset = step["position_offset"]
-        # Steps exported before have one type.
-        self._kinds = step.get("token_types") or {"token_type_ids": step.get("token_type", 0)}
-
-    def generate(self, inputs: Mapping[str, Tensor], tokens: int, stop: int | None = None) -> Tensor:
-        """New tokens, greedy.
-
-        Args:
-            inputs: as the prefill takes them.
-            tokens: how many, at most.
-            stop: id that ends a text; where all have ended, no more are made.
-
-        Returns:
-            `[batch, tokens or fewer]`, int64.
-
-        Raises:
-            UsageError: the prompt has padding, its images are not where they were in the sample, or it is longer than
-                a sliding window.
-        """
-        _check_unpadded(inputs)
-        check_prompts(self._manifest, inputs)
-        whole = inputs["input_ids"].shape[1] + tokens
-        if self._window is not None and whole > self._window:
-            raise UsageError(
-                f"A prompt of {whole - tokens} tokens and {tokens} new ones are more than the sliding window of "
-                f"{self._window}, and a step counts the window along the shortened cache, where the tokens that went "
-                "leave no gaps. Use `positions: compact`, or generate no more tokens than the window has room for."
-            )
-        outputs = self.prefill.run(inputs)
-        cache = _cache({name: torch.from_numpy(a) for name, a in outputs.items() if name.startswith(CACHE)})
-        length = inputs["input_ids"].shape[1]
-        if self._compact:  # where caches differ, the first layer's
-            length = next(iter(cache.values())).shape[2] if self._apart else outputs["logits"].shape[1]
-        made = [torch.from_numpy(outputs["logits"])[:, -1:].argmax(-1)]
-        while len(made) < tokens and not (stop is not None and _ended(made, stop)):
-            step = _step(self.decode, made[-1], length + len(made) - 1, self._offset, self._kinds)
-            outputs = self.decode.run({**step, **_past(self.decode, cache)})
-            cache = _next(outputs)
-            made.append(torch.from_numpy(outputs["logits"])[:, -1:].argmax(-1))
-        return torch.cat(made, 1)
-
-
-def _ended(made: list[Tensor], stop: int) -> bool:
-    return bool((torch.cat(made, 1) == stop).any(1).all())
-
-
-def _described(path: Path) -> dict[str, Any]:
     metadata = read_sealed(path)
     if KEY in metadata:
         return dict(json.loads(metadata[KEY]))
     raise UsageError(f"{path} is no decoding step of pumer-compile: its metadata has no {KEY}.")
 
 
-def _step(
+def step_inputs(
     session: OnnxSession, token: Tensor, position: int, offset: Offset, kinds: Mapping[str, int]
 ) -> dict[str, Tensor]:
+    """What a step takes beside a cache.
+
+    Args:
+        session: of the step.
+        token: of each prompt, `[rows, 1]`.
+        position: of the token, counted over the prompt.
+        offset: see `_offset`.
+        kinds: types of new tokens, by the input that holds them.
+    """
     if isinstance(offset, int):
         positions = torch.full_like(token, position + offset)
     else:
@@ -398,14 +278,17 @@ def _step(
     return {name: tensor for name, tensor in given.items() if name in session.inputs}
 
 
-def _past(session: OnnxSession, cache: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def past_of(session: OnnxSession, cache: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A cache under the names that a step takes it by."""
     return {name: cache[name.removeprefix("input.")] for name in session.inputs if name.startswith("input.")}
 
 
-def _cache(leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def cache_of(leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The cache among what a model gives."""
     return {name: tensor.detach() for name, tensor in leaves.items() if name.startswith(CACHE)}
 
 
-def _next(outputs: Mapping[str, Any]) -> dict[str, Tensor]:
+def next_cache(outputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The cache that a step leaves, under the names that a prefill gives it."""
     longer = {n.removeprefix("output."): a for n, a in outputs.items() if n.startswith(f"output.{CACHE}")}
     return {name: torch.from_numpy(array) for name, array in longer.items()}

@@ -1,0 +1,145 @@
+"""Prompts of several lengths in the frame of an artifact, against where every token ought to stand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pumer_compile.errors import UsageError
+from pumer_compile.generation.framing import frame
+
+pytestmark = pytest.mark.fast
+IMAGE = 99
+# Four words, three rows of an image, five words.
+FRAME = 4, 3, 5
+
+
+def manifest(**changes: Any) -> dict[str, Any]:
+    before, rows, after = FRAME
+    shape = [2, before + rows + after]
+    place = {"input": "input_ids", "placeholder": IMAGE, "start": before, "stop": before + rows}
+    said = {
+        "schedule": {"method": "vispruner", "budget": 2, "positions": "original"},
+        "plan": {"prompts": [place], "signals": ["class_token"]},
+        "inputs": {name: {"shape": shape} for name in ("input_ids", "attention_mask")},
+        "counted_masks": ["attention_mask"],
+    }
+    return {**said, **changes}
+
+
+def prompt(before: int, after: int) -> list[int]:
+    """Words numbered from 1, around the image."""
+    return [*range(1, before + 1), *[IMAGE] * FRAME[1], *range(before + 1, before + after + 1)]
+
+
+def given(*rows: list[int], behind: bool = False, **more: Tensor) -> dict[str, Tensor]:
+    """Prompts padded in front, as processors for generation do it, or behind."""
+    longest = max(map(len, rows))
+    padded = [[(row, [0] * (longest - len(row))), ([0] * (longest - len(row)), row)][not behind] for row in rows]
+    ids = torch.tensor([[*first, *second] for first, second in padded])
+    return {"input_ids": ids, "attention_mask": (ids > 0).long(), **more}
+
+
+def test_a_prompt_of_the_compiled_length_is_left_alone() -> None:
+    inputs = given(prompt(4, 5), prompt(4, 5))
+    framed = frame(manifest(), inputs)
+    assert framed.lengths == (12, 12) and framed.padding == (0, 0)
+    assert all(torch.equal(framed.inputs[name], tensor) for name, tensor in inputs.items())
+
+
+@pytest.mark.parametrize("behind", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_images_stand_where_the_frame_has_them(masked: bool, behind: bool) -> None:
+    """However the prompts come padded: each token's place follows from the image's."""
+    if masked:
+        inputs = given(prompt(2, 5), prompt(4, 1), behind=behind)
+    else:
+        inputs = {"input_ids": given(prompt(3, 2), prompt(3, 2))["input_ids"]}
+    framed = frame(manifest(), inputs)
+    texts = ((2, 5), (4, 1)) if masked else ((3, 2), (3, 2))
+    for row, (before, after) in enumerate(texts):
+        wanted = [0] * (4 - before) + prompt(before, after) + [0] * (5 - after)
+        assert framed.inputs["input_ids"][row].tolist() == wanted
+        assert framed.inputs["attention_mask"][row].tolist() == [int(token > 0) for token in wanted]
+        assert (framed.front[row], framed.back[row], framed.lengths[row]) == (4 - before, 5 - after, 3 + before + after)
+
+
+def test_what_goes_by_token_goes_with_it() -> None:
+    """Types and places that text reads; pixels of a colliding size stay."""
+    inputs = given(prompt(4, 3), prompt(4, 3))
+    ids = inputs["input_ids"]
+    types, reads = (ids == IMAGE).long(), torch.rand(2, ids.shape[1], 1, 2)
+    pixels = torch.rand(2, ids.shape[1], 4)
+    more = {"token_type_ids": types, "cross_attention_mask": reads, "pixel_values": pixels}
+    framed = frame(manifest(), {**inputs, **more}).inputs
+    assert torch.equal(framed["token_type_ids"], torch.cat([types, torch.zeros(2, 2, dtype=torch.int64)], 1))
+    assert torch.equal(framed["cross_attention_mask"], torch.cat([reads, torch.zeros(2, 2, 1, 2)], 1))
+    assert framed["pixel_values"] is pixels
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_positions_count_no_padding(first: int) -> None:
+    takes = {name: {"shape": [2, 12]} for name in ("input_ids", "attention_mask", "position_ids")}
+    framed = frame(manifest(inputs=takes, counted_masks=[]), given(prompt(4, 5), prompt(1, 4)), first=first)
+    positions = framed.inputs["position_ids"]
+    assert positions[0].tolist() == [*range(first, first + 12)]
+    assert positions[1].tolist() == [0, 0, 0, *range(first, first + 8), 0]
+
+
+# --- refused ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("before", "after", "said"), [(5, 1, "5 tokens before .* at most 4"), (1, 6, "6 tokens beh")])
+def test_a_text_that_is_too_long(before: int, after: int, said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        frame(manifest(), given(prompt(4, 5), prompt(before, after)))
+
+
+def test_padding_among_the_tokens() -> None:
+    inputs = given(prompt(4, 5), prompt(4, 5))
+    inputs["attention_mask"][1, 3] = 0
+    with pytest.raises(UsageError, match="zeros among its tokens"):
+        frame(manifest(), inputs)
+    inputs["attention_mask"][1] = 0
+    with pytest.raises(UsageError, match="a row of zeros"):
+        frame(manifest(), inputs)
+
+
+def test_positions_of_padding_in_front_that_nobody_takes_out() -> None:
+    front, back = given(prompt(3, 5), prompt(4, 5)), given(prompt(4, 5), prompt(4, 4), behind=True)
+    compact = {"method": "vispruner", "budget": 2}
+    for said in (manifest(counted_masks=[]), manifest(schedule=compact)):
+        with pytest.raises(UsageError, match=r"counts padding in front .* 11 and 12 tokens .* position_ids"):
+            frame(said, front)
+        assert frame(said, back).back == (0, 1)
+
+
+def test_text_that_decides() -> None:
+    """The last token must be no padding; where all of them look, none may be."""
+    front, back = given(prompt(3, 5), prompt(4, 5)), given(prompt(4, 5), prompt(4, 4), behind=True)
+    last, every = ({**manifest()["plan"], "signals": [signal]} for signal in ("last_query", "text_to_image"))
+    assert frame(manifest(plan=last), front).front == (1, 0)
+    with pytest.raises(UsageError, match=r"last_query.*padding behind it"):
+        frame(manifest(plan=last), back)
+    for inputs in (front, back):
+        with pytest.raises(UsageError, match=r"text_to_image.*padding among it"):
+            frame(manifest(plan=every), inputs)
+
+
+def test_artifacts_that_take_no_padding() -> None:
+    short = given(prompt(4, 5), prompt(4, 4), behind=True)
+    with pytest.raises(UsageError, match="takes no attention_mask"):
+        frame(manifest(inputs={"input_ids": {"shape": [2, 12]}}), short)
+    with pytest.raises(UsageError, match="takes no attention_mask"):
+        frame(manifest(unpadded_inputs=["attention_mask"]), short)
+    for plan in (None, {"signals": []}, {"prompts": manifest()["plan"]["prompts"]}):
+        with pytest.raises(UsageError, match="does not say where its images stand"):
+            frame(manifest(plan=plan), {n: t[:, :-1] for n, t in given(prompt(4, 5), prompt(4, 5)).items()})
+
+
+def test_a_prompt_without_ids() -> None:
+    with pytest.raises(UsageError, match="comes as input_ids; given were inputs_embeds"):
+        frame(manifest(), {"inputs_embeds": torch.zeros(2, 12, 4)})
