@@ -198,7 +198,7 @@ def _last_query(place: Place, stream: str) -> fx.Node:
     attention, rewriter = place.attention, place.rewriter
     if "last_query" not in place.read:
         last = int(rewriter.epochs.size(attention.query_axis, place.epochs))
-        name = f"reducer.{attention.name}.attention"
+        name = f"reducer.{place.site.name}.attention"
         place.read["last_query"] = attention_rows(rewriter, attention, (last - 1, last), name)
     span = rewriter.epochs.span(attention.key_axis, stream, place.epochs)
     return rewriter.call(aten.slice.Tensor, place.read["last_query"], 3, *span)
