@@ -27,11 +27,6 @@ class InLanguageModel(Method):
 
     outputs: TokenOutputs = "reduced"
 
-    @property
-    def counts_anew(self) -> tuple[bool, ...]:
-        """See `Method.counts_anew`."""
-        return (False,)
-
     def layers_of(self, graph: LocatedGraph, *, reading: bool = False) -> list[Attention]:
         """The attentions of the language model over a prompt with all its images, in order.
 

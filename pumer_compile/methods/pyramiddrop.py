@@ -53,11 +53,6 @@ class PyramidDrop(InLanguageModel):
     ]
     positions: Literal["compact", "original"] = "compact"
 
-    @property
-    def counts_anew(self) -> tuple[bool, ...]:
-        """See `Method.counts_anew`."""
-        return (self.positions == "compact",)
-
     def canonical(self) -> dict[str, Any]:
         """See `Method.canonical`."""
         return {**super().canonical(), "stages": self.stages, "positions": self.positions}

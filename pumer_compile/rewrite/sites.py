@@ -134,7 +134,9 @@ class Site:
     @property
     def opens(self) -> fx.Node | None:
         """The captured node with which what it saves begins."""
-        return self.instead[0].node if self.attention is None else self.after or self.attention.carrier
+        if self.after is not None:
+            return self.after
+        return self.instead[0].node if self.attention is None else self.attention.carrier
 
     @property
     def epoch_dim(self) -> Dim | None:

@@ -13,7 +13,7 @@ import pumer_compile as pumer
 from pumer_compile import Schedule
 from pumer_compile.analysis.nodes import values
 from pumer_compile.errors import SiteError
-from tests import test_oracle_llava as llava
+from tests.support import llava
 
 aten = torch.ops.aten
 PROMPT, LEFT = 158, 44  # 14 words, and 144 or 30 tokens

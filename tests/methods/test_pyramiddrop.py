@@ -18,7 +18,7 @@ from pumer_compile.generation import Generator, export_decode
 from pumer_compile.generation.decode import read_step
 from pumer_compile.reducers import NextQueryReducer, forced_decisions
 from pumer_compile.reducers.base import Decisions
-from tests import test_oracle_llava as llava
+from tests.support import llava
 from tests.support.commands import done, inner_manifest, onnx_outputs, refused
 from tests.support.prompt_families import captured
 from tests.support.published import Vectors, assert_last, kept_and_logits
@@ -87,7 +87,7 @@ def test_the_published_generation(case: str, decode: Path, tmp_path: Path, monke
     np.testing.assert_array_equal(Generator(prefill, decode).generate(inputs, wanted.shape[1]).numpy(), wanted)
     step = {**read_step(decode), "positions_by_layer": False}
     monkeypatch.setattr("pumer_compile.generation.loop.read_step", lambda path: step)
-    with pytest.raises(UsageError, match="gives all layers the same"):
+    with pytest.raises(UsageError, match="each layer has its own"):
         Generator(prefill, decode)
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from tests.architectures.test_fastv_families import images_of
+from tests.support.fastv_families import images_of
 from tests.support.prompt_families import Tensors, decoder_of, layers_of
 from tests.support.prompt_oracle import eagerly, scores
 
