@@ -102,11 +102,7 @@ def _converted(model: PreTrainedModel, step: Any, given: Any, by_layer: bool) ->
         config = OnnxConfig(dynamic=True, opset_version=DEFAULT_OPSET)
         with restoring_model_state(step), _positions_by_layer(step) if by_layer else nullcontext():
             apart = _without_mask(step)
-            if by_layer and not apart:
-                raise UsageError(
-                    f"The attention of {type(model).__name__} reads a mask in a decoding step (a sliding window, "
-                    "or none of transformers' sdpa), so caches have one length: leave out `by_layer`."
-                )
+            _check_apart(model, by_layer, apart)
             converted, _ = OnnxExporter().export_program(step, given, config)
             return converted, apart
     except torch.onnx.OnnxExporterError as error:
@@ -159,6 +155,14 @@ def _without_mask(step: PreTrainedModel) -> bool:
     AttentionMaskInterface.register(UNMASKED, _no_mask)
     text._attn_implementation = UNMASKED
     return True
+
+
+def _check_apart(model: PreTrainedModel, by_layer: bool, apart: bool) -> None:
+    if by_layer and not apart:
+        raise UsageError(
+            f"The attention of {type(model).__name__} reads a mask in a decoding step (a sliding window, or none of "
+            "transformers' sdpa), so caches have one length: leave out `by_layer`."
+        )
 
 
 def _no_mask(*_: Any, **__: Any) -> None:

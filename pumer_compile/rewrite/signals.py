@@ -86,21 +86,22 @@ def _keys(place: Place, stream: str) -> fx.Node:
 
 
 def _passed(place: Place) -> AbstractContextManager[None]:
-    """The keys of the site's attention are there."""
-    key, after = place.attention.key_dim.node, place.site.after
+    """The keys that the site reads are there."""
+    key, after = (place.site.keys or place.attention).key_dim.node, place.site.after
     if key in place.rewriter.env or after is None:
         return nullcontext()
     return place.rewriter.ahead(key, after, after)
 
 
 def _text_keys(place: Place, stream: str) -> fx.Node:
-    site, rewriter = place.attention, place.rewriter
+    attention, rewriter = place.site.keys or place.attention, place.rewriter
     with _passed(place):
-        spans = _behind(place, site.key_axis, stream)
-        if site.key is not None:
-            return _joined(rewriter, rewriter.env[site.key], 2, spans)
-        assert site.key_transposed is not None
-        return rewriter.call(aten.transpose.int, _joined(rewriter, rewriter.env[site.key_transposed], 3, spans), 2, 3)
+        spans = _behind(place, attention.key_axis, stream)
+        if attention.key is not None:
+            return _joined(rewriter, rewriter.env[attention.key], 2, spans)
+        assert attention.key_transposed is not None
+        found = _joined(rewriter, rewriter.env[attention.key_transposed], 3, spans)
+        return rewriter.call(aten.transpose.int, found, 2, 3)
 
 
 def _behind(place: Place, axis: Tokens, stream: str) -> list[tuple[int, int]]:
@@ -120,15 +121,15 @@ def _joined(rewriter: Rewriter, value: fx.Node, dim: int, spans: list[tuple[int,
 
 
 def _known_keys(place: Place, stream: str) -> fx.Node:
-    site, rewriter = place.attention, place.rewriter
-    at = rewriter.epochs.at(site.key_dim)
-    if stream not in site.key_axis.streams or at.get(stream, 0) != place.epoch(stream):
-        site = _nearest_self_attention(place, stream)
-    span = rewriter.epochs.span(site.key_axis, stream, rewriter.epochs.at(site.key_dim))
-    if site.key is not None:
-        return rewriter.call(aten.slice.Tensor, rewriter.env[site.key], 2, *span)
-    assert site.key_transposed is not None
-    cut = rewriter.call(aten.slice.Tensor, rewriter.env[site.key_transposed], 3, *span)
+    attention, rewriter = place.site.keys or place.attention, place.rewriter
+    at = rewriter.epochs.at(attention.key_dim)
+    if stream not in attention.key_axis.streams or at.get(stream, 0) != place.epoch(stream):
+        attention = _nearest_self_attention(place, stream)
+    span = rewriter.epochs.span(attention.key_axis, stream, rewriter.epochs.at(attention.key_dim))
+    if attention.key is not None:
+        return rewriter.call(aten.slice.Tensor, rewriter.env[attention.key], 2, *span)
+    assert attention.key_transposed is not None
+    cut = rewriter.call(aten.slice.Tensor, rewriter.env[attention.key_transposed], 3, *span)
     return rewriter.call(aten.transpose.int, cut, 2, 3)
 
 
@@ -197,7 +198,7 @@ def _last_query(place: Place, stream: str) -> fx.Node:
     attention, rewriter = place.attention, place.rewriter
     if "last_query" not in place.read:
         last = int(rewriter.epochs.size(attention.query_axis, place.epochs))
-        name = f"reducer.{attention.name}.attention"
+        name = f"reducer.{place.site.name}.attention"
         place.read["last_query"] = attention_rows(rewriter, attention, (last - 1, last), name)
     span = rewriter.epochs.span(attention.key_axis, stream, place.epochs)
     return rewriter.call(aten.slice.Tensor, place.read["last_query"], 3, *span)
@@ -205,11 +206,11 @@ def _last_query(place: Place, stream: str) -> fx.Node:
 
 def _next_query(place: Place, stream: str) -> fx.Node:
     """Of the site's attention, which comes later: it is computed ahead, from the tokens as they are."""
-    site, after = place.attention, place.site.after
+    after = place.site.after
     assert after is not None
     if "last_query" in place.read:
         return _last_query(place, stream)
-    with place.rewriter.ahead(site.context, after, after):
+    with place.rewriter.ahead(place.attention.context, after, after):
         return _last_query(place, stream)
 
 

@@ -14,7 +14,8 @@ import torch
 import pumer_compile as pumer
 from pumer_compile import Schedule
 from pumer_compile.errors import LocateError, PlanError, ScheduleError, UsageError
-from pumer_compile.generation import Generator, export_decode, loop
+from pumer_compile.generation import Generator, export_decode
+from pumer_compile.generation.decode import read_step
 from pumer_compile.reducers import NextQueryReducer, forced_decisions
 from pumer_compile.reducers.base import Decisions
 from tests.support import llava
@@ -84,8 +85,8 @@ def test_the_published_generation(case: str, decode: Path, tmp_path: Path, monke
     prefill = pumer.export(reduced, tmp_path / "prefill.onnx", verify=False).path
     wanted = PUBLISHED.wanted(case, "generated")
     np.testing.assert_array_equal(Generator(prefill, decode).generate(inputs, wanted.shape[1]).numpy(), wanted)
-    step = {**loop.read_step(decode), "positions_by_layer": False}
-    monkeypatch.setattr(loop, "read_step", lambda path: step)
+    step = {**read_step(decode), "positions_by_layer": False}
+    monkeypatch.setattr("pumer_compile.generation.loop.read_step", lambda path: step)
     with pytest.raises(UsageError, match="each layer has its own"):
         Generator(prefill, decode)
 
