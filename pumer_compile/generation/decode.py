@@ -4,6 +4,8 @@ The prefill is an ordinary artifact (`export`), whose outputs hold the cache of 
 reads that cache whatever its length, so it is the unreduced model's own: transformers' exporter takes it out of
 `generate` (`decompose_for_generation`) and converts it. FastV leaves caches of two lengths, and transformers makes one
 mask for all layers; but a new token sees the whole of a cache without padding, so the step has no mask.
+
+A model with an encoder has two caches: of the tokens made so far, and of what the encoder left of the prompt.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from transformers.exporters.configs import OnnxConfig
 from transformers.exporters.exporter_onnx import OnnxExporter
 from transformers.exporters.utils import decompose_for_generation, get_leaf_tensors
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_outputs import BaseModelOutput
 
 from ..analysis.outputs import lasting_names
 from ..artifacts.manifest import read_sealed, seal_onnx
@@ -35,6 +38,9 @@ from ..runtimes.ort import OnnxSession
 
 KEY = "pumer_compile.decode"
 CACHE = "past_key_values."
+DECODER = "decoder_input_ids"
+# What a step of a model with an encoder takes of it, beside its cache.
+ENCODED = "encoder_outputs.last_hidden_state"
 UNMASKED = "pumer_compile_unmasked"
 # A decoding step is the same arithmetic as eager PyTorch's: nothing is decided in it.
 TOLERANCE = 1e-4
@@ -48,7 +54,7 @@ def export_decode(model: PreTrainedModel, inputs: Mapping[str, Tensor], path: st
 
     Args:
         model: that generates.
-        inputs: a prompt without padding, as for the prefill.
+        inputs: a prompt without padding, as for the prefill; a model with an encoder begins with its own start token.
         path: of the artifact.
 
     Raises:
@@ -59,9 +65,13 @@ def export_decode(model: PreTrainedModel, inputs: Mapping[str, Tensor], path: st
     path = Path(path)
     check_writable(path)
     _check(model, inputs)
+    start = _start(model)
+    inputs = {name: tensor for name, tensor in inputs.items() if name != DECODER}
     with restoring_model_state(model), torch_onnx(), torch.no_grad():
         set_for_inference(model)
-        parts = decompose_for_generation(model, dict(inputs))
+        # A cache of one token would be taken for one of a fixed length.
+        begun = {} if start is None else _begun(inputs, start, 2)
+        parts = decompose_for_generation(model, {**inputs, **begun})
         if "decode" not in parts:
             raise UsageError(f"{type(model).__name__} has no decoding step of its own; found {', '.join(parts)}.")
         step, given = parts["decode"]
@@ -78,14 +88,15 @@ def export_decode(model: PreTrainedModel, inputs: Mapping[str, Tensor], path: st
             files = save_onnx(converted, Path(folder) / path.name)
             session = OnnxSession(files[-1])
             _check_step(model, session)
-            offset = _offset(given["position_ids"], inputs["input_ids"].shape[1])
+            offset = _offset(given["position_ids"], inputs["input_ids"].shape[1]) if start is None else 0
             kinds = {name: int(given[name].flatten()[0]) for name in KINDS if isinstance(given.get(name), Tensor)}
-            _prove(model, inputs, session, offset, kinds)
+            _prove(model, inputs, session, offset, kinds, start)
             described: dict[str, Any] = {
                 "inputs": session.inputs,
                 "outputs": session.outputs,
                 "position_offset": offset,
             }
+            described["start"] = start
             described["token_types"] = kinds
             described["lengths_by_layer"] = apart
             described["window"] = window_of(model)
@@ -147,12 +158,32 @@ def _no_mask(*_: Any, **__: Any) -> None:
     return None
 
 
+def _start(model: PreTrainedModel) -> int | None:
+    """The token that a decoder begins with; None where there is no encoder.
+
+    Raises:
+        UsageError: there is one, and no such token.
+    """
+    if not model.config.is_encoder_decoder:
+        return None
+    for config in (model.generation_config, model.config, model.config.get_text_config(decoder=True)):
+        for name in ("decoder_start_token_id", "bos_token_id"):
+            if isinstance(found := getattr(config, name, None), int):
+                return found
+    raise UsageError(f"{type(model).__name__} has a decoder, and its config no decoder_start_token_id to begin with.")
+
+
+def _begun(inputs: Mapping[str, Tensor], start: int, tokens: int = 1) -> dict[str, Tensor]:
+    return {DECODER: torch.full((len(inputs["input_ids"]), tokens), start)}
+
+
 def _check_step(model: PreTrainedModel, session: OnnxSession) -> None:
-    known = ("input_ids", "position_ids", *KINDS)
+    needed = DECODER if model.config.is_encoder_decoder else "position_ids"
+    known = {"position_ids": ["input_ids", *KINDS], DECODER: ["attention_mask", ENCODED]}[needed] + [needed]
     others = [n for n in session.inputs if n not in known and not n.startswith(f"input.{CACHE}")]
-    if others or "position_ids" not in session.inputs:
+    if others or needed not in session.inputs:
         raise UsageError(
-            f"The decoding step of {type(model).__name__} takes {', '.join(others) or 'no position_ids'}; a token, its "
+            f"The decoding step of {type(model).__name__} takes {', '.join(others) or f'no {needed}'}; a token, its "
             "position and type and the cache are what the reference loop gives."
         )
 
@@ -185,18 +216,23 @@ def _prove(
     session: OnnxSession,
     offset: Offset,
     kinds: Mapping[str, int],
+    start: int | None,
 ) -> None:
     """Compare with eager PyTorch, which counts positions by itself, after the prompt and again one token later."""
-    found = model(**inputs, use_cache=True)
+    found = model(**inputs, **({} if start is None else _begun(inputs, start)), use_cache=True)
+    encoded = None if start is None else found.encoder_last_hidden_state
+    beside, more = encoded_inputs(session, encoded), {}
+    if encoded is not None:
+        more = {"encoder_outputs": BaseModelOutput(last_hidden_state=encoded)}
     token = found.logits[:, -1:].argmax(-1)
     length = inputs["input_ids"].shape[1]
     named = "cache" if "cache" in found else "past_key_values"  # of transformers 5.24 and newer
     cache = cache_of(get_leaf_tensors({"past_key_values": found[named]}))
     for position in (length, length + 1):
         step = step_inputs(session, token, position, offset, kinds)
-        outputs = session.run({**step, **past_of(session, cache)})
-        typed = {name: step[name] for name in KINDS if name in step}
-        found = model(input_ids=token, use_cache=True, **{named: found[named]}, **typed)
+        outputs = session.run({**step, **beside, **past_of(session, cache)})
+        typed = {name: step[name] for name in (*KINDS, "input_ids", DECODER) if name in step}
+        found = model(use_cache=True, **{named: found[named]}, **typed, **more)
         error = float(np.abs(outputs["logits"] - found.logits.float().numpy()).max())
         if not error <= TOLERANCE:
             raise ParityError(f"The decoding step differs from eager PyTorch by {error:.2e}, allowed {TOLERANCE:g}.")
@@ -231,9 +267,20 @@ def step_inputs(
         positions = torch.full_like(token, position + offset)
     else:
         positions = torch.stack([torch.full_like(token, position + own) for own in offset])
-    given = {"input_ids": token, "position_ids": positions}
+    given = {"input_ids": token, DECODER: token, "position_ids": positions}
     given |= {name: torch.full_like(token, kind) for name, kind in kinds.items()}
     return {name: tensor for name, tensor in given.items() if name in session.inputs}
+
+
+def encoded_inputs(session: OnnxSession, encoded: Tensor | None) -> dict[str, Tensor]:
+    """What a step takes of an encoder: what it left of the prompts, `[rows, tokens, width]`, none of which is padding;
+    nothing where there is none."""
+    if encoded is None:
+        return {}
+    mask = torch.ones(encoded.shape[:2], dtype=torch.int64)
+    return {
+        name: tensor for name, tensor in {ENCODED: encoded, "attention_mask": mask}.items() if name in session.inputs
+    }
 
 
 def past_of(session: OnnxSession, cache: Mapping[str, Tensor]) -> dict[str, Tensor]:
