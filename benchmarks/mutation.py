@@ -34,7 +34,7 @@ from onnx import ModelProto, NodeProto, helper, numpy_helper
 import pumer_compile as pumer
 from benchmarks.common import machine
 from pumer_compile.artifacts.engine import Engine
-from pumer_compile.artifacts.session import decision_model_of
+from pumer_compile.artifacts.session import decision_session_of
 from pumer_compile.capture.inputs import load_inputs, make_inputs
 from pumer_compile.capture.loading import load_model
 from pumer_compile.capture.samples import Samples, captured_batch, kinds_of, proof_batches, proof_sizes
@@ -481,7 +481,7 @@ class _Proof:
                     batches,
                     self.manifest["dtype"],
                     self.manifest["decisions"],
-                    decide=decision_model_of(session, self.manifest["decisions"]),
+                    open_with_decisions=decision_session_of(session, self.manifest["decisions"]),
                     reopen=lambda: Engine.over(OnnxSession(self.mutated), self.manifest),
                     more=samples,
                 )

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from pumer_compile import Program, Reduced, Schedule, capture, reduce
-from pumer_compile.artifacts.session import decision_model_of
+from pumer_compile.artifacts.session import decision_session_of
 from pumer_compile.capture.loading import load_model
 from pumer_compile.errors import LocateError
 from pumer_compile.parity.artifact import check
@@ -248,7 +248,7 @@ def test_with_the_artifacts_decisions_the_logits_agree(compiled: Compiled, case:
         [tensors(padding)],
         "float32",
         decisions,
-        decide=decision_model_of(session, decisions),
+        open_with_decisions=decision_session_of(session, decisions),
         atol=1e-5,
         rtol=0.0,
     )

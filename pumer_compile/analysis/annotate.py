@@ -239,7 +239,7 @@ def _apply(axes: dict[Dim, Axis], constraint: Constraint) -> None:
             _factor(axes[result], factors if in_place else factors[::-1])
         case Causal(source, result, behind):
             longer = Axis(axes[result].size)
-            longer.parts = (axes[source], Axis(behind))
+            longer.parts = (axes[source], Axis(behind)) if behind else (axes[source],)
             unify(longer, axes[result])
         case Reshape(sources, results):
             _reshape([axes[s] for s in sources], [axes[r] for r in results])

@@ -26,9 +26,9 @@ class Attention:
     """One attention node.
 
     Attributes:
-        site: its address, `<group>.<index>` in execution order: `cross_modal`, or the stream a tower belongs
-            to (`vision` for image, else the stream's name), or `readout` where learned queries read a stream. A
-            layer that the model runs again on other inputs (a second image) is the same site.
+        address: `<group>.<index>` in execution order: `cross_modal`, or the stream a tower belongs to (`vision`
+            for image, else the stream's name), or `readout` where learned queries read a stream. A layer that the
+            model runs again on other inputs (a second image) has the same address.
         module: path of the module it came from.
         call: how many times the layer ran before, on other inputs.
         query: `[batch, heads, queries, head_size]`.
@@ -45,7 +45,7 @@ class Attention:
         carrier: residual value after the output projection, or None with `no_carrier` saying why.
     """
 
-    site: str
+    address: str
     module: str
     call: int
     query: fx.Node
@@ -76,7 +76,7 @@ class Attention:
     @property
     def cross_modal(self) -> bool:
         """Whether tokens of different modalities meet in it."""
-        return self.site.startswith("cross_modal.")
+        return self.address.startswith("cross_modal.")
 
     @property
     def query_dim(self) -> Dim:
@@ -94,12 +94,12 @@ class Attention:
     @property
     def name(self) -> str:
         """Its address as part of a module's name: `cross_modal_2`, or `cross_modal_2.call_1`."""
-        return self.site.replace(".", "_") + (f".call_{self.call}" if self.call else "")
+        return self.address.replace(".", "_") + (f".call_{self.call}" if self.call else "")
 
     @property
     def described(self) -> str:
         """For messages: `cross_modal.2 (encoder.layer.2.attention)`."""
-        return f"{self.site} ({self.module})"
+        return f"{self.address} ({self.module})"
 
 
 def locate(
@@ -132,26 +132,28 @@ def locate(
     return found
 
 
-def choose(attentions: list[Attention], site: str) -> list[Attention]:
+def choose(attentions: list[Attention], address: str) -> list[Attention]:
     """The attention a schedule names: one node, or one for each time its layer runs.
 
     Raises:
         LocateError: there is none of that name; the message lists what there is.
     """
-    found = [attention for attention in attentions if attention.site == site]
+    found = [attention for attention in attentions if attention.address == address]
     if found:
         return found
     groups: dict[str, int] = {}
     for attention in attentions:
-        if attention.site.startswith("readout."):
+        if attention.address.startswith("readout."):
             continue
-        group = attention.site.partition(".")[0]
+        group = attention.address.partition(".")[0]
         groups[group] = groups.get(group, 0) + (attention.call == 0)
     have = ", ".join(f"{g}.0 to {g}.{n - 1}" if n > 1 else f"{g}.0" for g, n in groups.items())
     hint = ""
     if "cross_modal" not in groups:
         hint = " No attention mixes tokens of text and image, so there is nothing for text-informed reduction to read."
-    raise LocateError(f"The schedule names {site}, which this graph does not have. Its attention sites: {have}.{hint}")
+    raise LocateError(
+        f"The schedule names {address}, which this graph does not have. Its attention sites: {have}.{hint}"
+    )
 
 
 def _match(
@@ -181,16 +183,16 @@ def _match(
     path = module_path(node)
     again = _same_layer(path, parts.query, modalities, annotation, earlier)
     if again is None:
-        site, call = f"{group}.{counts.get(group, 0)}", 0
+        address, call = f"{group}.{counts.get(group, 0)}", 0
         counts[group] = counts.get(group, 0) + 1
     else:
-        site, call = again.site, again.call + 1
-    return _attention(parts, site, path, call, (query_axis, key_axis), (carrier, why))
+        address, call = again.address, again.call + 1
+    return _attention(parts, address, path, call, (query_axis, key_axis), (carrier, why))
 
 
 def _attention(
     parts: Parts,
-    site: str,
+    address: str,
     module: str,
     call: int,
     axes: tuple[Tokens, Tokens],
@@ -198,7 +200,7 @@ def _attention(
 ) -> Attention:
     """An attention of its parts, at an address; with its carrier, or why there is none."""
     return Attention(
-        site=site,
+        address=address,
         module=module,
         call=call,
         query=parts.query,

@@ -14,7 +14,8 @@ alone. Learned separators between them (the end of a picture's row) are kept unt
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from torch import Tensor, fx
@@ -41,6 +42,8 @@ from .nodes import (
 from .operators import ATTENTION, JOINS, SOFTMAX, aten, overloads
 from .rules import argument, rule, shape
 
+ActsOn = Literal["tower", "rows", "layers"]
+"""Where image tokens are to be reduced, and marked therefore: see `methods/base.py`."""
 _SCATTER = aten.masked_scatter.default
 _ATTENTION = SOFTMAX | {ATTENTION}
 # What may stand between tower and prompt where tokens of several rows become one stream: each token by itself.
@@ -117,6 +120,19 @@ class Votes:
 
 
 @dataclass(frozen=True)
+class Words:
+    """The text of every prompt.
+
+    Attributes:
+        node: its embeddings, and those of the placeholders of images, `[batch, length, width]`.
+        places: of words among them, without the two beside each image, which mark where it begins and ends.
+    """
+
+    node: fx.Node
+    places: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Mark:
     """Image tokens of one block of every prompt, where they leave the vision tower, or enter the prompt.
 
@@ -130,6 +146,8 @@ class Mark:
         origin: for each place of it, the number of the token in `node`, or `SEPARATOR`.
         votes: for rows that enter the prompt.
         pinned: places of text within an image that stands in several blocks (marks at the ends of its lines); it stays.
+        enters: whether these are the rows that enter the prompt, and no features that leave a tower.
+        words: of rows that enter the prompt, the text around them; None where it is not looked up in one table.
     """
 
     node: fx.Node
@@ -140,6 +158,8 @@ class Mark:
     origin: tuple[int, ...] = ()
     votes: Votes | None = None
     pinned: tuple[int, ...] = ()
+    enters: bool = False
+    words: Words | None = None
 
     @property
     def prompted(self) -> fx.Node:
@@ -149,7 +169,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A graph whose prompt is spelled out.
+    """A graph without the scatter into its prompt: text, image, text joined by `cat`.
 
     Attributes:
         module: a copy of the captured graph; parameters are shared.
@@ -165,15 +185,16 @@ class Prompt:
 
 
 def lower_masked_scatter(
-    captured: fx.GraphModule, inputs: Mapping[str, Tensor], *, in_tower: bool = True
+    captured: fx.GraphModule, inputs: Mapping[str, Tensor], acts_on: ActsOn = "tower", *, votes: bool = True
 ) -> Prompt | None:
-    """The graph with its prompts spelled out; None where nothing is scattered into one.
+    """The graph with each scatter into a prompt lowered to a `cat`; None where nothing is scattered into one.
 
     Args:
         captured: pre-decomposition ATen graph; it is not changed.
         inputs: the sample inputs, whose placeholder ids say where images stand.
-        in_tower: mark the features where they leave the vision tower; otherwise the rows that are scattered, whatever
-            they are made of.
+        acts_on: mark the features where they leave the vision tower; or the rows that are scattered, whatever they are
+            made of (crop by crop, without the separators between them, or for `layers` as they are).
+        votes: find the attention of the tower that decides over rows.
 
     Raises:
         AxisError: the placeholders stand elsewhere in another row, or do not fit the features; or more than moving
@@ -188,25 +209,40 @@ def lower_masked_scatter(
     for node in [n for n in graph.nodes if n.target is _SCATTER]:
         behind = ancestors(node)
         words |= lookups_of_words(node.args[0])
-        if in_tower and any(n.target in _ATTENTION for n in behind):  # the output of a tower
-            _Scatter(prompt, node, inputs).spell_out()
-        elif not in_tower and any(n.op == "placeholder" and values(n)[0].is_floating_point() for n in behind):
-            _Scatter(prompt, node, inputs).spell_out_rows()
+        needed = any(n.target in _ATTENTION for n in behind)  # the output of a tower
+        if not votes:
+            needed = any(n.op == "placeholder" and values(n)[0].is_floating_point() for n in behind)
+        if needed:
+            _Scatter(prompt, node, inputs).lower(acts_on, votes)
     graph.eliminate_dead_code()
     names = [str(_place(mark.node, 1)) for mark in prompt.marks]
     images = dict(zip(prompt.blocks, names, strict=True))
     lower_constant_places(graph, images, [mark.node for mark in prompt.marks])
     lower_other_lookups(graph, images, words)
     graph.eliminate_dead_code()
-    if in_tower:
+    if acts_on == "rows":
+        text = _words(prompt, words)
+        prompt.marks[:] = [replace(mark, words=text) for mark in prompt.marks]
+    if acts_on != "layers":
         again = [node for node in graph.nodes if node.target is same_tokens]
-        _first(graph, [*(mark.prompted for mark in prompt.marks), *again])
+        text_nodes = [mark.words.node for mark in prompt.marks if mark.words is not None]
+        _hoist(graph, [*(mark.prompted for mark in prompt.marks), *again, *text_nodes])
     graph.lint()
     module.recompile()
     return prompt if prompt.marks else None
 
 
-def _first(graph: fx.Graph, marks: list[fx.Node]) -> None:
+def _words(prompt: Prompt, lookups: set[fx.Node]) -> Words | None:
+    """The text of a prompt; None where it is not looked up in one table."""
+    there = set(prompt.module.graph.nodes)
+    found = [node for node in lookups if node in there and values(node)[0].dim() == 3]
+    if len(found) != 1:
+        return None
+    beside = {place for start, stop in prompt.blocks for place in range(start - 1, stop + 1)}
+    return Words(found[0], tuple(p for p in range(int(values(found[0])[0].shape[1])) if p not in beside))
+
+
+def _hoist(graph: fx.Graph, marks: list[fx.Node]) -> None:
     """Let everything that the marks need come before everything else: positions in a prompt may be counted before the
     image is looked at, and have to be counted over what is left of it."""
     early = with_writes(graph, set(marks).union(*(ancestors(mark) for mark in marks)))
@@ -272,16 +308,32 @@ def voting(node: fx.Node, batch: int, image: Image, found: Lineage) -> tuple[tup
     by_class = all(token not in held for token, place in enumerate(found.places()) if place == 0)
     kinds, members = [], []
     for prompt in range(batch):
-        rows = [found.members[prompt * share + row] for row in image.rows]
-        kinds.append(_together(image.places, [{owners[token] for token in tokens} for tokens in rows]))
-        own = dict(zip(image.places, rows, strict=True))
-        members.append(tuple(own.get(place, rows[0]) for place in range(image.length)))
+        own = {p: found.members[prompt * share + r] for p, r in zip(image.places, image.rows, strict=True)}
+        real = {place: tokens for place, tokens in own.items() if tokens}
+        kinds.append(_together([*real], [{owners[token] for token in tokens} for tokens in real.values()]))
+        some = next(iter(real.values()))
+        members.append(tuple(real.get(place, some) for place in range(image.length)))
     if len(set(kinds)) > 1:
         raise AxisError(
             f"{describe(node)} has images of another shape, or another number of them, in another prompt of the batch. "
             "Compile for a batch of one, or for prompts of one form."
         )
     return kinds[0], Votes(found.deciding, tuple(members), by_class, found.own)
+
+
+def made_of(rows: fx.Node, width: int, *, needed: bool) -> Lineage | None:
+    """What rows of a prompt are made of; None where no attention comes before them, or where that is not `needed` and
+    not found: then a block of a prompt is an image.
+
+    Raises:
+        AxisError: it is not found.
+    """
+    try:
+        return lineage(rows, width)
+    except AxisError:
+        if needed:
+            raise
+        return None
 
 
 class _Scatter:
@@ -297,10 +349,20 @@ class _Scatter:
         # An output of the model, say.
         self.others = [user for user in source.users if user is not node]
 
-    def spell_out(self) -> None:
+    def lower(self, acts_on: ActsOn, votes: bool) -> None:
+        """Mark the image; see `lower_masked_scatter`."""
+        blocks = self._blocks()
+        if acts_on == "tower":
+            self._lower_features(blocks)
+            return
+        found = made_of(self.source, int(self.width), needed=votes)
+        if votes:
+            self._check_members(found)
+        self._mark_images(blocks, found, votes=votes, by_crop=acts_on == "rows")
+
+    def _lower_features(self, blocks: list[Block]) -> None:
         """Mark the features: where they leave their tower, if each row of the prompt is one of its tokens (the
         published place); or else the rows that enter the prompt, with the tokens that they are made of."""
-        blocks = self._blocks()
         found, why = None, None
         try:
             found = lineage(self.source, int(self.width))
@@ -314,15 +376,20 @@ class _Scatter:
                 if found is None or not all(found.members):
                     raise why or published from published
                 del self.prompt.marks[marks:]
-        self._check_each_once(found)
-        self._rows_with_votes(blocks, found)
+        self._check_members(found)
+        self._mark_images(blocks, found, votes=True, by_crop=True)
 
-    def _check_each_once(self, found: Lineage) -> None:
+    def _check_members(self, found: Lineage | None) -> None:
         """Rows that are made of the same tokens get the same votes: nothing would decide between them."""
+        if found is None:
+            raise AxisError(
+                f"{describe(self.node)} scatters rows into the prompt, and no attention of a vision tower was found "
+                "that tells them apart. `method: fastv` reads the language model's own attention."
+            )
         share = len(found.members) // int(self.batch)
         for prompt in range(int(self.batch)):
             rows = found.members[prompt * share : (prompt + 1) * share]
-            again = next((place for place, row in enumerate(rows) if row in rows[:place]), None)
+            again = next((place for place, row in enumerate(rows) if row and row in rows[:place]), None)
             if again is not None:
                 raise AxisError(
                     f"{describe(self.node)} has the same tokens of the vision tower at several places of the prompt "
@@ -334,34 +401,13 @@ class _Scatter:
         found = arrangement(self.node, self.source, self.batch)
         graph = self.prompt.module.graph
         with graph.inserting_before(self.source.next):  # others may read it before the scatter does
-            images = self._as_it_is(found) if len(blocks) == 1 and found.in_place else self._arranged(found, blocks)
+            images = self._single_image(found) if len(blocks) == 1 and found.in_place else self._arranged(found, blocks)
             if self.others:
                 self._replace_source(images)
         with graph.inserting_before(self.node):
             self._join(images, blocks)
         self.prompt.blocks.extend(blocks)
         graph.erase_node(self.node)
-
-    def spell_out_rows(self) -> None:
-        """Mark the rows that are scattered, for a method that reduces them in the prompt."""
-        blocks = self._blocks()
-        try:
-            found = lineage(self.source, int(self.width))
-        except AxisError:  # then a block is an image
-            found = None
-        self._mark_images(self._images(blocks, found), None)
-
-    def _rows_with_votes(self, blocks: list[Block], found: Lineage) -> None:
-        """Mark the rows that are scattered, for a method that reads the tower."""
-        rows = len(found.members) // int(self.batch)
-        if not all(found.members):
-            empty = next(place for place, tokens in enumerate(found.members) if not tokens)
-            raise AxisError(
-                f"{describe(self.node)} fills place {empty % rows} of the image with what is made of no token of the "
-                "vision tower (a learned separator, say), among rows that are made of several. `method: fastv` reduces "
-                "them."
-            )
-        self._mark_images(self._images(blocks, found), found)
 
     def _images(self, blocks: list[Block], found: Lineage | None) -> list[Image]:
         """The images of a prompt: a block each; or several blocks that one image is cut into, line by line."""
@@ -385,23 +431,62 @@ class _Scatter:
         owners = found.owners()
         return {owners[token] for row in rows for token in found.members[row]}
 
-    def _mark_images(self, images: list[Image], found: Lineage | None) -> None:
-        """Mark the rows of every image; with the tokens that they are made of where these are asked for."""
-        marked = []
+    def _mark_images(self, blocks: list[Block], found: Lineage | None, *, votes: bool, by_crop: bool) -> None:
+        """Mark the rows of every image: by crop or as a whole, with the tokens that vote for them or without."""
+        images, marked = self._images(blocks, found), []
         with self.prompt.module.graph.inserting_before(self.node):
             whole = self.emit(aten.reshape.default, self.source, [self.batch, -1, self.width])
             for image in images:
                 rows = self._span(whole, image)
+                crops, members = ((image.places,), None) if found is None else self._voting(image, found)
+                if not by_crop:
+                    crops = (image.places,)
+                elif separators := self._separators(image, found):
+                    marked.append(self._without_separators(image, rows, separators, crops, members if votes else None))
+                    continue
                 mark = self.emit(visual_tokens, rows, f"prompt{self._suffix()}")
-                crops, votes = (
-                    ((image.places,), None) if found is None else voting(self.node, int(self.batch), image, found)
+                votes_of = members if votes else None
+                self.prompt.marks.append(
+                    Mark(mark, rows, None, crops, votes=votes_of, pinned=image.pinned, enters=True)
                 )
-                self.prompt.marks.append(Mark(mark, rows, None, crops, votes=votes, pinned=image.pinned))
                 marked.append(mark)
             spans = [image.span for image in images]
             self._join(marked, spans)
         self.prompt.blocks.extend(spans)
         self.prompt.module.graph.erase_node(self.node)
+
+    def _separators(self, image: Image, found: Lineage | None) -> list[int]:
+        """Places of an image's span that hold rows which are made of no token (learned marks at the ends of lines)."""
+        if found is None:
+            return []
+        return [p for p, row in zip(image.places, image.rows, strict=True) if not found.members[row]]
+
+    def _without_separators(
+        self,
+        image: Image,
+        rows: fx.Node,
+        separators: list[int],
+        crops: tuple[tuple[int, ...], ...],
+        votes: Votes | None,
+    ) -> fx.Node:
+        """Mark the rows of an image without the separators, which a reducer drops."""
+        suffix = self._suffix()
+        order = [place for place in range(image.length) if place not in set(separators)]
+        number = {place: i for i, place in enumerate(order)}
+        own = self.emit(aten.index_select.default, rows, 1, self._constant(torch.tensor(order)))
+        mark = self.emit(visual_tokens, own, f"crops{suffix}")
+        whole = self.emit(with_separators, mark, rows, f"prompt{suffix}")
+        if votes is not None:
+            members = tuple(tuple(prompt[place] for place in order) for prompt in votes.members)
+            votes = replace(votes, members=members)
+        among = tuple(tuple(number[place] for place in crop) for crop in crops)
+        pinned = tuple(number[place] for place in image.pinned)
+        origin = tuple(number.get(place, SEPARATOR) for place in range(image.length))
+        self.prompt.marks.append(Mark(mark, own, None, among, whole, origin, votes, pinned, enters=True))
+        return whole
+
+    def _voting(self, image: Image, found: Lineage) -> tuple[tuple[tuple[int, ...], ...], Votes]:
+        return voting(self.node, int(self.batch), image, found)
 
     def _span(self, whole: fx.Node, image: Image) -> fx.Node:
         """An image's rows, with the text between its blocks."""
@@ -468,8 +553,8 @@ class _Scatter:
 
     # --- one row for each prompt, as it is ----------------------------------------------------------------------
 
-    def _as_it_is(self, found: Arrangement) -> list[fx.Node]:
-        features, user = _leaving(self.node, found.projected)
+    def _single_image(self, found: Arrangement) -> list[fx.Node]:
+        features, user = _tower_output(self.node, found.projected)
         _check_published(features)
         behind = ancestors(self.source) | {self.source}
         with self.prompt.module.graph.inserting_after(features):
@@ -486,9 +571,9 @@ class _Scatter:
     # --- tokens of several rows, or rearranged ------------------------------------------------------------------
 
     def _arranged(self, found: Arrangement, blocks: list[Block]) -> list[fx.Node]:
-        features, _ = _leaving(self.node, found.projected)
+        features, _ = _tower_output(self.node, found.projected)
         _check_published(features)
-        projector = _between(self.node, features, found.projected)
+        projector = _projector_nodes(self.node, features, found.projected)
         images, done = [], 0
         seen: set[int] = set()
         for start, stop in blocks:
@@ -584,7 +669,7 @@ def _blocks(scatter: fx.Node, mask: Tensor) -> list[Block]:
     return list(zip(starts, stops, strict=True))
 
 
-def _leaving(scatter: fx.Node, projected: fx.Node) -> tuple[fx.Node, fx.Node]:
+def _tower_output(scatter: fx.Node, projected: fx.Node) -> tuple[fx.Node, fx.Node]:
     """The features that leave the tower, and the first learned operator outside of it, which takes them."""
     behind = ancestors(projected) | {projected}
     order = [n for n in projected.graph.nodes if n in behind]
@@ -649,7 +734,7 @@ def _leads_with_learned(join: fx.Node) -> bool:
     return len(shape(first)) == 3 and not depends_on_input(first) and any(map(depends_on_input, rest))
 
 
-def _between(scatter: fx.Node, features: fx.Node, projected: fx.Node) -> list[fx.Node]:
+def _projector_nodes(scatter: fx.Node, features: fx.Node, projected: fx.Node) -> list[fx.Node]:
     """The projector: what makes `projected` of `features`, in order, each token by itself."""
     behind = ancestors(projected) | {projected}
     after, chain = {features}, []

@@ -13,28 +13,28 @@ from torch import fx
 
 from ..errors import AxisError
 from .attention import Parts, attention_parts
-from .lineage import lineage
 from .nodes import Emitter, ancestors, copied, values
 from .operators import aten
-from .prompts import Image, Mark, Prompt, visual_tokens, voting
+from .prompts import ActsOn, Image, Mark, Prompt, made_of, visual_tokens, voting
 
 
-def mark_read_images(captured: fx.GraphModule, *, in_tower: bool) -> Prompt | None:
+def mark_read_images(captured: fx.GraphModule, acts_on: ActsOn, *, votes: bool) -> Prompt | None:
     """The graph with a mark where text begins to read its image; None where it does not.
 
     Args:
         captured: pre-decomposition ATen graph; it is not changed.
-        in_tower: find the attention of the tower that decides over the image's tokens.
+        acts_on: see `lower_masked_scatter`; they are marked at one place whatever it is.
+        votes: find the attention of the tower that decides over the image's tokens.
 
     Raises:
         AxisError: which tokens of the tower these are is not found.
     """
     graph = copied(captured.graph)
+    module = fx.GraphModule(captured, graph)  # constants are looked up in it
     reading = [parts for parts in attention_parts(graph.output_node()) if _reads(parts)]
     source = _frontier(graph, reading)
     if source is None:
         return None
-    module = fx.GraphModule(captured, graph)
     batch = int(values(reading[0].query)[0].shape[0])
     emit = Emitter(source)
     behind = set().union(*(ancestors(n) | {n} for parts in reading for n in _read(parts)))
@@ -49,11 +49,11 @@ def mark_read_images(captured: fx.GraphModule, *, in_tower: bool) -> Prompt | No
     _new_shapes(graph, mark)
     count = int(values(rows)[0].shape[1])
     image = Image([(0, count)], [*range(count)], set())
-    found = lineage(rows, int(values(rows)[0].shape[-1])) if in_tower else None
-    crops, votes = ((image.places,), None) if found is None else voting(mark, batch, image, found)
+    found = made_of(rows, int(values(rows)[0].shape[-1]), needed=votes) if votes or acts_on == "rows" else None
+    crops, members = ((image.places,), None) if found is None else voting(mark, batch, image, found)
     graph.lint()
     module.recompile()
-    return Prompt(module, [Mark(mark, rows, None, crops, votes=votes)], [])
+    return Prompt(module, [Mark(mark, rows, None, crops, votes=members if votes else None, enters=True)], [])
 
 
 def _reads(parts: Parts) -> bool:

@@ -130,13 +130,13 @@ def comparable_decisions(session: Session, manifest: Mapping[str, Any]) -> list[
     return named if shown else []
 
 
-def decision_model_of(session: Session, decisions: Sequence[str]) -> Callable[[], Session] | None:
-    """What opens the twin of a session that gives these decisions; None where the session gives them itself."""
+def decision_session_of(session: Session, decisions: Sequence[str]) -> Callable[[], Session] | None:
+    """What opens the decision session of a session; None where it gives these decisions itself."""
     hidden = any(name not in session.outputs for name in decisions)
-    return partial(deciding, session, decisions) if hidden else None
+    return partial(open_with_decisions, session, decisions) if hidden else None
 
 
-def deciding(session: Session, decisions: Sequence[str]) -> Session:
+def open_with_decisions(session: Session, decisions: Sequence[str]) -> Session:
     """The session if it gives these decisions, else a second one on the same artifact that does.
 
     Raises:

@@ -21,9 +21,10 @@ from unittest import mock
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, free_unbacked_symbols
 from torch.utils._pytree import tree_leaves, tree_structure, tree_unflatten
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.exporters import utils as exporter_utils
 from transformers.exporters.configs import DynamoConfig
 from transformers.exporters.exporter_dynamo import DynamoExporter
 from transformers.exporters.utils import apply_patches, get_leaf_tensors
@@ -33,12 +34,13 @@ from ..analysis.dead_code import draws_nothing
 from ..analysis.nodes import describe, values
 from ..analysis.outputs import drop_unasked, join_features, select_outputs
 from ..errors import CaptureError, PumerError, UsageError
+from ..frontends import gated_delta_rule
 from ..frontends.rope_index import open_padding
 from ..guards import Guard
 from ..passes.fold_masks import fold_masks, masks_of
 from .asked import guards_of
 from .blocks import inline_blocks
-from .fold import fold
+from .fold import fold, fold_written
 from .follow import FollowSample, following, forward_of
 from .inputs import (
     check_exported_inputs,
@@ -223,6 +225,7 @@ def _traced(
         exported = _export(model, sample, shapes)
         graph = plain_graph_module(exported)
         if shapes is not None or not _sized_by_data(graph):
+            fold_written(graph)
             return _Traced(graph, _without_numbers(graph, fixed_inputs(exported), sample))
     except Exception as error:
         if isinstance(error, PumerError):
@@ -239,9 +242,7 @@ def _followed(model: nn.Module, sample: dict[str, Tensor], kept: Mapping[str, Te
     Raises:
         CaptureError: a size still depends on data, or what was asked could not be checked of other inputs.
     """
-    follow = FollowSample(kept, word_table(model))
-    with following(model, follow), open_padding(model, follow.keep_open):
-        exported = _export(model, sample, None)
+    exported, follow = _export_followed(model, sample, kept)
     graph = plain_graph_module(exported)
     content = frozenset(n for n, t in kept.items() if t.is_floating_point()) | follow.content
     asked, guards = guards_of(follow.asked, content, kept, type(model).__name__)
@@ -253,6 +254,21 @@ def _followed(model: nn.Module, sample: dict[str, Tensor], kept: Mapping[str, Te
         raise CaptureError(f"{describe(open_[0])} has a size that depends on data; a compiled graph has fixed sizes.")
     counted = tuple(sorted(follow.opened))
     return _Traced(graph, (*fixed, *(n for n in asked if n not in fixed)), guards, counted)
+
+
+def _export_followed(
+    model: nn.Module, sample: dict[str, Tensor], kept: Mapping[str, Tensor]
+) -> tuple[ExportedProgram, FollowSample]:
+    """The trace of a model that follows its sample, and what was asked."""
+    for as_expanded in (False, True):
+        follow = FollowSample(kept, word_table(model), as_expanded=as_expanded)
+        with following(model, follow), open_padding(model, follow.keep_open):
+            try:
+                return _export(model, sample, None), follow
+            except GuardOnDataDependentSymNode:
+                if as_expanded:
+                    raise
+    raise AssertionError("unreachable")
 
 
 def _refuse_open_batch(
@@ -305,9 +321,10 @@ def _write_out_experts(module: nn.Module) -> None:
 
 def _export(model: nn.Module, sample: dict[str, Tensor], shapes: dict[str, Any] | None) -> ExportedProgram:
     # With gradients: otherwise the graph does not say what the model itself computes without.
-    with torch.inference_mode(False), torch.enable_grad(), _gradient_blocks():
+    with torch.inference_mode(False), torch.enable_grad(), _gradient_blocks(), gated_delta_rule.kept_whole():
         if isinstance(model, PreTrainedModel):
-            exported = DynamoExporter().export(model, dict(sample), DynamoConfig(dynamic_shapes=shapes))
+            with _inputs_as_given():
+                exported = DynamoExporter().export(model, dict(sample), DynamoConfig(dynamic_shapes=shapes))
             # transformers 5.17 returns the program itself, later versions wrap it.
             program: ExportedProgram = exported if isinstance(exported, ExportedProgram) else exported.program
             return program
@@ -339,6 +356,26 @@ def _gradient_blocks() -> Iterator[None]:
         mock.patch.object(mode, "__enter__", enter),
         mock.patch.object(mode, "__exit__", leave),
     ):
+        yield
+
+
+@contextmanager
+def _inputs_as_given() -> Iterator[None]:
+    """Keep transformers' exporter from giving a model more inputs than its sample has: what it computes for the parts
+    of a model (a vision encoder's `position_ids` from `target_sizes`) means something else to the whole."""
+    compute = getattr(exporter_utils, "precompute_export_inputs", None)
+    if compute is None:  # a version of transformers that does not
+        yield
+        return
+
+    def without_more(model: nn.Module, inputs: dict[str, Any]) -> None:
+        given = set(inputs)
+        inputs.setdefault("position_ids", True)  # else it counts them, which on the meta device cannot be
+        compute(model, inputs)
+        for name in inputs.keys() - given:
+            del inputs[name]
+
+    with mock.patch.object(exporter_utils, "precompute_export_inputs", without_more):
         yield
 
 
@@ -455,6 +492,7 @@ def plain_graph_module(exported: ExportedProgram) -> fx.GraphModule:
     with_parameter = "check_guards" in inspect.signature(exported.module).parameters
     unlifted = exported.module(check_guards=False) if with_parameter else exported.module()
     inline_blocks(unlifted)
+    gated_delta_rule.plainly(unlifted)
     for node in list(unlifted.graph.nodes):
         if node.target in _CHECKS or (node.op == "call_module" and node.target == "_guards_fn"):
             _erase(node)

@@ -2,7 +2,8 @@
 
 The order of windows, rotary tables and positions of a prompt come from a grid that is fixed. What starts from buffers
 of the model or from sizes alone stays as it is: positions that are counted (`arange`) follow the sizes that a reducer
-leaves.
+leaves. But where numbers are written into parts of it (a mask of blocks, one for each image), it is a table of places,
+and is computed as well.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..analysis.nodes import attribute, give_numbers, values, with_numbers
-from ..analysis.operators import is_mutable
+from ..analysis.operators import aten, is_mutable, overloads
 
+# What writes numbers into parts of a value.
+_WRITES = {*overloads("fill_ masked_fill_"), aten.copy_.default, aten.index_put_.default}
 _RANDOM = ("rand", "dropout", "bernoulli", "multinomial")
 
 
@@ -35,6 +38,11 @@ def fold(module: fx.GraphModule, fixed: Mapping[str, Tensor], lifted: Iterable[T
     module.graph.lint()
     module.recompile()
     return count
+
+
+def fold_written(module: fx.GraphModule) -> int:
+    """`fold` without fixed inputs: constants into which something is written; how many."""
+    return fold(module, {}, ()) if any(node.target in _WRITES for node in module.graph.nodes) else 0
 
 
 def _storage(tensor: Tensor) -> int:
@@ -91,6 +99,8 @@ class _Folding:
             self.real[node] = node.target(*args, **kwargs)  # type: ignore[operator]
         if any(self._storages(n) & self.seeded for n in node.all_input_nodes):
             self.seeded |= self._storages(node)
+            self.seeded |= written
+        if node.target in _WRITES:
             self.seeded |= written
 
     def _storages(self, node: fx.Node) -> set[int]:

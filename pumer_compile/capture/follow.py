@@ -52,7 +52,7 @@ _TAKES_NUMBERS = {"arange", "linspace", "full", "zeros", "ones"}
 _MAKES_TENSORS = {"tensor", "as_tensor"}
 # What takes sizes after the tensor that it is about.
 _TAKES_SIZES = set(
-    "view reshape split split_with_sizes expand repeat narrow unflatten new_zeros new_ones new_full".split()
+    "view reshape split split_with_sizes expand repeat narrow unflatten new_zeros new_ones new_full interpolate".split()
 )
 # Questions about a tensor that are answered without its data.
 _ABOUT = {"__get__", "__set__", "size", "dim", "stride", "numel", "__len__", "is_floating_point", "is_contiguous"}
@@ -88,6 +88,8 @@ class FollowSample(TorchFunctionMode):
         sample: real inputs by name; those on the meta device have no numbers, and cannot answer.
         words: the model's table of words, where it has one; ids that are looked up in others (of places, of kinds) are
             geometry.
+        as_expanded: also follow masks that are expanded to the shape of features. Then it is known which features such
+            a mask chooses, and the graph is for these places alone; most models only count them.
 
     Attributes:
         names: of the inputs.
@@ -97,8 +99,11 @@ class FollowSample(TorchFunctionMode):
         opened: those that were kept open.
     """
 
-    def __init__(self, sample: Mapping[str, Tensor], words: nn.Embedding | None = None) -> None:
+    def __init__(
+        self, sample: Mapping[str, Tensor], words: nn.Embedding | None = None, *, as_expanded: bool = False
+    ) -> None:
         super().__init__()
+        self.as_expanded = as_expanded
         self.words = None if words is None else words.weight.shape
         self.names = tuple(sample)
         self.sample = {name: t.detach().cpu().clone() for name, t in sample.items() if not t.is_meta}
@@ -136,12 +141,17 @@ class FollowSample(TorchFunctionMode):
             if name in _NUMBERS:
                 return self._numbers(func, args, kwargs)
             if name in _SIZED_BY_DATA or name in _MAKES_TENSORS:
-                return self._constants(func, args, kwargs)
+                return self._constants(Tensor.nonzero if name == "argwhere" else func, args, kwargs)
+            if name == "where" and len(args) + len(kwargs) == 1:
+                return self._constants(Tensor.nonzero, tuple(tensors), {"as_tuple": True})
             if name in _TAKES_NUMBERS:
                 args, kwargs = self._as_numbers(args, kwargs)
                 return self.__torch_function__(func, types, args, kwargs)
+        if name == "expand_as" and self.as_expanded and shadow(args[0]) is not None:
+            return self.__torch_function__(Tensor.expand, types, (args[0], *args[1].shape))
         if name in _TAKES_SIZES:
             args = (args[0], *tree_map_only(Tensor, self._number, args[1:]))
+            kwargs |= {"size": tree_map_only(Tensor, self._number, kwargs["size"])} if "size" in kwargs else {}
         if name in ("__getitem__", "__setitem__"):
             args = (args[0], self._index(args[1]), *args[2:])
             if self._masks(args):

@@ -84,6 +84,13 @@ Examples. Serve a compiled artifact; or let the compilation do it:
 
     tritonserver --model-repository models
 """
+LIST_EXAMPLES = """
+Examples. The methods of schedules, and when to use which:
+
+    pumer-compile list methods
+
+    pumer-compile list presets
+"""
 
 
 def _epilog(examples: str) -> str:
@@ -550,6 +557,18 @@ def _reduced(program: Any, schedule: Any, dump_graph: Path | None) -> Any:
     if log.isEnabledFor(logging.INFO):
         status.print(str(reduced.history), markup=False, highlight=False)
     return reduced
+
+
+@app.command("list", epilog=_epilog(LIST_EXAMPLES))
+@_readable_errors
+def list_(
+    what: Annotated[str, typer.Argument(help="methods, presets or formats.", show_default=False)],
+    verbose: opt.Verbose = False,
+) -> None:
+    """Show the methods, presets or formats that there are."""
+    from .listing import print_list
+
+    print_list(what)
 
 
 def _version(show: bool) -> None:

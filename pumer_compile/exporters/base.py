@@ -47,14 +47,14 @@ class Evidence:
     Attributes:
         session: gives the outputs.
         reopen: opens such a session again.
-        decide: opens what gives the decisions, where the artifact does not give them itself.
+        open_with_decisions: opens what gives the decisions, where the artifact does not give them itself.
         reason: why the artifact cannot run here, where it cannot.
         stand_in: what is run in place of the artifact, which cannot run here; empty where it is the artifact itself.
     """
 
     session: Session
     reopen: Callable[[], Session]
-    decide: Callable[[], Session] | None = None
+    open_with_decisions: Callable[[], Session] | None = None
     stand_in: str = ""
     reason: str = ""
 

@@ -29,7 +29,7 @@ from transformers.exporters.configs import OnnxConfig
 from transformers.exporters.exporter_onnx import OnnxExporter
 
 from ..artifacts.manifest import KEY, seal_onnx
-from ..artifacts.session import decision_model_of
+from ..artifacts.session import decision_session_of
 from ..capture.capture import Program
 from ..capture.loading import quiet
 from ..errors import ExportError, UsageError
@@ -424,7 +424,7 @@ class OnnxWriter(Writer[OnnxOptions, OnnxBuild]):
     def evidence(self, build: OnnxBuild, files: Sequence[Path]) -> Evidence:
         """The artifact under onnxruntime, twice where it does not give its decisions."""
         session = OnnxSession(files[-1])
-        return Evidence(session, partial(OnnxSession, files[-1]), decision_model_of(session, build.decisions))
+        return Evidence(session, partial(OnnxSession, files[-1]), decision_session_of(session, build.decisions))
 
     def record(self, manifest: Mapping[str, Any], files: Sequence[Path]) -> None:
         """Into the model's metadata, with a hash of the whole behind it."""

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
+from torch.export import ExportedProgram
 from transformers import PreTrainedModel
 
 from ..artifacts.profile import Profile
@@ -24,6 +25,7 @@ from ..reduce import Reduced
 from ..runtimes.openvino import OpenVinoSession, load_openvino
 from .base import Evidence, Options, Writer
 from .chain import GraphStep, Prepared, cast, prepare, program_of
+from .while_loops import carry_everything
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ def build_openvino(reduced: Reduced | Program, options: OpenVinoOptions) -> Open
         if isinstance(program.model, PreTrainedModel):
             model = _through_transformers(prepared)
         else:
-            model = load_openvino().convert_model(prepared.export())
+            model = load_openvino().convert_model(carry_everything(prepared.export()))
         for port, name in zip(model.outputs, [*prepared.outputs, *prepared.decisions], strict=True):
             port.get_tensor().set_names({name})
         model.reshape(_shapes(program, model, options.profiles))
@@ -115,6 +117,10 @@ def _through_transformers(prepared: Prepared) -> Any:
 
     class GraphOpenVinoExporter(OpenVINOExporter, GraphStep):  # type: ignore[misc]  # one converts what the other exports
         """transformers' OpenVINO exporter for a graph that was captured before."""
+
+        def export(self, model: Any, sample_inputs: Any, config: Any) -> ExportedProgram:  # type: ignore[override]
+            """With loops as OpenVINO takes them."""
+            return carry_everything(super().export(model, sample_inputs, config))
 
     exporter = GraphOpenVinoExporter()  # type: ignore[no-untyped-call]
     config = OpenVINOConfig(dynamic_shapes=prepared.dynamic_shapes, stateful=False)
@@ -176,19 +182,19 @@ class OpenVinoWriter(Writer[OpenVinoOptions, OpenVinoBuild]):
         return path.with_name(f"{stem}.bin{rest}")
 
     def evidence(self, build: OpenVinoBuild, files: Sequence[Path]) -> Evidence:
-        """The artifact on the CPU plugin, with a twin where it does not give its decisions."""
+        """The artifact on the CPU plugin, with a decision session where it does not give its decisions."""
         session = OpenVinoSession(files[-1])
         reopen = partial(OpenVinoSession, files[-1])
         if all(name in session.outputs for name in build.decisions):
             return Evidence(session, reopen)
-        return Evidence(session, reopen, partial(self._deciding, build, files[-1]))
+        return Evidence(session, reopen, partial(self._with_decisions, build, files[-1]))
 
-    def _deciding(self, build: OpenVinoBuild, path: Path) -> OpenVinoSession:
-        """A twin that gives the decisions, which the artifact does not even compute."""
-        twin = path.parent / "deciding" / path.name
-        twin.parent.mkdir(exist_ok=True)
-        self._write(build.model, twin)
-        return OpenVinoSession(twin)
+    def _with_decisions(self, build: OpenVinoBuild, path: Path) -> OpenVinoSession:
+        """The decision session: a second model that gives the decisions, which the artifact does not even compute."""
+        second = path.parent / "deciding" / path.name
+        second.parent.mkdir(exist_ok=True)
+        self._write(build.model, second)
+        return OpenVinoSession(second)
 
     def describe(self, build: OpenVinoBuild) -> dict[str, Any]:
         """Inputs are float32, whatever the weights are."""

@@ -177,7 +177,7 @@ def _prove(
         batches,
         writer.options.tolerance,
         build.decisions,
-        decide=evidence.decide,
+        open_with_decisions=evidence.open_with_decisions,
         reopen=lambda: Engine.over(evidence.reopen(), manifest),
         more=drawn or (),
         model=model,

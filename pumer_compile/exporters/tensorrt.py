@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 import onnx_ir
 
 from ..artifacts.profile import Profile
-from ..artifacts.session import Session, decision_model_of
+from ..artifacts.session import Session, decision_session_of
 from ..capture.capture import Program
 from ..errors import ExportError, UsageError
 from ..files import atomic_path, check_writable
@@ -183,23 +183,23 @@ class EngineWriter(Writer[EngineOptions, EngineBuild]):
         else:
             hidden = [name for name in build.decisions if name not in engine.outputs]
             reopen = partial(TensorRtSession, files[-1], self.describe(build))
-            return Evidence(engine, reopen, partial(self._deciding, build, files[-1]) if hidden else None)
+            return Evidence(engine, reopen, partial(self._with_decisions, build, files[-1]) if hidden else None)
         assert build.parsed is not None
         session = OnnxSession(build.parsed)
-        decide = decision_model_of(session, build.decisions)
+        others = decision_session_of(session, build.decisions)
         stand_in = "the ONNX model that the engine was built from"
-        return Evidence(session, partial(OnnxSession, build.parsed), decide, stand_in=stand_in, reason=reason)
+        return Evidence(session, partial(OnnxSession, build.parsed), others, stand_in=stand_in, reason=reason)
 
-    def _deciding(self, build: EngineBuild, engine: Path) -> Session:
-        """A twin of the engine that gives the decisions too; an engine shows no inner values."""
+    def _with_decisions(self, build: EngineBuild, engine: Path) -> Session:
+        """The decision session: a second engine that gives the decisions too; an engine shows no inner values."""
         from ..runtimes.tensorrt import TensorRtSession
 
-        self.progress("building a twin that shows its decisions")
+        self.progress("building a second engine that shows its decisions")
         model = save_onnx(build.onnx.model, engine.parent / "onnx" / "deciding.onnx")[-1]
-        twin = engine.parent / "onnx" / engine.name
+        second = engine.parent / "onnx" / engine.name
         options = replace(self.options, layer_info=None, timing_cache=None)
-        twin.write_bytes(build_engine(build.library, model, options, self.progress))
-        return TensorRtSession(twin, self.describe(build))
+        second.write_bytes(build_engine(build.library, model, options, self.progress))
+        return TensorRtSession(second, self.describe(build))
 
     def describe(self, build: EngineBuild) -> dict[str, Any]:
         """Builder, version, device, time and memory."""

@@ -13,14 +13,16 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.exporters.configs import OnnxConfig
 from transformers.exporters.exporter_onnx import OnnxExporter
@@ -46,7 +48,9 @@ UNMASKED = "pumer_compile_unmasked"
 TOLERANCE = 1e-4
 
 
-def export_decode(model: PreTrainedModel, inputs: Mapping[str, Tensor], path: str | os.PathLike[str]) -> Path:
+def export_decode(
+    model: PreTrainedModel, inputs: Mapping[str, Tensor], path: str | os.PathLike[str], *, by_layer: bool = False
+) -> Path:
     """Write one step of greedy decoding as ONNX: a token and a cache in, logits and the longer cache out.
 
     The batch is that of `inputs`; the length of the cache is open. The step is run on caches of two lengths, and
@@ -56,9 +60,11 @@ def export_decode(model: PreTrainedModel, inputs: Mapping[str, Tensor], path: st
         model: that generates.
         inputs: a prompt without padding, as for the prefill; a model with an encoder begins with its own start token.
         path: of the artifact.
+        by_layer: a layer whose cache is shorter than that of the first one counts the positions of new tokens on from
+            its own length, as a prefill with `positions: compact` inside the language model needs (`pyramiddrop`).
 
     Raises:
-        UsageError: the model does not generate, or the prompt has padding.
+        UsageError: the model does not generate, the prompt has padding, or positions cannot be told by layer.
         ExportError: transformers cannot convert the step.
         ParityError: it computes something else.
     """
@@ -75,14 +81,7 @@ def export_decode(model: PreTrainedModel, inputs: Mapping[str, Tensor], path: st
         if "decode" not in parts:
             raise UsageError(f"{type(model).__name__} has no decoding step of its own; found {', '.join(parts)}.")
         step, given = parts["decode"]
-        try:
-            assert isinstance(step, PreTrainedModel)  # of a decoder: the model itself
-            config = OnnxConfig(dynamic=True, opset_version=DEFAULT_OPSET)
-            with restoring_model_state(step):
-                apart = _without_mask(step)
-                converted, _ = OnnxExporter().export_program(step, given, config)
-        except torch.onnx.OnnxExporterError as error:
-            raise ExportError(f"transformers could not convert the decoding step: {error}") from error
+        converted, apart = _converted(step, given, by_layer)
         _lasting_names(converted)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
             files = save_onnx(converted, Path(folder) / path.name)
@@ -91,19 +90,37 @@ def export_decode(model: PreTrainedModel, inputs: Mapping[str, Tensor], path: st
             offset = _offset(given["position_ids"], inputs["input_ids"].shape[1]) if start is None else 0
             kinds = {name: int(given[name].flatten()[0]) for name in KINDS if isinstance(given.get(name), Tensor)}
             _prove(model, inputs, session, offset, kinds, start)
-            described: dict[str, Any] = {
+            described = {
                 "inputs": session.inputs,
                 "outputs": session.outputs,
                 "position_offset": offset,
+                "start": start,
+                "token_types": kinds,
+                "lengths_by_layer": apart,
+                "positions_by_layer": by_layer,
+                "window": window_of(model),
             }
-            described["start"] = start
-            described["token_types"] = kinds
-            described["lengths_by_layer"] = apart
-            described["window"] = window_of(model)
             append_metadata(files[-1], {KEY: json.dumps(described)})
             seal_onnx(files[-1], {file.name: file for file in files[:-1]})
             publish([(file, path.with_name(file.name)) for file in files])
     return path
+
+
+def _converted(step: torch.nn.Module, given: Any, by_layer: bool) -> tuple[Any, bool]:
+    """A step as ONNX, and whether each of its layers may have a cache of its own length.
+
+    Raises:
+        ExportError: transformers cannot convert it.
+        UsageError: positions cannot be told by layer.
+    """
+    assert isinstance(step, PreTrainedModel)  # of a decoder: the model itself
+    config = OnnxConfig(dynamic=True, opset_version=DEFAULT_OPSET)
+    try:
+        with restoring_model_state(step), _positions_by_layer(step) if by_layer else nullcontext():
+            apart = _without_mask(step, needed=by_layer)
+            return OnnxExporter().export_program(step, given, config)[0], apart
+    except torch.onnx.OnnxExporterError as error:
+        raise ExportError(f"transformers could not convert the decoding step: {error}") from error
 
 
 def _lasting_names(converted: Any) -> None:
@@ -140,13 +157,18 @@ def window_of(model: PreTrainedModel) -> int | None:
     return int(window) if window and "sliding_attention" in kinds else None
 
 
-def _without_mask(step: PreTrainedModel) -> bool:
+def _without_mask(step: PreTrainedModel, *, needed: bool) -> bool:
     """Let a step compute its attention without a mask, so that the cache of each layer may have its own length; False
     where some layer does not see the whole of it (a sliding window), or the attention is not transformers' `sdpa`."""
     text = step.config.get_text_config()
     kinds = getattr(text, "layer_types", None) or ["full_attention"]
     windows = getattr(text, "sliding_window", None) is not None and getattr(text, "use_sliding_window", True)
     if set(kinds) != {"full_attention"} or windows or text._attn_implementation != "sdpa":
+        if needed:
+            raise UsageError(
+                f"The attention of {type(step).__name__} reads a mask in a decoding step (a sliding window, or none of "
+                "transformers' sdpa), so caches have one length: leave out `by_layer`."
+            )
         return False
     AttentionInterface.register(UNMASKED, sdpa_attention_forward)
     AttentionMaskInterface.register(UNMASKED, _no_mask)
@@ -175,6 +197,36 @@ def _start(model: PreTrainedModel) -> int | None:
 
 def _begun(inputs: Mapping[str, Tensor], start: int, tokens: int = 1) -> dict[str, Tensor]:
     return {DECODER: torch.full((len(inputs["input_ids"]), tokens), start)}
+
+
+@contextmanager
+def _positions_by_layer(step: PreTrainedModel) -> Iterator[None]:
+    """Let every layer turn queries and keys by the length of its own cache, while the block lasts."""
+    decoder: Any = next((m for m in step.modules() if hasattr(m, "rotary_emb") and hasattr(m, "layers")), None)
+    if decoder is None:
+        raise UsageError(
+            f"{type(step).__name__} gives positions to its layers in another way than by rotary angles (`rotary_emb`), "
+            "so no layer can count its own. Use `positions: original`."
+        )
+    seen: dict[str, Any] = {}
+
+    def note(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        cache = kwargs["past_key_values"]
+        seen["lengths"] = [cache.get_seq_length(index) for index in range(len(decoder.layers))]
+
+    def turn(index: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        gone = seen["lengths"][0] - seen["lengths"][index]
+        angles = decoder.rotary_emb(args[0] if args else kwargs["hidden_states"], kwargs["position_ids"] - gone)
+        return args, {**kwargs, "position_embeddings": angles}
+
+    hooks = [decoder.register_forward_pre_hook(note, with_kwargs=True)]
+    for index, layer in enumerate(decoder.layers):
+        hooks.append(layer.register_forward_pre_hook(partial(turn, index), with_kwargs=True))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _check_step(model: PreTrainedModel, session: OnnxSession) -> None:
@@ -277,10 +329,8 @@ def encoded_inputs(session: OnnxSession, encoded: Tensor | None) -> dict[str, Te
     nothing where there is none."""
     if encoded is None:
         return {}
-    mask = torch.ones(encoded.shape[:2], dtype=torch.int64)
-    return {
-        name: tensor for name, tensor in {ENCODED: encoded, "attention_mask": mask}.items() if name in session.inputs
-    }
+    given = {ENCODED: encoded, "attention_mask": torch.ones(encoded.shape[:2], dtype=torch.int64)}
+    return {name: tensor for name, tensor in given.items() if name in session.inputs}
 
 
 def past_of(session: OnnxSession, cache: Mapping[str, Tensor]) -> dict[str, Tensor]:

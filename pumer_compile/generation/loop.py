@@ -58,7 +58,8 @@ class Generator:
     def __init__(self, prefill: str | os.PathLike[str], decode: str | os.PathLike[str]) -> None:
         self._manifest = read_manifest(Path(prefill))
         schedule = self._manifest["schedule"] or {}
-        self._compact = schedule.get("positions", "compact") == "compact"
+        method = Schedule.from_manifest(schedule) if schedule else None
+        self._compact = method is None or method.renumbers
         step = read_step(Path(decode))
         self.prefill, self.decode = OnnxSession(Path(prefill)), OnnxSession(Path(decode))
         if "logits" not in self.prefill.outputs or not any(n.startswith(CACHE) for n in self.prefill.outputs):
@@ -66,12 +67,23 @@ class Generator:
                 f"{prefill} gives {', '.join(self.prefill.outputs)}; generating needs logits and a cache. Compile it "
                 "without --outputs."
             )
-        by_layer = bool(schedule) and Schedule.from_manifest(schedule).cache_lengths == "by_layer"
+        by_layer = method is not None and method.cache_lengths == "by_layer"
         if by_layer and not step.get("lengths_by_layer"):
             raise UsageError(
                 f"{prefill} gives a cache that is longer in the first layers (`method: {schedule['method']}`), and "
                 f"{decode} takes one of the same length in all. Export the step again; of models with sliding windows, "
                 "or whose attention is not transformers' sdpa, it is not supported."
+            )
+        if method is not None and method.renumbers_layers and not step.get("positions_by_layer"):
+            raise UsageError(
+                f"{prefill} counts positions anew behind every stage (`method: {schedule['method']}`, `positions: "
+                f"compact`), so that each layer has its own, and {decode} gives one to all layers. Export the step "
+                "with `by_layer=True`, or choose `positions: original`."
+            )
+        if step.get("positions_by_layer") and not (method is not None and method.renumbers_layers):
+            raise UsageError(
+                f"{decode} counts the positions of new tokens by layer, and {prefill} has the same ones in all layers. "
+                "Export the step without `by_layer`."
             )
         self._window = step.get("window") if schedule and not self._compact else None
         self._offset, self._start = step["position_offset"], step.get("start")
@@ -141,9 +153,11 @@ class Generator:
         if any(framed.padding):
             _check_by_token(cache)
         batch = self.decode.input_specs["input_ids" if self._start is None else DECODER].shape[0]
+        # Of the first layers, where a method inside the language model has not acted yet.
+        longest = max((t.shape[2] for name, t in cache.items() if _by_token(name)), default=logits.shape[1])
         groups = []
         for rows in _together(framed.padding, alone=batch == 1):
-            length = logits.shape[1] - framed.padding[rows[0]] if self._compact else framed.lengths[rows[0]]
+            length = longest - framed.padding[rows[0]] if self._compact else framed.lengths[rows[0]]
             cut = {name: _cut(name, tensor, rows, framed) for name, tensor in cache.items()}
             encoded = None if self._start is None else _without_padding(outputs[_ENCODED], 1, rows, framed)
             groups.append(_Rows(rows, length, cut, encoded_inputs(self.decode, encoded)))
@@ -178,9 +192,8 @@ def _cut(name: str, tensor: Tensor, rows: Sequence[int], framed: Framed) -> Tens
 
 def _without_padding(tensor: Tensor, dim: int, rows: Sequence[int], framed: Framed) -> Tensor:
     """Some prompts' entries for each token along a dimension (0 is the prompt), without padding."""
-    stop = tensor.shape[dim]
-    parts = (tensor[row].narrow(dim - 1, framed.front[row], stop - framed.padding[row]) for row in rows)
-    return torch.stack([*parts])
+    kept = [torch.cat([torch.arange(tensor.shape[dim])[s] for s in framed.spans(r, tensor.shape[dim])]) for r in rows]
+    return torch.stack([tensor[row].index_select(dim - 1, places) for row, places in zip(rows, kept, strict=True)])
 
 
 def _by_token(name: str) -> bool:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ..errors import ScheduleError
+from .about import About
 from .reading import class_of, explain, read_yaml
 
 if TYPE_CHECKING:
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from ..rewrite.sites import LocatedGraph, Replacements, Site, Stream
 
 TokenOutputs = Literal["refused", "reduced", "restored"]
+ActsOn = Literal["tower", "rows", "layers"]
+"""Where image tokens of a prompt are reduced: where features leave the vision tower (as long as each makes one row of
+the prompt, or else these rows), the rows that enter the prompt, or after layers of the language model."""
 
 
 METHODS: dict[str, type[Method]] = {}
@@ -51,10 +55,14 @@ class Method(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    about: ClassVar[About] = About("", "", "")
+    """For those who choose."""
     needs_prompt: ClassVar[bool] = False
     """It reduces the image tokens that stand in a language model's prompt."""
+    acts_on: ClassVar[ActsOn] = "layers"
+    """Where it reduces those."""
     reads_tower: ClassVar[bool] = False
-    """It reduces them where they leave the vision tower, and not the rows of the prompt, whatever they are made of."""
+    """It reads the attention of a vision tower."""
     exact: ClassVar[bool] = False
     """It has no reducer, and gives the outputs of the model."""
     before_prompt: ClassVar[bool] = False
@@ -103,6 +111,16 @@ class Method(BaseModel):
         several = len(get_args(type(self).model_fields["semantics"].annotation)) > 1
         return self.method + (f", semantics {self.semantics}" if several else "")
 
+    @property
+    def renumbers(self) -> bool:
+        """Whether positions are counted anew over the tokens that are left."""
+        return getattr(self, "positions", "compact") == "compact"
+
+    @property
+    def renumbers_layers(self) -> bool:
+        """Whether they are inside the language model, so that its layers have positions of their own."""
+        return self.needs_prompt and self.acts_on == "layers" and self.renumbers
+
     def with_semantics(self, semantics: str) -> Method:
         """The same schedule under semantics that it need not name itself.
 
@@ -125,6 +143,12 @@ class Method(BaseModel):
     def addresses(self) -> tuple[str, ...]:
         """The attention nodes that the schedule itself names, such as `cross_modal.2`."""
         return ()
+
+    @property
+    def marks(self) -> tuple[ActsOn, bool] | None:
+        """Where image tokens of a prompt are to be marked, and whether the attention of the tower is to be found that
+        votes for them; None where no prompt is needed."""
+        return (self.acts_on, self.reads_tower) if self.needs_prompt else None
 
     # --- what it does -------------------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from ..errors import PlanError
+from .about import About
 from .budgets import Budgeted, SiteBudget, merge_count
 
 if TYPE_CHECKING:
@@ -80,6 +81,15 @@ class Pumer(Budgeted):
             trained with, where its configuration says so.
     """
 
+    about = About(
+        does="prunes image tokens that the text attends to least, merges similar tokens within each modality",
+        reads="attention of the text to the image, keys",
+        use="fusion models (ViLT, METER), best fine-tuned with it",
+        paper="Cao et al., PuMer, ACL 2023",
+        code="csarron/PuMer, MIT",
+        held="published vectors",
+    )
+
     trained_semantics = True
     # Table 6 of the paper; and for METER, where that leaves most of the arithmetic alone, with the tower (`-tower`),
     # whose accuracy nobody has measured.
@@ -107,7 +117,7 @@ class Pumer(Budgeted):
             log.warning(
                 "Site %s is left out: its share prunes none of %d image tokens, and there the published code "
                 "merges nothing either.",
-                site.attention.site,
+                site.address,
                 skipped[0],
             )
             return {}

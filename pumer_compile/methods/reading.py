@@ -54,7 +54,8 @@ def class_of(keys: Mapping[str, Any], name: str) -> type[Method]:
     """
     from .base import METHODS
 
-    given = keys.get("method", "pumer")
+    # A list of stages says what it is.
+    given = keys.get("method", "stages" if isinstance(keys.get("stages"), list | tuple) else "pumer")
     found = METHODS.get(given) if isinstance(given, str) else None
     if found is None:
         raise ScheduleError(f"{name} is not valid: method: expected one of {', '.join(METHODS)}, got {given!r}.")

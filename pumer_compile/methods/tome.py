@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import model_validator
 
+from .about import About
 from .budgets import Budgeted, merge_count
 
 if TYPE_CHECKING:
@@ -17,6 +18,15 @@ if TYPE_CHECKING:
 class ToMe(Budgeted):
     """Merges the most similar tokens, which are carried with their sizes; attention counts a token of size s s times
     (section 3.3). Where a stream has no learned tokens, token 0 may merge away like any other."""
+
+    about = About(
+        does="merges the most similar tokens, a few in each layer",
+        reads="keys",
+        use="encoders and fusion models without fine-tuning",
+        paper="Bolya et al., ToMe, ICLR 2023",
+        code="facebookresearch/ToMe, CC BY-NC 4.0",
+        held="published vectors",
+    )
 
     method: Literal["tome"] = "tome"
     semantics: Literal["reference"] = "reference"

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from ..errors import PlanError
-from .base import Method, TokenOutputs
+from .about import About
+from .base import ActsOn
+from .image_budget import ImageBudget
 
 if TYPE_CHECKING:
     from ..reducers import Reducer
-    from ..rewrite.sites import LocatedGraph, Replacements, Site, Stream
-
-log = logging.getLogger("pumer_compile")
+    from ..rewrite.sites import Stream
 
 
-class VisPruner(Method):
+class VisPruner(ImageBudget):
     """Keeps `budget` tokens of each image: those that the class token attends to, and of the others a diverse few.
 
     Args:
@@ -31,43 +28,24 @@ class VisPruner(Method):
         outputs: `reduced` by default: logits have an entry for each token that is left.
     """
 
-    needs_prompt = True
+    about = About(
+        does="keeps the image tokens with the most attention, and diverse ones of the rest",
+        reads="attention of the class token, features that leave the tower",
+        use="any vision-language model with a tower; its prompts ask different questions of one image",
+        paper="Zhang et al., VisPruner, ICCV 2025",
+        code="Theia-4869/VisPruner, Apache-2.0",
+        held="published vectors",
+    )
+
+    acts_on: ClassVar[ActsOn] = "tower"
     reads_tower = True
-    before_prompt = True
 
     method: Literal["vispruner"] = "vispruner"
     semantics: Literal["reference", "stable"] = "reference"
-    outputs: TokenOutputs = "reduced"
-    budget: Annotated[int, Field(ge=1, strict=True, description="the image tokens to keep, such as 64")]
     important: Annotated[float, Field(ge=0, le=1)] = 0.5
-    positions: Literal["compact", "original"] = "compact"
 
-    def canonical(self) -> dict[str, Any]:
-        """See `Method.canonical`."""
-        keys = {"budget": self.budget, "important": self.important, "positions": self.positions}
-        return {**super().canonical(), **keys}
-
-    def find_sites(self, graph: LocatedGraph) -> list[Site]:
-        """See `Method.find_sites`: where features leave the vision tower, read by its last attention before that."""
-        from ..rewrite.sites import Site
-
-        return [Site(attention, instead=marks) for attention, marks in graph.towers()]
-
-    def reducer(self, site: Site, stream: Stream) -> Reducer | None:
-        """See `Method.reducer`."""
+    def chooser(self, stream: Stream) -> Reducer:
+        """See `ImageBudget.chooser`."""
         from ..reducers import VisualReducer
 
-        if self.budget > stream.row:
-            raise PlanError(
-                f"A budget of {self.budget} is more than the {stream.row} tokens that the vision tower gives. Choose a "
-                "smaller one, or `none`."
-            )
-        if self.budget >= max(map(len, stream.crops)):
-            log.warning("A budget of %d keeps every token of an image: nothing of it is pruned.", self.budget)
         return VisualReducer(stream.crops, self.budget, self.important, order=self.semantics, pinned=stream.pinned)
-
-    def replacements(self, graph: LocatedGraph, sites: Sequence[Site]) -> Replacements:
-        """See `Method.replacements`: positions along the prompt."""
-        from ..rewrite.renumber_positions import renumbered_positions
-
-        return renumbered_positions(graph, compact=self.positions == "compact")

@@ -20,7 +20,7 @@ from torch.export import ExportedProgram
 from ..artifacts.engine import Engine
 from ..artifacts.manifest import read_manifest
 from ..artifacts.profile import Profile
-from ..artifacts.session import comparable_decisions, decision_model_of
+from ..artifacts.session import comparable_decisions, decision_session_of
 from ..capture.capture import Program, capture
 from ..capture.loading import LoadedModel, load_model
 from ..capture.samples import Kinds, Samples, captured_batch, describe_samples, kinds_of, proof_batches, proof_sizes
@@ -86,7 +86,7 @@ def parity(
         batches,
         manifest.get("quantize") or manifest["dtype"],
         decisions,
-        decide=decision_model_of(engine.session, decisions),
+        open_with_decisions=decision_session_of(engine.session, decisions),
         reopen=partial(Engine, path, provider=provider),
         more=drawn or (),
         model=exact.model,

@@ -54,7 +54,7 @@ def check(
     dtype: str,
     decisions: Sequence[str],
     *,
-    decide: Callable[[], Session] | None = None,
+    open_with_decisions: Callable[[], Session] | None = None,
     reopen: Callable[[], Session] | None = None,
     more: Iterable[Mapping[str, Tensor]] = (),
     model: nn.Module | None = None,
@@ -64,14 +64,14 @@ def check(
     """Compare an open session with a module in eager PyTorch.
 
     Args:
-        session: whose outputs are judged; closed where there is a twin, so that one of them is in memory at a time.
+        session: whose outputs are judged; closed where another gives the decisions, so that one is in memory at a time.
         eager: the reduced module, in float32.
         unreduced: the captured module; the same object as `eager` where nothing is reduced.
         batches: inputs by name, `[batch, ...]`; all are compared.
         dtype: of the artifact, or what it is quantized to; picks the tolerances.
         decisions: names of decision outputs.
-        decide: opens the twin of `session` that gives the decisions; None where `session` gives them itself.
-        reopen: opens `session` again, where it was closed for a twin.
+        open_with_decisions: opens the decision session; None where `session` gives the decisions itself.
+        reopen: opens `session` again, where it was closed for a decision session.
         more: further batches, which are compared while they bring choices that no sample has made, and while no sample
             was judged end to end.
         model: what `unreduced` was captured from, in float32; its own forward is compared with it.
@@ -95,16 +95,16 @@ def check(
     drawn = iter(more)
     with torch.no_grad():
         runs = list(_covering(comparison, batches, drawn))
-        comparison.judge(session, decide, runs, decisions)
-        closed = decide is not None and bool(decisions)
-        _until_end_to_end(comparison, reopen if closed else lambda: session, decide, drawn, decisions)
+        comparison.judge(session, open_with_decisions, runs, decisions)
+        closed = open_with_decisions is not None and bool(decisions)
+        _until_end_to_end(comparison, reopen if closed else lambda: session, open_with_decisions, drawn, decisions)
     return report
 
 
 def _until_end_to_end(
     comparison: _Comparison,
     opened: Callable[[], Session] | None,
-    decide: Callable[[], Session] | None,
+    open_with_decisions: Callable[[], Session] | None,
     more: Iterator[Mapping[str, Tensor]],
     decisions: Sequence[str],
 ) -> None:
@@ -115,7 +115,7 @@ def _until_end_to_end(
         if opened is None or batch is None:
             break
         searched += _rows(batch)
-        comparison.judge(opened(), decide, [comparison.run(batch)], decisions)
+        comparison.judge(opened(), open_with_decisions, [comparison.run(batch)], decisions)
     if report.sound and not report.end_to_end:
         report.notes.append(
             f"end to end nothing was compared: in each of {report.samples} samples a choice differs. The outputs were "
@@ -220,10 +220,13 @@ def _in_its_dtype(module: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, T
 
 
 def _answers(
-    session: Session, decide: Callable[[], Session] | None, runs: Sequence[_EagerRun], decisions: Sequence[str]
+    session: Session,
+    open_with_decisions: Callable[[], Session] | None,
+    runs: Sequence[_EagerRun],
+    decisions: Sequence[str],
 ) -> Iterator[tuple[_EagerRun, Arrays, Arrays]]:
     """Each run, the artifact's outputs for its batch, and its decisions."""
-    if decide is None:
+    if open_with_decisions is None:
         for run in runs:
             given = session.run(run.batch)
             yield run, given, given
@@ -231,10 +234,10 @@ def _answers(
     outputs = [session.run(run.batch) for run in runs]
     session.close()
     chosen: list[Arrays] = [{} for _ in runs]
-    if any(_numbers(given) for given in outputs):  # a twin can take minutes to make
-        twin = decide()
-        chosen = [{n: value for n, value in twin.run(run.batch).items() if n in decisions} for run in runs]
-        twin.close()
+    if any(_numbers(given) for given in outputs):  # a decision session can take minutes to make
+        other = open_with_decisions()
+        chosen = [{n: value for n, value in other.run(run.batch).items() if n in decisions} for run in runs]
+        other.close()
     yield from zip(runs, outputs, chosen, strict=True)
 
 
@@ -263,12 +266,12 @@ class _Comparison:
     def judge(
         self,
         session: Session,
-        decide: Callable[[], Session] | None,
+        open_with_decisions: Callable[[], Session] | None,
         runs: Sequence[_EagerRun],
         decisions: Sequence[str],
     ) -> None:
         """Run the artifact on the batches of these runs, and take in what it gives."""
-        for run, outputs, chosen in _answers(session, decide if decisions else None, runs, decisions):
+        for run, outputs, chosen in _answers(session, open_with_decisions if decisions else None, runs, decisions):
             own = {name: value for name, value in outputs.items() if name not in self.decisions}
             self.add(run, own, chosen)
 
@@ -479,16 +482,15 @@ def _flips(own: Decisions, forced: Decisions, row: int, prunes: bool) -> tuple[i
 
 def _fault(reducer: Reducer, decisions: Decisions) -> str:
     """Why these cannot be decisions of this reducer: another number of tokens, or one that is not there."""
-    keep, merge = reducer.keep, reducer.merge
-    for what, indices, count, tokens in (
-        ("keeps", decisions.kept, keep, reducer.tokens),
-        ("merges", decisions.source, merge, keep),
-        ("merges into", decisions.target, merge, keep),
-    ):
-        if indices.shape[1] != count:
-            return f"{what} {indices.shape[1]} tokens, but the schedule asks for {count}"
-        if count and not (0 <= int(indices.min()) and int(indices.max()) < tokens):
-            return f"{what} tokens {int(indices.min())} to {int(indices.max())}, but there are only {tokens}"
-        if what != "merges into" and (indices.sort(1).values.diff() == 0).any():
+    says = {"kept": "keeps", "source": "merges", "target": "merges into"}
+    for decision in reducer.decisions:
+        what, indices = says[decision.name], getattr(decisions, decision.name)
+        if indices.shape[1] != decision.count:
+            return f"{what} {indices.shape[1]} tokens, but the schedule asks for {decision.count}"
+        least = -1 if decision.gaps else 0
+        if decision.count and not (least <= int(indices.min()) and int(indices.max()) < decision.of):
+            return f"{what} tokens {int(indices.min())} to {int(indices.max())}, but there are only {decision.of}"
+        ordered = indices.sort(1).values
+        if decision.name != "target" and ((ordered.diff() == 0) & (ordered[:, 1:] >= 0)).any():
             return f"{what} the same token twice"
     return ""

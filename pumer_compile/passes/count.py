@@ -52,7 +52,12 @@ def tokens_after_layers(
     attentions: list[Attention], insertions: Insertions, rewriter: Rewriter
 ) -> dict[str, dict[str, int]]:
     """Tokens by stream after every attention node, by its address (and `@1` where its layer runs again)."""
-    after = {plan.name: plan.after for _, plan in insertions.done}
+    # What is reduced before an attention has fewer tokens in it already.
+    after = {
+        plan.name: plan.after
+        for site, plan in insertions.done
+        if site.after is None or (site.attention is not None and site.after is site.attention.carrier)
+    }
     layers: dict[str, dict[str, int]] = {}
     for attention in (a for a in attentions if a.query_axis.streams):
         counts: dict[str, int] = {}
@@ -61,10 +66,10 @@ def tokens_after_layers(
             present: dict[str, int] = {}
             for segment in axis.segments:
                 if segment.stream:
-                    length = rewriter.history.length(segment, rewriter.history.at(dim))
+                    length = rewriter.epochs.length(segment, rewriter.epochs.at(dim))
                     present[segment.stream] = present.get(segment.stream, 0) + length
             counts.update(present)
-        name = attention.site + (f"@{attention.call}" if attention.call else "")
+        name = attention.address + (f"@{attention.call}" if attention.call else "")
         layers[name] = {**counts, **after.get(name, {})}
     return layers
 
@@ -78,8 +83,8 @@ def count_plan(
 ) -> Plan:
     """The plan with one sample's multiply-adds before and after, in total and from each site to the next."""
     batch = next(iter(inputs.values())).shape[0]
-    carriers = [site.attention.carrier for site, _ in insertions.done]
-    prefixes = tuple(f"reducer.{site.attention.name}." for site, _ in insertions.done)
+    carriers = [site.opens for site, _ in insertions.done]
+    prefixes = tuple(f"reducer.{site.name}." for site, _ in insertions.done)
     counted = _counted_once(captured, inputs)
     before = _sections(captured, counted, len(carriers), lambda node: carriers.index(node) if node in carriers else -1)
     counted = count_multiply_adds(reduced, inputs)

@@ -42,9 +42,10 @@ def plan_insertions(graph: LocatedGraph, method: Method) -> Insertions:
         LocateError: a site that does not exist, has no residual carrier or cannot be followed.
         PlanError: budgets for tokens that a site does not have.
     """
-    if method.needs_prompt and not graph.marks:
+    if method.marks is not None and not graph.marks:
         scattered = any(node.target is aten.masked_scatter.default for node in graph.annotation.constraints)
-        if method.reads_tower and scattered:
+        _, votes = method.marks
+        if votes and scattered:
             raise LocateError(
                 f"`method: {method.method}` reads the attention of a vision tower, and what is scattered into the "
                 "prompt comes from none (patches that are projected straight into it, a convolutional tower). "

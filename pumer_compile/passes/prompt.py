@@ -15,12 +15,12 @@ class MarkPrompt(Pass):
 
     def run(self, state: State) -> int:
         """See `Pass`; counts blocks of image tokens."""
-        if not state.method.needs_prompt:
+        if state.method.marks is None:
             return 0
-        tower = state.method.reads_tower
-        prompt = lower_masked_scatter(state.captured, state.inputs, in_tower=tower)
+        acts_on, votes = state.method.marks
+        prompt = lower_masked_scatter(state.captured, state.inputs, acts_on, votes=votes)
         if prompt is None:
-            prompt = mark_read_images(state.captured, in_tower=tower)
+            prompt = mark_read_images(state.captured, acts_on, votes=votes)
         if prompt is None:
             return 0
         state.add(prompt)

@@ -51,9 +51,9 @@ def _check_alive(insertions: Insertions, reduced: fx.GraphModule) -> None:
     """Something must read what a site reduces."""
     called = {str(node.target) for node in reduced.graph.nodes if node.op == "call_module"}
     for site, plan in insertions.done:
-        if not any(name.startswith(f"reducer.{site.attention.name}.") for name in called):
+        if not any(name.startswith(f"reducer.{site.name}.") for name in called):
             raise PlanError(
-                f"Site {site.attention.described} reduces {' and '.join(site.reducers)} tokens that nothing reads "
+                f"Site {site.described} reduces {' and '.join(site.reducers)} tokens that nothing reads "
                 f"after it ({plan.before} to {plan.after}). Leave it out, or choose an earlier one."
             )
 
@@ -63,10 +63,10 @@ def _check_one_pass(insertions: Insertions) -> None:
     with each image in turn would come to the second one reduced for the first."""
     first: dict[str, dict[str, int]] = {}
     for site in insertions.sites:
-        before = first.setdefault(site.attention.site, site.passed)
+        before = first.setdefault(site.address, site.passed)
         if before != site.passed:
             raise AxisError(
-                f"Site {site.attention.described} runs more than once (one pass for each image, say): the first time "
+                f"Site {site.described} runs more than once (one pass for each image, say): the first time "
                 f"its tokens have passed {before} reducers, and then {site.passed}. Its inputs were computed before "
                 "both and reduced for the first. Reducing such a model is not supported."
             )

@@ -58,7 +58,7 @@ def _check_shapes(module: fx.GraphModule, rewriter: Rewriter, found: dict[fx.Nod
         value = found.get(new)
         if new not in live or not isinstance(value, Tensor):
             continue
-        expected = rewriter.history.expected_shape(captured)
+        expected = rewriter.epochs.expected_shape(captured)
         agree = len(expected) == value.dim() and all(
             same_size(a, b) for a, b in zip(expected, value.shape, strict=True)
         )
@@ -67,7 +67,7 @@ def _check_shapes(module: fx.GraphModule, rewriter: Rewriter, found: dict[fx.Nod
                 f"{describe(captured)} has shape {list(value.shape)} after reduction, and the plan says "
                 f"{expected}. This is a defect of a rule in analysis/rules.py."
             )
-        checked += any(rewriter.history.at(Dim(captured, i)) for i in range(value.dim()))
+        checked += any(rewriter.epochs.at(Dim(captured, i)) for i in range(value.dim()))
     return checked
 
 

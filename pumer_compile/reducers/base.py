@@ -30,6 +30,17 @@ class Signal(Enum):
         LAST_QUERY: attention of the last query to the stream after softmax, `[batch, heads, 1, tokens]`.
         CLASS_TOKEN: what each token gets from the class token of a vision tower (in one without: from all tokens,
             mean over them), mean over heads, `[batch, tokens]`.
+        TOWER_KEYS: keys of the attention that CLASS_TOKEN is of, mean over heads, `[batch, tokens, head_size]`; of a
+            row that is made of several tokens their mean.
+        CLASS_FEATURE: what the class token of each crop leaves the vision tower as, `[batch, crops, width]`; only of a
+            stream with `class_tokens`.
+        TEXT_EMBEDDING: mean of the input embeddings of the prompt's text, without padding and the two tokens beside
+            each image (where it begins and ends), `[batch, width]`, float32.
+        NEXT_QUERY: like `LAST_QUERY`, of the layer that comes next, computed ahead from the tokens before they are
+            reduced.
+        TEXT_KEYS: keys of the text behind the image, `[batch, heads, text, head_size]`.
+        NORMED: the tokens as the model's last norm would leave them, `[batch, tokens, width]`.
+        TEXT_NORMED: the text behind the image, likewise.
     """
 
     KEYS = "keys"
@@ -38,6 +49,13 @@ class Signal(Enum):
     TEXT_WEIGHTS = "text_weights"
     LAST_QUERY = "last_query"
     CLASS_TOKEN = "class_token"
+    TOWER_KEYS = "tower_keys"
+    CLASS_FEATURE = "class_feature"
+    TEXT_EMBEDDING = "text_embedding"
+    NEXT_QUERY = "next_query"
+    TEXT_KEYS = "text_keys"
+    NORMED = "normed"
+    TEXT_NORMED = "text_normed"
 
 
 @dataclass(frozen=True)
@@ -48,11 +66,13 @@ class Decision:
         name: a field of `Decisions`.
         count: how many indices.
         of: how many tokens they choose among.
+        gaps: whether -1 may stand among them, for nothing.
     """
 
     name: str
     count: int
     of: int
+    gaps: bool = False
 
 
 class Decisions(NamedTuple):
@@ -80,6 +100,8 @@ class Reduction(NamedTuple):
         source: see `Decisions`.
         target: see `Decisions`.
         assigned: 1 where an old token went into a new one, else 0, `[batch, after, before]`, float32.
+        place: 1 at the old token where a new one stands, else 0, `[batch, after, before]`, float32; the map, of a
+            reducer that does not say (`Reducer.tells_place`).
     """
 
     tokens: Tensor | None
@@ -89,6 +111,7 @@ class Reduction(NamedTuple):
     source: Tensor
     target: Tensor
     assigned: Tensor
+    place: Tensor
 
     @property
     def decisions(self) -> Decisions:
@@ -105,12 +128,20 @@ class Choice:
         assigned: see `Reduction`.
         weights: carried weights of the tokens before, `[batch, before]`.
         evidence: what it was chosen by, for `Reducer.margin`.
+        map: see `Reduction`; None: the means that `assigned` says.
+        rows: what combines the tokens themselves where that is not the map, `[batch, after, before]`, float32.
+        added: what is added to that, `[batch, after, width]`: tokens that come from elsewhere.
+        place: see `Reduction`.
     """
 
     decisions: Decisions
     assigned: Tensor
     weights: Tensor
     evidence: Any = None
+    map: Tensor | None = None
+    rows: Tensor | None = None
+    added: Tensor | None = None
+    place: Tensor | None = None
 
 
 @dataclass
@@ -157,12 +188,14 @@ class Reducer(nn.Module):
         judged: whether a choice that differs from eager PyTorch's must be a near-tie (parity); else it is reported.
         first_stays: whether token 0 is token 0 afterwards.
         keeps_order: whether the tokens that it keeps stay in their order.
+        tells_place: whether it says where each new token stands, also one that is merged or new (`Choice.place`).
     """
 
     reads: tuple[Signal, ...] = ()
     judged = True
     first_stays = False
     keeps_order = False
+    tells_place = False
 
     def __init__(
         self, tokens: int, keep: int, merge: int = 0, *, averaging: Averaging = "plain", carried: Carried = "ones"
@@ -213,6 +246,10 @@ class Reducer(nn.Module):
         """`Choice.assigned` of forced decisions."""
         return one_hot(forced.kept, self.tokens).float()
 
+    def follow(self, forced: Decisions, own: Choice, among: Choice) -> Choice:
+        """The choice that forced decisions are; arguments as for `margin`."""
+        return Choice(forced, self.assignment(forced, among), own.weights)
+
     def forward(self, tokens: Tensor | None, *signals: Tensor | None, **named: Tensor | None) -> Reduction:
         """Reduce the stream.
 
@@ -246,7 +283,7 @@ class Reducer(nn.Module):
             differs = differs | (mine.source != forced.source).any(1) | (mine.target != forced.target).any(1)
         margin = torch.where(differs, self.margin(own, among, forced), 0.0)
         self.forcing.comparison = Comparison(mine, forced, differs, margin)
-        return Choice(forced, self.assignment(forced, among), own.weights)
+        return self.follow(forced, own, among)
 
     def _combined(self, tokens: Tensor | None, choice: Choice) -> Reduction:
         carried, assigned = choice.weights.float(), choice.assigned
@@ -255,14 +292,20 @@ class Reducer(nn.Module):
             sized = assigned * carried.unsqueeze(1)
             # Padding has size 0: a token made of padding alone is the plain mean of it.
             share = torch.where(sized.sum(-1, keepdim=True) > 0, sized, assigned)
-        average = share / share.sum(-1, keepdim=True) if self.merge else assigned
-        reduced = None if tokens is None else average.to(tokens.dtype) @ tokens
+        average = choice.map
+        if average is None:
+            average = share / share.sum(-1, keepdim=True) if self.merge else assigned
+        reduced = None
+        if tokens is not None:
+            reduced = (average if choice.rows is None else choice.rows).to(tokens.dtype) @ tokens
+            reduced = reduced if choice.added is None else reduced + choice.added.to(tokens.dtype)
         if self.carried == "ones":
             after = torch.ones_like(assigned[:, :, 0])
         else:
             rows = average if self.carried == "mean" else assigned
             after = (rows @ carried.unsqueeze(-1)).squeeze(-1)
-        return Reduction(reduced, after.to(choice.weights.dtype), average, *choice.decisions, assigned)
+        place = average if choice.place is None else choice.place
+        return Reduction(reduced, after.to(choice.weights.dtype), average, *choice.decisions, assigned, place)
 
 
 class ApplyMap(nn.Module):
@@ -310,12 +353,16 @@ def set_margin(scores: Tensor, own: Tensor, forced: Tensor) -> Tensor:
         scores: `[batch, tokens]`.
         own, forced: indices, ascending, `[batch, keep]`.
     """
-    mine, theirs = (one_hot(kept, scores.shape[1]).any(1) for kept in (own, forced))
-    best = torch.where(mine & ~theirs, scores, -torch.inf).amax(1)
-    worst = torch.where(theirs & ~mine, scores, torch.inf).amin(1)
-    apart = relative_gap(best.unsqueeze(1), worst.unsqueeze(1), scores).squeeze(1)
-    gap = torch.where(best > worst, apart, 0.0)
+    gap = mask_margin(scores, *(one_hot(kept, scores.shape[1]).any(1) for kept in (own, forced)))
     return torch.where((forced[:, 1:] > forced[:, :-1]).all(1), gap, 1.0)
+
+
+def mask_margin(scores: Tensor, own: Tensor, forced: Tensor) -> Tensor:
+    """The same of sets that are given by a true value for each of their tokens, `[batch, tokens]`."""
+    best = torch.where(own & ~forced, scores, -torch.inf).amax(1)
+    worst = torch.where(forced & ~own, scores, torch.inf).amin(1)
+    apart = relative_gap(best.unsqueeze(1), worst.unsqueeze(1), scores).squeeze(1)
+    return torch.where(best > worst, apart, 0.0)
 
 
 # --- reducers of a module ---------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from torch import fx
 
 from ..analysis.axes import Dim, Same, Tokens, same_size
 from ..analysis.masks import broadcast_over_queries
-from ..analysis.nodes import describe, values
+from ..analysis.nodes import ancestors, describe, values
 from ..analysis.operators import aten
 from ..analysis.rules import shape
 from ..errors import AxisError, SiteError
@@ -29,11 +29,13 @@ class Aligner:
 
     Attributes:
         count: of the alignments inserted.
+        counted: captured values that are computed from places alone, which are counted anew behind every reducer.
     """
 
     count: int = 0
+    counted: set[fx.Node] = field(default_factory=set)
     _aligned: dict[tuple[Any, ...], fx.Node] = field(default_factory=dict)
-    _maps: dict[tuple[str, int, int], fx.Node] = field(default_factory=dict)
+    _maps: dict[tuple[str, int, int, bool], fx.Node] = field(default_factory=dict)
 
     def value(self, rewriter: Rewriter, node: fx.Node, source: fx.Node, targets: dict[int, Epochs]) -> fx.Node:
         """The newest value of `source`, brought to the target epochs of each dimension."""
@@ -81,7 +83,7 @@ class Aligner:
                 if index != queries:
                     value = self._emit(rewriter, node, source, value, index, target)
             changed = [s for s, epoch in targets[queries].items() if epoch]
-            rows = rewriter.history.size(
+            rows = rewriter.epochs.size(
                 self.whole_streams(rewriter, Dim(source, queries), node, changed), targets[queries]
             )
             self._aligned[key] = rewriter.call(
@@ -93,15 +95,19 @@ class Aligner:
         self, rewriter: Rewriter, node: fx.Node, source: fx.Node, value: fx.Node, index: int, target: Epochs
     ) -> fx.Node:
         dim = Dim(source, index)
-        have = rewriter.history.at(dim)
+        have = rewriter.epochs.at(dim)
+        if source in self.counted:  # the first places, whichever tokens are left
+            size = rewriter.epochs.size(rewriter.annotation.axis(dim), target)
+            return rewriter.call(aten.slice.Tensor, value, index, 0, size)
         kind = self.whole_streams(rewriter, dim, node, [s for s, epoch in target.items() if epoch != have.get(s, 0)])
+        mode = self._mode(rewriter, node, source, kind, have, target)
+        where = not _of_data(source)
         segments, maps = [], []
         for segment in kind.segments:
             old, new = (e.get(segment.stream or "", 0) for e in (have, target))
-            segments.append((rewriter.history.length(segment, have), new != old))
+            segments.append((rewriter.epochs.length(segment, have), new != old))
             if new != old:
-                maps.append(self._map(rewriter, segment.stream or "", old, new))
-        mode = self._mode(rewriter, node, source, kind, have, target)
+                maps.append(self._map(rewriter, segment.stream or "", old, new, where))
         self.count += 1
         module = AlignAxis(index, tuple(segments), mode, fold=self._fold(rewriter, source) or 1)
         return rewriter.call_module(f"reducer.align.{source.name}_{self.count}", module, value, *maps)
@@ -141,11 +147,8 @@ class Aligner:
             return "all" if rewriter.masks.get(source) == "drop" else "any"
         if dtype.is_floating_point:
             return "log_mean_exp" if rewriter.masks.get(source) == "additive" else "mean"
-        merged = [
-            s
-            for s in kind.streams
-            if any(step.merged for step in rewriter.history.lineage(s, target.get(s, 0), have.get(s, 0)))
-        ]
+        lineages = {s: rewriter.epochs.lineage(s, target.get(s, 0), have.get(s, 0)) for s in kind.streams}
+        merged = [s for s, steps in lineages.items() if any(step.merged and step.place is None for step in steps)]
         if merged:
             raise SiteError(
                 f"{describe(node)} needs the integers of {source.name} for {merged[0]} tokens that were "
@@ -154,16 +157,24 @@ class Aligner:
             )
         return "gather"
 
-    def _map(self, rewriter: Rewriter, stream: str, old: int, new: int) -> fx.Node:
-        """The map from one epoch of a stream to a later one, composed where it spans several reducers."""
-        key = (stream, old, new)
+    def _map(self, rewriter: Rewriter, stream: str, old: int, new: int, where: bool = False) -> fx.Node:
+        """The map from one epoch of a stream to a later one, composed where it spans several reducers; of what says
+        `where` tokens stand, and so who sees whom, that of their places, where a reducer tells these."""
+        steps = rewriter.epochs.lineage(stream, new, old)
+        where = where and any(step.place is not None for step in steps)
+        key = (stream, old, new, where)
         if key not in self._maps:
-            first, *rest = rewriter.history.lineage(stream, new, old)
-            composed = first.map
-            for step in rest:
-                composed = rewriter.call(aten.matmul.default, step.map, composed)
+            composed, *rest = [step.place if where and step.place is not None else step.map for step in steps]
+            for map_ in rest:
+                composed = rewriter.call(aten.matmul.default, map_, composed)
             self._maps[key] = composed
         return self._maps[key]
+
+
+def _of_data(source: fx.Node) -> bool:
+    """Whether a value is computed from floating-point inputs (pixels, say), and is no position and no mask of those."""
+    before = ancestors(source) | {source}
+    return any(n.op == "placeholder" and any(v.is_floating_point() for v in values(n)) for n in before)
 
 
 def _input_targets(rewriter: Rewriter, source: fx.Node, x: fx.Node, targets: dict[int, Epochs]) -> dict[int, Epochs]:
@@ -174,4 +185,4 @@ def _input_targets(rewriter: Rewriter, source: fx.Node, x: fx.Node, targets: dic
             for mine, other in ((constraint.a, constraint.b), (constraint.b, constraint.a)):
                 if mine.node is source and mine.index in targets and other.node is x:
                     found[other.index] = targets[mine.index]
-    return {index: target for index, target in found.items() if rewriter.history.behind(Dim(x, index), target)}
+    return {index: target for index, target in found.items() if rewriter.epochs.behind(Dim(x, index), target)}

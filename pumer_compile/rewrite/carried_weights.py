@@ -73,11 +73,11 @@ class CarriedWeights:
         rank = len(shape(mask.node))
         if rank != 4:
             raise LocateError(f"The mask of {describe(reader.context)} has {rank} dimensions, not 4.")
-        axis, epochs = rewriter.annotation.axis(Dim(mask.node, 3)), rewriter.history.at(Dim(mask.node, 3))
+        axis, epochs = rewriter.annotation.axis(Dim(mask.node, 3)), rewriter.epochs.at(Dim(mask.node, 3))
         if mask.node not in rewriter.env or epochs.get(stream, 0) or not isinstance(axis, Tokens):
             return None
         # Other streams of this mask may be reduced already.
-        start, stop = rewriter.history.span(axis, stream, epochs)
+        start, stop = rewriter.epochs.span(axis, stream, epochs)
         weights = TokenWeights(start, stop - start, mask.kind)
         return rewriter.call_module(f"reducer.weights.{stream}", weights, rewriter.env[mask.node])
 

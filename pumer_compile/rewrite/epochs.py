@@ -32,6 +32,7 @@ class Step:
         merged: whether any tokens were merged (and not only pruned).
         first_stays: whether token 0 is token 0 afterwards.
         in_order: whether those that are left are some of the old ones, in their order.
+        place: node that says where each new token stands, like `map`; None where the map does, or nothing.
     """
 
     parent: int
@@ -41,6 +42,7 @@ class Step:
     merged: bool
     first_stays: bool
     in_order: bool = False
+    place: fx.Node | None = None
 
 
 @dataclass
@@ -49,17 +51,17 @@ class EpochTable:
 
     Attributes:
         annotation: axes of the captured graph.
-        epochs: epochs of each captured dimension's newest value, where any is above 0.
+        newest: epochs of each captured dimension's newest value, where any is above 0.
         steps: reducers of each stream so far; step `i` made epoch `i + 1`.
     """
 
     annotation: Annotation
-    epochs: dict[Dim, Epochs] = field(default_factory=dict)
+    newest: dict[Dim, Epochs] = field(default_factory=dict)
     steps: dict[str, list[Step]] = field(default_factory=dict)
 
     def at(self, dim: Dim) -> Epochs:
         """Epochs of the newest value of a captured dimension."""
-        return self.epochs.get(dim, {})
+        return self.newest.get(dim, {})
 
     def adopt_epochs(self, node: fx.Node, like: fx.Node) -> None:
         """A replaced node has the epochs of another, dimension by dimension."""
@@ -103,7 +105,12 @@ class EpochTable:
     def record(self, dim: Dim, epochs: Epochs) -> None:
         """The newest value of a captured dimension is at these epochs."""
         if any(epochs.values()):
-            self.epochs[dim] = dict(epochs)
+            self.newest[dim] = dict(epochs)
+
+    def restore(self, dim: Dim, epochs: Epochs) -> None:
+        """The newest value of a captured dimension is at these epochs again, which may all be 0."""
+        self.newest.pop(dim, None)
+        self.record(dim, epochs)
 
     def streams(self, dim: Dim) -> tuple[str, ...]:
         """Streams of a captured dimension."""

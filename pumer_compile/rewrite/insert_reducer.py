@@ -21,7 +21,7 @@ from . import sink_projections
 from .carried_weights import CarriedWeights
 from .epochs import Epochs, Step
 from .rewriter import Rewriter
-from .signals import Place, read_signal
+from .signals import Place, has_class_token, read_signal
 from .sites import Action, LocatedGraph, Site, Stream
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class InsertReducer:
 
     def _carrier(self, rewriter: Rewriter) -> fx.Node | None:
         attention, carrier = self.site.attention, self.site.after
-        assert carrier is not None
+        assert attention is not None and carrier is not None
         dim, axis = self._token_dim(rewriter, carrier)
         place = self._place(rewriter, Dim(carrier, dim))
         rewriter.follow_batch(Dim(carrier, 1 - dim))
@@ -69,7 +69,7 @@ class InsertReducer:
             return None
         reducers = {s: reducer for s, reducer in made.items() if s in axis.streams}
         signals = {s: self._signals(place, s, reducer) for s, reducer in made.items()}
-        linears = sink_projections.projections(rewriter, carrier, dim, {s: r.tokens_after for s, r in reducers.items()})
+        linears = self._postponed(rewriter, dim, {s: r.tokens_after for s, r in reducers.items()})
         parts = [] if linears else self._parts(rewriter, rewriter.env[carrier], dim)
         of_stream = dict(parts)
         results = {s: self._call(rewriter, s, r, of_stream.get(s), signals[s]) for s, r in made.items()}
@@ -82,18 +82,26 @@ class InsertReducer:
             reduced = {s: rewriter.field(results[s], Reduction, "tokens") for s in reducers}
             new = self._joined(rewriter, [reduced.get(name, part) for name, part in parts], dim)
         epochs = {s: self._step(place, s, made[s], results[s], signals[s]) for s in made}
-        rewriter.history.bump(Dim(carrier, dim), {s: epoch for s, epoch in epochs.items() if s in axis.streams})
+        rewriter.epochs.bump(Dim(carrier, dim), {s: epoch for s, epoch in epochs.items() if s in axis.streams})
         if attention.cross_modal:
             for stream, epoch in epochs.items():
                 rewriter.reduce_later_uses(attention.context, stream, place.epoch(stream), epoch)
         return new
+
+    def _postponed(self, rewriter: Rewriter, dim: int, after: dict[str, int]) -> dict[fx.Node, fx.Node]:
+        """See `sink_projections`; what stands between two layers is read whole, to compute ahead."""
+        carrier = self.site.after
+        assert carrier is not None
+        if self.site.attention is None or carrier is not self.site.attention.carrier:
+            return {}
+        return sink_projections.projections(rewriter, carrier, dim, after)
 
     def _token_dim(self, rewriter: Rewriter, carrier: fx.Node) -> tuple[int, Tokens]:
         axes = rewriter.annotation.axes(carrier)
         dims = [(i, a) for i, a in enumerate(axes) if isinstance(a, Tokens)]
         if len(axes) != 3 or len(dims) != 1 or dims[0][0] > 1:
             raise LocateError(
-                f"The carrier of {self.site.attention.described}, {describe(carrier)}, has axes "
+                f"The carrier of {self.site.described}, {describe(carrier)}, has axes "
                 f"({', '.join(map(str, axes))}); expected [batch, tokens, width] or [tokens, batch, width]."
             )
         return dims[0]
@@ -117,7 +125,7 @@ class InsertReducer:
         """A value with the carrier's tokens, reduced by the maps of some streams."""
         parts = []
         for stream, part in self._parts(rewriter, value, dim):
-            name = f"reducer.{self.site.attention.name}.{stream}_map"
+            name = f"reducer.{self.site.name}.{stream}_map"
             map_ = maps.get(stream)
             parts.append(part if map_ is None else rewriter.call_module(name, self.applied, part, map_))
         return self._joined(rewriter, parts, dim)
@@ -130,7 +138,7 @@ class InsertReducer:
             Stream(
                 stream,
                 annotation.modality[stream],
-                place.rewriter.history.length(segments[stream], place.epochs),
+                place.rewriter.epochs.length(segments[stream], place.epochs),
                 annotation.learned[stream],
                 pinned=self.graph.pinned(stream),
             )
@@ -146,28 +154,32 @@ class InsertReducer:
         rewriter.follow_batch(Dim(mark.node, 0))
         name, annotation = _only_stream(rewriter, mark.node), self.graph.annotation
         count = sum(map(len, mark.crops)) + len(mark.pinned)
-        row = int(shape(mark.features)[1]) if mark.votes is None else max(map(len, mark.crops))
-        stream = Stream(name, annotation.modality[name], count, annotation.learned[name], mark.crops, row, mark.pinned)
+        row = max(map(len, mark.crops)) if mark.enters else int(shape(mark.features)[1])
+        attention = self.site.attention
+        class_token = attention is not None and has_class_token(self.graph, attention, mark)
+        modality, learned = annotation.modality[name], annotation.learned[name]
+        stream = Stream(name, modality, count, learned, mark.crops, row, mark.pinned, class_token)
         made = self._made(place, [stream])
         if not made:
             return None
         reducer = made[name]
         signals = self._signals(place, name, reducer)
         result = self._call(rewriter, name, reducer, rewriter.env[tokens], signals)
-        rewriter.history.bump(dim, {name: self._step(place, name, reducer, result, signals)})
+        rewriter.epochs.bump(dim, {name: self._step(place, name, reducer, result, signals)})
         return rewriter.field(result, Reduction, "tokens")
 
     # --- both ---------------------------------------------------------------------------------------------------------
 
     def _place(self, rewriter: Rewriter, dim: Dim) -> Place:
-        epochs: Epochs = {**rewriter.history.at(self.site.attention.key_dim), **rewriter.history.at(dim)}
+        keys = self.site.epoch_dim
+        epochs: Epochs = {**(rewriter.epochs.at(keys) if keys else {}), **rewriter.epochs.at(dim)}
         return Place(rewriter, self.graph, self.site, epochs, self.carried, read=self.read)
 
     def _made(self, place: Place, streams: Sequence[Stream]) -> dict[str, Reducer]:
         """The reducers of some streams, entered into the plan of the site."""
-        site, history = self.site, place.rewriter.history
+        site, table = self.site, place.rewriter.epochs
         names = site.streams or [stream.name for stream in streams]
-        site.passed = {self.graph.modality(s): len(history.lineage(s, place.epoch(s))) for s in names}
+        site.passed = {self.graph.modality(s): len(table.lineage(s, place.epoch(s))) for s in names}
         made = self.method.reducers(site, streams)
         if not made:
             return {}
@@ -175,8 +187,7 @@ class InsertReducer:
         before = {s.name: s.tokens for s in streams}
         counts = {s: (r.tokens_after, r.tokens - r.keep, r.merge) for s, r in made.items()}
         after, pruned, merged = ({s: counts.get(s, (n, 0, 0))[i] for s, n in before.items()} for i in range(3))
-        attention = site.attention
-        plan = site.plan or SitePlan(attention.site, attention.module, {}, {}, {}, {}, call=attention.call)
+        plan = site.plan or SitePlan(site.address, site.module, {}, {}, {}, {}, call=site.call)
         site.plan = dataclasses.replace(
             plan,
             before={**plan.before, **before},
@@ -198,20 +209,20 @@ class InsertReducer:
         tokens: fx.Node | None,
         signals: dict[Signal, fx.Node | None],
     ) -> fx.Node:
-        name = f"reducer.{self.site.attention.name}.{stream}"
+        name = f"reducer.{self.site.name}.{stream}"
         return rewriter.call_module(name, reducer, tokens, *signals.values())
 
     def _step(
         self, place: Place, stream: str, reducer: Reducer, result: fx.Node, signals: dict[Signal, fx.Node | None]
     ) -> int:
-        """Enter a reducer into the history; gives the epoch it makes."""
+        """Enter a reducer into the table of epochs; gives the epoch it makes."""
         rewriter = place.rewriter
         map_, assigned = (rewriter.field(result, Reduction, name) for name in ("map", "assigned"))
         merged, in_order = reducer.merge > 0, reducer.keeps_order and not reducer.merge
-        step = Step(
-            place.epoch(stream), map_, assigned, reducer.tokens_after, merged, reducer.first_stays, in_order=in_order
-        )
-        epoch = rewriter.history.add_step(stream, step)
+        stands = rewriter.field(result, Reduction, "place") if reducer.tells_place else None
+        parent, after = place.epoch(stream), reducer.tokens_after
+        step = Step(parent, map_, assigned, after, merged, reducer.first_stays, in_order, stands)
+        epoch = rewriter.epochs.add_step(stream, step)
         # Means of ones are ones, and need not be carried.
         if signals.get(Signal.WEIGHTS) is not None or reducer.carried == "sum":
             self.carried.keep(stream, epoch, rewriter.field(result, Reduction, "weights"))
@@ -225,10 +236,16 @@ def _drop_separators(mark: Mark, rewriter: Rewriter) -> fx.Node:
     image = separated.args[0]
     assert isinstance(image, fx.Node)
     inner, outer = (_only_stream(rewriter, node) for node in (mark.node, separated))
-    (step,) = rewriter.history.steps[inner]
-    map_ = rewriter.call_module(f"reducer.separators.{outer}", WithSeparators(mark.origin), step.map)
-    epoch = rewriter.history.add_step(outer, Step(0, map_, map_, step.after, False, False, step.in_order))
-    rewriter.history.bump(Dim(separated, 1), {outer: epoch})
+    (step,) = rewriter.epochs.steps[inner]
+    separators = WithSeparators(mark.origin)
+    map_ = rewriter.call_module(f"reducer.separators.{outer}", separators, step.map)
+    assigned, stands = map_, None
+    if step.place is not None:
+        assigned = rewriter.call_module(f"reducer.separators.{outer}.assigned", separators, step.assigned)
+        stands = rewriter.call_module(f"reducer.separators.{outer}.place", separators, step.place)
+    dropped = Step(0, map_, assigned, step.after, step.merged, False, step.in_order, stands)
+    epoch = rewriter.epochs.add_step(outer, dropped)
+    rewriter.epochs.bump(Dim(separated, 1), {outer: epoch})
     return rewriter.env[image]
 
 

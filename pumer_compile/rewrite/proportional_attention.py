@@ -25,7 +25,7 @@ class _ProportionalAttention:
 
     def __call__(self, rewriter: Rewriter, carried: CarriedWeights) -> fx.Node | None:
         attention = self.attention
-        epochs = rewriter.history.at(attention.key_dim)
+        epochs = rewriter.epochs.at(attention.key_dim)
         sizes = [carried.known(s.stream or "", epochs.get(s.stream or "", 0)) for s in attention.key_axis.segments]
         if not any(epochs.values()):
             return None
@@ -35,7 +35,7 @@ class _ProportionalAttention:
             )
         like = rewriter.env[attention.query]
         present = [
-            carried.ones(rewriter, rewriter.history.length(s, epochs), like) if size is None else size
+            carried.ones(rewriter, rewriter.epochs.length(s, epochs), like) if size is None else size
             for s, size in zip(attention.key_axis.segments, sizes, strict=True)
         ]
         softmax = attention.probabilities or attention.context

@@ -36,7 +36,7 @@ class _PublishedSoftmax:
         attention = self.attention
         self._check()
         dim = attention.key_dim
-        epochs = rewriter.history.at(dim)
+        epochs = rewriter.epochs.at(dim)
         weights = {
             s.stream: self._weights(rewriter, carried, s.stream, epochs.get(s.stream, 0))
             for s in attention.key_axis.segments
@@ -48,12 +48,12 @@ class _PublishedSoftmax:
             like = rewriter.env[attention.query]
             for segment in attention.key_axis.segments:
                 known = weights.get(segment.stream or "")
-                present.append(known or carried.ones(rewriter, rewriter.history.length(segment, epochs), like))
+                present.append(known or carried.ones(rewriter, rewriter.epochs.length(segment, epochs), like))
         module = PublishedMaskedSoftmax()
         name = f"published_softmax.{attention.name}"
         if not attention.fused:
             assert attention.scores is not None and attention.probabilities is not None
-            rewriter.history.adopt_epochs(attention.probabilities, attention.scores)
+            rewriter.epochs.adopt_epochs(attention.probabilities, attention.scores)
             scores = rewriter.env[attention.scores]
         else:
             scores = scaled_scores(rewriter, attention)
@@ -68,15 +68,15 @@ class _PublishedSoftmax:
             return probabilities
         value = attention.context.args[2]
         assert isinstance(value, fx.Node)
-        rewriter.history.adopt_epochs(attention.context, attention.query)
+        rewriter.epochs.adopt_epochs(attention.context, attention.query)
         return rewriter.call(aten.matmul.default, probabilities, for_each_query_head(rewriter, attention, value))
 
     def _aligned(self, rewriter: Rewriter, bias: fx.Node) -> fx.Node:
         """A bias at the epochs of queries and keys."""
         attention, rank, targets = self.attention, len(shape(bias)), dict[int, Epochs]()
         for index, dim in ((rank - 2, attention.query_dim), (rank - 1, attention.key_dim)):
-            epochs = rewriter.history.at(dim)
-            if index >= 0 and rewriter.history.behind(Dim(bias, index), epochs):
+            epochs = rewriter.epochs.at(dim)
+            if index >= 0 and rewriter.epochs.behind(Dim(bias, index), epochs):
                 targets[index] = epochs
         return rewriter.aligner.value(rewriter, attention.context, bias, targets)
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,7 +36,7 @@ from ..analysis.axes import (
 )
 from ..analysis.dead_code import drop_dead
 from ..analysis.nodes import ancestors, attribute, content_inputs, depends_on_parameter, describe, module_path, values
-from ..analysis.operators import aten, overloads
+from ..analysis.operators import aten, is_mutable, overloads
 from ..analysis.outputs import set_output_names
 from ..analysis.rules import shape
 from ..errors import AxisError, SiteError
@@ -54,7 +55,7 @@ class Rewriter:
         masks: its attention masks and the values they are shaped from, which align by their kind.
         sums: values that hold masks and biases in one; they are computed anew from aligned ones.
         env: newest new node of each captured node.
-        history: the reducers so far, and which of them each value has seen.
+        epochs: the reducers so far, and which of them each value has seen.
         aligner: brings values from before a reducer to the tokens after it.
         used: new node that a captured node read for an input (aligned where needed).
         layers: paths of the modules in whose uses a promised value is reduced (`reduce_later_uses`).
@@ -69,7 +70,7 @@ class Rewriter:
     masks: dict[fx.Node, MaskKind]
     sums: frozenset[fx.Node] = frozenset()
     env: dict[fx.Node, fx.Node] = field(default_factory=dict)
-    history: EpochTable = field(init=False)
+    epochs: EpochTable = field(init=False)
     aligner: Aligner = field(default_factory=Aligner)
     used: dict[tuple[fx.Node, fx.Node], fx.Node] = field(default_factory=dict)
     layers: frozenset[str] = frozenset()
@@ -83,9 +84,12 @@ class Rewriter:
     _pending: dict[fx.Node, dict[int, Epochs]] = field(default_factory=dict)
     _features: set[fx.Node] = field(default_factory=set)
     _origin: fx.Node | None = None
+    _after: dict[fx.Node, Callable[[Rewriter], fx.Node | None]] = field(default_factory=dict)
+    _instead: dict[fx.Node, Callable[[Rewriter], fx.Node | None]] = field(default_factory=dict)
+    _early: set[fx.Node] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        self.history = EpochTable(self.annotation)
+        self.epochs = EpochTable(self.annotation)
 
     def run(
         self,
@@ -94,20 +98,82 @@ class Rewriter:
     ) -> fx.GraphModule:
         """Copy the graph, with something else `instead` of some nodes (None: the node itself after all), and with what
         follows `after` some (None: nothing), which is read in their place from there on."""
+        self._after, self._instead = after, instead
         for node in self.source.graph.nodes:
-            self._origin = node
-            new = instead[node](self) if node in instead else None
-            if new is not None:
-                self.env[node] = new
-            else:
-                self.visit(node)
-            if _is_feature(node, self._features):
-                self._features.add(node)
-            follows = after[node](self) if node in after else None
-            if follows is not None:
-                self.env[node] = follows
+            if node not in self._early:
+                self._enter(node)
         self._check_totals()
         return self._finish()
+
+    def _enter(self, node: fx.Node) -> None:
+        """Copy one node, or what stands in its place, and what follows it."""
+        self._origin = node
+        new = self._instead[node](self) if node in self._instead else None
+        if new is not None:
+            self.env[node] = new
+        else:
+            self.visit(node)
+        if _is_feature(node, self._features):
+            self._features.add(node)
+        follows = self._after[node](self) if node in self._after else None
+        if follows is not None:
+            self.env[node] = follows
+
+    @contextmanager
+    def ahead(self, wanted: fx.Node, since: fx.Node, value: fx.Node) -> Iterator[None]:
+        """Within the block, a value that comes later is there already, computed from what is known now; behind it, the
+        rewriter goes on as if it had not been, and computes it again when it comes to it.
+
+        Args:
+            wanted: captured, that comes later.
+            since: the captured value from which on everything is computed ahead.
+            value: the captured one whose newest value takes its place, with its tokens (`since` itself, say).
+
+        Raises:
+            SiteError: something on the way changes a value in place, which would be done twice.
+        """
+        origin, later = self._origin, self._on_the_way(wanted, since)
+        found = {since} if since is not value else set()
+        for index in range(len(shape(value)) if found else 0):
+            self.epochs.record(Dim(since, index), self.epochs.at(Dim(value, index)))
+        self.env[since] = self.env[value]
+        try:
+            for node in later:
+                if since not in node.all_input_nodes and found.isdisjoint(node.all_input_nodes):
+                    self._enter(node)  # what does not depend on it is only early
+                    self._early.add(node)
+                    continue
+                if is_mutable(node.target):
+                    raise SiteError(
+                        f"{describe(node)} changes its input in place, and would be computed twice: once ahead, for a "
+                        "reducer to read, and once behind it. Use another operator there in the model, or another "
+                        "method."
+                    )
+                found.add(node)
+                self._origin = node
+                self.visit(node)
+            yield
+        finally:
+            self._origin = origin
+            self._forget(found)
+
+    def _on_the_way(self, wanted: fx.Node, since: fx.Node) -> list[fx.Node]:
+        """What a value is computed from and is not there yet, itself among it, in order; none before `since`."""
+        found: set[fx.Node] = set()
+        pending = [wanted]
+        while pending:
+            node = pending.pop()
+            if node is not since and node not in self.env and node not in found:
+                found.add(node)
+                pending.extend(node.all_input_nodes)
+        return sorted(found)
+
+    def _forget(self, nodes: set[fx.Node]) -> None:
+        for node in nodes:
+            self.env.pop(node, None)
+        self._totals = {n: epochs for n, epochs in self._totals.items() if n not in nodes}
+        self.used = {pair: new for pair, new in self.used.items() if pair[0] not in nodes}
+        self.epochs.newest = {dim: epochs for dim, epochs in self.epochs.newest.items() if dim.node not in nodes}
 
     # --- emitting -------------------------------------------------------------------------------------------
 
@@ -144,27 +210,26 @@ class Rewriter:
 
     def recomputed(self, captured: fx.Node, inputs: dict[fx.Node, fx.Node], targets: dict[int, Epochs]) -> fx.Node:
         """A captured node once more, of other inputs, with some of its dimensions at given epochs."""
-        before = {Dim(captured, index): self.history.at(Dim(captured, index)) for index in targets}
+        before = {Dim(captured, index): self.epochs.at(Dim(captured, index)) for index in targets}
         for dim, epochs in zip(before, targets.values(), strict=True):
-            self.history.record(dim, epochs)
+            self.epochs.record(dim, epochs)
         new = self._mark(self.graph.node_copy(captured, lambda n: inputs.get(n, self.env[n])))
         for constraint in self.annotation.constraints.get(captured, []):
             self._literals(captured, new, constraint)
         for dim, epochs in before.items():
-            self.history.epochs.pop(dim, None)
-            self.history.record(dim, epochs)
+            self.epochs.restore(dim, epochs)
         return new
 
     def pieces(self, captured: fx.Node, dim: int, value: fx.Node) -> list[tuple[str, fx.Node]]:
         """The segments of a value with a captured one's dimension, in order, each with its stream (`learned.<i>` for
         tokens of no stream)."""
-        axis, epochs = self.annotation.axis(Dim(captured, dim)), self.history.at(Dim(captured, dim))
+        axis, epochs = self.annotation.axis(Dim(captured, dim)), self.epochs.at(Dim(captured, dim))
         assert isinstance(axis, Tokens)
         if len(axis.segments) == 1:
             return [(axis.segments[0].stream or "learned.0", value)]
         result, start = [], 0
         for index, segment in enumerate(axis.segments):
-            stop = start + self.history.length(segment, epochs)
+            stop = start + self.epochs.length(segment, epochs)
             part = self.call(aten.slice.Tensor, value, dim, start, stop)
             result.append((segment.stream or f"learned.{index}", part))
             start = stop
@@ -181,8 +246,8 @@ class Rewriter:
                 continue
             for index in range(len(shape(node))):
                 dim = Dim(node, index)
-                have = self._pending.get(node, {}).get(index) or self.history.at(dim)
-                if stream in self.history.streams(dim) and have.get(stream, 0) == old:
+                have = self._pending.get(node, {}).get(index) or self.epochs.at(dim)
+                if stream in self.epochs.streams(dim) and have.get(stream, 0) == old:
                     self._pending.setdefault(node, {})[index] = {**have, stream: new}
 
     # --- the rewriter -------------------------------------------------------------------------------------------
@@ -193,18 +258,17 @@ class Rewriter:
         if not promised or not self._in_layers(node):
             self._visit(node)
             return
-        at = self.history.at
+        at = self.epochs.at
         before = {n: (self.env[n], {Dim(n, i): at(Dim(n, i)) for i in self._pending[n]}) for n in promised}
         for source in promised:
             self.env[source] = self.aligner.value(self, node, source, self._pending[source])
             for index, epochs in self._pending[source].items():
-                self.history.record(Dim(source, index), epochs)
+                self.epochs.record(Dim(source, index), epochs)
         self._visit(node)
         for source, (value, epochs_of) in before.items():
             self.env[source] = value
             for dim, epochs in epochs_of.items():
-                self.history.epochs.pop(dim, None)
-                self.history.record(dim, epochs)
+                self.epochs.restore(dim, epochs)
 
     def _in_layers(self, node: fx.Node) -> bool:
         return any(inside(module_path(node), layer) for layer in self.layers)
@@ -226,7 +290,7 @@ class Rewriter:
     def _reduced(self, captured: fx.Node) -> bool:
         """Whether any axis of a captured value is past a reducer."""
         outputs = enumerate(values(captured))
-        return any(Dim(captured, i, o) in self.history.epochs for o, value in outputs for i in range(value.dim()))
+        return any(self.epochs.at(Dim(captured, i, o)) for o, value in outputs for i in range(value.dim()))
 
     def _spread(self, node: fx.Node, same: list[Same]) -> dict[fx.Node, fx.Node]:
         """Bring the inputs to common epochs, pass these on to the outputs, and return the inputs to use."""
@@ -234,12 +298,12 @@ class Rewriter:
         for dims in _classes(same):
             target: Epochs = {}
             for dim in dims:
-                for stream, epoch in self.history.at(dim).items():
-                    target[stream] = self.history.newer(node, stream, epoch, target.get(stream, 0))
+                for stream, epoch in self.epochs.at(dim).items():
+                    target[stream] = self.epochs.newer(node, stream, epoch, target.get(stream, 0))
             for dim in dims:
                 if dim.node is node:
-                    self.history.record(dim, target)
-                elif self.history.behind(dim, target):
+                    self.epochs.record(dim, target)
+                elif self.epochs.behind(dim, target):
                     self._check_alignable(node, dim, same)
                     self._check_not_mutated(node, dim)
                     wanted.setdefault(dim.node, {})[dim.index] = target
@@ -271,20 +335,20 @@ class Rewriter:
             case Reshape(sources, results):
                 self._reshape(node, sources, results)
             case Repeat(source, result):
-                self.history.record(result, self.history.at(source))
+                self.epochs.record(result, self.epochs.at(source))
             case Causal(source, result):
                 self._check_in_order(node, source)
-                self.history.record(result, self.history.at(source))
+                self.epochs.record(result, self.epochs.at(source))
             case Slice(source, result, start, stop):
-                if self.history.at(source) and not self._first_token(source, start, stop):
-                    for stream, epoch in self.history.at(source).items():
+                if self.epochs.at(source) and not self._first_token(source, start, stop):
+                    for stream, epoch in self.epochs.at(source).items():
                         if epoch:
                             self._check_whole(node, result, stream)
-                    streams = self.history.streams(result)
-                    self.history.record(result, {s: e for s, e in self.history.at(source).items() if s in streams})
+                    streams = self.epochs.streams(result)
+                    self.epochs.record(result, {s: e for s, e in self.epochs.at(source).items() if s in streams})
             case Summed(source):
-                self._totals[node] = dict(self.history.at(source))
-            case ByPosition(source) if self.history.at(source):
+                self._totals[node] = dict(self.epochs.at(source))
+            case ByPosition(source) if self.epochs.at(source):
                 raise SiteError(
                     f"{describe(node)} works position by position along the token axis "
                     f"{self.annotation.axis(source)} of {source.node.name}, which a reducer has changed. "
@@ -295,8 +359,8 @@ class Rewriter:
 
     def _check_in_order(self, node: fx.Node, source: Dim) -> None:
         """What looks back takes fewer tokens as they come, if they are some of the old ones, in their order."""
-        for stream, epoch in self.history.at(source).items():
-            if not all(step.in_order for step in self.history.lineage(stream, epoch)):
+        for stream, epoch in self.epochs.at(source).items():
+            if not all(step.in_order for step in self.epochs.lineage(stream, epoch)):
                 raise SiteError(
                     f"{describe(node)} mixes each token with those before it, and a reducer has merged the {stream} "
                     "tokens, or brought them into another order. Use a method that keeps some of them in their order, "
@@ -321,22 +385,22 @@ class Rewriter:
     def _concat(self, node: fx.Node, result: Dim, parts: tuple[Dim, ...]) -> None:
         joined: Epochs = {}
         for part in parts:
-            for stream in self.history.streams(part):
-                epoch = self.history.at(part).get(stream, 0)
+            for stream in self.epochs.streams(part):
+                epoch = self.epochs.at(part).get(stream, 0)
                 if joined.setdefault(stream, epoch) != epoch:
                     raise AxisError(
                         f"{describe(node)} joins parts of the {stream} tokens from before and after a "
                         "reducer; nothing aligns a part of a stream."
                     )
-        self.history.record(result, joined)
+        self.epochs.record(result, joined)
 
     def _reshape(self, node: fx.Node, sources: tuple[Dim, ...], results: tuple[Dim, ...]) -> None:
         epochs: Epochs = {}
         for source in sources:
-            for stream, epoch in self.history.at(source).items():
-                epochs[stream] = self.history.newer(node, stream, epoch, epochs.get(stream, 0))
+            for stream, epoch in self.epochs.at(source).items():
+                epochs[stream] = self.epochs.newer(node, stream, epoch, epochs.get(stream, 0))
         for stream, epoch in ((s, e) for s, e in epochs.items() if e):
-            holders = [r for r in results if stream in self.history.streams(r)]
+            holders = [r for r in results if stream in self.epochs.streams(r)]
             if len(holders) != 1:
                 raise SiteError(
                     f"{describe(node)} reshapes the {stream} tokens, which a reducer has changed, into "
@@ -344,7 +408,7 @@ class Rewriter:
                     "behind it."
                 )
             self._check_whole(node, holders[0], stream)
-            self.history.record(holders[0], {**self.history.at(holders[0]), stream: epoch})
+            self.epochs.record(holders[0], {**self.epochs.at(holders[0]), stream: epoch})
 
     def _check_whole(self, node: fx.Node, dim: Dim, stream: str) -> None:
         kind = self.annotation.axis(dim)
@@ -360,8 +424,8 @@ class Rewriter:
 
     def _literals(self, node: fx.Node, new: fx.Node, constraint: Constraint) -> None:
         match constraint:
-            case Literal(result, arg, item) if self.history.at(result):
-                size = self.history.size(self.annotation.axis(result), self.history.at(result))
+            case Literal(result, arg, item) if self.epochs.at(result):
+                size = self.epochs.size(self.annotation.axis(result), self.epochs.at(result))
                 if item is None:
                     self._set_arg(new, arg, size)
                     return
@@ -369,12 +433,12 @@ class Rewriter:
                 # A size with a symbolic factor is left to inference.
                 sizes[item] = size if isinstance(size, int) else -1
                 self._set_arg(new, arg, sizes)
-            case Slice(source, _, start, stop, start_arg, stop_arg) if self.history.at(source):
+            case Slice(source, _, start, stop, start_arg, stop_arg) if self.epochs.at(source):
                 first = self._first_token(source, start, stop)
                 moved = self._moved(node, source, start, first_token=first)
                 self._set_arg(new, start_arg, moved)
                 self._set_arg(new, stop_arg, moved + 1 if first else self._moved(node, source, stop))
-            case Select(source, index, arg) if self.history.at(source):
+            case Select(source, index, arg) if self.epochs.at(source):
                 self._set_arg(new, arg, self._moved(node, source, index, first_token=True))
             case _:
                 pass
@@ -390,11 +454,11 @@ class Rewriter:
 
     def _moved(self, node: fx.Node, source: Dim, position: int, first_token: bool = False) -> int:
         """Where a captured position is now: a border between segments, or the first token of one."""
-        kind, epochs = self.annotation.axis(source), self.history.at(source)
+        kind, epochs = self.annotation.axis(source), self.epochs.at(source)
         assert isinstance(kind, Tokens)
         before = now = 0
         for segment in kind.segments:
-            reduced = self.history.lineage(segment.stream or "", epochs.get(segment.stream or "", 0))
+            reduced = self.epochs.lineage(segment.stream or "", epochs.get(segment.stream or "", 0))
             inside = before < position < before + segment.length
             border = position == before and not first_token
             kept = position == before and all(step.first_stays for step in reduced)
@@ -402,7 +466,7 @@ class Rewriter:
                 return now + position - before
             if inside or position == before:
                 break
-            before, now = before + segment.length, now + self.history.length(segment, epochs)
+            before, now = before + segment.length, now + self.epochs.length(segment, epochs)
         if position == kind.size and not first_token:
             return now
         raise SiteError(
@@ -417,7 +481,7 @@ class Rewriter:
         kind, position = self.annotation.axis(source), 0
         assert isinstance(kind, Tokens)
         for segment in kind.segments:
-            if position == start and segment.stream and self.history.at(source).get(segment.stream, 0):
+            if position == start and segment.stream and self.epochs.at(source).get(segment.stream, 0):
                 return stop == start + 1 < start + segment.length
             position += segment.length
         return False

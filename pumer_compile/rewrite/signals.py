@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
+import torch
 from torch import fx
 
 from ..analysis.attention import NOT_KNOWN, Attention, Parts, tower_attention
-from ..analysis.nodes import ancestors, describe
+from ..analysis.axes import Dim, Size, Tokens
+from ..analysis.nodes import ancestors, describe, values
 from ..analysis.operators import aten
 from ..analysis.prompts import Mark, Votes
 from ..analysis.rules import shape
 from ..errors import LocateError
-from ..reducers import MemberVotes, Signal, TokenWeights
+from ..reducers import MeanOfWords, MemberVotes, Signal, TokenWeights
 from .attention_rows import attention_rows
 from .carried_weights import CarriedWeights
 from .epochs import Epochs
@@ -26,7 +29,7 @@ class Place:
     """Where signals are read.
 
     Attributes:
-        rewriter: which has passed the site's attention.
+        rewriter: which has passed what the site stands after.
         graph: captured.
         site: that is being reduced.
         epochs: of its streams.
@@ -45,7 +48,13 @@ class Place:
 
     @property
     def attention(self) -> Attention:
-        """Of the site."""
+        """Of the site.
+
+        Raises:
+            LocateError: it has none.
+        """
+        if self.site.attention is None:
+            raise LocateError(f"Site {self.site.described} has no attention that could be read.")
         return self.site.attention
 
     def epoch(self, stream: str) -> int:
@@ -71,12 +80,51 @@ def read_signal(signal: Signal, place: Place, stream: str) -> fx.Node | None:
 
 
 def _keys(place: Place, stream: str) -> fx.Node:
-    """This site's keys of a stream, or the nearest self-attention's."""
+    """This site's keys of a stream, or the nearest self-attention's; of one that comes later, computed ahead."""
+    with _passed(place):
+        return _known_keys(place, stream)
+
+
+def _passed(place: Place) -> AbstractContextManager[None]:
+    """The keys of the site's attention are there."""
+    key, after = place.attention.key_dim.node, place.site.after
+    if key in place.rewriter.env or after is None:
+        return nullcontext()
+    return place.rewriter.ahead(key, after, after)
+
+
+def _text_keys(place: Place, stream: str) -> fx.Node:
     site, rewriter = place.attention, place.rewriter
-    at = rewriter.history.at(site.key_dim)
+    with _passed(place):
+        spans = _behind(place, site.key_axis, stream)
+        if site.key is not None:
+            return _joined(rewriter, rewriter.env[site.key], 2, spans)
+        assert site.key_transposed is not None
+        return rewriter.call(aten.transpose.int, _joined(rewriter, rewriter.env[site.key_transposed], 3, spans), 2, 3)
+
+
+def _behind(place: Place, axis: Tokens, stream: str) -> list[tuple[int, int]]:
+    """Where the text behind an image stands."""
+    length, found, stop = place.rewriter.epochs.length, list[tuple[int, int]](), 0
+    wanted = [id(segment) for segment in place.graph.behind(axis, stream)]
+    for segment in axis.segments:
+        start, stop = stop, stop + length(segment, place.epochs)
+        if id(segment) in wanted:
+            found.append((start, stop))
+    return found
+
+
+def _joined(rewriter: Rewriter, value: fx.Node, dim: int, spans: list[tuple[int, int]]) -> fx.Node:
+    parts = [rewriter.call(aten.slice.Tensor, value, dim, *span) for span in spans]
+    return rewriter.call(aten.cat.default, parts, dim) if len(parts) > 1 else parts[0]
+
+
+def _known_keys(place: Place, stream: str) -> fx.Node:
+    site, rewriter = place.attention, place.rewriter
+    at = rewriter.epochs.at(site.key_dim)
     if stream not in site.key_axis.streams or at.get(stream, 0) != place.epoch(stream):
         site = _nearest_self_attention(place, stream)
-    span = rewriter.history.span(site.key_axis, stream, rewriter.history.at(site.key_dim))
+    span = rewriter.epochs.span(site.key_axis, stream, rewriter.epochs.at(site.key_dim))
     if site.key is not None:
         return rewriter.call(aten.slice.Tensor, rewriter.env[site.key], 2, *span)
     assert site.key_transposed is not None
@@ -90,13 +138,36 @@ def _nearest_self_attention(place: Place, stream: str) -> Attention:
     for attention in reversed(place.graph.attentions[:position]):
         reads = stream in attention.query_axis.streams and stream in attention.key_axis.streams
         if reads and attention.context in before:
-            if place.rewriter.history.at(attention.key_dim).get(stream, 0) == place.epoch(stream):
+            if place.rewriter.epochs.at(attention.key_dim).get(stream, 0) == place.epoch(stream):
                 return attention
             break
     raise LocateError(
         f"Site {place.attention.described} merges {stream} tokens, but there is no self-attention over the "
         f"{stream} before it whose keys tell which are similar. Set `merge: {{{stream}: 0}}` there."
     )
+
+
+def _normed(place: Place, stream: str) -> fx.Node:
+    value, axis = _all_normed(place)
+    return place.rewriter.call(aten.slice.Tensor, value, 1, *place.rewriter.epochs.span(axis, stream, place.epochs))
+
+
+def _text_normed(place: Place, stream: str) -> fx.Node:
+    value, axis = _all_normed(place)
+    return _joined(place.rewriter, value, 1, _behind(place, axis, stream))
+
+
+def _all_normed(place: Place) -> tuple[fx.Node, Tokens]:
+    """What the model's last norm makes of the values that are reduced, and their axis."""
+    after = place.site.after
+    assert after is not None
+    axis = place.graph.annotation.axis(Dim(after, 1))
+    assert isinstance(axis, Tokens)
+    if "normed" not in place.read:
+        leaving, norm = place.graph.last_norm(after)
+        with place.rewriter.ahead(norm, leaving, after):
+            place.read["normed"] = place.rewriter.env[norm]
+    return place.read["normed"], axis
 
 
 def _weights(place: Place, stream: str) -> fx.Node | None:
@@ -115,21 +186,31 @@ def _text_weights(place: Place, stream: str) -> fx.Node | None:
 
 
 def _text_to_image(place: Place, stream: str) -> fx.Node:
-    site, rewriter = place.attention, place.rewriter
-    rows = rewriter.history.span(site.query_axis, place.text(), place.epochs)
-    keys = rewriter.history.span(site.key_axis, stream, place.epochs)
-    found = attention_rows(rewriter, site, rows, f"reducer.{site.name}.attention.{stream}")
+    attention, rewriter = place.attention, place.rewriter
+    rows = rewriter.epochs.span(attention.query_axis, place.text(), place.epochs)
+    keys = rewriter.epochs.span(attention.key_axis, stream, place.epochs)
+    found = attention_rows(rewriter, attention, rows, f"reducer.{attention.name}.attention.{stream}")
     return rewriter.call(aten.slice.Tensor, found, 3, *keys)
 
 
 def _last_query(place: Place, stream: str) -> fx.Node:
-    site, rewriter = place.attention, place.rewriter
+    attention, rewriter = place.attention, place.rewriter
     if "last_query" not in place.read:
-        last = int(rewriter.history.size(site.query_axis, place.epochs))
-        name = f"reducer.{site.name}.attention"
-        place.read["last_query"] = attention_rows(rewriter, site, (last - 1, last), name)
-    span = rewriter.history.span(site.key_axis, stream, place.epochs)
+        last = int(rewriter.epochs.size(attention.query_axis, place.epochs))
+        name = f"reducer.{attention.name}.attention"
+        place.read["last_query"] = attention_rows(rewriter, attention, (last - 1, last), name)
+    span = rewriter.epochs.span(attention.key_axis, stream, place.epochs)
     return rewriter.call(aten.slice.Tensor, place.read["last_query"], 3, *span)
+
+
+def _next_query(place: Place, stream: str) -> fx.Node:
+    """Of the site's attention, which comes later: it is computed ahead, from the tokens as they are."""
+    site, after = place.attention, place.site.after
+    assert after is not None
+    if "last_query" in place.read:
+        return _last_query(place, stream)
+    with place.rewriter.ahead(site.context, after, after):
+        return _last_query(place, stream)
 
 
 def _class_token(place: Place, stream: str) -> fx.Node:
@@ -141,13 +222,18 @@ def _class_token(place: Place, stream: str) -> fx.Node:
     if "class_token" not in place.read:
         place.read["class_token"] = rewriter.call(aten.mean.dim, _tower_rows(place, mark), [1, 2])
     found = place.read["class_token"]
+    return _in_order(place, mark, found)
+
+
+def _in_order(place: Place, mark: Mark, found: fx.Node, *width: Size) -> fx.Node:
+    """What a tower has for its tokens, `[rows, tokens, *width]`, as the prompt has them, `[batch, tokens, *width]`."""
     if mark.order is None:
         return found
-    batch = shape(mark.node)[0]
-    own = rewriter.call(aten.reshape.default, found, [batch, -1])
+    call = place.rewriter.call
+    own = call(aten.reshape.default, found, [shape(mark.node)[0], -1, *width])
     # The captured graph brings the features into this order.
     order = next(n for n in mark.node.all_input_nodes[0].all_input_nodes if n.op == "get_attr")
-    return rewriter.call(aten.index_select.default, own, 1, rewriter.env[order])
+    return call(aten.index_select.default, own, 1, place.rewriter.env[order])
 
 
 def _votes_of_members(place: Place, votes: Votes, stream: str) -> fx.Node:
@@ -228,6 +314,95 @@ def _offset(features: fx.Node, attention: Attention) -> int:
     return start
 
 
+# --- of a tower -------------------------------------------------------------------------------------------------------
+
+
+def _tower_keys(place: Place, stream: str) -> fx.Node:
+    mark, call = place.mark, place.rewriter.call
+    if mark is None:
+        raise LocateError(f"Site {place.attention.described} is not where image tokens leave a vision tower.")
+    if mark.votes is None:
+        if "tower_keys" not in place.read:
+            start, tokens = _offset(mark.features, place.attention), int(shape(mark.features)[1])
+            keys = _keys_of_heads(place, place.attention)
+            place.read["tower_keys"] = call(aten.slice.Tensor, keys, 1, start, start + tokens)
+        width = shape(place.attention.query)[3]
+        return _in_order(place, mark, place.read["tower_keys"], width)
+    if "member_keys" not in place.read:
+        found = []
+        for number, (parts, first) in enumerate(zip(mark.votes.deciding, mark.votes.own, strict=True)):
+            keys = _keys_of_heads(place, tower_attention(parts, number))
+            own = call(aten.slice.Tensor, keys, 1, first, first + int(shape(parts.query)[-2]))
+            found.append(call(aten.reshape.default, own, [-1, shape(parts.query)[3]]))
+        place.read["member_keys"] = call(aten.cat.default, found, 0) if len(found) > 1 else found[0]
+    name = f"reducer.{place.attention.name}.keys.{stream}"
+    return place.rewriter.call_module(name, MemberVotes(mark.votes.members), place.read["member_keys"])
+
+
+def _keys_of_heads(place: Place, attention: Attention) -> fx.Node:
+    """The mean over heads of the keys of an attention, `[rows, tokens, head_size]`, float32."""
+    key, call = attention.key or attention.key_transposed, place.rewriter.call
+    assert key is not None
+    if len(shape(key)) != 4:
+        raise LocateError(
+            f"The attention {attention.described} of the vision tower has keys of shape {list(shape(key))}, and "
+            "[images, heads, tokens, head size] is expected: tokens are merged by the mean of their keys over heads."
+        )
+    given = place.rewriter.env[key]
+    if values(key)[0].dtype != torch.float32:
+        given = call(aten.to.dtype, given, torch.float32)
+    mean = call(aten.mean.dim, given, [1])
+    return mean if attention.key is not None else call(aten.transpose.int, mean, 1, 2)
+
+
+def has_class_token(graph: LocatedGraph, attention: Attention, mark: Mark) -> bool:
+    """Whether a mark is where tokens leave a tower whose class token leaves it beside them."""
+    learned = max((graph.annotation.learned[s] for s in attention.query_axis.streams), default=0)
+    return mark.votes is None and learned > 0 and _offset(mark.features, attention) > 0
+
+
+def _class_feature(place: Place, stream: str) -> fx.Node:
+    mark, call = place.mark, place.rewriter.call
+    assert mark is not None  # only of streams with a class token
+    node, tokens = mark.features, int(shape(mark.features)[1])
+    while shape(node)[1] != place.attention.query_axis.size:
+        (node,) = node.all_input_nodes
+    first = call(aten.slice.Tensor, place.rewriter.env[node], 1, 0, 1)
+    if mark.order is None:
+        return first
+    own = call(aten.reshape.default, first, [shape(mark.node)[0], -1, shape(mark.node)[2]])
+    rows = [mark.order[crop[0]] // tokens for crop in mark.crops]
+    parts = [call(aten.slice.Tensor, own, 1, row, row + 1) for row in rows]
+    return call(aten.cat.default, parts, 1) if len(parts) > 1 else parts[0]
+
+
+# --- of the text ------------------------------------------------------------------------------------------------------
+
+
+def _text_embedding(place: Place, stream: str) -> fx.Node:
+    words, rewriter = None if place.mark is None else place.mark.words, place.rewriter
+    if words is None or not words.places:
+        what = "has no text beside the image" if words is not None else "comes from no single table of words"
+        raise LocateError(
+            f"The method asks how relevant an image token is to the text, and the prompt {what}. "
+            "`method: divprune` reads no text."
+        )
+    if "text_embedding" not in place.read:
+        batch, length = (Dim(words.node, i) for i in (0, 1))
+        same = place.graph.annotation.same
+        # Whatever says of every token of the prompt whether it is padding.
+        masks = [
+            node
+            for node in words.node.graph.find_nodes(op="placeholder")
+            if str(node.target).endswith("mask") and len(shape(node)) == 2
+            if same(Dim(node, 0), batch) and same(Dim(node, 1), length)
+        ]
+        given = [rewriter.env[words.node], *(rewriter.env[mask] for mask in masks[:1])]
+        name = f"reducer.{place.site.name}.text"
+        place.read["text_embedding"] = rewriter.call_module(name, MeanOfWords(words.places), *given)
+    return place.read["text_embedding"]
+
+
 _SIGNALS: dict[Signal, Callable[[Place, str], fx.Node | None]] = {
     Signal.KEYS: _keys,
     Signal.WEIGHTS: _weights,
@@ -235,4 +410,11 @@ _SIGNALS: dict[Signal, Callable[[Place, str], fx.Node | None]] = {
     Signal.TEXT_WEIGHTS: _text_weights,
     Signal.LAST_QUERY: _last_query,
     Signal.CLASS_TOKEN: _class_token,
+    Signal.TOWER_KEYS: _tower_keys,
+    Signal.CLASS_FEATURE: _class_feature,
+    Signal.TEXT_EMBEDDING: _text_embedding,
+    Signal.NEXT_QUERY: _next_query,
+    Signal.TEXT_KEYS: _text_keys,
+    Signal.NORMED: _normed,
+    Signal.TEXT_NORMED: _text_normed,
 }

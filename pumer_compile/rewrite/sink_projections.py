@@ -34,16 +34,16 @@ def projections(rewriter: Rewriter, carrier: fx.Node, dim: int, reduced: dict[st
         dim: its token dimension.
         reduced: tokens behind the reducers, by stream.
     """
-    axis, epochs = rewriter.annotation.axis(Dim(carrier, dim)), rewriter.history.at(Dim(carrier, dim))
+    axis, epochs = rewriter.annotation.axis(Dim(carrier, dim)), rewriter.epochs.at(Dim(carrier, dim))
     assert isinstance(axis, Tokens)
-    before = {s.stream: rewriter.history.length(s, epochs) for s in axis.segments}
-    total = sum(rewriter.history.length(s, epochs) for s in axis.segments)
+    before = {s.stream: rewriter.epochs.length(s, epochs) for s in axis.segments}
+    total = sum(rewriter.epochs.length(s, epochs) for s in axis.segments)
     maps = sum(after * before[stream] for stream, after in reduced.items())
     fewer = sum(before[stream] - after for stream, after in reduced.items())
     found, shared = {}, may_be_changed(rewriter.source.graph)
     for addend in _addends(carrier):
         linear = _projection(addend, dim)
-        if linear is None or rewriter.history.at(Dim(node_arg(linear, 0), dim)) != epochs:
+        if linear is None or rewriter.epochs.at(Dim(node_arg(linear, 0), dim)) != epochs:
             continue
         if not shared.isdisjoint(linear.all_input_nodes):
             continue  # they would be read later than they are

@@ -21,7 +21,7 @@ from .rewriter import Rewriter
 def reduced_dims(rewriter: Rewriter, node: fx.Node) -> list[Dim]:
     """The dimensions of a captured value that a reducer has shortened."""
     dims = [Dim(node, index) for index in range(len(shape(node)) if values(node) else 0)]
-    return [dim for dim in dims if any(rewriter.history.at(dim).values())]
+    return [dim for dim in dims if any(rewriter.epochs.at(dim).values())]
 
 
 def check_outputs(rewriter: Rewriter) -> None:
@@ -79,15 +79,15 @@ def _restore(rewriter: Rewriter) -> fx.Node:
 
 def _inverse(rewriter: Rewriter, dim: Dim) -> tuple[tuple[tuple[int, bool], ...], list[fx.Node]]:
     """Lengths of the reduced segments, and for each the old position of every token, `[batch, before, after]`."""
-    epochs = rewriter.history.at(dim)
+    epochs = rewriter.epochs.at(dim)
     kind = rewriter.aligner.whole_streams(
         rewriter, dim, rewriter.source.graph.output_node(), [s for s, epoch in epochs.items() if epoch]
     )
     segments, maps = [], []
     for segment in kind.segments:
         stream = segment.stream or ""
-        steps = rewriter.history.lineage(stream, epochs.get(stream, 0))
-        segments.append((rewriter.history.length(segment, epochs), bool(steps)))
+        steps = rewriter.epochs.lineage(stream, epochs.get(stream, 0))
+        segments.append((rewriter.epochs.length(segment, epochs), bool(steps)))
         if steps:
             assigned = steps[0].assigned
             for step in steps[1:]:

@@ -197,9 +197,9 @@ def _cuts(graph: DynamoGraph, state: State, lowered: fx.GraphModule) -> dict[int
     streams = padded_streams(captured, annotation, graph.padding)
     places = check_padding(graph, lowered)
     rewriter = state.find(Rewriter)
-    history = rewriter.history if rewriter is not None else None
+    table = rewriter.epochs if rewriter is not None else None
     restored = state.method.outputs == "restored"
-    return output_cuts(graph, captured, annotation, history, streams, places, restored=restored)
+    return output_cuts(graph, captured, annotation, table, streams, places, restored=restored)
 
 
 def _lossless(state: State, where: str) -> fx.GraphModule:
@@ -226,7 +226,7 @@ def _find_attentions(state: State) -> None:
 def _check_sites(state: State) -> None:
     """Some site of the schedule must be here; a schedule that is met in part is an error of the passes."""
     sites = state.method.addresses
-    if not {attention.site for attention in state.attentions} & set(sites):
+    if not {attention.address for attention in state.attentions} & set(sites):
         try:
             choose(state.attentions, sites[0])
         except LocateError as error:
@@ -235,7 +235,7 @@ def _check_sites(state: State) -> None:
 
 def _say_counts(state: State, where: str) -> None:
     before = state.annotation.streams
-    counts = {s: [before[s], *(step.after for step in steps)] for s, steps in state.rewriter.history.steps.items()}
+    counts = {s: [before[s], *(step.after for step in steps)] for s, steps in state.rewriter.epochs.steps.items()}
     text = ", ".join(f"{stream} {' -> '.join(map(str, numbers))}" for stream, numbers in counts.items())
     log.info("torch.compile: %s tokens in %s", text, where)
 
@@ -297,7 +297,8 @@ def _with_prompt(
         except _NothingReduced as nothing:
             raise LocateError(f"Nothing is reduced in {where}. {nothing}") from nothing
         _reducing(callback)
-        compiled: Compiled = inner(reduced, [a.value for a in graph.arguments])
+        with graph.compiling():
+            compiled: Compiled = inner(reduced, [a.value for a in graph.arguments])
         return compiled
 
     _warn_before_the_last_compile()
@@ -366,7 +367,7 @@ def default_schedule(layers: Sequence[int]) -> Schedule:
 def _default(state: State) -> Schedule:
     modality = state.annotation.modality
     by_text = (a for a in state.attentions if a.cross_modal and "text" in map(modality.get, a.query_axis.streams))
-    layers = sorted({int(a.site.rpartition(".")[2]) for a in by_text})
+    layers = sorted({int(a.address.rpartition(".")[2]) for a in by_text})
     if not layers:
         raise _NothingReduced("No attention in it goes from text to image, which the default schedule is for.")
     schedule = default_schedule(layers)

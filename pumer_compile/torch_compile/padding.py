@@ -39,9 +39,9 @@ def plan_padding(graph: DynamoGraph, length: int, fill: int) -> Padding | None:
         UsageError: no text, no mask of it, a text that is longer, or one whose length Dynamo has fixed.
     """
     ids, size = _text(graph, length)
-    together = [a for a in graph.inputs if len(a.shape) == 2 and _counts(a) and _same(a.shape[-1], size)]
+    together = [a for a in graph.inputs if len(a.shape) == 2 and _is_discrete(a) and _same(a.shape[-1], size)]
     symbol = open_size(size)  # of one length where these had several before
-    padded = [a for a in graph.inputs if a in together or (_counts(a) and _positions(a, symbol))]
+    padded = [a for a in graph.inputs if a in together or (_is_discrete(a) and _positions(a, symbol))]
     names = frozenset(a.name for a in ids)
     _check_mask(length, names, [a.name for a in padded])
     if not size <= length:  # on an open size this is a guard: Dynamo compiles again for a longer text
@@ -124,7 +124,7 @@ def _same(a: int | SymInt, b: int | SymInt) -> bool:
     return (both_open or both_fixed) and bool(a == b)
 
 
-def _counts(argument: Argument) -> bool:
+def _is_discrete(argument: Argument) -> bool:
     """Whether an input holds integers or truth values."""
     return not (argument.value.is_floating_point() or argument.value.is_complex())
 

@@ -33,7 +33,7 @@ _CHECKS = {"_assert_scalar", "_assert_async", "_check_tensor_all_with", "sym_con
 
 def reduces_prompts(schedule: Schedule | None) -> bool:
     """Whether a schedule reduces the image inside of a prompt."""
-    return schedule is not None and schedule.needs_prompt
+    return schedule is not None and schedule.marks is not None
 
 
 def scatters(module: fx.GraphModule) -> list[fx.Node]:

@@ -122,7 +122,7 @@ def output_cuts(
     graph: DynamoGraph,
     lowered: fx.GraphModule,
     annotation: Annotation,
-    history: EpochTable | None,
+    table: EpochTable | None,
     streams: set[str],
     places: OutputPlaces,
     *,
@@ -134,7 +134,7 @@ def output_cuts(
         graph: Dynamo's, with its padding.
         lowered: the graph for the passes.
         annotation: its axes.
-        history: of its reducers; None where there are none.
+        table: of its reducers; None where there are none.
         streams: from `padded_streams`.
         places: from `check_padding`, of the first graph for the passes.
         restored: whether outputs have an entry for each original token, whatever was reduced.
@@ -157,8 +157,8 @@ def output_cuts(
             if not _follows(length, graph):
                 continue
             dim = Dim(ours, index)
-            epochs = {} if restored or history is None else history.at(dim)
-            cut = _cut(graph, annotation, history, dim, epochs, streams, length)
+            epochs = {} if restored or table is None else table.at(dim)
+            cut = _cut(graph, annotation, table, dim, epochs, streams, length)
             if cut is not None:
                 _check_cut(graph, annotation, dim, streams, places.get((number, index)))
                 found.setdefault(number, []).append(cut)
@@ -168,7 +168,7 @@ def output_cuts(
 def _cut(
     graph: DynamoGraph,
     annotation: Annotation,
-    history: EpochTable | None,
+    table: EpochTable | None,
     dim: Dim,
     epochs: Epochs,
     streams: set[str],
@@ -190,7 +190,7 @@ def _cut(
     assert isinstance(kind, Tokens)
     stop = 0
     for segment in kind.segments:
-        stop += history.length(segment, epochs) if history is not None else segment.length
+        stop += table.length(segment, epochs) if table is not None else segment.length
         if segment in texts:
             break
     return Cut(dim.index, stop)

@@ -32,7 +32,7 @@ def test_every_layer_is_found(config: Config) -> None:
     captured = program(config)
     before = len(captured.module.graph.nodes)
     found = located(captured)
-    assert [a.site for a in found] == ["cross_modal.0", "cross_modal.1", "cross_modal.2"]
+    assert [a.address for a in found] == ["cross_modal.0", "cross_modal.1", "cross_modal.2"]
     assert [a.module for a in found] == [f"layers.{i}.attention" for i in range(3)]
     form = aten.scaled_dot_product_attention.default if config.form == "sdpa" else aten.softmax.int
     assert count_op(captured.module, form) == 3
@@ -156,7 +156,7 @@ ATTENTIONS = {
 def test_attention_as_people_write_it(name: str) -> None:
     attend, masks = ATTENTIONS[name]
     (attention,) = located(block(attend))
-    assert attention.site == "cross_modal.0"
+    assert attention.address == "cross_modal.0"
     assert attention.carrier is not None, attention.no_carrier
     assert len(attention.masks) == masks
     if name == "a learned bias":
@@ -363,7 +363,7 @@ def towers() -> Program:
 
 def test_sites_are_named_by_tower_and_counted_in_execution_order() -> None:
     found = located(towers())
-    assert [a.site for a in found] == ["text.0", "vision.0", "cross_modal.0", "cross_modal.1", "text.1"]
+    assert [a.address for a in found] == ["text.0", "vision.0", "cross_modal.0", "cross_modal.1", "text.1"]
     assert [(str(a.query_axis), str(a.key_axis)) for a in found] == [
         ("[text:6]", "[text:6]"),
         ("[image:6]", "[image:6]"),
@@ -393,7 +393,7 @@ class SideBySide(nn.Module):
 
 def test_attentions_of_no_module_are_no_layer_that_runs_again() -> None:
     found = located(capture(SideBySide().eval(), {"input_ids": torch.arange(14).view(2, 7)}))
-    assert [(a.site, a.call, a.module) for a in found] == [("text.0", 0, ""), ("text.1", 0, "")]
+    assert [(a.address, a.call, a.module) for a in found] == [("text.0", 0, ""), ("text.1", 0, "")]
 
 
 def test_choose() -> None:
@@ -424,7 +424,7 @@ def test_a_text_only_model_says_why_there_is_no_cross_modal_site() -> None:
             return (x + self.out(F.scaled_dot_product_attention(x, x, x)))[:, 0]
 
     found = located(capture(Text(), {"ids": torch.randint(0, 20, (2, 5))}))
-    assert [a.site for a in found] == ["text.0"]
+    assert [a.address for a in found] == ["text.0"]
     with pytest.raises(LocateError, match="No attention mixes tokens of text and image"):
         choose(found, "cross_modal.0")
 
@@ -436,5 +436,5 @@ def test_location_needs_no_module_names() -> None:
         node.meta.pop("nn_module_stack", None)
         node.meta.pop("stack_trace", None)
     found = locate(module, annotate(module))
-    assert [a.site for a in found] == ["cross_modal.0", "cross_modal.1", "cross_modal.2"]
+    assert [a.address for a in found] == ["cross_modal.0", "cross_modal.1", "cross_modal.2"]
     assert {a.module for a in found} == {""}

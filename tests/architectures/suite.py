@@ -138,7 +138,7 @@ class FusionSuite:
 
     def test_sites(self) -> None:
         found = [a for a in located(self.program()) if a.cross_modal]
-        assert [a.module for a in found if a.site in [f"cross_modal.{i}" for i in self.sites]] == self.modules
+        assert [a.module for a in found if a.address in [f"cross_modal.{i}" for i in self.sites]] == self.modules
 
     def test_the_oracle_without_sites_is_the_model(self) -> None:
         inputs = self.make_inputs()

@@ -122,7 +122,7 @@ def by_hand(
 
 @each_tower
 def test_there_are_vision_and_text_sites_and_no_others(tower: Tower) -> None:
-    sites = [a.site for a in located(program(tower))]
+    sites = [a.address for a in located(program(tower))]
     assert {s for s in sites if s.startswith("vision")} >= {f"vision.{i}" for i in range(LAYERS)}
     assert not [s for s in sites if s.startswith("cross_modal")]
 

@@ -15,7 +15,7 @@ import torch
 
 import pumer_compile as pumer
 from pumer_compile.artifacts.manifest import read_manifest
-from pumer_compile.artifacts.session import deciding, open_session
+from pumer_compile.artifacts.session import open_session, open_with_decisions
 from pumer_compile.capture.loading import load_model
 from pumer_compile.errors import ExportError, ParityError, UsageError
 from pumer_compile.exporters import OpenVinoOptions
@@ -128,11 +128,11 @@ def test_decisions_are_outputs_where_they_are_asked_for(artifacts: Any) -> None:
     for name in names:
         assert np.array_equal(shown[name], expected[name].numpy()), name
     session = OpenVinoSession(path)
-    assert session.outputs == ["logits", *names] and deciding(session, names) is session
+    assert session.outputs == ["logits", *names] and open_with_decisions(session, names) is session
     hidden = OpenVinoSession(artifacts())
     assert hidden.outputs == ["logits"]
     with pytest.raises(ParityError, match="--with-decisions"):
-        deciding(hidden, names)
+        open_with_decisions(hidden, names)
 
 
 def test_half_precision_is_in_the_weights_alone(artifacts: Any, tmp_path: Path) -> None:

@@ -461,7 +461,7 @@ def test_tensorrt_builds_for_its_own_gpu(reduced: Reduced, out: Path, monkeypatc
 def test_on_a_device_the_engine_itself_is_proved(
     reduced: Reduced, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A twin that shows the decisions is built for the proof, and goes."""
+    """A second engine that shows the decisions is built for the proof, and goes."""
     install(monkeypatch)
     built: list[str] = []
 

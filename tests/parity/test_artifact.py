@@ -272,34 +272,44 @@ class Hiding(Artifact):
         return {"logits": super().run(batch)["logits"]}
 
 
-def test_one_of_the_twins_is_open_at_a_time(reduced: Reduced) -> None:
+def test_one_of_two_sessions_is_open_at_a_time(reduced: Reduced) -> None:
     fake: Any = Hiding(reduced)
     twin: Any = Artifact(reduced)
     opened = []
 
-    def decide() -> Any:
+    def open_with_decisions() -> Any:
         assert fake.closed
         opened.append(twin)
         return twin
 
     batches = [inputs_for(CONFIG), inputs_for(CONFIG, seed=1)]
-    report = check(fake, reduced.module, reduced.program.module, batches, "float32", twin.decisions, decide=decide)
+    report = check(
+        fake,
+        reduced.module,
+        reduced.program.module,
+        batches,
+        "float32",
+        twin.decisions,
+        open_with_decisions=open_with_decisions,
+    )
     assert report.passed and report.decisions_compared and opened == [twin] and twin.closed
     assert reducer(report, IMAGE).samples == reducer(report, TEXT).samples == 6
     assert output(report, "forced").samples == 6
 
 
-def test_no_twin_is_made_for_an_artifact_that_gives_no_numbers(reduced: Reduced) -> None:
+def test_no_decision_session_is_opened_for_an_artifact_that_gives_no_numbers(reduced: Reduced) -> None:
     def spoil(arrays: Arrays) -> None:
         arrays["logits"][:] = np.nan
 
-    def decide() -> Any:
-        pytest.fail("a twin was made")
+    def open_with_decisions() -> Any:
+        pytest.fail("a decision session was opened")
 
     fake: Any = Hiding(reduced, answer=spoil)
     names = Artifact(reduced).decisions
     batches = [inputs_for(CONFIG)]
-    report = check(fake, reduced.module, reduced.program.module, batches, "float32", names, decide=decide)
+    report = check(
+        fake, reduced.module, reduced.program.module, batches, "float32", names, open_with_decisions=open_with_decisions
+    )
     assert not report.passed
 
 

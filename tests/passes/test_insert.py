@@ -54,7 +54,7 @@ def planned(captured: Program, wanted: Schedule) -> Insertions:
 def test_the_walk_makes_the_plans() -> None:
     """Choosing a site says nothing of its tokens: what came before it decides how many there are."""
     insertions = chosen(program(Config()), schedule(layers=(2, 0), prune=0.2))
-    assert [(s.attention.site, s.plan, s.reducers) for s in insertions.sites] == [
+    assert [(s.attention.address, s.plan, s.reducers) for s in insertions.sites] == [
         ("cross_modal.0", None, {}),
         ("cross_modal.2", None, {}),
     ]
@@ -109,7 +109,7 @@ def test_only_the_published_semantics_brings_its_softmax(semantics: str) -> None
 def test_the_published_softmax_stays_in_cross_modal_layers() -> None:
     config = Config(mask="none")
     found = softmaxes(program(config, Staged), schedule(layers=(0,), prune=2))
-    assert [a.site for a in found] == ["cross_modal.0", "cross_modal.1", "cross_modal.2"]
+    assert [a.address for a in found] == ["cross_modal.0", "cross_modal.1", "cross_modal.2"]
 
 
 class Pairs(nn.Module):
@@ -240,7 +240,7 @@ def test_the_published_code_merges_nothing_where_it_prunes_nothing(caplog: pytes
     with caplog.at_level(logging.WARNING, "pumer_compile"):
         insertions = planned(program(Config()), schedule(layers=(0, 1), **two))
     assert [plan.site for _, plan in insertions.done] == ["cross_modal.0"]
-    assert [(s.attention.site, s.plan is None) for s in insertions.sites] == [
+    assert [(s.attention.address, s.plan is None) for s in insertions.sites] == [
         ("cross_modal.0", False),
         ("cross_modal.1", True),
     ]
@@ -451,5 +451,5 @@ def test_layers_hold_their_own_self_attention() -> None:
     """The published softmax goes into every attention of a cross-modal layer, and into no tower."""
     inputs = {"ids": torch.randint(0, 20, (2, 5)), "pixels": torch.randn(2, 3, 4, 6)}
     found = softmaxes(capture(Pairs(), inputs), schedule(layers=(0,), prune=2))
-    assert [a.site for a in found if a.cross_modal] == ["cross_modal.0", "cross_modal.1"]
-    assert "text.0" not in [a.site for a in found]
+    assert [a.address for a in found if a.cross_modal] == ["cross_modal.0", "cross_modal.1"]
+    assert "text.0" not in [a.address for a in found]

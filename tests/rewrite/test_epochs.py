@@ -17,20 +17,20 @@ def test_sizes_by_epoch() -> None:
     rewriter, _ = walk(BASE, schedule("paper", (0,)))
     text, learned, image = Segment("text", 7), Segment(None, 3), Segment("image", 25)
     axis = Tokens((text, learned, image))
-    assert rewriter.history.size(axis, {}) == 35
-    assert rewriter.history.size(axis, {"text": 1}) == 33
-    assert rewriter.history.size(axis, {"text": 1, "image": 1}) == 5 + 3 + 14
-    assert rewriter.history.size(Fixed(7), {"text": 1}) == 7
-    assert rewriter.history.size(Product((Fixed(2), axis)), {"text": 1}) == 66
-    assert rewriter.history.length(learned, {"text": 1}) == 3
+    assert rewriter.epochs.size(axis, {}) == 35
+    assert rewriter.epochs.size(axis, {"text": 1}) == 33
+    assert rewriter.epochs.size(axis, {"text": 1, "image": 1}) == 5 + 3 + 14
+    assert rewriter.epochs.size(Fixed(7), {"text": 1}) == 7
+    assert rewriter.epochs.size(Product((Fixed(2), axis)), {"text": 1}) == 66
+    assert rewriter.epochs.length(learned, {"text": 1}) == 3
 
 
 def test_expected_shapes_follow_the_plan() -> None:
     rewriter, _ = walk(BASE, schedule("paper", (0,)))
     carrier = locate(rewriter.source, rewriter.annotation)[0].carrier
-    assert rewriter.history.expected_shape(carrier) == [2, 19, 32]
-    assert rewriter.history.at(Dim(carrier, 1)) == {"text": 1, "image": 1}
-    assert rewriter.history.at(Dim(carrier, 2)) == {}
-    steps = rewriter.history.steps["image"]
+    assert rewriter.epochs.expected_shape(carrier) == [2, 19, 32]
+    assert rewriter.epochs.at(Dim(carrier, 1)) == {"text": 1, "image": 1}
+    assert rewriter.epochs.at(Dim(carrier, 2)) == {}
+    steps = rewriter.epochs.steps["image"]
     assert [type(s) for s in steps] == [Step]
     assert (steps[0].after, steps[0].merged) == (14, True)

@@ -101,7 +101,7 @@ def test_streams_of_their_own(kind: type[Fusion]) -> None:
 def test_a_layer_that_runs_again_is_the_same_site() -> None:
     module = program(Config(layers=2), TwoPasses).module
     found = locate(module, annotate(module))
-    assert [(a.site, a.call) for a in found] == [
+    assert [(a.address, a.call) for a in found] == [
         ("cross_modal.0", 0),
         ("cross_modal.1", 0),
         ("cross_modal.0", 1),
@@ -128,7 +128,7 @@ def test_layers_that_share_their_weights_are_not_one_layer() -> None:
     config = Config(mask="none", layers=1)
     model, inputs = make(config, kind=Albert), inputs_for(config)
     state = passed(capture(model, inputs), schedule("paper", (1,)))
-    assert [(a.site, a.call) for a in state.attentions] == [(f"cross_modal.{i}", 0) for i in range(3)]
+    assert [(a.address, a.call) for a in state.attentions] == [(f"cross_modal.{i}", 0) for i in range(3)]
     assert list(counts_of(state).values()) == [(7, 25), (5, 14), (5, 14)]
     three = make(Config(mask="none", layers=3))
     weights = {k: v for k, v in model.state_dict().items() if not k.startswith("layers.")}

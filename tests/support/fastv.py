@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,18 +44,24 @@ def by_hand(model: Any, inputs: dict[str, Tensor], layer: int, budget: int, *, c
     Mask, angles and embeddings are transformers' own for the whole prompt; the model has eager attention meanwhile.
     `compact` counts positions anew, as FastV does not.
     """
+    return by_hand_after(model, lambda: model(**inputs), inputs["input_ids"], layer, budget, compact=compact)
+
+
+def by_hand_after(
+    model: Any, run: Callable[[], Any], ids: Tensor, layer: int, budget: int, *, compact: bool = False
+) -> ByHand:
+    """The same of the prompt that its language model sees in `run`, whose ids are `ids`."""
     decoder = model.model.language_model
     before = model.config._attn_implementation
     model.set_attn_implementation("eager")
     try:
         with torch.no_grad():
-            hidden, mask, positions = _first_inputs(model, decoder, inputs)
-            return _layers(model, decoder, inputs["input_ids"], (hidden, mask, positions), layer, budget, compact)
+            return _layers(model, decoder, ids, _first_inputs(decoder, run), layer, budget, compact)
     finally:
         model.set_attn_implementation(before)
 
 
-def _first_inputs(model: Any, decoder: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def _first_inputs(decoder: Any, run: Callable[[], Any]) -> tuple[Tensor, Tensor, Tensor]:
     seen: dict[str, Any] = {}
 
     def keep(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
@@ -62,7 +69,7 @@ def _first_inputs(model: Any, decoder: Any, inputs: dict[str, Tensor]) -> tuple[
 
     handle = decoder.layers[0].register_forward_pre_hook(keep, with_kwargs=True)
     try:
-        model(**inputs)
+        run()
     finally:
         handle.remove()
     return seen["hidden"], seen["attention_mask"], seen["position_ids"].expand(len(seen["hidden"]), -1)

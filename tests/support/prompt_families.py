@@ -485,8 +485,10 @@ def _qwen3_5(**text: Any) -> nn.Module:
 
 @_family
 def qwen3_5() -> Built:
-    """One of its two layers carries a state from token to token (a gated delta rule) in place of attention."""
-    return _qwen3_5(), _packed((1, 6, 8), width=_PATCH)
+    """Every other layer carries a state from token to token (a gated delta rule) in place of attention."""
+    return _qwen3_5(num_hidden_layers=4, layer_types=["linear_attention", "full_attention"] * 2), _packed(
+        (1, 6, 8), width=_PATCH
+    )
 
 
 _GLM_VISION: dict[str, Any] = {

@@ -1,0 +1,61 @@
+"""`method: holov`: image tokens shared out over the whole picture (Zou et al., NeurIPS 2025)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from ..errors import PlanError
+from .about import About
+from .base import ActsOn
+from .image_budget import ImageBudget
+
+if TYPE_CHECKING:
+    from ..reducers import Reducer
+    from ..rewrite.sites import Stream
+
+
+class HoloV(ImageBudget):
+    """Keeps `budget` tokens of each image, shared out over `crops` runs of it by votes and by how varied each is.
+
+    The rows that enter the prompt are compared, and the votes are those of the vision tower.
+
+    Args:
+        semantics: `reference`, the default, is what the published code computes: what exceeds a run is lost, and the
+            prompt is filled up with zeros at the end of the image; `stable` gives it to the others, in raster order.
+        budget, positions, outputs: see `ImageBudget`; `compact` positions are the published ones.
+        crops: runs of neighbours in raster order that an image is cut into (a tile or frame, where it has several).
+    """
+
+    about = About(
+        does="shares a budget out over runs of the picture, by attention and by how varied each run is",
+        reads="attention of the class token, rows of the prompt",
+        use="where what matters may stand anywhere in the picture",
+        paper="Zou et al., HoloV, NeurIPS 2025",
+        code="obananas/HoloV, Apache-2.0",
+        held="published vectors",
+    )
+
+    acts_on: ClassVar[ActsOn] = "rows"
+    reads_tower = True
+
+    method: Literal["holov"] = "holov"
+    semantics: Literal["reference", "stable"] = "reference"
+    crops: Annotated[int, Field(ge=1, strict=True)] = 16
+
+    def chooser(self, stream: Stream) -> Reducer:
+        """See `ImageBudget.chooser`."""
+        from ..reducers import HoloVReducer
+
+        least = min(map(len, stream.crops))
+        if self.crops > least:
+            raise PlanError(
+                f"`crops: {self.crops}` would cut an image of {least} tokens into more runs than it has. Choose fewer."
+            )
+        if stream.pinned and self.semantics == "reference":
+            raise PlanError(
+                f"The image has text between its lines, and `semantics: {self.semantics}` of `method: holov` puts its "
+                "tokens into an order in which these have no place. Choose `semantics: stable`."
+            )
+        return HoloVReducer(stream.crops, self.budget, self.crops, order=self.semantics, pinned=stream.pinned)
