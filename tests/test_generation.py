@@ -224,6 +224,24 @@ def test_prompt_families_by_hand(name: str, tmp_path: Path) -> None:
         assert torch.equal(eager(family, reduced, generator, inputs), found)
 
 
+def test_an_encoder_and_a_decoder(tmp_path: Path) -> None:
+    """Florence-2: the decoder reads what the encoder leaves of a reduced prompt, for texts of two lengths."""
+    family, make = speaking_words("florence2")
+    start = torch.full((2, 1), 2)
+    sample = {**make(0), "decoder_input_ids": start}
+    schedule = Schedule(method="vispruner", budget=4, positions="original")
+    reduced = pumer.reduce(pumer.capture(family, sample), schedule)
+    pumer.export(reduced, tmp_path / "prefill.onnx", verify=False)
+    export_decode(family, sample, tmp_path / "decode.onnx")
+    generator = Generator(tmp_path / "prefill.onnx", tmp_path / "decode.onnx")
+    for seed, back in ((2, 0), (3, 2)):
+        inputs = shortened({name: t for name, t in make(seed).items() if name != "decoder_input_ids"}, 0, back)
+        found = generator.generate(inputs, tokens=TOKENS)
+        said = torch.cat([start, found[:, :-1]], 1)
+        logits, _ = by_hand(family, {**inputs, "decoder_input_ids": said}, 4, placeholders("florence2"))
+        assert torch.equal(logits.argmax(-1), found), seed
+
+
 def eager(family: Any, reduced: Reduced, generator: Generator, inputs: dict[str, Tensor]) -> Tensor:
     """Twenty tokens of the reduced module in eager PyTorch, then of the model: the cache without padding."""
     framed = frame(generator._manifest, inputs)
