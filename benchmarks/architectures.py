@@ -409,9 +409,10 @@ def counted(found: dict[str, Result]) -> list[str]:
     built = {name: r for name, r in found.items() if "not_built" not in r}
     captured = {name: r for name, r in built.items() if "refused" not in r and not r["differs"]}
     prompts = {name: r for name, r in captured.items() if "vispruner" in r["methods"]}
-    single = [n for n, r in prompts.items() if any(m.get("before") == m.get("after", 0) for m in r["methods"].values())]
-    reduced = [sum("error" not in m for m in r["methods"].values()) for n, r in prompts.items() if n not in single]
-    others = [any("error" not in m for m in r["methods"].values()) for n, r in captured.items() if n not in prompts]
+    times = {n: sum(map(configurations.reduces, r["methods"].values())) for n, r in prompts.items()}
+    single = [n for n, r in prompts.items() if not times[n] and any("after" in m for m in r["methods"].values())]
+    reduced = [number for name, number in times.items() if name not in single]
+    others = [any(map(configurations.reduces, r["methods"].values())) for n, r in captured.items() if n not in prompts]
     errors = [r["refused"] for r in built.values() if "refused" in r]
     errors += [m["error"] for r in captured.values() for m in r["methods"].values() if "error" in m]
     kinds = {name.partition(".")[0] for name in built}
@@ -437,7 +438,7 @@ def configuration_row(name: str, result: Result) -> tuple[str, ...]:
     if result["differs"]:
         return title, f"other {result['differs']} than in eager PyTorch", "", ""
     methods = result["methods"]
-    done = ", ".join(f"`{name}`" for name, method in methods.items() if "error" not in method)
+    done = ", ".join(f"`{name}`" for name, method in methods.items() if configurations.reduces(method))
     by_reason: dict[str, list[str]] = {}
     for name, method in methods.items():
         if "error" in method:

@@ -245,7 +245,7 @@ def reductions(program: Any, samples: list[dict[str, Any]]) -> Iterable[tuple[st
             budgets = [max(1, rows // 2), 1] if rows > 1 else [1]
             found = first([{"method": name, "budget": budget, **keys} for budget in budgets], program, samples)
             yield name, found
-            done += "error" not in found
+            done += reduces(found)
             if done == ENOUGH:
                 return
         return
@@ -299,13 +299,18 @@ def sites_of(program: Any) -> tuple[list[str], list[str]]:
 
 
 def first(schedules: list[dict[str, Any]], program: Any, samples: list[dict[str, Any]]) -> Result:
-    """The first schedule that reduces; or what is said of the first."""
-    found = [attempt(schedules[0], program, samples)]
-    for keys in schedules[1:]:
-        if "error" not in found[-1]:
-            return found[-1]
+    """The first schedule that reduces; or one that keeps every token, or what is said of the first."""
+    found: list[Result] = []
+    for keys in schedules:
         found.append(attempt(keys, program, samples))
-    return found[-1] if "error" not in found[-1] else found[0]
+        if reduces(found[-1]):
+            return found[-1]
+    return next((result for result in found if "error" not in result), found[0])
+
+
+def reduces(result: Result) -> bool:
+    """Whether a schedule leaves fewer tokens: an image, or a tile, of one token has none to lose."""
+    return "error" not in result and sum(result["after"].values()) < sum(result["before"].values())
 
 
 def attempt(keys: dict[str, Any], program: Any, samples: list[dict[str, Any]]) -> Result:
@@ -321,8 +326,12 @@ def attempt(keys: dict[str, Any], program: Any, samples: list[dict[str, Any]]) -
                 reduced.module(**sample)
     except Exception as error:
         return {"error": described(error)}
-    plan = reduced.plan.sites
-    return {"before": plan[0].before, "after": plan[-1].after}
+    before: dict[str, int] = {}
+    after: dict[str, int] = {}
+    for site in reduced.plan.sites:
+        before = {**site.before, **before}
+        after |= site.after
+    return {"before": before, "after": after}
 
 
 # --- all of them ------------------------------------------------------------------------------------------------------
