@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+from .captured import reduced_forward
 from .decode import export_decode
 from .forward import whole_forward
 from .loop import Generator
 
-__all__ = ["Generator", "export_decode", "whole_forward"]
+__all__ = ["Generator", "export_decode", "reduced_forward", "whole_forward"]

@@ -47,11 +47,16 @@ def whole_forward(model: PreTrainedModel) -> Callable[..., Any]:
         )
     original = vars(model).get("forward")
     signature = inspect.signature(model.forward)
-    itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    taken = [p for name, p in signature.parameters.items() if name != "mm_encoder_outputs"]
 
     def forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         return type(self).forward(self, *args, **kwargs) if original is None else original(*args, **kwargs)
 
-    forward.__signature__ = signature.replace(parameters=[itself, *taken])  # type: ignore[attr-defined]
+    forward.__signature__ = without_encoder_outputs(signature)  # type: ignore[attr-defined]
     return MethodType(forward, model)
+
+
+def without_encoder_outputs(signature: inspect.Signature) -> inspect.Signature:
+    """The signature of a method in place of a model's forward, which takes no output of its tower."""
+    itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    taken = [p for name, p in signature.parameters.items() if name != "mm_encoder_outputs"]
+    return signature.replace(parameters=[itself, *taken])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ class FixedReducer(Reducer):
         groups: the places of each new token's old ones, ascending; a place may be in none. The new tokens stand in the
             order of their first ones.
     """
+
+    tells_place = True
 
     def __init__(self, tokens: int, groups: Sequence[Sequence[int]]) -> None:
         groups = sorted(tuple(group) for group in groups)
@@ -45,15 +48,17 @@ class FixedReducer(Reducer):
             for i in range(max(sizes))
         )
         assert isinstance(assigned, Tensor)
-        return Choice(decisions, assigned.to(device).expand(batch, -1, -1), torch.ones_like(tokens[:, :, 0]))
+        first = one_hot(torch.tensor([group[0] for group in self.groups]), self.tokens).float()
+        rows, place = (x.to(device).expand(batch, -1, -1) for x in (assigned, first))
+        return Choice(decisions, rows, torch.ones_like(tokens[:, :, 0]), place=place)
 
     def margin(self, own: Choice, among: Choice, forced: Decisions) -> Tensor:
         """See `Reducer`; nothing is nearly tied."""
         return torch.ones_like(own.weights[:, 0], dtype=torch.float32)
 
-    def assignment(self, forced: Decisions, among: Choice) -> Tensor:
-        """See `Reducer`."""
-        return among.assigned
+    def follow(self, forced: Decisions, own: Choice, among: Choice) -> Choice:
+        """See `Reducer`; there is nothing else to follow."""
+        return replace(own, decisions=forced)
 
 
 def random_places(length: int, count: int, seed: int, crop: int) -> list[int]:

@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from ..analysis.axes import Dim, Tokens
 from ..analysis.masks import HIDES
-from ..analysis.nodes import attribute, describe, values, with_numbers
+from ..analysis.nodes import ancestors, attribute, content_inputs, describe, values, with_numbers
 from ..analysis.operators import ADD, MOVES, aten, overloads
 from ..errors import UsageError
 from .carried_weights import CarriedWeights
@@ -19,6 +19,9 @@ from .sites import LocatedGraph, Replacements
 
 def renumbered_positions(graph: LocatedGraph, *, compact: bool) -> Replacements:
     """Positions along a prompt, made out of nothing but its length: counted over the tokens that are left.
+
+    Behind a reducer inside the language model, what is computed from them alone (rotary angles) is cut to as many
+    places as there are tokens, instead of taking those of the tokens.
 
     Where they stay original (not `compact`) only those are that are compared with each other and nothing else, as in a
     causal mask, which comes out the same either way; of others (rotary angles, distances within a window) the selection
@@ -31,14 +34,37 @@ def renumbered_positions(graph: LocatedGraph, *, compact: bool) -> Replacements:
     if compact:
         _check_not_constant(graph, streams)
         _check_not_given(graph, streams)
-    found: Replacements = {}
-    for node in graph.annotation.constraints:
-        if node.target is not aten.arange.default or not streams & set(_streams(graph, node, 0)):
-            continue
-        if not compact and not _is_compared(graph, node):
-            continue
-        found[node] = partial(_count, node)
-    return found
+    counts = [
+        node
+        for node in graph.annotation.constraints
+        if node.target is aten.arange.default and streams & set(_streams(graph, node, 0))
+    ]
+    if compact:
+        return {node: partial(_count, node, computed_alone(node)) for node in counts}
+    return {node: partial(_count, node, frozenset()) for node in _compared_alone(graph, counts)}
+
+
+def _compared_alone(graph: LocatedGraph, counts: list[fx.Node]) -> list[fx.Node]:
+    """Those that are compared with each other and nothing else."""
+    compared = {node: _comparisons(graph, node) for node in counts}
+    found = {node: nodes for node, nodes in compared.items() if nodes is not None}
+    while True:
+        others = set(counts) - set(found)
+        mixed = [node for node, nodes in found.items() if any(others & ancestors(user) for user in nodes)]
+        if not mixed:
+            return list(found)
+        for node in mixed:
+            del found[node]
+
+
+def computed_alone(source: fx.Node) -> frozenset[fx.Node]:
+    """What is computed from a count of places and nothing that is learned or given: the same for any tokens there."""
+    found, constant = {source}, set[fx.Node]()
+    for node in source.graph.nodes:
+        content = set(content_inputs(node))
+        if node is not source and node.op in ("get_attr", "call_function") and content <= found | constant:
+            (found if found & content else constant).add(node)
+    return frozenset(found)
 
 
 def _check_not_constant(graph: LocatedGraph, streams: set[str]) -> None:
@@ -105,7 +131,8 @@ def _becomes_angle(node: fx.Node) -> bool:
     return False
 
 
-def _count(node: fx.Node, rewriter: Rewriter, carried: CarriedWeights) -> fx.Node:
+def _count(node: fx.Node, alone: frozenset[fx.Node], rewriter: Rewriter, carried: CarriedWeights) -> fx.Node:
+    rewriter.aligner.counted |= alone
     dim = Dim(node, 0)
     kind = rewriter.annotation.axis(dim)
     assert isinstance(kind, Tokens)
@@ -122,22 +149,27 @@ def _streams(graph: LocatedGraph, node: fx.Node, index: int) -> tuple[str, ...]:
     return kind.streams if isinstance(kind, Tokens) else ()
 
 
-_NOT_READ = frozenset(overloads("eq ne lt le gt ge new_ones new_zeros ones_like zeros_like"))
-"""Compared with others, or asked for their shape alone."""
+_COMPARES = frozenset(overloads("eq ne lt le gt ge"))
+_SHAPES = frozenset(overloads("new_ones new_zeros ones_like zeros_like"))
+"""What asks for a shape alone."""
 
 
-def _is_compared(graph: LocatedGraph, node: fx.Node) -> bool:
-    """Whether numbers are only compared, or look tokens up (those of a padding mask), moved about as they are."""
-    pending, seen = [node], {node}
+def _comparisons(graph: LocatedGraph, node: fx.Node) -> list[fx.Node] | None:
+    """Where numbers are compared, if they are only compared, or look tokens up (those of a padding mask), moved about
+    as they are; else None."""
+    pending, seen, found = [node], {node}, []
     while pending:
         for user in pending.pop().users:
-            if user.target in _NOT_READ or user in seen or _looks_tokens_up(graph, user, seen):
+            if user.target in _COMPARES:
+                found.append(user)
+            elif user.target in _SHAPES or user in seen or _looks_tokens_up(graph, user, seen):
                 continue
-            if user.target not in MOVES and not (user.target in ADD and user.args[1] == 0):
-                return False
-            seen.add(user)
-            pending.append(user)
-    return True
+            elif user.target not in MOVES and not (user.target in ADD and user.args[1] == 0):
+                return None
+            else:
+                seen.add(user)
+                pending.append(user)
+    return found
 
 
 def _looks_tokens_up(graph: LocatedGraph, node: fx.Node, numbers: set[fx.Node]) -> bool:

@@ -297,7 +297,8 @@ def _with_prompt(
         except _NothingReduced as nothing:
             raise LocateError(f"Nothing is reduced in {where}. {nothing}") from nothing
         _reducing(callback)
-        compiled: Compiled = inner(reduced, [a.value for a in graph.arguments])
+        with graph.compiling():
+            compiled: Compiled = inner(reduced, [a.value for a in graph.arguments])
         return compiled
 
     _warn_before_the_last_compile()

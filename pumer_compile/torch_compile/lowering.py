@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import SymInt, Tensor, fx, nn
 from torch._dispatch.python import enable_python_dispatcher
-from torch._guards import TracingContext, detect_fake_mode
+from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.amp import autocast_mode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..analysis.nodes import attribute
@@ -95,7 +97,10 @@ class DynamoGraph:
         context = TracingContext.try_get()
         mode = None if fixed else (context.fake_mode if context else None) or detect_fake_mode(list(values))
         # Real tensors beside fake ones are constants that the passes have put into the graph.
-        self.mode: FakeTensorMode = mode or FakeTensorMode(allow_non_fake_inputs=True)
+        # A loop, such as that of a greedy choice, is traced with a ShapeEnv alone.
+        self.mode: FakeTensorMode = mode or FakeTensorMode(
+            allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True
+        )
         self._batch = self._batch_symbol()
         self.padding: Padding | None = None
 
@@ -111,6 +116,11 @@ class DynamoGraph:
         others = {open_size(size) for shape in shaped for size in shape[1:]}
         used_elsewhere = {symbol for e in others if e is not None for symbol in e.free_symbols}
         return first if first is not None and first.is_symbol and first not in used_elsewhere else None
+
+    def compiling(self) -> AbstractContextManager[object]:
+        """For the inner backend of a graph that is compiled for the sizes of its values: with the fake tensors of here,
+        whose ShapeEnv loops need."""
+        return tracing(TracingContext(self.mode)) if self.fixed else nullcontext()
 
     # --- lowering -----------------------------------------------------------------------------------------------
 

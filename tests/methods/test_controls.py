@@ -16,7 +16,7 @@ from pumer_compile.frontends import in_fixed_order
 from pumer_compile.reducers import reducers_of
 from pumer_compile.reducers.fixed import cells, even_places, pooled_grid, random_places
 from tests.support.compiling import vilt_inputs
-from tests.support.prompt_families import IMAGE, captured, placeholders
+from tests.support.prompt_families import IMAGE, captured, decoder_of, placeholders
 from tests.support.prompt_oracle import Sight, kept_places, logits, look
 from tests.support.tiny import tiny_vilt
 
@@ -48,6 +48,41 @@ def test_rows_that_no_data_chooses(name: str, method: str) -> None:
         sight = look(model, inputs, placeholders(name))
         rows = kept_by_hand(sight, len(inputs["input_ids"]), method)
         wanted = logits(model, inputs, kept_places(sight, inputs, rows), rows, len(sight.places))
+        with torch.no_grad():
+            found = reduced.module(**inputs)[output]
+        torch.testing.assert_close(found, wanted, atol=1e-5 * float(wanted.abs().max()), rtol=0.0)
+
+
+@pytest.mark.parametrize(("name", "grid", "to"), [("aya_vision", (3, 3), (1, 3)), ("qwen2_5_vl", (4, 4), (2, 2))])
+def test_a_pooled_grid(name: str, grid: tuple[int, int], to: tuple[int, int]) -> None:
+    """Each new token is the mean of its cell, and stands where the first of these stood."""
+    model, make, output, program = captured(name)
+    reduced = pumer.reduce(
+        program, Schedule(method="downsample", budget=to[0] * to[1], grid=grid, positions="original")
+    )
+    for picture in (0, 1):
+        inputs = make(picture)
+        sight = look(model, inputs, placeholders(name))
+        pooled: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        for group in sight.groups:
+            cell_of = [(i // grid[1] * to[0] // grid[0], i % grid[1] * to[1] // grid[1]) for i in range(len(group))]
+            for cell in dict.fromkeys(cell_of):
+                own = [sight.places[number] for number, c in zip(group, cell_of, strict=True) if c == cell]
+                pooled[own[0]] = own
+
+        def mean(module: Any, args: Any, kwargs: dict[str, Any], pooled: Any = pooled) -> tuple[Any, dict[str, Any]]:
+            embeds = kwargs["inputs_embeds"]
+            new = embeds.clone()
+            for place, cell in pooled.items():
+                new[place] = torch.stack([embeds[one] for one in cell]).mean(0)
+            return args, {**kwargs, "inputs_embeds": new}
+
+        rows = [number for number, place in enumerate(sight.places) if place in pooled]
+        hook = decoder_of(model).register_forward_pre_hook(mean, with_kwargs=True)
+        try:
+            wanted = logits(model, inputs, kept_places(sight, inputs, rows), rows, len(sight.places))
+        finally:
+            hook.remove()
         with torch.no_grad():
             found = reduced.module(**inputs)[output]
         torch.testing.assert_close(found, wanted, atol=1e-5 * float(wanted.abs().max()), rtol=0.0)

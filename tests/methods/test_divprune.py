@@ -146,3 +146,16 @@ def test_the_command_line(tmp_path: Path) -> None:
     assert np.abs(outputs["logits"][:, -1] - expected("prompt-tiny", "divprune")[f"{case}.logits_last"]).max() <= 1e-4
     assert inner_manifest(path)["parity"]["passed"] and inner_manifest(path)["parity"]["decisions_compared"]
     assert tensorrt_refuses(path) == []
+
+
+def test_torch_compile() -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        model("prompt-tiny"),
+        backend="pumer",
+        options={"inner": "aot_eager", "schedule": Schedule(method="divprune", budget=36)},
+        fullgraph=True,
+    )
+    with torch.no_grad():
+        found = compiled(**tensors("r0.25")).logits[:, -1]
+    assert np.abs(found.numpy() - expected("prompt-tiny", "divprune")["r0.25.logits_last"]).max() <= 1e-4
