@@ -259,7 +259,7 @@ def _received(place: Place, parts: Parts, number: int, votes: Votes) -> fx.Node:
         )
     queries, keys = int(shape(parts.query)[-2]), int(attention.key_axis.size)
     rows = (0, 1) if votes.by_class else (0, queries)
-    name = f"reducer.{place.attention.name}.attention_{number}"
+    name = place.rewriter.free_name(f"reducer.{place.attention.name}.attention_{number}")
     found = attention_rows(place.rewriter, attention, rows, name)
     if keys != queries:  # those who vote are no padding, which is among what they read
         first = votes.own[number]
