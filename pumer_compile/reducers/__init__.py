@@ -11,6 +11,7 @@ from .masked_softmax import PublishedMaskedSoftmax
 from .merger import ModalityAwareMerger
 from .prune_merge import StreamReducer
 from .pruner import TextInformedPruner
+from .video import ChangeReducer, UniqueReducer
 from .visionzip import VisionZipReducer
 from .vispruner import VisPruner
 from .visual import MemberVotes, VisualReducer, WithSeparators
@@ -18,6 +19,7 @@ from .visual import MemberVotes, VisualReducer, WithSeparators
 __all__ = [
     "AlignAxis",
     "ApplyMap",
+    "ChangeReducer",
     "CropReducer",
     "HoloVReducer",
     "LastQueryPruner",
@@ -33,6 +35,7 @@ __all__ = [
     "TextInformedPruner",
     "TextRowsAttention",
     "TokenWeights",
+    "UniqueReducer",
     "UnitWeights",
     "VisPruner",
     "VisionZipReducer",
