@@ -11,6 +11,7 @@ import onnx
 import pytest
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
 import pumer_compile as pumer
 from benchmarks.architecture_models import ARCHITECTURES
@@ -20,16 +21,15 @@ from pumer_compile.generation import Generator, export_decode
 from pumer_compile.generation.decode import _check_step
 from pumer_compile.generation.framing import frame
 from tests.support.commands import artifact
-from tests.support.prompt_families import WORDS, built, placeholders
+from tests.support.llava import model, tensors
+from tests.support.prompt_families import built, placeholders
 from tests.support.prompt_oracle import by_hand
+from tests.support.speaking import TOKENS, longer, shortened, speaking_words, widen
 from tests.support.tiny import tiny_vilt
 from tests.support.visual import select, visual_cues
-from tests.test_oracle_llava import model, tensors
-
-TOKENS = 20
 
 
-def reduced_by_hand(inputs: dict[str, Tensor], budget: int) -> Tensor:
+def reduced_by_hand(inputs: dict[str, Tensor], budget: int, **more: Any) -> Tensor:
     """What transformers generates from the prompt with the kept tokens alone."""
     llava, ids = model(), inputs["input_ids"]
     features, attention = visual_cues(llava, inputs["pixel_values"])
@@ -42,9 +42,7 @@ def reduced_by_hand(inputs: dict[str, Tensor], budget: int) -> Tensor:
         made: Tensor = llava.generate(
             inputs_embeds=prompt,
             attention_mask=torch.ones(prompt.shape[:2], dtype=torch.int64),
-            max_new_tokens=TOKENS,
-            min_new_tokens=TOKENS,
-            do_sample=False,
+            **{"max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "do_sample": False, **more},
         )
     return made
 
@@ -113,15 +111,24 @@ def test_positions_go_on_where_the_prompt_ends(decode: Path, tmp_path: Path) -> 
 
 
 def test_a_text_that_ends(decode: Path, prefilled: Path) -> None:
+    """Of which the other goes on, and behind its end stands padding."""
     generator = Generator(prefilled, decode)
     whole = generator.generate(tensors(), TOKENS)
-    stop = int(whole[0, 3])
-    short = generator.generate(tensors(), TOKENS, stop=stop)
-    ends = [(row == stop).nonzero() for row in whole]
-    if all(len(end) for end in ends):
-        assert short.shape[1] == max(int(end[0]) for end in ends) + 1
-    else:
-        assert torch.equal(short, whole)
+    stop = next(int(token) for token in whole[0, 1:6] if token not in whole[1])
+    other, pad = int(whole[1, 9]), 7
+    found = generator.generate(tensors(), TOKENS, stop, config=GenerationConfig(eos_token_id=other, pad_token_id=pad))
+    wanted = reduced_by_hand(tensors(), 48, min_new_tokens=0, eos_token_id=[stop, other], pad_token_id=pad)
+    assert found.shape[1] < TOKENS and torch.equal(found, wanted)
+
+
+def test_tokens_that_are_drawn(decode: Path, prefilled: Path) -> None:
+    """With the same random numbers, those that transformers draws."""
+    how = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 20}
+    torch.manual_seed(5)
+    wanted = reduced_by_hand(tensors(), 48, **how)
+    torch.manual_seed(5)
+    found = Generator(prefilled, decode).generate(tensors(), TOKENS, config=GenerationConfig(**how))
+    assert torch.equal(found, wanted) and not torch.equal(found, reduced_by_hand(tensors(), 48))
 
 
 def test_the_cache_may_have_any_length(decode: Path) -> None:
@@ -217,20 +224,6 @@ def test_prompt_families_by_hand(name: str, tmp_path: Path) -> None:
         assert torch.equal(eager(family, reduced, generator, inputs), found)
 
 
-def speaking_words(name: str) -> Any:
-    """A model of a family that makes no placeholders, and what makes its inputs."""
-    family, make = built(name)
-    with torch.no_grad():
-        family.get_output_embeddings().weight[WORDS:] = 0
-    return family, make
-
-
-def shortened(inputs: dict[str, Tensor], front: int, back: int) -> dict[str, Tensor]:
-    """The prompts without some of their first and last words."""
-    length = inputs["input_ids"].shape[1]
-    return {name: t[:, front : length - back] if name in _LONGER else t for name, t in inputs.items()}
-
-
 def eager(family: Any, reduced: Reduced, generator: Generator, inputs: dict[str, Tensor]) -> Tensor:
     """Twenty tokens of the reduced module in eager PyTorch, then of the model: the cache without padding."""
     framed = frame(generator._manifest, inputs)
@@ -253,16 +246,6 @@ def eager(family: Any, reduced: Reduced, generator: Generator, inputs: dict[str,
     return torch.cat(made, 1)
 
 
-def widen(family: Any, window: int) -> None:
-    """Let sliding windows be longer than the prompt."""
-    for module in family.modules():
-        if getattr(module, "sliding_window", None):
-            module.sliding_window = window
-    text = family.config.get_text_config()
-    if getattr(text, "sliding_window", None):
-        text.sliding_window = window
-
-
 def test_a_sliding_window_that_a_gap_would_fall_into(tmp_path: Path) -> None:
     family, make = built("gemma3")
     program = pumer.capture(family, make(0))
@@ -272,17 +255,3 @@ def test_a_sliding_window_that_a_gap_would_fall_into(tmp_path: Path) -> None:
     generator = Generator(tmp_path / "prefill.onnx", tmp_path / "decode.onnx")
     with pytest.raises(UsageError, match=r"18 tokens and 3 new ones are more than the .* window of 8"):
         generator.generate(make(1), tokens=3)
-
-
-def longer(inputs: dict[str, Tensor], new: Tensor) -> dict[str, Tensor]:
-    """A prompt with more text behind it."""
-    more = {name: torch.cat([inputs[name], fill(new)], 1) for name, fill in _LONGER.items() if name in inputs}
-    return {**inputs, **more}
-
-
-_LONGER = {
-    "input_ids": lambda new: new,
-    "attention_mask": torch.ones_like,
-    "mm_token_type_ids": torch.zeros_like,
-    "token_type_ids": torch.zeros_like,
-}

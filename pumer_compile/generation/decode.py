@@ -11,14 +11,16 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.exporters.configs import OnnxConfig
 from transformers.exporters.exporter_onnx import OnnxExporter
@@ -40,7 +42,9 @@ UNMASKED = "pumer_compile_unmasked"
 TOLERANCE = 1e-4
 
 
-def export_decode(model: PreTrainedModel, inputs: Mapping[str, Tensor], path: str | os.PathLike[str]) -> Path:
+def export_decode(
+    model: PreTrainedModel, inputs: Mapping[str, Tensor], path: str | os.PathLike[str], *, by_layer: bool = False
+) -> Path:
     """Write one step of greedy decoding as ONNX: a token and a cache in, logits and the longer cache out.
 
     The batch is that of `inputs`; the length of the cache is open. The step is run on caches of two lengths, and
@@ -50,9 +54,11 @@ def export_decode(model: PreTrainedModel, inputs: Mapping[str, Tensor], path: st
         model: that generates.
         inputs: a prompt without padding, as for the prefill.
         path: of the artifact.
+        by_layer: a layer whose cache is shorter than that of the first one counts the positions of new tokens on from
+            its own length, as a prefill with `positions: compact` inside the language model needs (`pyramiddrop`).
 
     Raises:
-        UsageError: the model does not generate, or the prompt has padding.
+        UsageError: the model does not generate, the prompt has padding, or positions cannot be told by layer.
         ExportError: transformers cannot convert the step.
         ParityError: it computes something else.
     """
@@ -68,8 +74,13 @@ def export_decode(model: PreTrainedModel, inputs: Mapping[str, Tensor], path: st
         try:
             assert isinstance(step, PreTrainedModel)  # of a decoder: the model itself
             config = OnnxConfig(dynamic=True, opset_version=DEFAULT_OPSET)
-            with restoring_model_state(step):
+            with restoring_model_state(step), _positions_by_layer(step) if by_layer else nullcontext():
                 apart = _without_mask(step)
+                if by_layer and not apart:
+                    raise UsageError(
+                        f"The attention of {type(model).__name__} reads a mask in a decoding step (a sliding window, "
+                        "or none of transformers' sdpa), so caches have one length: leave out `by_layer`."
+                    )
                 converted, _ = OnnxExporter().export_program(step, given, config)
         except torch.onnx.OnnxExporterError as error:
             raise ExportError(f"transformers could not convert the decoding step: {error}") from error
@@ -88,6 +99,7 @@ def export_decode(model: PreTrainedModel, inputs: Mapping[str, Tensor], path: st
             }
             described["token_types"] = kinds
             described["lengths_by_layer"] = apart
+            described["positions_by_layer"] = by_layer
             described["window"] = window_of(model)
             append_metadata(files[-1], {KEY: json.dumps(described)})
             seal_onnx(files[-1], {file.name: file for file in files[:-1]})
@@ -145,6 +157,36 @@ def _without_mask(step: PreTrainedModel) -> bool:
 
 def _no_mask(*_: Any, **__: Any) -> None:
     return None
+
+
+@contextmanager
+def _positions_by_layer(step: PreTrainedModel) -> Iterator[None]:
+    """Let every layer turn queries and keys by the length of its own cache, while the block lasts."""
+    decoder: Any = next((m for m in step.modules() if hasattr(m, "rotary_emb") and hasattr(m, "layers")), None)
+    if decoder is None:
+        raise UsageError(
+            f"{type(step).__name__} gives positions to its layers in another way than by rotary angles (`rotary_emb`), "
+            "so no layer can count its own. Use `positions: original`."
+        )
+    seen: dict[str, Any] = {}
+
+    def note(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        cache = kwargs["past_key_values"]
+        seen["lengths"] = [cache.get_seq_length(index) for index in range(len(decoder.layers))]
+
+    def turn(index: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        gone = seen["lengths"][0] - seen["lengths"][index]
+        angles = decoder.rotary_emb(args[0] if args else kwargs["hidden_states"], kwargs["position_ids"] - gone)
+        return args, {**kwargs, "position_embeddings": angles}
+
+    hooks = [decoder.register_forward_pre_hook(note, with_kwargs=True)]
+    for index, layer in enumerate(decoder.layers):
+        hooks.append(layer.register_forward_pre_hook(partial(turn, index), with_kwargs=True))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _check_step(model: PreTrainedModel, session: OnnxSession) -> None:

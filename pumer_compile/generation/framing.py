@@ -49,6 +49,12 @@ class Framed:
         """Of each prompt, how many tokens."""
         return tuple(front + back for front, back in zip(self.front, self.back, strict=True))
 
+    @property
+    def prompts(self) -> list[Tensor]:
+        """The ids of each, without padding."""
+        spans = zip(self.inputs[IDS].cpu(), self.front, self.lengths, strict=True)
+        return [row[front : front + length] for row, front, length in spans]
+
 
 def frame(manifest: Mapping[str, Any], inputs: Mapping[str, Tensor], *, first: int = 0) -> Framed:
     """Prompts in the frame of an artifact.

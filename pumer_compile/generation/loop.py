@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList
 
 from ..artifacts.manifest import read_manifest
 from ..errors import UsageError
@@ -52,7 +53,8 @@ class Generator:
     def __init__(self, prefill: str | os.PathLike[str], decode: str | os.PathLike[str]) -> None:
         self._manifest = read_manifest(Path(prefill))
         schedule = self._manifest["schedule"] or {}
-        self._compact = schedule.get("positions", "compact") == "compact"
+        method = Schedule.from_manifest(schedule) if schedule else None
+        self._compact = method is None or method.renumbers
         step = read_step(Path(decode))
         self.prefill, self.decode = OnnxSession(Path(prefill)), OnnxSession(Path(decode))
         if "logits" not in self.prefill.outputs or not any(n.startswith(CACHE) for n in self.prefill.outputs):
@@ -60,37 +62,60 @@ class Generator:
                 f"{prefill} gives {', '.join(self.prefill.outputs)}; generating needs logits and a cache. Compile it "
                 "without --outputs."
             )
-        by_layer = bool(schedule) and Schedule.from_manifest(schedule).cache_lengths == "by_layer"
+        by_layer = method is not None and method.cache_lengths == "by_layer"
         if by_layer and not step.get("lengths_by_layer"):
             raise UsageError(
                 f"{prefill} gives a cache that is longer in the first layers (`method: {schedule['method']}`), and "
                 f"{decode} takes one of the same length in all. Export the step again; of models with sliding windows, "
                 "or whose attention is not transformers' sdpa, it is not supported."
             )
+        if method is not None and method.renumbers_layers and not step.get("positions_by_layer"):
+            raise UsageError(
+                f"{prefill} counts positions anew behind every stage (`method: {schedule['method']}`, `positions: "
+                f"compact`), so that each layer has its own, and {decode} gives one to all layers. Export the step "
+                "with `by_layer=True`, or choose `positions: original`."
+            )
+        if step.get("positions_by_layer") and not (method is not None and method.renumbers_layers):
+            raise UsageError(
+                f"{decode} counts the positions of new tokens by layer, and {prefill} has the same ones in all layers. "
+                "Export the step without `by_layer`."
+            )
         self._window = step.get("window") if schedule and not self._compact else None
         self._offset = step["position_offset"]
         # Steps exported before have one type.
         self._kinds = step.get("token_types") or {"token_type_ids": step.get("token_type", 0)}
 
-    def generate(self, inputs: Mapping[str, Tensor], tokens: int, stop: int | Sequence[int] | None = None) -> Tensor:
-        """New tokens, greedy.
+    def generate(
+        self,
+        inputs: Mapping[str, Tensor],
+        tokens: int,
+        stop: int | Sequence[int] | None = None,
+        *,
+        config: GenerationConfig | None = None,
+        processors: LogitsProcessorList | None = None,
+    ) -> Tensor:
+        """New tokens; greedy, unless a configuration says otherwise.
 
         Args:
             inputs: what the model's processor makes of prompts, each at most as long as the compiled one before and
                 behind its images; padded or not.
             tokens: how many, at most.
-            stop: ids of which any ends a text; where all have ended, no more are made.
+            stop: ids of which any ends a text, beside the configuration's; where all have ended, no more are made.
+            config: transformers': whether tokens are drawn (with torch's own random numbers, as `torch.manual_seed`
+                sets them), temperature and so on, `eos_token_id`, and `pad_token_id` for what stands behind an end.
+            processors: further logits processors of transformers'.
 
         Returns:
             `[batch, tokens or fewer]`, int64.
 
         Raises:
-            UsageError: a prompt does not fit the artifact, or is longer than a sliding window.
+            UsageError: a prompt does not fit the artifact, or is longer than a sliding window; or the configuration
+                says what is not done here.
         """
         framed = frame(self._manifest, inputs, first=self._offset if isinstance(self._offset, int) else 0)
         check_prompts(self._manifest, framed.inputs)
         self._check_window(max(framed.lengths), tokens)
-        choosing = Choosing(stop)
+        choosing = Choosing(framed.prompts, config, processors, stop)
         groups, logits = self._begin(framed)
         made = [choosing.next(logits)]
         while len(made) < tokens and not choosing.ended:
@@ -117,7 +142,8 @@ class Generator:
         batch = self.decode.input_specs["input_ids"].shape[0]
         groups = []
         for rows in _together(framed.padding, alone=batch == 1):
-            length = logits.shape[1] - framed.padding[rows[0]] if self._compact else framed.lengths[rows[0]]
+            first = next(iter(cache.values())).shape[2]  # the longest: a method inside the model has not acted yet
+            length = first - framed.padding[rows[0]] if self._compact else framed.lengths[rows[0]]
             cut = {name: _cut(name, tensor, rows, framed) for name, tensor in cache.items()}
             groups.append(_Rows(rows, length, cut))
         return groups, logits[torch.arange(len(last)), last]

@@ -34,6 +34,13 @@ class Signal(Enum):
             row that is made of several tokens their mean.
         CLASS_FEATURE: what the class token of each crop leaves the vision tower as, `[batch, crops, width]`; only of a
             stream with `class_tokens`.
+        TEXT_EMBEDDING: mean of the input embeddings of the prompt's text, without padding and the two tokens beside
+            each image (where it begins and ends), `[batch, width]`, float32.
+        NEXT_QUERY: like `LAST_QUERY`, of the layer that comes next, computed ahead from the tokens before they are
+            reduced.
+        TEXT_KEYS: keys of the text behind the image, `[batch, heads, text, head_size]`.
+        NORMED: the tokens as the model's last norm would leave them, `[batch, tokens, width]`.
+        TEXT_NORMED: the text behind the image, likewise.
     """
 
     KEYS = "keys"
@@ -44,6 +51,11 @@ class Signal(Enum):
     CLASS_TOKEN = "class_token"
     TOWER_KEYS = "tower_keys"
     CLASS_FEATURE = "class_feature"
+    TEXT_EMBEDDING = "text_embedding"
+    NEXT_QUERY = "next_query"
+    TEXT_KEYS = "text_keys"
+    NORMED = "normed"
+    TEXT_NORMED = "text_normed"
 
 
 @dataclass(frozen=True)

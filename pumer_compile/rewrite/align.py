@@ -29,9 +29,11 @@ class Aligner:
 
     Attributes:
         count: of the alignments inserted.
+        counted: captured values that are computed from places alone, which are counted anew behind every reducer.
     """
 
     count: int = 0
+    counted: set[fx.Node] = field(default_factory=set)
     _aligned: dict[tuple[Any, ...], fx.Node] = field(default_factory=dict)
     _maps: dict[tuple[str, int, int, bool], fx.Node] = field(default_factory=dict)
 
@@ -94,6 +96,9 @@ class Aligner:
     ) -> fx.Node:
         dim = Dim(source, index)
         have = rewriter.epochs.at(dim)
+        if source in self.counted:  # the first places, whichever tokens are left
+            size = rewriter.epochs.size(rewriter.annotation.axis(dim), target)
+            return rewriter.call(aten.slice.Tensor, value, index, 0, size)
         kind = self.whole_streams(rewriter, dim, node, [s for s, epoch in target.items() if epoch != have.get(s, 0)])
         mode = self._mode(rewriter, node, source, kind, have, target)
         where = not _of_data(source)

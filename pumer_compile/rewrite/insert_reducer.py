@@ -69,7 +69,7 @@ class InsertReducer:
             return None
         reducers = {s: reducer for s, reducer in made.items() if s in axis.streams}
         signals = {s: self._signals(place, s, reducer) for s, reducer in made.items()}
-        linears = sink_projections.projections(rewriter, carrier, dim, {s: r.tokens_after for s, r in reducers.items()})
+        linears = self._postponed(rewriter, dim, {s: r.tokens_after for s, r in reducers.items()})
         parts = [] if linears else self._parts(rewriter, rewriter.env[carrier], dim)
         of_stream = dict(parts)
         results = {s: self._call(rewriter, s, r, of_stream.get(s), signals[s]) for s, r in made.items()}
@@ -87,6 +87,14 @@ class InsertReducer:
             for stream, epoch in epochs.items():
                 rewriter.reduce_later_uses(attention.context, stream, place.epoch(stream), epoch)
         return new
+
+    def _postponed(self, rewriter: Rewriter, dim: int, after: dict[str, int]) -> dict[fx.Node, fx.Node]:
+        """See `sink_projections`; what stands between two layers is read whole, to compute ahead."""
+        carrier = self.site.after
+        assert carrier is not None
+        if self.site.attention is None or carrier is not self.site.attention.carrier:
+            return {}
+        return sink_projections.projections(rewriter, carrier, dim, after)
 
     def _token_dim(self, rewriter: Rewriter, carrier: fx.Node) -> tuple[int, Tokens]:
         axes = rewriter.annotation.axes(carrier)

@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from ..analysis.axes import Dim, Tokens
 from ..analysis.masks import HIDES
-from ..analysis.nodes import ancestors, attribute, describe, values, with_numbers
+from ..analysis.nodes import ancestors, attribute, content_inputs, describe, values, with_numbers
 from ..analysis.operators import ADD, MOVES, aten, overloads
 from ..errors import UsageError
 from .carried_weights import CarriedWeights
@@ -19,6 +19,9 @@ from .sites import LocatedGraph, Replacements
 
 def renumbered_positions(graph: LocatedGraph, *, compact: bool) -> Replacements:
     """Positions along a prompt, made out of nothing but its length: counted over the tokens that are left.
+
+    Behind a reducer inside the language model, what is computed from them alone (rotary angles) is cut to as many
+    places as there are tokens, instead of taking those of the tokens.
 
     Where they stay original (not `compact`) only those are that are compared with each other and nothing else, as in a
     causal mask, which comes out the same either way; of others (rotary angles, distances within a window) the selection
@@ -36,7 +39,9 @@ def renumbered_positions(graph: LocatedGraph, *, compact: bool) -> Replacements:
         for node in graph.annotation.constraints
         if node.target is aten.arange.default and streams & set(_streams(graph, node, 0))
     ]
-    return {node: partial(_count, node) for node in (counts if compact else _compared_alone(graph, counts))}
+    if compact:
+        return {node: partial(_count, node, computed_alone(node)) for node in counts}
+    return {node: partial(_count, node, frozenset()) for node in _compared_alone(graph, counts)}
 
 
 def _compared_alone(graph: LocatedGraph, counts: list[fx.Node]) -> list[fx.Node]:
@@ -50,6 +55,16 @@ def _compared_alone(graph: LocatedGraph, counts: list[fx.Node]) -> list[fx.Node]
             return list(found)
         for node in mixed:
             del found[node]
+
+
+def computed_alone(source: fx.Node) -> frozenset[fx.Node]:
+    """What is computed from a count of places and nothing that is learned or given: the same for any tokens there."""
+    found, constant = {source}, set[fx.Node]()
+    for node in source.graph.nodes:
+        content = set(content_inputs(node))
+        if node is not source and node.op in ("get_attr", "call_function") and content <= found | constant:
+            (found if found & content else constant).add(node)
+    return frozenset(found)
 
 
 def _check_not_constant(graph: LocatedGraph, streams: set[str]) -> None:
@@ -116,7 +131,8 @@ def _becomes_angle(node: fx.Node) -> bool:
     return False
 
 
-def _count(node: fx.Node, rewriter: Rewriter, carried: CarriedWeights) -> fx.Node:
+def _count(node: fx.Node, alone: frozenset[fx.Node], rewriter: Rewriter, carried: CarriedWeights) -> fx.Node:
+    rewriter.aligner.counted |= alone
     dim = Dim(node, 0)
     kind = rewriter.annotation.axis(dim)
     assert isinstance(kind, Tokens)

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
 from torch import fx
 
 from ..analysis.attention import NOT_KNOWN, Attention, Parts, tower_attention
-from ..analysis.axes import Size
+from ..analysis.axes import Dim, Size, Tokens
 from ..analysis.nodes import ancestors, describe, values
 from ..analysis.operators import aten
 from ..analysis.prompts import Mark, Votes
 from ..analysis.rules import shape
 from ..errors import LocateError
-from ..reducers import MemberVotes, Signal, TokenWeights
+from ..reducers import MeanOfWords, MemberVotes, Signal, TokenWeights
 from .attention_rows import attention_rows
 from .carried_weights import CarriedWeights
 from .epochs import Epochs
@@ -28,7 +29,7 @@ class Place:
     """Where signals are read.
 
     Attributes:
-        rewriter: which has passed the site's attention.
+        rewriter: which has passed what the site stands after.
         graph: captured.
         site: that is being reduced.
         epochs: of its streams.
@@ -79,16 +80,55 @@ def read_signal(signal: Signal, place: Place, stream: str) -> fx.Node | None:
 
 
 def _keys(place: Place, stream: str) -> fx.Node:
-    """This site's keys of a stream, or the nearest self-attention's."""
-    attention, rewriter = place.attention, place.rewriter
-    at = rewriter.epochs.at(attention.key_dim)
-    if stream not in attention.key_axis.streams or at.get(stream, 0) != place.epoch(stream):
-        attention = _nearest_self_attention(place, stream)
-    span = rewriter.epochs.span(attention.key_axis, stream, rewriter.epochs.at(attention.key_dim))
-    if attention.key is not None:
-        return rewriter.call(aten.slice.Tensor, rewriter.env[attention.key], 2, *span)
-    assert attention.key_transposed is not None
-    cut = rewriter.call(aten.slice.Tensor, rewriter.env[attention.key_transposed], 3, *span)
+    """This site's keys of a stream, or the nearest self-attention's; of one that comes later, computed ahead."""
+    with _passed(place):
+        return _known_keys(place, stream)
+
+
+def _passed(place: Place) -> AbstractContextManager[None]:
+    """The keys of the site's attention are there."""
+    key, after = place.attention.key_dim.node, place.site.after
+    if key in place.rewriter.env or after is None:
+        return nullcontext()
+    return place.rewriter.ahead(key, after, after)
+
+
+def _text_keys(place: Place, stream: str) -> fx.Node:
+    site, rewriter = place.attention, place.rewriter
+    with _passed(place):
+        spans = _behind(place, site.key_axis, stream)
+        if site.key is not None:
+            return _joined(rewriter, rewriter.env[site.key], 2, spans)
+        assert site.key_transposed is not None
+        return rewriter.call(aten.transpose.int, _joined(rewriter, rewriter.env[site.key_transposed], 3, spans), 2, 3)
+
+
+def _behind(place: Place, axis: Tokens, stream: str) -> list[tuple[int, int]]:
+    """Where the text behind an image stands."""
+    length, found, stop = place.rewriter.epochs.length, list[tuple[int, int]](), 0
+    wanted = [id(segment) for segment in place.graph.behind(axis, stream)]
+    for segment in axis.segments:
+        start, stop = stop, stop + length(segment, place.epochs)
+        if id(segment) in wanted:
+            found.append((start, stop))
+    return found
+
+
+def _joined(rewriter: Rewriter, value: fx.Node, dim: int, spans: list[tuple[int, int]]) -> fx.Node:
+    parts = [rewriter.call(aten.slice.Tensor, value, dim, *span) for span in spans]
+    return rewriter.call(aten.cat.default, parts, dim) if len(parts) > 1 else parts[0]
+
+
+def _known_keys(place: Place, stream: str) -> fx.Node:
+    site, rewriter = place.attention, place.rewriter
+    at = rewriter.epochs.at(site.key_dim)
+    if stream not in site.key_axis.streams or at.get(stream, 0) != place.epoch(stream):
+        site = _nearest_self_attention(place, stream)
+    span = rewriter.epochs.span(site.key_axis, stream, rewriter.epochs.at(site.key_dim))
+    if site.key is not None:
+        return rewriter.call(aten.slice.Tensor, rewriter.env[site.key], 2, *span)
+    assert site.key_transposed is not None
+    cut = rewriter.call(aten.slice.Tensor, rewriter.env[site.key_transposed], 3, *span)
     return rewriter.call(aten.transpose.int, cut, 2, 3)
 
 
@@ -105,6 +145,29 @@ def _nearest_self_attention(place: Place, stream: str) -> Attention:
         f"Site {place.attention.described} merges {stream} tokens, but there is no self-attention over the "
         f"{stream} before it whose keys tell which are similar. Set `merge: {{{stream}: 0}}` there."
     )
+
+
+def _normed(place: Place, stream: str) -> fx.Node:
+    value, axis = _all_normed(place)
+    return place.rewriter.call(aten.slice.Tensor, value, 1, *place.rewriter.epochs.span(axis, stream, place.epochs))
+
+
+def _text_normed(place: Place, stream: str) -> fx.Node:
+    value, axis = _all_normed(place)
+    return _joined(place.rewriter, value, 1, _behind(place, axis, stream))
+
+
+def _all_normed(place: Place) -> tuple[fx.Node, Tokens]:
+    """What the model's last norm makes of the values that are reduced, and their axis."""
+    after = place.site.after
+    assert after is not None
+    axis = place.graph.annotation.axis(Dim(after, 1))
+    assert isinstance(axis, Tokens)
+    if "normed" not in place.read:
+        leaving, norm = place.graph.last_norm(after)
+        with place.rewriter.ahead(norm, leaving, after):
+            place.read["normed"] = place.rewriter.env[norm]
+    return place.read["normed"], axis
 
 
 def _weights(place: Place, stream: str) -> fx.Node | None:
@@ -138,6 +201,16 @@ def _last_query(place: Place, stream: str) -> fx.Node:
         place.read["last_query"] = attention_rows(rewriter, attention, (last - 1, last), name)
     span = rewriter.epochs.span(attention.key_axis, stream, place.epochs)
     return rewriter.call(aten.slice.Tensor, place.read["last_query"], 3, *span)
+
+
+def _next_query(place: Place, stream: str) -> fx.Node:
+    """Of the site's attention, which comes later: it is computed ahead, from the tokens as they are."""
+    site, after = place.attention, place.site.after
+    assert after is not None
+    if "last_query" in place.read:
+        return _last_query(place, stream)
+    with place.rewriter.ahead(site.context, after, after):
+        return _last_query(place, stream)
 
 
 def _class_token(place: Place, stream: str) -> fx.Node:
@@ -303,6 +376,33 @@ def _class_feature(place: Place, stream: str) -> fx.Node:
     return call(aten.cat.default, parts, 1) if len(parts) > 1 else parts[0]
 
 
+# --- of the text ------------------------------------------------------------------------------------------------------
+
+
+def _text_embedding(place: Place, stream: str) -> fx.Node:
+    words, rewriter = None if place.mark is None else place.mark.words, place.rewriter
+    if words is None or not words.places:
+        what = "has no text beside the image" if words is not None else "comes from no single table of words"
+        raise LocateError(
+            f"The method asks how relevant an image token is to the text, and the prompt {what}. "
+            "`method: divprune` reads no text."
+        )
+    if "text_embedding" not in place.read:
+        batch, length = (Dim(words.node, i) for i in (0, 1))
+        same = place.graph.annotation.same
+        # Whatever says of every token of the prompt whether it is padding.
+        masks = [
+            node
+            for node in words.node.graph.find_nodes(op="placeholder")
+            if str(node.target).endswith("mask") and len(shape(node)) == 2
+            if same(Dim(node, 0), batch) and same(Dim(node, 1), length)
+        ]
+        given = [rewriter.env[words.node], *(rewriter.env[mask] for mask in masks[:1])]
+        name = f"reducer.{place.site.name}.text"
+        place.read["text_embedding"] = rewriter.call_module(name, MeanOfWords(words.places), *given)
+    return place.read["text_embedding"]
+
+
 _SIGNALS: dict[Signal, Callable[[Place, str], fx.Node | None]] = {
     Signal.KEYS: _keys,
     Signal.WEIGHTS: _weights,
@@ -312,4 +412,9 @@ _SIGNALS: dict[Signal, Callable[[Place, str], fx.Node | None]] = {
     Signal.CLASS_TOKEN: _class_token,
     Signal.TOWER_KEYS: _tower_keys,
     Signal.CLASS_FEATURE: _class_feature,
+    Signal.TEXT_EMBEDDING: _text_embedding,
+    Signal.NEXT_QUERY: _next_query,
+    Signal.TEXT_KEYS: _text_keys,
+    Signal.NORMED: _normed,
+    Signal.TEXT_NORMED: _text_normed,
 }
