@@ -13,6 +13,7 @@ from .merger import ModalityAwareMerger
 from .prune_merge import StreamReducer
 from .pruner import TextInformedPruner
 from .relevance import MeanOfWords
+from .video import ChangeReducer, UniqueReducer
 from .visionzip import VisionZipReducer
 from .vispruner import VisPruner
 from .visual import MemberVotes, VisualReducer, WithSeparators
@@ -20,6 +21,7 @@ from .visual import MemberVotes, VisualReducer, WithSeparators
 __all__ = [
     "AlignAxis",
     "ApplyMap",
+    "ChangeReducer",
     "CropReducer",
     "DartReducer",
     "HoloVReducer",
@@ -38,6 +40,7 @@ __all__ = [
     "TextInformedPruner",
     "TextRowsAttention",
     "TokenWeights",
+    "UniqueReducer",
     "UnitWeights",
     "VisPruner",
     "VisionZipReducer",

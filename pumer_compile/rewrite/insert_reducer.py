@@ -242,8 +242,8 @@ def _drop_separators(mark: Mark, rewriter: Rewriter) -> fx.Node:
     map_ = rewriter.call_module(f"reducer.separators.{outer}", separators, step.map)
     assigned, stands = map_, None
     if step.place is not None:
-        assigned = rewriter.call_module(f"reducer.separators.{outer}.assigned", separators, step.assigned)
-        stands = rewriter.call_module(f"reducer.separators.{outer}.place", separators, step.place)
+        assigned = rewriter.call_module(f"reducer.separators.{outer}_assigned", separators, step.assigned)
+        stands = rewriter.call_module(f"reducer.separators.{outer}_place", separators, step.place)
     dropped = Step(0, map_, assigned, step.after, step.merged, False, step.in_order, stands)
     epoch = rewriter.epochs.add_step(outer, dropped)
     rewriter.epochs.bump(Dim(separated, 1), {outer: epoch})
