@@ -13,6 +13,7 @@ from torch import fx, nn
 
 from .analysis.nodes import copied
 from .analysis.outputs import output_nodes, set_outputs
+from .capture.added import with_added_inputs
 from .capture.capture import Program
 from .passes.manager import History, State, run_passes
 from .passes.pipeline import COUNT, passes_of
@@ -60,6 +61,7 @@ def reduce(program: Program, schedule: Schedule | str | os.PathLike[str], *, dum
         PumerError: see the errors of the passes.
     """
     schedule = schedule_for(program.model, schedule)
+    program = with_added_inputs(program, schedule.adds)
     state = State(program.module, schedule, dict(program.inputs), dict(program.streams))
     history = run_passes(state, passes_of(schedule) + COUNT, dump=dump_graph)
     state.reduced.train(program.module.training)
@@ -97,6 +99,7 @@ def configs_of(model: nn.Module | None) -> Iterator[Any]:
 
 def reduce_graph(program: Program, schedule: Schedule) -> fx.GraphModule:
     """The reduced module alone, without a plan."""
+    program = with_added_inputs(program, schedule.adds)
     state = State(program.module, schedule, dict(program.inputs), dict(program.streams))
     run_passes(state, passes_of(schedule))
     return state.reduced

@@ -30,6 +30,7 @@ from transformers.exporters.exporter_dynamo import DynamoExporter
 from transformers.exporters.utils import apply_patches, get_leaf_tensors
 
 from .. import frontends  # importing it registers the rewrites that tracing needs
+from ..added_inputs import AddedInput
 from ..analysis.dead_code import draws_nothing
 from ..analysis.nodes import describe, values
 from ..analysis.outputs import drop_unasked, join_features, select_outputs
@@ -71,7 +72,8 @@ class Program:
     does not read them. `unpadded` are those of them that are masks, of ones. `constant` are inputs that the model takes
     as well, and the value that, everywhere in them, is as good as leaving them out (token types of zeros). `guards` are
     what must be true of other inputs, where the trace followed the sample (`follow.py`); `counted` are masks over which
-    positions were counted there (M-RoPE): padding takes none.
+    positions were counted there (M-RoPE): padding takes none. `added` are inputs that the model does not take, and a
+    method reads (`added.py`).
     """
 
     module: fx.GraphModule
@@ -86,6 +88,7 @@ class Program:
     constant: dict[str, int] = field(default_factory=dict)
     guards: tuple[Guard, ...] = ()
     counted: tuple[str, ...] = ()
+    added: Mapping[str, AddedInput] = field(default_factory=dict)
 
 
 def capture(

@@ -181,6 +181,7 @@ def _prove(
         reopen=lambda: Engine.over(evidence.reopen(), manifest),
         more=drawn or (),
         model=model,
+        added=tuple(program.added),
         atol=atol,
         rtol=rtol,
     )

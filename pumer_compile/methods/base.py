@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from ..added_inputs import AddedInput
 from ..errors import ScheduleError
 from .about import About
 from .reading import class_of, explain, read_yaml
@@ -149,6 +150,11 @@ class Method(BaseModel):
         """Where image tokens of a prompt are to be marked, and whether the attention of the tower is to be found that
         votes for them; None where no prompt is needed."""
         return (self.acts_on, self.reads_tower) if self.needs_prompt else None
+
+    @property
+    def adds(self) -> dict[str, AddedInput]:
+        """Inputs that it adds to those of the model, by name; `Signal` has one of the same name for each."""
+        return {}
 
     # --- what it does -------------------------------------------------------------------------------------------------
 

@@ -17,11 +17,13 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
+from ..added_inputs import AddedInput
 from ..artifacts.engine import Engine
 from ..artifacts.manifest import read_manifest
 from ..artifacts.profile import Profile
 from ..artifacts.session import comparable_decisions, decision_session_of
-from ..capture.capture import Program, capture
+from ..capture.added import capture_with
+from ..capture.capture import Program
 from ..capture.loading import LoadedModel, load_model
 from ..capture.samples import Kinds, Samples, captured_batch, describe_samples, kinds_of, proof_batches, proof_sizes
 from ..capture.weights import check_model
@@ -90,6 +92,7 @@ def parity(
         reopen=partial(Engine, path, provider=provider),
         more=drawn or (),
         model=exact.model,
+        added=tuple(program.added),
         atol=atol,
         rtol=rtol,
     )
@@ -97,6 +100,11 @@ def parity(
         recorder.save(save_inputs, save_outputs)
     report.notes += [*(drawn.notes() if drawn is not None else ()), *_notes(path, manifest, program, decisions)]
     return report
+
+
+def added_by(manifest: Mapping[str, Any]) -> Mapping[str, AddedInput]:
+    """Inputs that the schedule of an artifact adds to those of its model."""
+    return Schedule.from_manifest(manifest["schedule"]).adds if manifest["schedule"] else {}
 
 
 def _reduced(program: Program, manifest: Mapping[str, Any]) -> fx.GraphModule:
@@ -121,9 +129,10 @@ def _recaptured(
     model: nn.Module | ExportedProgram | LoadedModel, inputs: Mapping[str, Tensor], manifest: Mapping[str, Any]
 ) -> Program:
     """The model captured as the artifact was."""
-    return capture(
+    return capture_with(
         model,
         inputs,
+        added_by(manifest),
         dynamic_batch=bool(manifest["dynamic_batch"]),
         streams=manifest["streams"],
         outputs=manifest.get("kept_outputs"),

@@ -12,7 +12,7 @@ from .masked_softmax import PublishedMaskedSoftmax
 from .merger import ModalityAwareMerger
 from .prune_merge import StreamReducer
 from .pruner import TextInformedPruner
-from .relevance import MeanOfWords
+from .relevance import MeanOfWords, RowsOfTower
 from .video import ChangeReducer, UniqueReducer
 from .visionzip import VisionZipReducer
 from .vispruner import VisPruner
@@ -34,6 +34,7 @@ __all__ = [
     "PublishedMaskedSoftmax",
     "Reducer",
     "Reduction",
+    "RowsOfTower",
     "Signal",
     "SizeBias",
     "StreamReducer",

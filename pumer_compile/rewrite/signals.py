@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import fx
@@ -15,8 +16,8 @@ from ..analysis.nodes import ancestors, describe, values
 from ..analysis.operators import aten
 from ..analysis.prompts import Mark, Votes
 from ..analysis.rules import shape
-from ..errors import LocateError
-from ..reducers import MeanOfWords, MemberVotes, Signal, TokenWeights
+from ..errors import LocateError, UsageError
+from ..reducers import MeanOfWords, MemberVotes, RowsOfTower, Signal, TokenWeights
 from .attention_rows import attention_rows
 from .carried_weights import CarriedWeights
 from .epochs import Epochs
@@ -404,6 +405,29 @@ def _text_embedding(place: Place, stream: str) -> fx.Node:
     return place.read["text_embedding"]
 
 
+def _tower_features(place: Place, stream: str) -> fx.Node:
+    tower = None if place.mark is None else place.mark.tower
+    if tower is None:
+        raise LocateError(
+            "The method compares a text with what image tokens are when they leave a vision tower, and the rows of "
+            "this prompt are not one of its tokens each. `variant: openvino` compares the rows themselves with the "
+            "prompt's words."
+        )
+    name = f"reducer.{place.site.name}.tower.{stream}"
+    return place.rewriter.call_module(name, RowsOfTower(tower.order, tower.count), place.rewriter.env[tower.features])
+
+
+def _added_input(name: str, place: Place, stream: str) -> fx.Node:
+    """An input of the graph that the model does not take, by its name."""
+    for captured, node in place.rewriter.env.items():
+        if captured.op == "placeholder" and captured.target == name:
+            return node
+    raise UsageError(
+        f"The schedule adds the input {name} to those of the model, and a graph that is compiled where the model runs "
+        "(torch.compile) takes no other inputs. Compile it to an artifact."
+    )
+
+
 _SIGNALS: dict[Signal, Callable[[Place, str], fx.Node | None]] = {
     Signal.KEYS: _keys,
     Signal.WEIGHTS: _weights,
@@ -418,4 +442,7 @@ _SIGNALS: dict[Signal, Callable[[Place, str], fx.Node | None]] = {
     Signal.TEXT_KEYS: _text_keys,
     Signal.NORMED: _normed,
     Signal.TEXT_NORMED: _text_normed,
+    Signal.TOWER_FEATURES: _tower_features,
+    Signal.TEXT_EMBEDS: partial(_added_input, Signal.TEXT_EMBEDS.value),
+    Signal.QUESTION_IDS: partial(_added_input, Signal.QUESTION_IDS.value),
 }
