@@ -38,7 +38,8 @@ class ClipRelevance(nn.Module):
             return -to_text(image, text.float()).mean(-1)
         texts, real = self.text(text)
         cosines: Tensor = to_text(image, texts) * real.unsqueeze(1)
-        return -cosines.sum(-1) / real.sum(-1, keepdim=True).clamp(min=1.0)
+        mean: Tensor = cosines.sum(-1) / real.sum(-1, keepdim=True).clamp(min=1.0)
+        return -mean
 
 
 class ClipText(nn.Module):
