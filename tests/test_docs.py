@@ -14,9 +14,9 @@ import pumer_compile as pumer
 from pumer_compile.analysis import rules
 from pumer_compile.errors import NoRuleError, ScheduleError
 from pumer_compile.methods import METHODS
+from tests.support.llava import model, program, tensors
 from tests.support.models import Config, inputs_for
 from tests.support.visual import logits_by_hand, visual_cues
-from tests.test_oracle_llava import model, program, tensors
 
 DOCS = Path(__file__).parents[1] / "docs"
 FLIP = torch.ops.aten.flip.default

@@ -18,10 +18,9 @@ from pumer_compile.exporters.onnx import append_metadata
 from pumer_compile.generation import Generator, export_decode
 from pumer_compile.generation.decode import KEY, read_step
 from tests.support.fastv import by_hand
-from tests.test_generation import TOKENS
-from tests.test_oracle_llava import model, tensors
+from tests.support.llava import model, tensors
 
-LENGTH = 158
+TOKENS, LENGTH = 20, 158
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +31,8 @@ def decode(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def prefill(tmp_path_factory: pytest.TempPathFactory) -> Path:
     schedule = Schedule(method="fastv", layer=2, budget=30)
-    reduced = pumer.reduce(pumer.capture(model(), tensors()), schedule)
+    inputs = {**tensors(), "position_ids": torch.arange(LENGTH).repeat(2, 1)}
+    reduced = pumer.reduce(pumer.capture(model(), inputs), schedule)
     return pumer.export(reduced, tmp_path_factory.mktemp("prefill") / "prefill.onnx", verify=False).path
 
 
@@ -43,14 +43,14 @@ def rotated(states: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
     return turned
 
 
-def loop_by_hand(layer: int, budget: int) -> Tensor:
+def loop_by_hand(layer: int, budget: int, inputs: dict[str, Tensor] | None = None) -> Tensor:
     """New tokens one by one, every layer over its own keys and values."""
-    llava, inputs = model(), tensors()
-    decoder = llava.model.language_model
+    llava, inputs = model(), inputs or tensors()
+    length, decoder = inputs["input_ids"].shape[1], llava.model.language_model
     first = by_hand(llava, inputs, layer, budget)
     caches, made = list(first.cache), [first.logits[:, -1:].argmax(-1)]
     with torch.no_grad():
-        for position in range(LENGTH, LENGTH + TOKENS - 1):
+        for position in range(length, length + TOKENS - 1):
             x = llava.get_input_embeddings()(made[-1])
             angles = decoder.rotary_emb(x, position_ids=torch.full_like(made[-1], position))
             for index, block in enumerate(decoder.layers):
@@ -75,6 +75,18 @@ def test_the_tokens_of_a_loop_by_hand(decode: Path, prefill: Path) -> None:
     made = Generator(prefill, decode).generate(tensors(), TOKENS)
     assert made.shape == (2, TOKENS)
     assert torch.equal(made, loop_by_hand(2, 30))
+
+
+def test_prompts_of_other_lengths(decode: Path, prefill: Path) -> None:
+    """The last token votes, so the padding of a text behind the image goes in front of that text."""
+    inputs = tensors()
+    ids, mask = inputs["input_ids"].clone(), inputs["attention_mask"].clone()
+    short = {name: t[1:, 1:-3] if t.dim() == 2 else t[1:] for name, t in inputs.items()}
+    ids[1, 4:], mask[1, :4] = short["input_ids"][0], 0
+    made = Generator(prefill, decode).generate({**inputs, "input_ids": ids, "attention_mask": mask}, TOKENS)
+    assert torch.equal(made[:1], loop_by_hand(2, 30)[:1])
+    assert torch.equal(made[1:], loop_by_hand(2, 30, short))
+    assert not torch.equal(made[1:], loop_by_hand(2, 30)[1:])
 
 
 def test_the_loop_by_hand_is_the_models() -> None:

@@ -135,3 +135,14 @@ def test_the_count_sees_decorators_methods_and_bodies() -> None:
     method = ast.parse(f"class C:\n    def f(\n        self,\n    ):\n{body.replace('    ', '        ')}")
     assert too_long(method) == {"f": LINES + 2} and not too_long(method, "cli")
     assert too_long(ast.parse(f"def f():\n{body}    x = 2\n    x = 3\n"), "cli") == {"f": LINES + 1}
+
+
+def test_no_test_imports_another() -> None:
+    """What tests share is in `tests/support`."""
+    found = []
+    for file in sorted(Path(__file__).parent.rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "tests":
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+                found += [f"{file.name}: {name}" for name in names if ".test_" in name]
+    assert found == []

@@ -1,4 +1,5 @@
-"""Carrier: the residual value after an attention's output projection, which is what a reducer reduces.
+"""Carrier: the residual value after an attention's output projection, which is what a reducer reduces; or the one that
+enters its layer.
 
 In a pre-norm model it is the sum of branch and residual. In a post-norm model it is that sum normalised, whatever
 operators the norm is written with: they look at each token alone, and nothing but they reads the sum.
@@ -12,8 +13,9 @@ from collections.abc import Iterator
 from torch import Tensor, fx
 
 from .axes import same_size
-from .nodes import content_inputs, depends_on_input, values
-from .operators import ADD, RESHAPES, aten
+from .dead_code import draws_nothing
+from .nodes import ancestors, content_inputs, depends_on_input, values
+from .operators import ADD, DROPOUT, KEEPS_VALUES, RESHAPES, aten
 from .rules import argument, broadcast, is_pointwise, list_arg, shape, wrap
 
 _PASSES = RESHAPES | {aten.squeeze.dim, aten.unsqueeze.default}
@@ -35,12 +37,46 @@ _LINEAR_IN_NORMS = _MOVES | {"add", "sub", "rsub", "neg", "mul", "div", "mean", 
 def carrier_of(context: fx.Node) -> tuple[fx.Node | None, str]:
     """Follow an attention's output through its projection to the residual addition, and the norm behind it; the
     carrier, or None and why there is none."""
+    found, why = _residual_addition(context)
+    return (None, why) if found is None else (_after_norm(found[0]), "")
+
+
+def entering_of(context: fx.Node) -> fx.Node | None:
+    """The residual value that enters the layer of an attention: what its output is added to. Everything that the layer
+    computes of it comes later. None where there is no such value, or the attention is not computed from it."""
+    found, _ = _residual_addition(context)
+    if found is None:
+        return None
+    add, branch = found
+    node = next(x for x in add.all_input_nodes if x is not branch)
+    while node.target in KEEPS_VALUES and _is_same(node):
+        node = node.all_input_nodes[0]
+    return node if node in ancestors(context) else None
+
+
+def norm_behind(node: fx.Node) -> fx.Node | None:
+    """The norm that alone reads a value, with its weight and bias; None where there is none."""
+    found = _after_norm(node)
+    return None if found is node else found
+
+
+def _is_same(node: fx.Node) -> bool:
+    """Whether a value is its input, which others may read as well."""
+    if node.target in DROPOUT and not draws_nothing(node):
+        return False
+    (own,), (given,) = values(node), values(node.all_input_nodes[0])
+    return own.dtype == given.dtype
+
+
+def _residual_addition(context: fx.Node) -> tuple[tuple[fx.Node, fx.Node] | None, str]:
+    """The addition of an attention's output to the residual, and which of its inputs the output is; or why there is
+    none."""
     node, projected = context, False
     while True:
         users = [u for u in node.users if has_value(u)]
         residual = next((u for u in users if u.target in ADD and _is_residual(u, node)), None)
         if residual is not None and (projected or len(users) == 1):
-            return _after_norm(residual), ""
+            return (residual, node), ""
         normed = _next_value(node) if projected and len(users) > 1 else None
         if normed is not None:  # the branch is normalised before it is added (sandwich norms), written out
             node = normed[1]

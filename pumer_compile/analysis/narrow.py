@@ -169,9 +169,13 @@ def _by_position(node: fx.Node, wanted: Range) -> bool:
 
 
 def _narrow_slice(node: fx.Node, wanted: Range) -> Narrow | None:
-    """A slice of a slice. A range along another dimension is left to the readers."""
+    """A slice of a slice, or along another dimension (half of each head, as rotary embeddings take)."""
     born = sliced_range(node)
-    if node.target is not aten.slice.Tensor or born is None or born.dim != wanted.dim or positions(node).step != 1:
+    if node.target is not aten.slice.Tensor or born is None:
+        return None
+    if born.dim != wanted.dim:
+        return Narrow(wanted, (Cut(node_arg(node, 0), wanted), *node.args[1:]), node.kwargs)
+    if positions(node).step != 1:
         return None
     start = born.start + wanted.start
     cut = Cut(node_arg(node, 0), Range(wanted.dim, start, start + wanted.length))

@@ -128,8 +128,7 @@ class _Prefills:
         self._model, self._schedule, self._inner = model, schedule, inner
         self._step = torch.compile(model.forward, backend=inner)
         self._forms: list[_Form] = []
-        keeps_gaps = getattr(schedule, "positions", None) == "original"
-        self._window = window_of(model) if keeps_gaps else None
+        self._window = None if schedule.renumbers else window_of(model)
 
     def __call__(self, **given: Any) -> Any:
         """What the model gives; of a reduced prompt, where it has an image.

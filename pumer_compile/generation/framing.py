@@ -4,8 +4,9 @@ An artifact has one length of prompt, and its images at fixed places. A shorter 
 its image stands where the frame has one: padding goes in front of a shorter text before the image, and behind a shorter
 text after it. The mask hides both. Behind the prompt nothing else is needed: no token looks back from there. In front,
 the positions of the tokens that follow have to be counted without padding, by the artifact (M-RoPE, whose positions
-come from the mask) or by who gives `position_ids`. What the prefill leaves of padding in its cache is cut off at both
-ends, so that a step of decoding sees the cache of the prompt alone.
+come from the mask) or by who gives `position_ids`. Where the last token of a prompt decides what is kept, it has to
+stand last: then padding goes between the image and the text after it, and positions are counted so too. What the
+prefill leaves of padding in its cache is cut out, so that a step of decoding sees the cache of the prompt alone.
 
 Text between images has the compiled length.
 """
@@ -20,12 +21,17 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
+from ..schedule import Schedule
 
 IDS, MASK, POSITIONS = "input_ids", "attention_mask", "position_ids"
 # Inputs with an entry for every token of a prompt, `[batch, tokens, ...]`.
 BY_TOKEN = (IDS, MASK, "token_type_ids", "mm_token_type_ids", POSITIONS, "cross_attention_mask")
-# What reducers read (`Signal`) that holds nothing of the text around an image.
-_OF_IMAGES = {"class_feature", "class_token", "keys", "tower_keys", "weights"}
+# What reducers read (`Signal`) that holds nothing of padding: it is of the image alone, or the mask is applied to it.
+_OF_IMAGES = {"class_token", "class_feature", "tower_keys", "keys", "weights", "normed", "text_embedding"}
+# What they read of the last token of a prompt.
+_OF_LAST = {"last_query", "next_query"}
+# What they read of the text behind the image, padding and all.
+_BEHIND = {"text_keys", "text_normed"}
 
 
 @dataclass(frozen=True)
@@ -37,23 +43,38 @@ class Framed:
         lengths: of each prompt, without padding.
         front: of each prompt, tokens of padding before it.
         back: of each prompt, tokens of padding behind it.
+        gap: of each prompt, tokens of padding behind its last image.
+        tail: tokens that the frame has behind the last image.
     """
 
     inputs: dict[str, Tensor]
     lengths: tuple[int, ...]
     front: tuple[int, ...]
     back: tuple[int, ...]
+    gap: tuple[int, ...]
+    tail: int
 
     @property
     def padding(self) -> tuple[int, ...]:
         """Of each prompt, how many tokens."""
-        return tuple(front + back for front, back in zip(self.front, self.back, strict=True))
+        return tuple(map(sum, zip(self.front, self.back, self.gap, strict=True)))
+
+    def spans(self, row: int, size: int) -> tuple[slice, slice]:
+        """Where the tokens of a prompt are among all of its frame, before and behind the padding after its last image.
+
+        Args:
+            row: of the prompt.
+            size: how many tokens the frame has; fewer than it is compiled for, where its images are reduced.
+        """
+        behind = self.tail - self.back[row] - self.gap[row]
+        stop = size - self.back[row]
+        return slice(self.front[row], size - self.tail), slice(stop - behind, stop)
 
     @property
     def prompts(self) -> list[Tensor]:
         """The ids of each, without padding."""
-        spans = zip(self.inputs[IDS].cpu(), self.front, self.lengths, strict=True)
-        return [row[front : front + length] for row, front, length in spans]
+        ids = self.inputs[IDS].cpu()
+        return [torch.cat([row[span] for span in self.spans(i, len(row))]) for i, row in enumerate(ids)]
 
 
 def frame(manifest: Mapping[str, Any], inputs: Mapping[str, Tensor], *, first: int = 0) -> Framed:
@@ -77,8 +98,10 @@ def frame(manifest: Mapping[str, Any], inputs: Mapping[str, Tensor], *, first: i
     length = int(takes[IDS]["shape"][1])
     front = _fronts(manifest, ids, spans, length)
     lengths = tuple(stop - start for start, stop in spans)
-    back = tuple(length - own - before for own, before in zip(lengths, front, strict=True))
-    framed = Framed({}, lengths, front, back)
+    behind = tuple(length - own - before for own, before in zip(lengths, front, strict=True))
+    none = (0,) * len(spans)
+    back, gap = (none, behind) if _last_decides(manifest) else (behind, none)
+    framed = Framed({}, lengths, front, back, gap, length - max((p["stop"] for p in _places(manifest)), default=length))
     _check_sides(manifest, takes, framed)
     for name, tensor in inputs.items():
         framed.inputs[name] = _moved(tensor, spans, framed, length) if name in BY_TOKEN else tensor
@@ -87,6 +110,10 @@ def frame(manifest: Mapping[str, Any], inputs: Mapping[str, Tensor], *, first: i
     if POSITIONS in takes and POSITIONS not in inputs:
         framed.inputs[POSITIONS] = _counted(framed, length, first, takes[POSITIONS]["shape"])
     return framed
+
+
+def _last_decides(manifest: Mapping[str, Any]) -> bool:
+    return bool(_OF_LAST & set((manifest.get("plan") or {}).get("signals", ())))
 
 
 def _places(manifest: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -156,19 +183,19 @@ def _check_sides(manifest: Mapping[str, Any], takes: Mapping[str, Any], framed: 
             "padded. Compile it by this version, with a budget of image tokens; or give prompts of the compiled length."
         )
     others = sorted(set(plan["signals"]) - _OF_IMAGES)
-    if (any(framed.back) and others) or set(others) - {"last_query"}:
+    if set(others) - _OF_LAST - _BEHIND or (set(others) & _BEHIND and any((*framed.back, *framed.gap))):
         raise UsageError(
-            f"The artifact decides by what text looks at ({', '.join(others)}), and in {shorter} padding "
-            f"{'behind it' if others == ['last_query'] else 'among it'} would be looked with. Compile it for a text "
-            "of this length behind the image."
+            f"The artifact decides by its text ({', '.join(others)}), and padding in {shorter} would be read as text. "
+            "Compile it for a text of this length."
         )
-    schedule = manifest["schedule"] or {}
+    renumbers = Schedule.from_manifest(manifest["schedule"]).renumbers
     by_mask = POSITIONS in takes or MASK in manifest.get("counted_masks", ())
-    if any(framed.front) and (not by_mask or schedule.get("positions", "compact") == "compact"):
+    where = "in front of a prompt" if any(framed.front) else "in front of the text behind the image"
+    if any((*framed.front, *framed.gap)) and (not by_mask or renumbers):
         raise UsageError(
-            f"The artifact counts padding in front of a prompt as positions, and {shorter} need some there. Compile it "
-            f"with `positions: original` and with {POSITIONS} among the sample inputs (0, 1, 2, and so on), which "
-            "are then given without padding; or give prompts with the compiled text in front of the image."
+            f"The artifact counts padding {where} as positions, and {shorter} need some there. Compile it with "
+            f"`positions: original` and with {POSITIONS} among the sample inputs (0, 1, 2, and so on), which are then "
+            "given without padding; or give prompts with a text of the compiled length there."
         )
 
 
@@ -177,8 +204,10 @@ def _moved(tensor: Tensor, spans: Sequence[tuple[int, int]], framed: Framed, len
     if tensor.dim() < 2 or tensor.shape[0] != len(spans):
         return tensor  # positions in several dimensions, say: as they are given
     moved = tensor.new_zeros((len(spans), length, *tensor.shape[2:]))
-    for row, ((start, stop), front) in enumerate(zip(spans, framed.front, strict=True)):
-        moved[row, front : front + stop - start] = tensor[row, start:stop]
+    for row, (start, stop) in enumerate(spans):
+        before, behind = framed.spans(row, length)
+        split = start + before.stop - before.start
+        moved[row, before], moved[row, behind] = tensor[row, start:split], tensor[row, split:stop]
     return moved
 
 
@@ -190,7 +219,5 @@ def _counted(framed: Framed, length: int, first: int, shape: Sequence[int]) -> T
     """
     if len(shape) != 2:
         raise UsageError(f"The artifact takes {POSITIONS} of shape {list(shape)}, and none were given.")
-    positions = torch.zeros(len(framed.lengths), length, dtype=torch.int64)
-    for row, (front, own) in enumerate(zip(framed.front, framed.lengths, strict=True)):
-        positions[row, front : front + own] = torch.arange(first, first + own)
-    return positions
+    counted = torch.arange(first, first + length).repeat(len(framed.lengths), 1)
+    return _moved(counted, [(0, own) for own in framed.lengths], framed, length)

@@ -17,8 +17,11 @@ from ..guards import check_prompts
 from ..runtimes.ort import OnnxSession
 from ..schedule import Schedule
 from .choosing import Choosing
-from .decode import CACHE, next_cache, past_of, read_step, step_inputs
+from .decode import CACHE, DECODER, encoded_inputs, next_cache, past_of, read_step, step_inputs
 from .framing import Framed, frame
+
+# What a prefill with an encoder gives of it.
+_ENCODED = "encoder_last_hidden_state"
 
 
 @dataclass
@@ -29,11 +32,13 @@ class _Rows:
         rows: their numbers in the batch.
         position: of the next token, counted over the prompt, before the model's own offset.
         cache: as the step takes it, without padding.
+        encoded: what the step takes of an encoder.
     """
 
     rows: list[int]
     position: int
     cache: dict[str, Tensor]
+    encoded: dict[str, Tensor]
 
 
 class Generator:
@@ -53,7 +58,8 @@ class Generator:
     def __init__(self, prefill: str | os.PathLike[str], decode: str | os.PathLike[str]) -> None:
         self._manifest = read_manifest(Path(prefill))
         schedule = self._manifest["schedule"] or {}
-        self._compact = schedule.get("positions", "compact") == "compact"
+        method = Schedule.from_manifest(schedule) if schedule else None
+        self._compact = method is None or method.renumbers
         step = read_step(Path(decode))
         self.prefill, self.decode = OnnxSession(Path(prefill)), OnnxSession(Path(decode))
         if "logits" not in self.prefill.outputs or not any(n.startswith(CACHE) for n in self.prefill.outputs):
@@ -61,15 +67,28 @@ class Generator:
                 f"{prefill} gives {', '.join(self.prefill.outputs)}; generating needs logits and a cache. Compile it "
                 "without --outputs."
             )
-        by_layer = bool(schedule) and Schedule.from_manifest(schedule).cache_lengths == "by_layer"
+        by_layer = method is not None and method.cache_lengths == "by_layer"
         if by_layer and not step.get("lengths_by_layer"):
             raise UsageError(
                 f"{prefill} gives a cache that is longer in the first layers (`method: {schedule['method']}`), and "
                 f"{decode} takes one of the same length in all. Export the step again; of models with sliding windows, "
                 "or whose attention is not transformers' sdpa, it is not supported."
             )
+        if method is not None and method.renumbers_layers and not step.get("positions_by_layer"):
+            raise UsageError(
+                f"{prefill} counts positions anew behind every stage (`method: {schedule['method']}`, `positions: "
+                f"compact`), so that each layer has its own, and {decode} gives one to all layers. Export the step "
+                "with `by_layer=True`, or choose `positions: original`."
+            )
+        if step.get("positions_by_layer") and not (method is not None and method.renumbers_layers):
+            raise UsageError(
+                f"{decode} counts the positions of new tokens by layer, and {prefill} has the same ones in all layers. "
+                "Export the step without `by_layer`."
+            )
         self._window = step.get("window") if schedule and not self._compact else None
-        self._offset = step["position_offset"]
+        self._offset, self._start = step["position_offset"], step.get("start")
+        if self._start is not None and _ENCODED not in self.prefill.outputs:
+            raise UsageError(f"{prefill} does not give {_ENCODED}, which {decode} reads. Compile it without --outputs.")
         # Steps exported before have one type.
         self._kinds = step.get("token_types") or {"token_type_ids": step.get("token_type", 0)}
 
@@ -101,9 +120,13 @@ class Generator:
                 says what is not done here.
         """
         framed = frame(self._manifest, inputs, first=self._offset if isinstance(self._offset, int) else 0)
+        said = framed.prompts
+        if self._start is not None:
+            framed.inputs.setdefault(DECODER, torch.full((len(said), 1), self._start))
+            said = [*framed.inputs[DECODER].cpu()]
         check_prompts(self._manifest, framed.inputs)
         self._check_window(max(framed.lengths), tokens)
-        choosing = Choosing(framed.prompts, config, processors, stop)
+        choosing = Choosing(said, config, processors, stop)
         groups, logits = self._begin(framed)
         made = [choosing.next(logits)]
         while len(made) < tokens and not choosing.ended:
@@ -123,22 +146,27 @@ class Generator:
         """Prompts by their lengths, and the logits of the last token of each, `[batch, vocabulary]`."""
         outputs = {name: torch.from_numpy(a) for name, a in self.prefill.run(framed.inputs).items()}
         logits = outputs["logits"]
-        last = torch.tensor([logits.shape[1] - 1 - back for back in framed.back])
+        # Behind an encoder the decoder's own tokens have logits, and none is padding.
+        back = framed.back if self._start is None else [0] * len(framed.back)
+        last = torch.tensor([logits.shape[1] - 1 - own for own in back])
         cache = past_of(self.decode, outputs)
         if any(framed.padding):
             _check_by_token(cache)
-        batch = self.decode.input_specs["input_ids"].shape[0]
+        batch = self.decode.input_specs["input_ids" if self._start is None else DECODER].shape[0]
+        # Of the first layers, where a method inside the language model has not acted yet.
+        longest = max((t.shape[2] for name, t in cache.items() if _by_token(name)), default=logits.shape[1])
         groups = []
         for rows in _together(framed.padding, alone=batch == 1):
-            length = logits.shape[1] - framed.padding[rows[0]] if self._compact else framed.lengths[rows[0]]
+            length = longest - framed.padding[rows[0]] if self._compact else framed.lengths[rows[0]]
             cut = {name: _cut(name, tensor, rows, framed) for name, tensor in cache.items()}
-            groups.append(_Rows(rows, length, cut))
+            encoded = None if self._start is None else _without_padding(outputs[_ENCODED], 1, rows, framed)
+            groups.append(_Rows(rows, length, cut, encoded_inputs(self.decode, encoded)))
         return groups, logits[torch.arange(len(last)), last]
 
     def _advance(self, group: _Rows, made: Tensor) -> Tensor:
         """Logits behind one more token of each prompt of a group, `[rows, vocabulary]`."""
         step = step_inputs(self.decode, made[group.rows, None], group.position, self._offset, self._kinds)
-        outputs = self.decode.run({**step, **group.cache})
+        outputs = self.decode.run({**step, **group.encoded, **group.cache})
         group.cache, group.position = past_of(self.decode, next_cache(outputs)), group.position + 1
         return torch.from_numpy(outputs["logits"])[:, -1]
 
@@ -157,10 +185,15 @@ def _inverse(groups: Sequence[_Rows]) -> Tensor:
 
 def _cut(name: str, tensor: Tensor, rows: Sequence[int], framed: Framed) -> Tensor:
     """What a cache holds of some prompts, without padding."""
-    if not _by_token(name):
+    if not _by_token(name) or ".self_attention_cache." in name:  # of an encoder's decoder, which has no padding
         return tensor[rows] if tensor.dim() else tensor  # a number, such as the width of a window
-    stop = tensor.shape[2]
-    return torch.stack([tensor[row, :, framed.front[row] : stop - framed.back[row]] for row in rows])
+    return _without_padding(tensor, 2, rows, framed)
+
+
+def _without_padding(tensor: Tensor, dim: int, rows: Sequence[int], framed: Framed) -> Tensor:
+    """Some prompts' entries for each token along a dimension (0 is the prompt), without padding."""
+    kept = [torch.cat([torch.arange(tensor.shape[dim])[s] for s in framed.spans(r, tensor.shape[dim])]) for r in rows]
+    return torch.stack([tensor[row].index_select(dim - 1, places) for row, places in zip(rows, kept, strict=True)])
 
 
 def _by_token(name: str) -> bool:

@@ -112,6 +112,16 @@ class Method(BaseModel):
         several = len(get_args(type(self).model_fields["semantics"].annotation)) > 1
         return self.method + (f", semantics {self.semantics}" if several else "")
 
+    @property
+    def renumbers(self) -> bool:
+        """Whether positions are counted anew over the tokens that are left."""
+        return getattr(self, "positions", "compact") == "compact"
+
+    @property
+    def renumbers_layers(self) -> bool:
+        """Whether they are inside the language model, so that its layers have positions of their own."""
+        return self.needs_prompt and self.acts_on == "layers" and self.renumbers
+
     def with_semantics(self, semantics: str) -> Method:
         """The same schedule under semantics that it need not name itself.
 

@@ -3,34 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
-from ..errors import LocateError, PlanError
+from ..errors import PlanError
 from .about import About
-from .base import Method, TokenOutputs
+from .language import InLanguageModel, in_order
 
 if TYPE_CHECKING:
-    from ..analysis.attention import Attention
     from ..reducers import Reducer
     from ..rewrite.sites import LocatedGraph, Site, Stream
 
+EXAMPLE = "{2: 72, 3: 36}"
 
-class FastV(Method):
-    """Keeps `budget` tokens of each image after the first `layer` layers of the language model.
 
-    The query that votes stands at the last position of the prompt, so prompts of several lengths are padded in front.
+class FastV(InLanguageModel):
+    """Keeps `budget` tokens of each image after the first `layer` layers of the language model, or several times fewer.
 
     Args:
         layer: the paper's K: so many language layers see every token; the attention of the last of them decides.
         budget: tokens to keep of each image.
+        stages: in place of both, after so many layers: so many tokens of each image.
         positions: `original`: of tokens that layers before it have counted already.
         outputs: `reduced` by default: logits have an entry for each token that is left.
     """
 
     about = About(
-        does="keeps the image tokens that the last token of a prompt attends to, after a layer",
+        does="keeps the image tokens that the last token of a prompt attends to, after a layer, or fewer in stages",
         reads="attention of the last token in the language model",
         use="every prompt family, with or without a tower; what is kept depends on the question",
         paper="Chen et al., FastV, ECCV 2024",
@@ -38,25 +38,25 @@ class FastV(Method):
         held="published vectors",
     )
 
-    needs_prompt = True
-    cache_lengths: ClassVar[Literal["uniform", "by_layer"]] = "by_layer"
-
     method: Literal["fastv"] = "fastv"
     semantics: Literal["reference"] = "reference"
-    outputs: TokenOutputs = "reduced"
-    budget: Annotated[int, Field(ge=1, strict=True, description="the image tokens to keep, such as 64")]
-    layer: Annotated[int, Field(strict=True, description="how many language layers see every token, such as 2")]
+    budget: Annotated[int | None, Field(ge=1, strict=True)] = None
+    layer: Annotated[int | None, Field(strict=True)] = None
+    stages: dict[int, int] | None = None
     positions: Literal["original"] = "original"
 
     @field_validator("layer")
     @classmethod
-    def _at_least_one(cls, layer: int) -> int:
-        if layer < 1:
-            raise ValueError(
-                f"`layer` counts the language layers that see every token, at least 1 (whose own attention then "
-                f"decides), got {layer}"
-            )
+    def _at_least_one(cls, layer: int | None) -> int | None:
+        if layer is not None and layer < 1:
+            wanted = "the language layers that see every token, at least 1 (whose own attention then decides)"
+            raise ValueError(f"`layer` counts {wanted}, got {layer}")
         return layer
+
+    @field_validator("stages", mode="before")
+    @classmethod
+    def _in_order(cls, stages: object) -> object:
+        return None if stages is None else in_order(stages, int, EXAMPLE)
 
     @field_validator("positions", mode="before")
     @classmethod
@@ -68,63 +68,41 @@ class FastV(Method):
             )
         return positions
 
-    def canonical(self) -> dict[str, object]:
+    @model_validator(mode="after")
+    def _one_or_several(self) -> FastV:
+        one = {"layer": self.layer, "budget": self.budget}
+        if self.stages is not None and (given := [f"`{key}`" for key, value in one.items() if value is not None]):
+            raise ValueError(f"`stages` says after which layers how many tokens are left: leave out {', '.join(given)}")
+        words_of = ("how many language layers see every token, such as 2", "the image tokens to keep, such as 64")
+        for key, words in zip(one, words_of, strict=True):
+            if self.stages is None and one[key] is None:
+                raise ValueError(f"`method: fastv` needs a `{key}`, {words} (or `stages`, such as {EXAMPLE})")
+        return self
+
+    def canonical(self) -> dict[str, Any]:
         """See `Method.canonical`."""
-        return {**super().canonical(), "budget": self.budget, "layer": self.layer}
+        keys = {"budget": self.budget, "layer": self.layer} if self.stages is None else {"stages": self.stages}
+        return {**super().canonical(), **keys}
 
     def find_sites(self, graph: LocatedGraph) -> list[Site]:
-        """See `Method.find_sites`: the attention of the last language layer that sees every token, with all the images.
-
-        Raises:
-            LocateError: no attention over a prompt with its images, or one that cannot be reduced.
-            PlanError: there is no such layer, or none after it.
-        """
+        """See `Method.find_sites`: the attentions of the layers after which there are fewer tokens, with all images."""
         from ..rewrite.sites import Site
 
-        images, layers = graph.prompt_images(), graph.prompt_layers() or graph.reading_layers()
-        if not layers:
-            raise LocateError(
-                "`method: fastv` reads the attention of a language model, and none was found whose queries and keys "
-                f"are the text tokens of a prompt with {' and '.join(images) or 'its image'} among them."
-            )
-        if self.layer >= len(layers):
-            few = f"choose 1 to {len(layers) - 1}" if len(layers) > 1 else "there is none to choose"
-            raise PlanError(
-                f"`layer: {self.layer}` lets the first {self.layer} language layers see every token and the others "
-                f"fewer, and this model has {len(layers)}: {few}."
-            )
-        attention = layers[self.layer - 1]
-        graph.check_reducible(attention)
-        _check_prompt(graph, attention, images)
-        graph.check_masks(attention)
-        self._check_seen(graph, layers, images)
-        return [Site(attention, after=attention.carrier, streams=images)]
-
-    def _check_seen(self, graph: LocatedGraph, layers: list[Attention], images: tuple[str, ...]) -> None:
-        """What the last token does not see gets no vote, and chance would decide over it."""
-        attention = layers[self.layer - 1]
-        if not set(images) <= set(attention.query_axis.streams):
-            return  # images that are read hold tiles of padding, which nobody sees
-        unseen = graph.hidden_from_last(attention, images)
-        if not unseen:
-            return
-        others = [i + 1 for i, other in enumerate(layers[:-1]) if not graph.hidden_from_last(other, images)]
-        remedy = (
-            f"Choose `layer: {min(others, key=lambda i: abs(i - self.layer))}`, whose last token sees every image token"
-            if others
-            else "Use a method that reads the vision tower, or a prompt that the window reaches over"
-        )
-        raise PlanError(
-            f"The last token of the prompt does not see all of {' and '.join(unseen)} in language layer {self.layer} "
-            f"({attention.described}), whose mask lets it look at a window of tokens; the others would get no vote in "
-            f"`method: fastv`. {remedy}."
-        )
+        layers, sites = self.layers_of(graph, reading=True), []
+        key = "layer" if self.stages is None else "stages"
+        for layer, budget in (self.stages or {self.layer or 0: self.budget or 0}).items():
+            self.check_layer(layers, layer, key)
+            one, images = layers[layer - 1], graph.prompt_images()
+            self.check_prompt(graph, one, "keeps the image tokens that its last token attends to")
+            self.check_seen(graph, layers, layer, {i: f"{key}: {i}" for i in range(1, len(layers))})
+            sites.append(Site(one, after=one.carrier, streams=images, keep=budget))
+        return sites
 
     def reducers(self, site: Site, streams: Sequence[Stream]) -> dict[str, Reducer]:
         """See `Method.reducers`."""
-        if all(self.budget == stream.rows for stream in streams):
+        if all(site.keep == stream.rows for stream in streams):
             raise PlanError(
-                f"A budget of {self.budget} would reduce nothing: the image has "
+                f"A budget of {site.keep} would reduce nothing: the image has "
                 f"{' and '.join(str(s.rows) for s in streams)} tokens ({', '.join(s.name for s in streams)}). Choose a "
                 "smaller one, or compile with `none`."
             )
@@ -134,24 +112,9 @@ class FastV(Method):
         """See `Method.reducer`."""
         from ..reducers import LastQueryReducer
 
-        if self.budget > stream.rows:
+        if site.keep > stream.rows:
             raise PlanError(
-                f"A budget of {self.budget} is more than the {stream.rows} tokens of {stream.name} in the prompt. "
+                f"A budget of {site.keep} is more than the {stream.rows} tokens of {stream.name} in the prompt. "
                 "Choose a smaller one, or `none`."
             )
-        return LastQueryReducer(stream.tokens, self.budget, stream.pinned)
-
-
-def _check_prompt(graph: LocatedGraph, attention: Attention, images: tuple[str, ...]) -> None:
-    *_, last = attention.query_axis.segments
-    if last.stream is None or graph.modality(last.stream) != "text":
-        raise LocateError(
-            f"The prompt {attention.query_axis} ends with an image, and `method: fastv` keeps the image tokens that "
-            "its last token attends to. Compile it for a prompt that ends with text."
-        )
-    cut = [s for s in attention.query_axis.segments if s.stream in images and not s.whole]
-    if cut:
-        raise LocateError(
-            f"The prompt {attention.query_axis} has {cut[0].length} tokens of {cut[0].stream} apart from the others; "
-            "an image is reduced whole."
-        )
+        return LastQueryReducer(stream.tokens, int(site.keep), stream.pinned)

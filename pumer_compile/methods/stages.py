@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, field_validator
 
+from ..added_inputs import AddedInput
 from ..errors import PlanError, ScheduleError
 from .about import About
 from .base import ActsOn, Method, TokenOutputs
@@ -63,7 +64,28 @@ class Stages(Method):
                     f"`method: {later.method}` acts before the language model, and cannot follow `method: "
                     f"{earlier.method}`; it comes first, and alone there"
                 )
+        if any(stage.renumbers_layers for stage in stages) and not all(stage.renumbers for stage in stages):
+            kept = next(stage for stage in stages if not stage.renumbers)
+            raise ValueError(
+                f"`method: {kept.method}` leaves tokens at their original positions, and a stage inside the language "
+                "model counts them anew: choose the same `positions` for all"
+            )
         return stages
+
+    @property
+    def renumbers(self) -> bool:
+        """See `Method.renumbers`: what the first stage leaves is what later ones begin with."""
+        return self.stages[0].renumbers
+
+    @property
+    def renumbers_layers(self) -> bool:
+        """See `Method.renumbers_layers`."""
+        return any(stage.renumbers_layers for stage in self.stages)
+
+    @property
+    def adds(self) -> dict[str, AddedInput]:
+        """See `Method.adds`: what the stages add."""
+        return {name: added for stage in self.stages for name, added in stage.adds.items()}
 
     @property
     def marks(self) -> tuple[ActsOn, bool] | None:

@@ -52,7 +52,8 @@ def tokens_after_layers(
     attentions: list[Attention], insertions: Insertions, rewriter: Rewriter
 ) -> dict[str, dict[str, int]]:
     """Tokens by stream after every attention node, by its address (and `@1` where its layer runs again)."""
-    after = {plan.name: plan.after for _, plan in insertions.done}
+    # What is reduced before an attention has fewer tokens in it already.
+    after = {plan.name: plan.after for site, plan in insertions.done if not site.enters}
     layers: dict[str, dict[str, int]] = {}
     for attention in (a for a in attentions if a.query_axis.streams):
         counts: dict[str, int] = {}

@@ -221,7 +221,7 @@ def _emit(graph: fx.Graph, plans: Plans) -> None:
                 node.args, node.kwargs = map_aggregate((plan.args, plan.kwargs), take)
             if node.target in VIEWS:
                 node.target = aten.reshape.default  # a slice has other strides
-            if born is not None or (node.target in CATS and len(node.args[0]) == 1):
+            if (born is not None and born.dim == plan.range.dim) or (node.target in CATS and len(node.args[0]) == 1):
                 trivial.append(node)
         elif born is not None and node.args[0] in plans and _shift(node, born, plans[node.args[0]].range):
             trivial.append(node)

@@ -4,14 +4,16 @@ from .align import AlignAxis, TokenWeights, UnitWeights
 from .attention import SizeBias, TextRowsAttention
 from .base import ApplyMap, Reducer, Reduction, Signal, forced_decisions, noted_decisions, reducers_of
 from .crops import CropReducer
+from .dart import DartReducer
 from .fastervlm import VotesReducer
 from .holov import HoloVReducer
-from .last_query import LastQueryPruner, LastQueryReducer
+from .last_query import LastQueryPruner, LastQueryReducer, NextQueryReducer
 from .masked_softmax import PublishedMaskedSoftmax
 from .merger import ModalityAwareMerger
 from .prune_merge import StreamReducer
 from .pruner import TextInformedPruner
 from .relevance import MeanOfWords, RowsOfTower
+from .video import ChangeReducer, UniqueReducer
 from .visionzip import VisionZipReducer
 from .vispruner import VisPruner
 from .visual import MemberVotes, VisualReducer, WithSeparators
@@ -19,13 +21,16 @@ from .visual import MemberVotes, VisualReducer, WithSeparators
 __all__ = [
     "AlignAxis",
     "ApplyMap",
+    "ChangeReducer",
     "CropReducer",
+    "DartReducer",
     "HoloVReducer",
     "LastQueryPruner",
     "LastQueryReducer",
     "MeanOfWords",
     "MemberVotes",
     "ModalityAwareMerger",
+    "NextQueryReducer",
     "PublishedMaskedSoftmax",
     "Reducer",
     "Reduction",
@@ -36,6 +41,7 @@ __all__ = [
     "TextInformedPruner",
     "TextRowsAttention",
     "TokenWeights",
+    "UniqueReducer",
     "UnitWeights",
     "VisPruner",
     "VisionZipReducer",

@@ -36,6 +36,11 @@ class Signal(Enum):
             stream with `class_tokens`.
         TEXT_EMBEDDING: mean of the input embeddings of the prompt's text, without padding and the two tokens beside
             each image (where it begins and ends), `[batch, width]`, float32.
+        NEXT_QUERY: like `LAST_QUERY`, of the layer that comes next, computed ahead from the tokens before they are
+            reduced.
+        TEXT_KEYS: keys of the text behind the image, `[batch, heads, text, head_size]`.
+        NORMED: the tokens as the model's last norm would leave them, `[batch, tokens, width]`.
+        TEXT_NORMED: the text behind the image, likewise.
         TOWER_FEATURES: what each row of the prompt was when it left the vision tower, `[batch, tokens, width]`; of
             rows that are one token of it each.
         TEXT_EMBEDS: an input that a method adds (`Method.adds`): a text in CLIP's space, `[batch, texts, width]`.
@@ -51,6 +56,10 @@ class Signal(Enum):
     TOWER_KEYS = "tower_keys"
     CLASS_FEATURE = "class_feature"
     TEXT_EMBEDDING = "text_embedding"
+    NEXT_QUERY = "next_query"
+    TEXT_KEYS = "text_keys"
+    NORMED = "normed"
+    TEXT_NORMED = "text_normed"
     TOWER_FEATURES = "tower_features"
     TEXT_EMBEDS = "text_embeds"
     QUESTION_IDS = "question_ids"

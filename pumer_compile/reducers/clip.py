@@ -40,7 +40,8 @@ class ClipRelevance(nn.Module):
         given: tuple[Tensor, Tensor] = self.text(text)
         texts, real = given
         cosines: Tensor = to_text(image, texts) * real.unsqueeze(1)
-        return -cosines.sum(-1) / real.sum(-1, keepdim=True).clamp(min=1.0)
+        mean: Tensor = cosines.sum(-1) / real.sum(-1, keepdim=True).clamp(min=1.0)
+        return -mean
 
 
 class ClipText(nn.Module):

@@ -49,7 +49,7 @@ class LastQueryReducer(Reducer):
         pinned: places of tokens among them that stay whatever they get.
     """
 
-    reads = (Signal.LAST_QUERY,)
+    reads: tuple[Signal, ...] = (Signal.LAST_QUERY,)
     keeps_order = True
 
     def __init__(self, tokens: int, budget: int, pinned: Sequence[int] = ()) -> None:
@@ -63,10 +63,23 @@ class LastQueryReducer(Reducer):
 
     def choose(self, tokens: Tensor, last_query: Tensor) -> Choice:
         """See `Reducer` and `Signal`; the tokens are the image's part of the carrier."""
-        kept, scores = self.pruner(last_query.detach())
+        return self._chosen(last_query)
+
+    def _chosen(self, attention: Tensor) -> Choice:
+        kept, scores = self.pruner(attention.detach())
         weights = torch.ones_like(scores)
         return Choice(kept_alone(kept), one_hot(kept, self.tokens).float(), weights, scores)
 
     def margin(self, own: Choice, among: Choice, forced: Decisions) -> Tensor:
         """See `Reducer`."""
         return set_margin(own.evidence, own.decisions.kept, forced.kept)
+
+
+class NextQueryReducer(LastQueryReducer):
+    """The same by the attention of the next layer, from the tokens before it (PyramidDrop, CVPR 2025)."""
+
+    reads: tuple[Signal, ...] = (Signal.NEXT_QUERY,)
+
+    def choose(self, tokens: Tensor, next_query: Tensor) -> Choice:
+        """See `Reducer` and `Signal`."""
+        return self._chosen(next_query)

@@ -69,7 +69,7 @@ class InsertReducer:
             return None
         reducers = {s: reducer for s, reducer in made.items() if s in axis.streams}
         signals = {s: self._signals(place, s, reducer) for s, reducer in made.items()}
-        linears = sink_projections.projections(rewriter, carrier, dim, {s: r.tokens_after for s, r in reducers.items()})
+        linears = self._postponed(rewriter, dim, {s: r.tokens_after for s, r in reducers.items()})
         parts = [] if linears else self._parts(rewriter, rewriter.env[carrier], dim)
         of_stream = dict(parts)
         results = {s: self._call(rewriter, s, r, of_stream.get(s), signals[s]) for s, r in made.items()}
@@ -87,6 +87,14 @@ class InsertReducer:
             for stream, epoch in epochs.items():
                 rewriter.reduce_later_uses(attention.context, stream, place.epoch(stream), epoch)
         return new
+
+    def _postponed(self, rewriter: Rewriter, dim: int, after: dict[str, int]) -> dict[fx.Node, fx.Node]:
+        """See `sink_projections`; what stands between two layers is read whole, to compute ahead."""
+        carrier = self.site.after
+        assert carrier is not None
+        if self.site.enters:
+            return {}
+        return sink_projections.projections(rewriter, carrier, dim, after)
 
     def _token_dim(self, rewriter: Rewriter, carrier: fx.Node) -> tuple[int, Tokens]:
         axes = rewriter.annotation.axes(carrier)
@@ -213,7 +221,8 @@ class InsertReducer:
         merged, in_order = reducer.merge > 0, reducer.keeps_order and not reducer.merge
         stands = rewriter.field(result, Reduction, "place") if reducer.tells_place else None
         parent, after = place.epoch(stream), reducer.tokens_after
-        step = Step(parent, map_, assigned, after, merged, reducer.first_stays, in_order, stands)
+        anew = self.site.recounts
+        step = Step(parent, map_, assigned, after, merged, reducer.first_stays, in_order, stands, anew)
         epoch = rewriter.epochs.add_step(stream, step)
         # Means of ones are ones, and need not be carried.
         if signals.get(Signal.WEIGHTS) is not None or reducer.carried == "sum":
@@ -233,8 +242,8 @@ def _drop_separators(mark: Mark, rewriter: Rewriter) -> fx.Node:
     map_ = rewriter.call_module(f"reducer.separators.{outer}", separators, step.map)
     assigned, stands = map_, None
     if step.place is not None:
-        assigned = rewriter.call_module(f"reducer.separators.{outer}.assigned", separators, step.assigned)
-        stands = rewriter.call_module(f"reducer.separators.{outer}.place", separators, step.place)
+        assigned = rewriter.call_module(f"reducer.separators.{outer}_assigned", separators, step.assigned)
+        stands = rewriter.call_module(f"reducer.separators.{outer}_place", separators, step.place)
     dropped = Step(0, map_, assigned, step.after, step.merged, False, step.in_order, stands)
     epoch = rewriter.epochs.add_step(outer, dropped)
     rewriter.epochs.bump(Dim(separated, 1), {outer: epoch})

@@ -25,18 +25,36 @@ def renumbered_positions(graph: LocatedGraph, *, compact: bool) -> Replacements:
     takes those that are left.
 
     Raises:
-        UsageError: positions are to be renumbered, and the caller gives them, or they are constants.
+        UsageError: positions are to be renumbered, and the caller gives them, they are constants, or there are none.
     """
-    streams = set(graph.prompt_images())
     if compact:
-        _check_not_constant(graph, streams)
-        _check_not_given(graph, streams)
+        check_counted(graph)
+    streams = set(graph.prompt_images())
     counts = [
         node
         for node in graph.annotation.constraints
         if node.target is aten.arange.default and streams & set(_streams(graph, node, 0))
     ]
-    return {node: partial(_count, node) for node in (counts if compact else _compared_alone(graph, counts))}
+    if not compact:
+        return {node: partial(_count, node) for node in _compared_alone(graph, counts)}
+    if graph.prompt_layers() and len(_compared_alone(graph, counts)) == len(counts):
+        raise UsageError(
+            "`positions: compact` counts positions anew over the tokens that are left, and no position that is counted "
+            "along the prompt was found in this model (its tokens get theirs otherwise, by a learned table say), so it "
+            "would change nothing. Choose `positions: original`."
+        )
+    return {node: partial(_count, node) for node in counts}
+
+
+def check_counted(graph: LocatedGraph) -> None:
+    """Positions can be counted anew: the graph counts them itself.
+
+    Raises:
+        UsageError: the caller gives them, or they are constants.
+    """
+    streams = set(graph.prompt_images())
+    _check_not_constant(graph, streams)
+    _check_not_given(graph, streams)
 
 
 def _compared_alone(graph: LocatedGraph, counts: list[fx.Node]) -> list[fx.Node]:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,7 +36,7 @@ from ..analysis.axes import (
 )
 from ..analysis.dead_code import drop_dead
 from ..analysis.nodes import ancestors, attribute, content_inputs, depends_on_parameter, describe, module_path, values
-from ..analysis.operators import aten, overloads
+from ..analysis.operators import aten, is_mutable, overloads
 from ..analysis.outputs import set_output_names
 from ..analysis.rules import shape
 from ..errors import AxisError, SiteError
@@ -83,6 +84,9 @@ class Rewriter:
     _pending: dict[fx.Node, dict[int, Epochs]] = field(default_factory=dict)
     _features: set[fx.Node] = field(default_factory=set)
     _origin: fx.Node | None = None
+    _after: dict[fx.Node, Callable[[Rewriter], fx.Node | None]] = field(default_factory=dict)
+    _instead: dict[fx.Node, Callable[[Rewriter], fx.Node | None]] = field(default_factory=dict)
+    _early: set[fx.Node] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.epochs = EpochTable(self.annotation)
@@ -94,20 +98,82 @@ class Rewriter:
     ) -> fx.GraphModule:
         """Copy the graph, with something else `instead` of some nodes (None: the node itself after all), and with what
         follows `after` some (None: nothing), which is read in their place from there on."""
+        self._after, self._instead = after, instead
         for node in self.source.graph.nodes:
-            self._origin = node
-            new = instead[node](self) if node in instead else None
-            if new is not None:
-                self.env[node] = new
-            else:
-                self.visit(node)
-            if _is_feature(node, self._features):
-                self._features.add(node)
-            follows = after[node](self) if node in after else None
-            if follows is not None:
-                self.env[node] = follows
+            if node not in self._early:
+                self._enter(node)
         self._check_totals()
         return self._finish()
+
+    def _enter(self, node: fx.Node) -> None:
+        """Copy one node, or what stands in its place, and what follows it."""
+        self._origin = node
+        new = self._instead[node](self) if node in self._instead else None
+        if new is not None:
+            self.env[node] = new
+        else:
+            self.visit(node)
+        if _is_feature(node, self._features):
+            self._features.add(node)
+        follows = self._after[node](self) if node in self._after else None
+        if follows is not None:
+            self.env[node] = follows
+
+    @contextmanager
+    def ahead(self, wanted: fx.Node, since: fx.Node, value: fx.Node) -> Iterator[None]:
+        """Within the block, a value that comes later is there already, computed from what is known now; behind it, the
+        rewriter goes on as if it had not been, and computes it again when it comes to it.
+
+        Args:
+            wanted: captured, that comes later.
+            since: the captured value from which on everything is computed ahead.
+            value: the captured one whose newest value takes its place, with its tokens (`since` itself, say).
+
+        Raises:
+            SiteError: something on the way changes a value in place, which would be done twice.
+        """
+        origin, later = self._origin, self._on_the_way(wanted, since)
+        found = {since} if since is not value else set()
+        for index in range(len(shape(value)) if found else 0):
+            self.epochs.record(Dim(since, index), self.epochs.at(Dim(value, index)))
+        self.env[since] = self.env[value]
+        try:
+            for node in later:
+                if since not in node.all_input_nodes and found.isdisjoint(node.all_input_nodes):
+                    self._enter(node)  # what does not depend on it is only early
+                    self._early.add(node)
+                    continue
+                if is_mutable(node.target):
+                    raise SiteError(
+                        f"{describe(node)} changes its input in place, and would be computed twice: once ahead, for a "
+                        "reducer to read, and once behind it. Use another operator there in the model, or another "
+                        "method."
+                    )
+                found.add(node)
+                self._origin = node
+                self.visit(node)
+            yield
+        finally:
+            self._origin = origin
+            self._forget(found)
+
+    def _on_the_way(self, wanted: fx.Node, since: fx.Node) -> list[fx.Node]:
+        """What a value is computed from and is not there yet, itself among it, in order; none before `since`."""
+        found: set[fx.Node] = set()
+        pending = [wanted]
+        while pending:
+            node = pending.pop()
+            if node is not since and node not in self.env and node not in found:
+                found.add(node)
+                pending.extend(node.all_input_nodes)
+        return sorted(found)
+
+    def _forget(self, nodes: set[fx.Node]) -> None:
+        for node in nodes:
+            self.env.pop(node, None)
+        self._totals = {n: epochs for n, epochs in self._totals.items() if n not in nodes}
+        self.used = {pair: new for pair, new in self.used.items() if pair[0] not in nodes}
+        self.epochs.newest = {dim: epochs for dim, epochs in self.epochs.newest.items() if dim.node not in nodes}
 
     # --- emitting -------------------------------------------------------------------------------------------
 
@@ -130,6 +196,11 @@ class Rewriter:
     def note_probabilities(self, context: fx.Node, probabilities: fx.Node) -> None:
         """A fused attention was written out: its probabilities, before they are rounded to the model's dtype."""
         self.probabilities[context] = probabilities
+
+    def free_name(self, name: str) -> str:
+        """A name under which no module is kept yet: the towers of two kinds of input may number their layers alike."""
+        taken = {".".join(known.split(".")[: name.count(".") + 1]) for known in self._modules}
+        return next(n for n in (name, *(f"{name}_{i}" for i in range(2, len(taken) + 3))) if n not in taken)
 
     def call_module(self, name: str, module: nn.Module, *arguments: fx.Node | None) -> fx.Node:
         """Emit a call of an inserted module, kept under `name`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -10,7 +11,7 @@ import torch
 from torch import fx
 
 from ..analysis.attention import NOT_KNOWN, Attention, Parts, tower_attention
-from ..analysis.axes import Size
+from ..analysis.axes import Dim, Size, Tokens
 from ..analysis.nodes import ancestors, describe, values
 from ..analysis.operators import aten
 from ..analysis.prompts import Mark, Votes
@@ -29,7 +30,7 @@ class Place:
     """Where signals are read.
 
     Attributes:
-        rewriter: which has passed the site's attention.
+        rewriter: which has passed what the site stands after.
         graph: captured.
         site: that is being reduced.
         epochs: of its streams.
@@ -80,8 +81,48 @@ def read_signal(signal: Signal, place: Place, stream: str) -> fx.Node | None:
 
 
 def _keys(place: Place, stream: str) -> fx.Node:
-    """This site's keys of a stream, or the nearest self-attention's."""
-    attention, rewriter = place.attention, place.rewriter
+    """This site's keys of a stream, or the nearest self-attention's; of one that comes later, computed ahead."""
+    with _passed(place):
+        return _known_keys(place, stream)
+
+
+def _passed(place: Place) -> AbstractContextManager[None]:
+    """The keys that the site reads are there."""
+    key, after = (place.site.keys or place.attention).key_dim.node, place.site.after
+    if key in place.rewriter.env or after is None:
+        return nullcontext()
+    return place.rewriter.ahead(key, after, after)
+
+
+def _text_keys(place: Place, stream: str) -> fx.Node:
+    attention, rewriter = place.site.keys or place.attention, place.rewriter
+    with _passed(place):
+        spans = _behind(place, attention.key_axis, stream)
+        if attention.key is not None:
+            return _joined(rewriter, rewriter.env[attention.key], 2, spans)
+        assert attention.key_transposed is not None
+        found = _joined(rewriter, rewriter.env[attention.key_transposed], 3, spans)
+        return rewriter.call(aten.transpose.int, found, 2, 3)
+
+
+def _behind(place: Place, axis: Tokens, stream: str) -> list[tuple[int, int]]:
+    """Where the text behind an image stands."""
+    length, found, stop = place.rewriter.epochs.length, list[tuple[int, int]](), 0
+    wanted = [id(segment) for segment in place.graph.behind(axis, stream)]
+    for segment in axis.segments:
+        start, stop = stop, stop + length(segment, place.epochs)
+        if id(segment) in wanted:
+            found.append((start, stop))
+    return found
+
+
+def _joined(rewriter: Rewriter, value: fx.Node, dim: int, spans: list[tuple[int, int]]) -> fx.Node:
+    parts = [rewriter.call(aten.slice.Tensor, value, dim, *span) for span in spans]
+    return rewriter.call(aten.cat.default, parts, dim) if len(parts) > 1 else parts[0]
+
+
+def _known_keys(place: Place, stream: str) -> fx.Node:
+    attention, rewriter = place.site.keys or place.attention, place.rewriter
     at = rewriter.epochs.at(attention.key_dim)
     if stream not in attention.key_axis.streams or at.get(stream, 0) != place.epoch(stream):
         attention = _nearest_self_attention(place, stream)
@@ -106,6 +147,29 @@ def _nearest_self_attention(place: Place, stream: str) -> Attention:
         f"Site {place.attention.described} merges {stream} tokens, but there is no self-attention over the "
         f"{stream} before it whose keys tell which are similar. Set `merge: {{{stream}: 0}}` there."
     )
+
+
+def _normed(place: Place, stream: str) -> fx.Node:
+    value, axis = _all_normed(place)
+    return place.rewriter.call(aten.slice.Tensor, value, 1, *place.rewriter.epochs.span(axis, stream, place.epochs))
+
+
+def _text_normed(place: Place, stream: str) -> fx.Node:
+    value, axis = _all_normed(place)
+    return _joined(place.rewriter, value, 1, _behind(place, axis, stream))
+
+
+def _all_normed(place: Place) -> tuple[fx.Node, Tokens]:
+    """What the model's last norm makes of the values that are reduced, and their axis."""
+    after = place.site.after
+    assert after is not None
+    axis = place.graph.annotation.axis(Dim(after, 1))
+    assert isinstance(axis, Tokens)
+    if "normed" not in place.read:
+        leaving, norm = place.graph.last_norm(after)
+        with place.rewriter.ahead(norm, leaving, after):
+            place.read["normed"] = place.rewriter.env[norm]
+    return place.read["normed"], axis
 
 
 def _weights(place: Place, stream: str) -> fx.Node | None:
@@ -135,10 +199,20 @@ def _last_query(place: Place, stream: str) -> fx.Node:
     attention, rewriter = place.attention, place.rewriter
     if "last_query" not in place.read:
         last = int(rewriter.epochs.size(attention.query_axis, place.epochs))
-        name = f"reducer.{attention.name}.attention"
+        name = f"reducer.{place.site.name}.attention"
         place.read["last_query"] = attention_rows(rewriter, attention, (last - 1, last), name)
     span = rewriter.epochs.span(attention.key_axis, stream, place.epochs)
     return rewriter.call(aten.slice.Tensor, place.read["last_query"], 3, *span)
+
+
+def _next_query(place: Place, stream: str) -> fx.Node:
+    """Of the site's attention, which comes later: it is computed ahead, from the tokens as they are."""
+    after = place.site.after
+    assert after is not None
+    if "last_query" in place.read:
+        return _last_query(place, stream)
+    with place.rewriter.ahead(place.attention.context, after, after):
+        return _last_query(place, stream)
 
 
 def _class_token(place: Place, stream: str) -> fx.Node:
@@ -186,7 +260,7 @@ def _received(place: Place, parts: Parts, number: int, votes: Votes) -> fx.Node:
         )
     queries, keys = int(shape(parts.query)[-2]), int(attention.key_axis.size)
     rows = (0, 1) if votes.by_class else (0, queries)
-    name = f"reducer.{place.attention.name}.attention_{number}"
+    name = place.rewriter.free_name(f"reducer.{place.attention.name}.attention_{number}")
     found = attention_rows(place.rewriter, attention, rows, name)
     if keys != queries:  # those who vote are no padding, which is among what they read
         first = votes.own[number]
@@ -360,6 +434,10 @@ _SIGNALS: dict[Signal, Callable[[Place, str], fx.Node | None]] = {
     Signal.TOWER_KEYS: _tower_keys,
     Signal.CLASS_FEATURE: _class_feature,
     Signal.TEXT_EMBEDDING: _text_embedding,
+    Signal.NEXT_QUERY: _next_query,
+    Signal.TEXT_KEYS: _text_keys,
+    Signal.NORMED: _normed,
+    Signal.TEXT_NORMED: _text_normed,
     Signal.TOWER_FEATURES: _tower_features,
     Signal.TEXT_EMBEDS: partial(_added_input, Signal.TEXT_EMBEDS.value),
     Signal.QUESTION_IDS: partial(_added_input, Signal.QUESTION_IDS.value),

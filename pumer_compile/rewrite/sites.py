@@ -10,9 +10,10 @@ from torch import Tensor, fx
 
 from ..analysis.annotate import Annotation
 from ..analysis.attention import NOT_KNOWN, Attention, Parts, attention_parts, choose, tower_attention
-from ..analysis.axes import Dim, Tokens
+from ..analysis.axes import Dim, Segment, Tokens
+from ..analysis.carrier import norm_behind
 from ..analysis.masks import hidden
-from ..analysis.nodes import ancestors, describe, module_path
+from ..analysis.nodes import ancestors, describe, module_path, values
 from ..analysis.prompts import Mark
 from ..analysis.rules import shape
 from ..errors import LocateError
@@ -68,10 +69,15 @@ class Site:
 
     Attributes:
         attention: that the signals are read from; None where none is read (the rows of a prompt by themselves).
-        after: the residual value that is reduced; None where marks are.
+        after: the residual value that is reduced: the carrier of the attention, or what enters its layer; None where
+            marks are.
         instead: where image tokens leave the tower, for each block of a prompt.
         streams: that may be reduced.
         budget: of the schedule, where it has one for each site.
+        keys: whose keys are read, where these are not the attention's.
+        recounts: whether positions are counted anew behind it, where it stands between two layers.
+        keep: tokens of each stream to leave, or the share of those before `first`, where it is one of several stages.
+        first: the first stage of these.
         plan: token counts, once the rewriter has passed it; None where it was left out.
         reducers: by stream.
         passed: how many reducers each modality had passed before.
@@ -83,15 +89,27 @@ class Site:
     instead: tuple[Mark, ...] = ()
     streams: tuple[str, ...] = ()
     budget: SiteBudget | None = None
+    keys: Attention | None = None
+    recounts: bool = False
+    keep: float = 0
+    first: Site | None = None
     plan: SitePlan | None = None
     reducers: dict[str, Reducer] = field(default_factory=dict)
     passed: dict[str, int] = field(default_factory=dict)
     method: Method | None = None
 
     @property
+    def enters(self) -> bool:
+        """Whether it stands before the layer of its attention."""
+        return self.after is not None and self.attention is not None and self.after is not self.attention.carrier
+
+    @property
     def name(self) -> str:
-        """For the modules that are inserted, such as `vision_2`; `prompt` for rows of a prompt."""
-        return "prompt" if self.attention is None else self.attention.name
+        """For the modules that are inserted, such as `vision_2`, or `before_cross_modal_2` of what stands in front of
+        that; `prompt` for rows of a prompt."""
+        if self.attention is None:
+            return "prompt"
+        return f"before_{self.attention.name}" if self.enters else self.attention.name
 
     @property
     def address(self) -> str:
@@ -116,6 +134,8 @@ class Site:
     @property
     def opens(self) -> fx.Node | None:
         """The captured node with which what it saves begins."""
+        if self.after is not None:
+            return self.after
         return self.instead[0].node if self.attention is None else self.attention.carrier
 
     @property
@@ -195,6 +215,12 @@ class LocatedGraph:
                 return mark.pinned
         return ()
 
+    def behind(self, axis: Tokens, stream: str) -> list[Segment]:
+        """The text behind an image on an axis."""
+        segments = list(axis.segments)
+        last = max(i for i, segment in enumerate(segments) if segment.stream == stream)
+        return [s for s in segments[last + 1 :] if s.stream and self.modality(s.stream) == "text"]
+
     def prompt_layers(self) -> list[Attention]:
         """The attentions of a language model over a prompt with all its images."""
         images, found = set(self.prompt_images()), []
@@ -229,7 +255,8 @@ class LocatedGraph:
 
     def place_of(self, site: Site) -> int:
         """A number that grows from site to site in execution order."""
-        return -1 if site.attention not in self.attentions else self.attentions.index(site.attention)
+        order = {node: number for number, node in enumerate(self.attentions[0].context.graph.nodes)}
+        return -1 if site.after is None else order[site.after]
 
     def rows(self) -> list[Site]:
         """The rows of a prompt: one site without an attention, for all its images."""
@@ -255,6 +282,33 @@ class LocatedGraph:
             marks = found[last.context][1] if last.context in found else ()
             found[last.context] = (last, (*marks, mark))
         return list(found.values())
+
+    def last_norm(self, value: fx.Node) -> tuple[fx.Node, fx.Node]:
+        """What leaves the last layer of the language model, and the norm that follows it: the model's last.
+
+        Args:
+            value: residual, between two layers of it.
+
+        Raises:
+            LocateError: no norm follows.
+        """
+        layers = self.prompt_layers()
+        sizes, axes = shape(value), self.annotation.axes(value)
+        later = [layers[-1].context]
+        found = {later[0]}
+        for node in value.graph.nodes:
+            if not found.isdisjoint(node.all_input_nodes):
+                found.add(node)
+                later.append(node)
+        for node in reversed(later):
+            if values(node) and shape(node) == sizes and self.annotation.axes(node) == axes:
+                norm = norm_behind(node)
+                if norm is not None:
+                    return node, norm
+        raise LocateError(
+            f"Tokens are compared as the model's last norm leaves them, and none was found: looked behind the last "
+            f"language layer, {layers[-1].described}, for a norm of each token of {axes[1]}."
+        )
 
     def _deciding(self, parts: Parts) -> Attention:
         """The attention that decides over the rows of a prompt."""

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from pumer_compile.errors import UsageError
-from pumer_compile.generation.framing import frame
+from pumer_compile.generation.framing import _BEHIND, _OF_IMAGES, _OF_LAST, frame
+from pumer_compile.reducers.base import Signal
 
 pytestmark = pytest.mark.fast
 IMAGE = 99
@@ -64,6 +65,7 @@ def test_images_stand_where_the_frame_has_them(masked: bool, behind: bool) -> No
         wanted = [0] * (4 - before) + prompt(before, after) + [0] * (5 - after)
         assert framed.inputs["input_ids"][row].tolist() == wanted
         assert framed.inputs["attention_mask"][row].tolist() == [int(token > 0) for token in wanted]
+        assert framed.prompts[row].tolist() == prompt(before, after)
         assert (framed.front[row], framed.back[row], framed.lengths[row]) == (4 - before, 5 - after, 3 + before + after)
 
 
@@ -117,16 +119,40 @@ def test_positions_of_padding_in_front_that_nobody_takes_out() -> None:
         assert frame(said, back).back == (0, 1)
 
 
+@pytest.mark.parametrize("signal", ["last_query", "next_query"])
+def test_the_last_token_stays_last_where_it_decides(signal: str) -> None:
+    """Padding goes between the image and the text, and takes no positions."""
+    takes = {name: {"shape": [2, 12]} for name in ("input_ids", "attention_mask", "position_ids")}
+    said = manifest(plan={**manifest()["plan"], "signals": ["keys", signal]}, inputs=takes, counted_masks=[])
+    framed = frame(said, given(prompt(4, 5), prompt(3, 2)))
+    assert framed.inputs["input_ids"][1].tolist() == [0, 1, 2, 3, *[IMAGE] * 3, 0, 0, 0, 4, 5]
+    assert framed.inputs["attention_mask"][1].tolist() == [0, *[1] * 6, 0, 0, 0, 1, 1]
+    assert framed.inputs["position_ids"][1].tolist() == [0, *range(6), 0, 0, 0, 6, 7]
+    assert framed.back == (0, 0) and framed.gap == (0, 3) and framed.padding == (0, 4)
+    assert [own.tolist() for own in framed.prompts] == [prompt(4, 5), prompt(3, 2)]
+    del takes["position_ids"]
+    with pytest.raises(UsageError, match=r"counts padding in front of the text behind the image .* position_ids"):
+        frame(said, given(prompt(4, 5), prompt(4, 4)))
+
+
 def test_text_that_decides() -> None:
-    """The last token must be no padding; where all of them look, none may be."""
+    """Where the text behind the image decides, only padding in front is none of it; where all does, no padding."""
     front, back = given(prompt(3, 5), prompt(4, 5)), given(prompt(4, 5), prompt(4, 4), behind=True)
-    last, every = ({**manifest()["plan"], "signals": [signal]} for signal in ("last_query", "text_to_image"))
-    assert frame(manifest(plan=last), front).front == (1, 0)
-    with pytest.raises(UsageError, match=r"last_query.*padding behind it"):
-        frame(manifest(plan=last), back)
+    behind, every = ({**manifest()["plan"], "signals": ["keys", read]} for read in ("text_keys", "text_to_image"))
+    assert frame(manifest(plan=behind), front).front == (1, 0)
+    with pytest.raises(UsageError, match=r"by its text \(text_keys\), and padding in prompts of 11 and 12"):
+        frame(manifest(plan=behind), back)
     for inputs in (front, back):
-        with pytest.raises(UsageError, match=r"text_to_image.*padding among it"):
+        with pytest.raises(UsageError, match=r"by its text \(text_to_image\)"):
             frame(manifest(plan=every), inputs)
+
+
+def test_signals_are_known() -> None:
+    """A new one is refused until somebody says what it holds; none is both."""
+    known = {signal.value for signal in Signal}
+    kinds = (_OF_IMAGES, _OF_LAST, _BEHIND)
+    assert known >= set().union(*kinds) and sum(map(len, kinds)) == len(set().union(*kinds))
+    assert known - set().union(*kinds) == {"text_to_image", "text_weights"}
 
 
 def test_artifacts_that_take_no_padding() -> None:

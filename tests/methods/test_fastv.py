@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,15 @@ from pumer_compile import Schedule
 from pumer_compile.errors import LocateError, PlanError, ScheduleError
 from pumer_compile.reducers import reducers_of
 from pumer_compile.reducers.last_query import LastQueryReducer
-from tests.analysis.test_prompts import IMAGE, Block, Talker, Tensors, prompts
+from tests.support import llava
+from tests.support.commands import done, refused
 from tests.support.fastv import places_left, rows_of
 from tests.support.models import Config, program
+from tests.support.published import Vectors, assert_last, kept_and_logits
+from tests.support.stages import by_hand as staged
+from tests.support.talker import IMAGE, Block, Talker, Tensors, prompts
+
+PUBLISHED = Vectors("prompt-tiny", "fastv")
 
 
 class Deep(Talker):
@@ -163,6 +170,62 @@ def test_onnx(tmp_path: Path) -> None:
     torch.testing.assert_close(logits, by_hand(model, inputs, 2, 6)[0], atol=1e-4, rtol=1e-4)
 
 
+# --- Several stages ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stages", [{1: 72, 2: 30}, {2: 48}])
+def test_stages_are_the_layers_given_fewer_tokens_each(stages: dict[int, int]) -> None:
+    wanted, places = staged(llava.model(), llava.tensors(), stages, "own", placeholder=299)
+    found = pumer.reduce(llava.program(), Schedule(method="fastv", stages=stages))
+    kept, logits = kept_and_logits(found, llava.tensors())
+    for own, left in zip(kept, places, strict=True):
+        assert torch.equal(own + 5, left[:, 5 : 5 + own.shape[1]])
+    torch.testing.assert_close(logits, wanted, atol=1e-4, rtol=1e-4)
+    assert [site.after["prompt_image"] for site in found.plan.sites] == list(stages.values())
+
+
+def test_one_stage_is_a_layer_and_a_budget() -> None:
+    inputs = prompts(3, 5)
+    captured = pumer.capture(deep(), inputs)
+    one = pumer.reduce(captured, Schedule(method="fastv", layer=1, budget=4))
+    staged_one = pumer.reduce(captured, Schedule(method="fastv", stages={1: 4}))
+    assert torch.equal(run(one.module, inputs), run(staged_one.module, inputs))
+    assert one.schedule.canonical() == {**Schedule(method="fastv", layer=1, budget=4).canonical()}
+    assert "stages" not in one.schedule.canonical() and one.schedule.sha256 != staged_one.schedule.sha256
+
+
+@pytest.mark.parametrize(
+    ("stages", "words"),
+    [
+        ({1: 17, 2: 4}, "more than the 16 tokens"),
+        ({1: 16, 2: 4}, "would reduce nothing"),
+        ({1: 8, 3: 4}, "`stages: 3` lets the first 3 language layers .* this model has 3: choose 1 to 2"),
+    ],
+)
+def test_stages_that_cannot_be(stages: dict[int, int], words: str) -> None:
+    with pytest.raises(PlanError, match=words):
+        pumer.reduce(pumer.capture(deep(), prompts(3, 5)), Schedule(method="fastv", stages=stages))
+
+
+@pytest.mark.parametrize("case", PUBLISHED.cases)
+def test_the_published_vectors(case: str) -> None:
+    spec, inputs = PUBLISHED.cases[case], PUBLISHED.inputs(case)
+    made = PUBLISHED.reduced(case, Schedule(method="fastv", layer=spec["layer"], budget=spec["budget"]))
+    (kept,), logits = kept_and_logits(made, inputs)
+    assert torch.equal(kept, torch.from_numpy(PUBLISHED.wanted(case, "kept")).long())
+    assert_last(logits, PUBLISHED.wanted(case, "logits_last"))
+
+
+def test_stages_on_the_command_line(tmp_path: Path) -> None:
+    (tmp_path / "s.yaml").write_text("method: fastv\nstages: {2: 36, 3: 72}\n", encoding="utf-8")
+    options = ("--schedule", tmp_path / "s.yaml", "--inputs", llava.FOLDER / "inputs.npz")
+    assert "72 after layer 3 is not less than 36 after layer 2" in refused(2, "plan", llava.FOLDER, *options)
+    (tmp_path / "s.yaml").write_text("method: fastv\nstages: {2: 30, 1: 72}\n", encoding="utf-8")
+    plan = json.loads(done("plan", llava.FOLDER, *options, "--json").out)
+    assert [site["after"] for site in plan["sites"]] == [{"prompt_image": 72}, {"prompt_image": 30}]
+    assert Schedule.from_manifest(plan["schedule"]) == Schedule(method="fastv", stages={1: 72, 2: 30})
+
+
 # --- Several images ---------------------------------------------------------------------------------------------------
 
 
@@ -291,6 +354,12 @@ def test_a_model_whose_prompt_no_attention_reads() -> None:
         ({"budget": 64, "layer": 2, "semantics": "stable"}, "leave out `semantics`"),
         ({"budget": 64, "layer": 2, "semantics": "paper"}, "leave out `semantics`"),
         ({"budget": 64, "layer": 2, "k": 2}, "unknown key"),
+        ({"stages": {2: 64}, "budget": 4}, "leave out `budget`"),
+        ({"stages": {2: 64}, "layer": 2, "budget": 4}, "leave out `layer`, `budget`"),
+        ({"stages": {2: 0.5}}, "a number of tokens, at least 1, got 0.5"),
+        ({"stages": {0: 4}}, "an integer of at least 1, got 0"),
+        ({"stages": {"two": 4}}, "an integer of at least 1, got 'two'"),
+        ({"stages": 4}, r"expected a mapping, .* such as \{2: 72, 3: 36\}; got 4"),
     ],
 )
 def test_schedules_that_are_refused(keys: dict[str, Any], words: str) -> None:
@@ -300,7 +369,7 @@ def test_schedules_that_are_refused(keys: dict[str, Any], words: str) -> None:
 
 @pytest.mark.parametrize("method", ["pumer", "tome"])
 def test_its_key_is_of_fastv_alone(method: str) -> None:
-    with pytest.raises(ScheduleError, match="`layer` is for `method: fastv`"):
+    with pytest.raises(ScheduleError, match=r"`layer` is for .*`method: fastv`"):
         Schedule(method=method, layers=[0], merge={"image": 0.1}, layer=2)
     with pytest.raises(ScheduleError, match="leave out `layer`"):
         Schedule(method="vispruner", budget=4, layer=2)

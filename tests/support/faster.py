@@ -30,7 +30,7 @@ def keep_what_is_imported() -> None:
 
 
 def convert_faster() -> None:
-    """Take out of `torch.onnx.export` what it does anew for every model; when it is first called, since it imports much."""
+    """Take out of `torch.onnx.export` what it does anew for every model, when it is first called: it imports much."""
     export = torch.onnx.export
 
     def first(*args: Any, **kwargs: Any) -> Any:
