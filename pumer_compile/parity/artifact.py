@@ -66,8 +66,7 @@ def parity(
     Raises:
         UsageError: not an artifact of pumer-compile, inputs that do not fit it, or this machine cannot run it.
     """
-    path = Path(artifact)
-    manifest = read_manifest(path)
+    path, manifest = Path(artifact), read_manifest(Path(artifact))
     loaded = load_model(Path(model)) if isinstance(model, str | os.PathLike) else model
     check_recording(manifest, save_inputs, save_outputs)
     batches, drawn = _batches(samples, manifest)
