@@ -90,6 +90,18 @@ def test_ties_go_to_the_lowest_index() -> None:
     assert picked.tolist() == [[False, True, False], [True, False, False]]
 
 
+@pytest.mark.parametrize("tokens", [1023, 1024, 2305])
+def test_many_tokens(tokens: int) -> None:
+    """Taken apart or not: the same cosines, the same on both sides of the diagonal."""
+    features = torch.randn(2, tokens, 3, generator=torch.Generator().manual_seed(0))
+    unit = torch.nn.functional.normalize(features, dim=-1)
+    found = cosines(features)
+    torch.testing.assert_close(found, unit @ unit.transpose(1, 2), atol=1e-6, rtol=0.0)
+    assert tokens < 1024 or torch.equal(
+        found[:, : tokens // 2, tokens // 2 :].transpose(1, 2), found[:, tokens // 2 :, : tokens // 2]
+    )
+
+
 def test_a_token_of_zeros_is_like_nothing() -> None:
     found = cosines(torch.tensor([[[0.0, 0.0], [3.0, 4.0], [4.0, 3.0]]]))
     torch.testing.assert_close(found[0], torch.tensor([[0.0, 0.0, 0.0], [0.0, 1.0, 0.96], [0.0, 0.96, 1.0]]))
