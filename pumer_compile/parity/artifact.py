@@ -82,10 +82,7 @@ def parity(
     recorder = Recorder(engine, manifest) if save_inputs or save_outputs else None
     decisions = comparable_decisions(engine.session, manifest)
     report = check(
-        recorder or engine,
-        _reduced(exact, manifest),
-        exact.module,
-        batches,
+        *(recorder or engine, _reduced(exact, manifest), exact.module, batches),
         manifest.get("quantize") or manifest["dtype"],
         decisions,
         open_with_decisions=decision_session_of(engine.session, decisions),
