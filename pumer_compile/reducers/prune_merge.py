@@ -48,6 +48,7 @@ class StreamReducer(Reducer):
         keep = pruner.keep if pruner else tokens
         super().__init__(tokens, keep, merger.merge, averaging=averaging, carried=carried or "ones")
         self.pruner, self.merger, self.first_stays = pruner, merger, first_stays
+        self.keeps_order = pruner is None or pruner.in_order
         votes = (Signal.TEXT_TO_IMAGE, Signal.TEXT_WEIGHTS) if pruner else ()
         reads = (Signal.KEYS, Signal.WEIGHTS, *votes)
         self.reads = reads if carried else tuple(signal for signal in reads if signal not in _WEIGHTS)
@@ -118,6 +119,9 @@ class StreamReducer(Reducer):
         if matching is None:
             return rows[0]
         even, odd = rows
+        if self.merger.in_order:
+            of_even, of_odd = self.merger.assignment_in_order(matching.merged, matching.pairs)
+            return of_even @ even + of_odd @ odd
         stay, join = self.merger.assignment(matching.merged, matching.pairs)
         return torch.cat((stay @ even, join @ even + odd), 1)
 
