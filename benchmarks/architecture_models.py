@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -510,7 +511,7 @@ def _florence2() -> Built:
     return hf.Florence2ForConditionalGeneration(config), {**words(27, first=17), **pixels(64), **answer}
 
 
-@_architecture("Fuyu", SMALL, "logits")
+@_architecture("Fuyu", SMALL, "logits", proof=_oracle("fastv_families"))
 def _fuyu() -> Built:
     text = {**_LANGUAGE, "model_type": "persimmon"}
     config = hf.FuyuConfig(**_LANGUAGE, image_size=48, patch_size=8, image_token_id=99, text_config=text)
@@ -535,7 +536,7 @@ def _idefics() -> Built:
     return hf.IdeficsForVisionText2Text(config), {**words(20), **image}
 
 
-@_architecture("Llama 3.2 Vision (Mllama)", SMALL, "logits")
+@_architecture("Llama 3.2 Vision (Mllama)", SMALL, "logits", proof=_oracle("cross_attention"))
 def _mllama() -> Built:
     tower = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_global_layers": 1}
     tiles = {"image_size": 32, "patch_size": 8, "max_num_tiles": 2, "supported_aspect_ratios": [[1, 1], [1, 2], [2, 1]]}
@@ -628,3 +629,43 @@ def _layoutlmv2() -> Built:
         **boxes,
         "image": torch.zeros(1, 3, 224, 224),
     }
+
+
+# --- more families with an image in the prompt, as the tests build them -----------------------------------------------
+
+_PROMPTS = {
+    "Qwen2.5-VL": "qwen2_5_vl",
+    "Qwen2.5-VL, video": "qwen2_5_vl_video",
+    "Qwen3-VL": "qwen3_vl",
+    "Qwen3-VL, mixture of experts": "qwen3_vl_moe",
+    "Qwen3.5-VL": "qwen3_5",
+    "GLM-4V": "glm4v",
+    "GLM-4.6V": "glm46v",
+    "PaddleOCR-VL": "paddleocr_vl",
+    "Kimi K2.5": "kimi_k25",
+    "MiniCPM-V 4.6": "minicpmv4_6",
+    "LFM2-VL": "lfm2_vl",
+    "Gemma 4": "gemma4",
+    "Llama 4": "llama4",
+    "Idefics 2": "idefics2",
+    "Cohere 2 Vision": "cohere2_vision",
+    "Mistral 3": "mistral3",
+    "LLaVA-NeXT-Video": "llava_next_video",
+    "Video-LLaVA": "video_llava",
+    "ColPali": "colpali",
+    "ColQwen2": "colqwen2",
+}
+_BY_LAYERS = {"FastVLM": "fast_vlm", "GOT-OCR 2": "got_ocr2", "Emu 3": "emu3"}
+
+
+def _of_tests(family: str) -> Built:
+    from tests.support.prompt_families import FAMILIES
+
+    model, make = FAMILIES[family]()
+    return model, make(0)
+
+
+for _proof, _families in (("prompt_rows", _PROMPTS), ("fastv_families", _BY_LAYERS)):
+    for _name, _family in _families.items():
+        _output = "embeddings" if _name.startswith("Col") else "logits"
+        _architecture(_name, SMALL, _output, proof=_oracle(_proof))(partial(_of_tests, _family))

@@ -23,6 +23,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from . import configurations
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks/results/architectures.json"
 PAGE = ROOT / "docs/architectures.md"
@@ -90,12 +92,12 @@ def reduce_somehow(program: Any, annotation: Any, attentions: list[Any]) -> Resu
     try:
         prompt = lower_masked_scatter(program.module, program.inputs)
     except Exception as error:  # as above
-        return {"error": describe(error)}
+        return in_the_language_model(program) or {"error": describe(error)}
     if prompt is not None:
         found = before_the_prompt(program, min(len(crop) for mark in prompt.marks for crop in mark.crops))
-        if "error" not in found or not any(a.address.startswith("vision.") for a in attentions):
+        if "error" not in found:
             return found
-        return merged_in_the_tower(program, attentions) or found
+        return in_the_language_model(program) or merged_in_the_tower(program, attentions) or found
 
     def modalities(axis: Any) -> set[str]:
         return {annotation.modality[stream] for stream in axis.streams}
@@ -113,7 +115,8 @@ def reduce_somehow(program: Any, annotation: Any, attentions: list[Any]) -> Resu
         attempts = [("vision tower", "tome", {"merge": {"image": MERGE_IMAGE}})]
         chosen, extra = spread(vision), []
     else:
-        return {"error": "No attention from text to image, and none among image tokens, could be followed."}
+        nothing = {"error": "No attention from text to image, and none among image tokens, could be followed."}
+        return in_the_language_model(program) or nothing
     refusals: dict[str, str] = {}
     for what, semantics, budgets in attempts:
         found = attempt(program, chosen, semantics, budgets)
@@ -127,8 +130,28 @@ def reduce_somehow(program: Any, annotation: Any, attentions: list[Any]) -> Resu
     return {"error": refusals[attempts[-1][0]], "refusals": refusals, "informed": bool(informed)}
 
 
+def in_the_language_model(program: Any) -> Result:
+    """Keep a ninth of the image tokens behind the first language layer; nothing where that fails too."""
+    from pumer_compile import Schedule, reduce
+    from pumer_compile.analysis.prompts import lower_masked_scatter
+    from pumer_compile.analysis.read_images import mark_read_images
+
+    try:
+        prompt = lower_masked_scatter(program.module, program.inputs, "layers", votes=False)
+        prompt = prompt or mark_read_images(program.module, "layers", votes=False)
+        if prompt is None:
+            return {}
+        tokens = min(sum(map(len, mark.crops)) for mark in prompt.marks)
+        plan = reduce(program, Schedule(method="fastv", layer=1, budget=max(1, tokens // 9))).plan
+    except Exception:  # what the method before it says is told
+        return {}
+    return of_plan(plan, "language model")
+
+
 def merged_in_the_tower(program: Any, attentions: list[Any]) -> Result:
     """Merge in the vision tower where the image cannot be reduced before the prompt; nothing where that fails too."""
+    if not any(a.address.startswith("vision.") for a in attentions):
+        return {}
     sites = spread([a.address for a in attentions if a.address.startswith("vision.")])
     found = attempt(program, sites, "tome", {"merge": {"image": MERGE_IMAGE}})
     return {} if "error" in found else {**found, "what": "vision tower", "refusals": {}}
@@ -142,8 +165,13 @@ def before_the_prompt(program: Any, tokens: int) -> Result:
         plan = reduce(program, Schedule(method="vispruner", budget=max(1, tokens // 9), positions="original")).plan
     except Exception as error:  # as above
         return {"error": describe(error)}
+    return of_plan(plan, "prompt")
+
+
+def of_plan(plan: Any, what: str) -> Result:
+    """Where a method of the prompt reduces, and what that saves."""
     return {
-        "what": "prompt",
+        "what": what,
         "refusals": {},
         "reduced_at": [site.site for site in plan.sites],
         "tokens": [plan.sites[0].before, *(site.after for site in plan.sites)],
@@ -228,7 +256,24 @@ PROMPTS = """\
 ## Reduced before the prompt
 
 Image features stand in the place of words of a language model. `method: vispruner` keeps a ninth of them by visual cues
-(64 of LLaVA's 576), decided in the attention named. The others of this kind are among those not reduced.
+(64 of LLaVA's 576), decided in the attention named.
+"""
+
+LAYERS = """\
+## Reduced in the language model
+
+No attention of a tower tells their image tokens apart, or text reads the image by cross-attention. `method: fastv`
+keeps a ninth of them behind the first language layer.
+"""
+
+CONFIGURATIONS = """\
+## transformers' own test configurations
+
+The small models that transformers' tests build of every architecture that takes text and images, with the inputs that
+they build (`python -m benchmarks.configurations`; without padding, and with images of 8 x 8 patches where theirs are
+one token). Captured means that the graph gives what eager PyTorch gives, on two samples. Reduced means that the method
+compiles and runs; what it gives is held against the models' own modules for the families named in
+[prompts.md](prompts.md) and above.
 """
 
 REFUSED = """\
@@ -248,7 +293,8 @@ the number of a layer.
 def render(results: list[Result]) -> str:
     """The page."""
     done = [r for r in results if "multiply_adds" in r]
-    informed = [r for r in done if r["what"] not in ("vision tower", "prompt")]
+    informed = [r for r in done if r["what"] not in ("vision tower", "prompt", "language model")]
+    layers = [r for r in done if r["what"] == "language model"]
     prompts = [r for r in done if r["what"] == "prompt"]
     towers = [r for r in done if r["what"] == "vision tower"]
     refused = [r for r in results if "error" in r]
@@ -261,10 +307,14 @@ def render(results: list[Result]) -> str:
         table(("Model", "Size", "At", "Image tokens", *SAVED), map(tower_row, towers)),
         PROMPTS,
         table(("Model", "Size", "At", "Image tokens", *SAVED), map(tower_row, prompts)),
+        LAYERS,
+        table(("Model", "Size", "At", "Image tokens", *SAVED), map(tower_row, layers)),
         REFUSED,
         table(("Model", "Size", "Why"), ((title(r), r.get("size", ""), short(r["error"])) for r in refused)),
         SITES,
         table(("Model", "Cross-modal", "Vision", "Text"), map(sites_row, [r for r in results if r.get("sites")])),
+        CONFIGURATIONS,
+        *counted(configurations.kept()),
     ]
     return "\n".join(parts)
 
@@ -350,6 +400,48 @@ def sites_row(result: Result) -> tuple[str, ...]:
         patterns[pattern] = patterns.get(pattern, 0) + 1
     cells = ("<br>".join(f"{n} × `{p}`" for p, n in groups[g].items()) for g in ("cross_modal", "vision", "text"))
     return str(result["name"]), *cells
+
+
+def counted(found: dict[str, Result]) -> list[str]:
+    """How many of transformers' test configurations are captured, and by how many methods they are reduced."""
+    if not found:
+        return []
+    built = {name: r for name, r in found.items() if "not_built" not in r}
+    captured = {name: r for name, r in built.items() if "refused" not in r and not r["differs"]}
+    prompts = {name: r for name, r in captured.items() if set(configurations.PROMPT_METHODS) <= set(r["methods"])}
+    reduced = [sum("error" not in m for m in r["methods"].values()) for r in prompts.values()]
+    others = [any("error" not in m for m in r["methods"].values()) for n, r in captured.items() if n not in prompts]
+    errors = [r["refused"] for r in built.values() if "refused" in r]
+    errors += [m["error"] for r in captured.values() for m in r["methods"].values() if "error" in m]
+    kinds = {name.partition(".")[0] for name in built}
+    said = [
+        f"- {len(captured)} of {len(built)} are captured ({len(kinds)} model types). {len(found) - len(built)} more "
+        "need a library that was not there, or were refused by the model itself.",
+        f"- {len(prompts)} of these have the image in a prompt. {sum(n >= 2 for n in reduced)} of them are reduced by "
+        f"two methods or more, {sum(n == 1 for n in reduced)} by one, {sum(n == 0 for n in reduced)} by none.",
+        f"- {sum(others)} of the other {len(others)} are reduced by `pumer` or `tome`.",
+        f"- {sum(not e['meant'] for e in errors)} of the {len(errors)} refusals are errors that nobody meant.",
+    ]
+    rows = [configuration_row(name, r) for name, r in found.items()]
+    return ["\n".join(said) + "\n", table(("Configuration", "Captured", "Reduced by", "Refused"), rows)]
+
+
+def configuration_row(name: str, result: Result) -> tuple[str, ...]:
+    """A test configuration."""
+    title = f"{name.partition('.')[0]} (`{result['class']}`)" if "class" in result else name
+    for what in ("not_built", "refused"):
+        if what in result:
+            return title, "not built" if what == "not_built" else "no", "", short(result[what]["text"])
+    if result["differs"]:
+        return title, f"other {result['differs']} than in eager PyTorch", "", ""
+    methods = result["methods"]
+    done = ", ".join(f"`{name}`" for name, method in methods.items() if "error" not in method)
+    by_reason: dict[str, list[str]] = {}
+    for name, method in methods.items():
+        if "error" in method:
+            by_reason.setdefault(short(method["error"]["text"]), []).append(f"`{name}`")
+    refused = "<br>".join(f"{', '.join(names)}: {reason}" for reason, names in by_reason.items())
+    return title, "yes", done, refused
 
 
 def kept() -> list[Result]:

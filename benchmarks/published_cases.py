@@ -89,7 +89,10 @@ def cases(methods: list[str]) -> Iterator[Case]:
             pixels = given["pixel_values"][case["images"]].astype(np.float32)
             inputs = {"input_ids": ids, "attention_mask": np.ones_like(ids), "pixel_values": pixels}
             if "image_sizes" in given:
-                inputs["image_sizes"] = given["image_sizes"][case["images"]]
+                inputs["image_sizes"] = np.repeat(given["image_sizes"], len(ids), 0)
+            if "image_grid_thw" in given:  # patches of all images one after the other
+                inputs["pixel_values"] = pixels.reshape(-1, pixels.shape[-1])
+                inputs["image_grid_thw"] = np.repeat(given["image_grid_thw"], len(ids), 0)
             wanted = {k.removeprefix(f"{name}."): v for k, v in expected.items() if k.startswith(f"{name}.")}
             yield Case(folder, method, name, {"method": method, **keys}, inputs, wanted)
 

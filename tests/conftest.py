@@ -19,6 +19,8 @@ settings.load_profile("fixed")
 torch.manual_seed(0)
 faster.collect_garbage_seldom()
 faster.share_provenance()
+faster.name_frames_once()
+faster.convert_faster()
 # Small models: a second thread costs more than it gives.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start
@@ -34,4 +36,3 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     faster.keep_what_is_imported()
-    faster.convert_with_one_registry()

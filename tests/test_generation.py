@@ -11,6 +11,7 @@ import onnx
 import pytest
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
 import pumer_compile as pumer
 from benchmarks.architecture_models import ARCHITECTURES
@@ -29,7 +30,7 @@ from tests.test_oracle_llava import model, tensors
 TOKENS = 20
 
 
-def reduced_by_hand(inputs: dict[str, Tensor], budget: int) -> Tensor:
+def reduced_by_hand(inputs: dict[str, Tensor], budget: int, **more: Any) -> Tensor:
     """What transformers generates from the prompt with the kept tokens alone."""
     llava, ids = model(), inputs["input_ids"]
     features, attention = visual_cues(llava, inputs["pixel_values"])
@@ -42,9 +43,7 @@ def reduced_by_hand(inputs: dict[str, Tensor], budget: int) -> Tensor:
         made: Tensor = llava.generate(
             inputs_embeds=prompt,
             attention_mask=torch.ones(prompt.shape[:2], dtype=torch.int64),
-            max_new_tokens=TOKENS,
-            min_new_tokens=TOKENS,
-            do_sample=False,
+            **{"max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "do_sample": False, **more},
         )
     return made
 
@@ -113,15 +112,24 @@ def test_positions_go_on_where_the_prompt_ends(decode: Path, tmp_path: Path) -> 
 
 
 def test_a_text_that_ends(decode: Path, prefilled: Path) -> None:
+    """Of which the other goes on, and behind its end stands padding."""
     generator = Generator(prefilled, decode)
     whole = generator.generate(tensors(), TOKENS)
-    stop = int(whole[0, 3])
-    short = generator.generate(tensors(), TOKENS, stop=stop)
-    ends = [(row == stop).nonzero() for row in whole]
-    if all(len(end) for end in ends):
-        assert short.shape[1] == max(int(end[0]) for end in ends) + 1
-    else:
-        assert torch.equal(short, whole)
+    stop = next(int(token) for token in whole[0, 1:6] if token not in whole[1])
+    other, pad = int(whole[1, 9]), 7
+    found = generator.generate(tensors(), TOKENS, stop, config=GenerationConfig(eos_token_id=other, pad_token_id=pad))
+    wanted = reduced_by_hand(tensors(), 48, min_new_tokens=0, eos_token_id=[stop, other], pad_token_id=pad)
+    assert found.shape[1] < TOKENS and torch.equal(found, wanted)
+
+
+def test_tokens_that_are_drawn(decode: Path, prefilled: Path) -> None:
+    """With the same random numbers, those that transformers draws."""
+    how = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 20}
+    torch.manual_seed(5)
+    wanted = reduced_by_hand(tensors(), 48, **how)
+    torch.manual_seed(5)
+    found = Generator(prefilled, decode).generate(tensors(), TOKENS, config=GenerationConfig(**how))
+    assert torch.equal(found, wanted) and not torch.equal(found, reduced_by_hand(tensors(), 48))
 
 
 def test_the_cache_may_have_any_length(decode: Path) -> None:
@@ -218,10 +226,11 @@ def test_prompt_families_by_hand(name: str, tmp_path: Path) -> None:
 
 
 def speaking_words(name: str) -> Any:
-    """A model of a family that makes no placeholders, and what makes its inputs."""
+    """A model of a family that makes neither placeholders nor an end, and what makes its inputs."""
     family, make = built(name)
     with torch.no_grad():
         family.get_output_embeddings().weight[WORDS:] = 0
+        family.get_output_embeddings().weight[:3] = 0
     return family, make
 
 

@@ -120,6 +120,19 @@ class Votes:
 
 
 @dataclass(frozen=True)
+class Words:
+    """The text of every prompt.
+
+    Attributes:
+        node: its embeddings, and those of the placeholders of images, `[batch, length, width]`.
+        places: of words among them, without the two beside each image, which mark where it begins and ends.
+    """
+
+    node: fx.Node
+    places: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Mark:
     """Image tokens of one block of every prompt, where they leave the vision tower, or enter the prompt.
 
@@ -134,6 +147,7 @@ class Mark:
         votes: for rows that enter the prompt.
         pinned: places of text within an image that stands in several blocks (marks at the ends of its lines); it stays.
         enters: whether these are the rows that enter the prompt, and no features that leave a tower.
+        words: of rows that enter the prompt, the text around them; None where it is not looked up in one table.
     """
 
     node: fx.Node
@@ -145,6 +159,7 @@ class Mark:
     votes: Votes | None = None
     pinned: tuple[int, ...] = ()
     enters: bool = False
+    words: Words | None = None
 
     @property
     def prompted(self) -> fx.Node:
@@ -205,12 +220,26 @@ def lower_masked_scatter(
     lower_constant_places(graph, images, [mark.node for mark in prompt.marks])
     lower_other_lookups(graph, images, words)
     graph.eliminate_dead_code()
+    if acts_on == "rows":
+        text = _words(prompt, words)
+        prompt.marks[:] = [replace(mark, words=text) for mark in prompt.marks]
     if acts_on != "layers":
         again = [node for node in graph.nodes if node.target is same_tokens]
-        _hoist(graph, [*(mark.prompted for mark in prompt.marks), *again])
+        text_nodes = [mark.words.node for mark in prompt.marks if mark.words is not None]
+        _hoist(graph, [*(mark.prompted for mark in prompt.marks), *again, *text_nodes])
     graph.lint()
     module.recompile()
     return prompt if prompt.marks else None
+
+
+def _words(prompt: Prompt, lookups: set[fx.Node]) -> Words | None:
+    """The text of a prompt; None where it is not looked up in one table."""
+    there = set(prompt.module.graph.nodes)
+    found = [node for node in lookups if node in there and values(node)[0].dim() == 3]
+    if len(found) != 1:
+        return None
+    beside = {place for start, stop in prompt.blocks for place in range(start - 1, stop + 1)}
+    return Words(found[0], tuple(p for p in range(int(values(found[0])[0].shape[1])) if p not in beside))
 
 
 def _hoist(graph: fx.Graph, marks: list[fx.Node]) -> None:

@@ -25,7 +25,7 @@ IDS, MASK, POSITIONS = "input_ids", "attention_mask", "position_ids"
 # Inputs with an entry for every token of a prompt, `[batch, tokens, ...]`.
 BY_TOKEN = (IDS, MASK, "token_type_ids", "mm_token_type_ids", POSITIONS, "cross_attention_mask")
 # What reducers read (`Signal`) that holds nothing of the text around an image.
-_OF_IMAGES = {"class_token", "keys", "weights"}
+_OF_IMAGES = {"class_feature", "class_token", "keys", "tower_keys", "weights"}
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,12 @@ class Framed:
     def padding(self) -> tuple[int, ...]:
         """Of each prompt, how many tokens."""
         return tuple(front + back for front, back in zip(self.front, self.back, strict=True))
+
+    @property
+    def prompts(self) -> list[Tensor]:
+        """The ids of each, without padding."""
+        spans = zip(self.inputs[IDS].cpu(), self.front, self.lengths, strict=True)
+        return [row[front : front + length] for row, front, length in spans]
 
 
 def frame(manifest: Mapping[str, Any], inputs: Mapping[str, Tensor], *, first: int = 0) -> Framed:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList
 
 from ..artifacts.manifest import read_manifest
 from ..errors import UsageError
@@ -72,25 +73,37 @@ class Generator:
         # Steps exported before have one type.
         self._kinds = step.get("token_types") or {"token_type_ids": step.get("token_type", 0)}
 
-    def generate(self, inputs: Mapping[str, Tensor], tokens: int, stop: int | Sequence[int] | None = None) -> Tensor:
-        """New tokens, greedy.
+    def generate(
+        self,
+        inputs: Mapping[str, Tensor],
+        tokens: int,
+        stop: int | Sequence[int] | None = None,
+        *,
+        config: GenerationConfig | None = None,
+        processors: LogitsProcessorList | None = None,
+    ) -> Tensor:
+        """New tokens; greedy, unless a configuration says otherwise.
 
         Args:
             inputs: what the model's processor makes of prompts, each at most as long as the compiled one before and
                 behind its images; padded or not.
             tokens: how many, at most.
-            stop: ids of which any ends a text; where all have ended, no more are made.
+            stop: ids of which any ends a text, beside the configuration's; where all have ended, no more are made.
+            config: transformers': whether tokens are drawn (with torch's own random numbers, as `torch.manual_seed`
+                sets them), temperature and so on, `eos_token_id`, and `pad_token_id` for what stands behind an end.
+            processors: further logits processors of transformers'.
 
         Returns:
             `[batch, tokens or fewer]`, int64.
 
         Raises:
-            UsageError: a prompt does not fit the artifact, or is longer than a sliding window.
+            UsageError: a prompt does not fit the artifact, or is longer than a sliding window; or the configuration
+                says what is not done here.
         """
         framed = frame(self._manifest, inputs, first=self._offset if isinstance(self._offset, int) else 0)
         check_prompts(self._manifest, framed.inputs)
         self._check_window(max(framed.lengths), tokens)
-        choosing = Choosing(stop)
+        choosing = Choosing(framed.prompts, config, processors, stop)
         groups, logits = self._begin(framed)
         made = [choosing.next(logits)]
         while len(made) < tokens and not choosing.ended:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
+from .about import About
 from .image_budget import ImageBudget
 
 if TYPE_CHECKING:
@@ -25,6 +26,15 @@ class DivPrune(ImageBudget):
         semantics: `reference`, the default, compares distances as they are; in `stable` rounding does not decide
             between tokens that are alike (see `FarthestPoints`).
     """
+
+    about = About(
+        does="keeps image tokens that are as unlike each other as can be",
+        reads="rows of the prompt",
+        use="every family, with or without a tower; what is kept does not depend on the question",
+        paper="Alvar et al., DivPrune, CVPR 2025",
+        code="vbdi/divprune, CC BY-NC 4.0 (not used)",
+        held="published vectors",
+    )
 
     method: Literal["divprune"] = "divprune"
     semantics: Literal["reference", "stable"] = "reference"

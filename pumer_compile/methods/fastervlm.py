@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from .about import About
 from .base import ActsOn
 from .image_budget import ImageBudget
 
@@ -21,6 +22,15 @@ class FasterVLM(ImageBudget):
             lowest token number comes first.
         budget, positions, outputs: see `ImageBudget`; `compact` positions are the published ones.
     """
+
+    about = About(
+        does="keeps the image tokens with the most attention",
+        reads="attention of the class token",
+        use="the simplest by attention; where neighbours that say the same do no harm",
+        paper="Zhang et al., FasterVLM, 2024",
+        code="Theia-4869/FasterVLM, Apache-2.0",
+        held="published vectors",
+    )
 
     acts_on: ClassVar[ActsOn] = "tower"
     reads_tower = True

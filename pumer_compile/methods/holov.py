@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field
 
 from ..errors import PlanError
+from .about import About
 from .base import ActsOn
 from .image_budget import ImageBudget
 
@@ -26,6 +27,15 @@ class HoloV(ImageBudget):
         budget, positions, outputs: see `ImageBudget`; `compact` positions are the published ones.
         crops: runs of neighbours in raster order that an image is cut into (a tile or frame, where it has several).
     """
+
+    about = About(
+        does="shares a budget out over runs of the picture, by attention and by how varied each run is",
+        reads="attention of the class token, rows of the prompt",
+        use="where what matters may stand anywhere in the picture",
+        paper="Zou et al., HoloV, NeurIPS 2025",
+        code="obananas/HoloV, Apache-2.0",
+        held="published vectors",
+    )
 
     acts_on: ClassVar[ActsOn] = "rows"
     reads_tower = True

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from ..errors import PlanError
+from .about import About
 from .base import ActsOn, Method, TokenOutputs
 
 if TYPE_CHECKING:
@@ -33,6 +34,15 @@ class VisionZip(Method):
             the whole prompt; a merged one where that stood which the others joined, a class token at the beginning).
         outputs: `reduced` by default: logits have an entry for each token that is left.
     """
+
+    about = About(
+        does="keeps the image tokens with the most attention and the class token, and merges the others into a few",
+        reads="attention of the class token, its feature, keys of the tower",
+        use="high reductions; nothing of the picture is thrown away",
+        paper="Yang et al., VisionZip, CVPR 2025",
+        code="dvlab-research/VisionZip, Apache-2.0",
+        held="published vectors",
+    )
 
     needs_prompt = True
     acts_on: ClassVar[ActsOn] = "tower"

@@ -11,6 +11,7 @@ from .masked_softmax import PublishedMaskedSoftmax
 from .merger import ModalityAwareMerger
 from .prune_merge import StreamReducer
 from .pruner import TextInformedPruner
+from .relevance import MeanOfWords
 from .visionzip import VisionZipReducer
 from .vispruner import VisPruner
 from .visual import MemberVotes, VisualReducer, WithSeparators
@@ -22,6 +23,7 @@ __all__ = [
     "HoloVReducer",
     "LastQueryPruner",
     "LastQueryReducer",
+    "MeanOfWords",
     "MemberVotes",
     "ModalityAwareMerger",
     "PublishedMaskedSoftmax",

@@ -34,6 +34,8 @@ class Signal(Enum):
             row that is made of several tokens their mean.
         CLASS_FEATURE: what the class token of each crop leaves the vision tower as, `[batch, crops, width]`; only of a
             stream with `class_tokens`.
+        TEXT_EMBEDDING: mean of the input embeddings of the prompt's text, without padding and the two tokens beside
+            each image (where it begins and ends), `[batch, width]`, float32.
     """
 
     KEYS = "keys"
@@ -44,6 +46,7 @@ class Signal(Enum):
     CLASS_TOKEN = "class_token"
     TOWER_KEYS = "tower_keys"
     CLASS_FEATURE = "class_feature"
+    TEXT_EMBEDDING = "text_embedding"
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,16 @@ determinantal point process."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from .base import Signal
+from .crops import CropReducer
 from .greedy import cosines, pick, repeated, row_at
+from .relevance import spread, to_text
 
 Order = Literal["reference", "stable"]
 
@@ -39,23 +43,25 @@ class Determinantal(nn.Module):
         super().__init__()
         self.budget, self.weight, self.epsilon, self.order = budget, weight, epsilon, order
 
-    def forward(self, features: Tensor, relevance: Tensor) -> Tensor:
+    def forward(self, features: Tensor, relevance: Tensor, budget: int | None = None) -> Tensor:
         """Which tokens stay, `[n, tokens]`, bool, `min(budget, tokens)` in each row.
 
         Args:
             features: `[n, tokens, width]`, float32.
             relevance: `[n, tokens]`, float32, about 0..1.
+            budget: in place of its own.
         """
         count, tokens, _ = features.shape
-        if self.budget >= tokens:
+        budget = self.budget if budget is None else budget
+        if budget >= tokens:
             return torch.ones_like(relevance, dtype=torch.bool)
         similarity = cosines(features, self.epsilon)
         conditional = relevance.unsqueeze(-1) * similarity * relevance.unsqueeze(-2)
         kernel = conditional if self.weight == 1 else (1 - self.weight) * similarity + self.weight * conditional
         own = torch.arange(tokens, device=features.device)
         gain = torch.where(own == own.unsqueeze(1), kernel, 0.0).sum(-1)
-        rows = torch.zeros_like(relevance).unsqueeze(-1).expand(count, tokens, self.budget)
-        gain, _ = repeated(self._step, self.budget, [gain, rows], kernel)
+        rows = torch.zeros_like(relevance).unsqueeze(-1).expand(count, tokens, budget)
+        gain, _ = repeated(self._step, budget, [gain, rows], kernel)
         return gain == TAKEN
 
     def _step(self, number: Tensor, gain: Tensor, rows: Tensor, kernel: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,15 +92,47 @@ def halved(tokens: int, budget: int) -> list[tuple[int, int, int]]:
     return [(0, middle, first), (middle, tokens, budget - first)]
 
 
-def spread(relevance: Tensor, above: float = 0.0, below: float = 0.0) -> Tensor:
-    """Relevance from 0 to 1 over the last dimension.
+class RelevantReducer(CropReducer):
+    """Keeps the tokens of each crop that `Determinantal` picks for the text, in their order, as OpenVINO GenAI does.
+
+    Relevance is the cosine of a row of the prompt and the mean of its words, spread over 0..1 for each part that is
+    chosen from.
 
     Args:
-        relevance: any.
-        above: added to the numerator, as the paper's code does (1e-6).
-        below: added to the denominator, as OpenVINO does (1e-6).
+        crops, budget, pinned: see `CropReducer`.
+        weight, order: see `Determinantal`.
+        split: whether each half of a crop is chosen from by itself, with half of the budget.
     """
-    low, high = relevance.amin(-1, keepdim=True), relevance.amax(-1, keepdim=True)
-    span = high - low + below
-    # Where all are alike, none is more relevant.
-    return torch.where(span > 0, (relevance - low + above) / torch.where(span > 0, span, 1.0), 1.0)
+
+    reads: tuple[Signal, ...] = (Signal.TEXT_EMBEDDING,)
+    # What a pick is worth depends on those before it: no score tells how near two choices are.
+    judged = False
+    epsilon = 1e-6
+
+    def __init__(
+        self,
+        crops: Sequence[Sequence[int]],
+        budget: int,
+        weight: float,
+        *,
+        split: bool = False,
+        order: Order = "reference",
+        pinned: Sequence[int] = (),
+    ) -> None:
+        super().__init__(crops, budget, pinned=pinned)
+        self.split = split
+        self.select = Determinantal(budget, weight, self.epsilon, order)
+
+    def by_token(self, tokens: Tensor, text_embedding: Tensor) -> tuple[Tensor, Tensor]:
+        """See `CropReducer`: the rows that enter the prompt, and their relevance."""
+        tokens = tokens.float()
+        return tokens, to_text(tokens, text_embedding.float().unsqueeze(1), self.epsilon).squeeze(-1)
+
+    def of_crop(self, features: Tensor, relevance: Tensor) -> Tensor:
+        """See `CropReducer`."""
+        length = features.shape[1]
+        budget, found = min(self.budget, length), []
+        for start, stop, share in halved(length, budget) if self.split else [(0, length, budget)]:
+            own = spread(relevance[:, start:stop], below=self.epsilon)
+            found.append(self.select(features[:, start:stop], own, share))
+        return torch.cat(found, 1)

@@ -97,6 +97,13 @@ class CropReducer(Reducer):
             return value
         return value.index_select(1, torch.tensor(self.places).to(value.device))
 
+    def _in_stream_order(self, value: Tensor, dim: int = 1) -> Tensor:
+        """Back from the order of `_in_crop_order`."""
+        if self.places is None:
+            return value
+        back = sorted(range(self.tokens), key=self.places.__getitem__)
+        return value.index_select(dim, torch.tensor(back).to(value.device))
+
     def _keeps(self, parts: Sequence[Tensor]) -> Tensor:
         """Which tokens stay, `[batch, before]`, bool."""
         parts = [self._in_crop_order(part) for part in parts]
@@ -110,8 +117,4 @@ class CropReducer(Reducer):
             start = stop
         if self.pinned:
             found.append(torch.ones_like(found[0][:, :1]).expand(-1, self.pinned))
-        keeps = torch.cat(found, 1) if len(found) > 1 else found[0]
-        if self.places is None:
-            return keeps
-        back = sorted(range(self.tokens), key=self.places.__getitem__)
-        return keeps.index_select(1, torch.tensor(back).to(keeps.device))
+        return self._in_stream_order(torch.cat(found, 1) if len(found) > 1 else found[0])

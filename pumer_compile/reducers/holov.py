@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .base import Choice, Decision, Decisions, Signal
 from .crops import CropReducer
-from .ranking import descending_rank, identity, indices
-
-Order = Literal["reference", "stable"]
+from .ranking import descending_rank, identity, indices, one_hot
+from .vispruner import Order
 
 # As published: what attention is multiplied by, the share of variety in a score, and against division by zero.
 ATTENTION, VARIETY, EPSILON = 1000.0, 0.09, 1e-6
@@ -21,10 +20,10 @@ ATTENTION, VARIETY, EPSILON = 1000.0, 0.09, 1e-6
 class HoloVReducer(CropReducer):
     """Gives each run of a crop a share of the budget, and keeps the tokens of the run that get the most votes.
 
-    A crop (the whole image of a model without tiles) is cut into `runs` of neighbours in raster order, the first ones
-    a token longer where they don't come out even. A run's weight is the mean score of its tokens: votes, and the
-    variance of a token's cosines to the others of the run. Whole tokens of `weight * budget` are a run's share, and
-    what is left goes one each to the heaviest runs. `order` says the rest:
+    A crop (the image of a model without tiles) is cut into `runs` of neighbours in raster order, the first ones a token
+    longer where they don't come out even. A run weighs the mean score of its tokens: votes, and the variance of their
+    cosines to the others of the run. Its share is `weight * budget`, rounded down, and what is left goes one each to
+    the heaviest runs. `order` says the rest:
 
     - `reference`, as published: what exceeds a run is lost, and as many tokens of zeros stand at the end of the crop.
       Crop by crop and run by run stand the kept ones, inside a run the one with the most votes first; a run that is
@@ -34,7 +33,6 @@ class HoloVReducer(CropReducer):
     Args:
         crops, budget, pinned: see `CropReducer`; `reference` has no place for pinned tokens.
         runs: how many each crop is cut into, 1 to its length.
-        order: `reference` or `stable`.
     """
 
     reads = (Signal.CLASS_TOKEN,)
@@ -69,8 +67,6 @@ class HoloVReducer(CropReducer):
         """Features and votes."""
         return tokens.float(), signals["class_token"].float()
 
-    # --- shares -------------------------------------------------------------------------------------------------------
-
     def of_crop(self, *parts: Tensor) -> Tensor:
         """See `CropReducer`; of `reference` the row that each token becomes, from 0, and -1 of those that go."""
         features, votes = parts
@@ -84,14 +80,12 @@ class HoloVReducer(CropReducer):
             _, count, length = own.shape
             mine, first = (x[:, done : done + count].unsqueeze(-1) for x in (share, start))
             rank = descending_rank(own)
-            if self.order == "reference":
-                place = torch.arange(length, device=own.device).float()
-                row = first + torch.where(mine >= length, place, rank)
-                found.append(torch.where(rank < mine, row, -1.0).flatten(1))
-            else:
-                found.append((rank < mine).flatten(1))
+            place = torch.arange(length, device=own.device).float()
+            row = first + torch.where(mine >= length, place, rank)
+            stays = rank < mine
+            found.append(stays if self.order == "stable" else torch.where(stays, row, -1.0))
             done += count
-        return torch.cat(found, 1) if len(found) > 1 else found[0]
+        return torch.cat([part.flatten(1) for part in found], 1)
 
     def _by_run(self, value: Tensor) -> list[Tensor]:
         """The longer runs and the shorter ones, `[crops, runs, length, ...]`."""
@@ -124,15 +118,13 @@ class HoloVReducer(CropReducer):
         if self.order == "stable":
             share = torch.minimum(share, lengths)
             room = lengths - share
-            rounds = torch.arange(1, int(lengths.max()) + 1, device=weights.device).to(weights)
+            rounds = torch.arange(1, budget + 1, device=weights.device).to(weights)
             given = torch.minimum(rounds.unsqueeze(-1), room.unsqueeze(1)).sum(-1)
             full = (given <= budget - share.sum(-1, keepdim=True)).float().sum(-1, keepdim=True)
             share = share + torch.minimum(full, room)
             weights = torch.where(room > full, weights, -1.0)
         left = budget - share.sum(-1, keepdim=True)
         return share + (descending_rank(weights) < left).float()
-
-    # --- the published order ------------------------------------------------------------------------------------------
 
     def choose(self, tokens: Tensor, *given: Any, **signals: Any) -> Choice:
         """See `Reducer`."""
@@ -150,10 +142,8 @@ class HoloVReducer(CropReducer):
         stands at the end of its crop."""
         choice = Choice(decisions, chosen, torch.ones_like(chosen[:, 0]), rows=chosen)
         nothing = 1 - chosen.sum(-1, keepdim=True)
-        last = torch.tensor(self.last).to(chosen.device).unsqueeze(-1) == torch.arange(
-            self.tokens, device=chosen.device
-        )
-        choice.map, choice.place = chosen + nothing / self.tokens, chosen + nothing * last.float()
+        last = one_hot(torch.tensor(self.last), self.tokens).to(chosen)
+        choice.map, choice.place = chosen + nothing / self.tokens, chosen + nothing * last
         return choice
 
     def follow(self, forced: Decisions, own: Choice, among: Choice) -> Choice:

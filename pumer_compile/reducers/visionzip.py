@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,15 +14,12 @@ from .crops import CropReducer
 from .merge_targets import MergeTargets
 from .merged_tokens import MergedTokens
 from .ranking import descending_rank, first_largest, indices, one_hot
-from .vispruner import selection
-
-Order = Literal["reference", "stable"]
+from .vispruner import NONE, Order, selection
 
 
 @dataclass
 class _Evidence:
-    """What tokens were chosen by: votes, likeness to the targets (`[batch, targets, before]`, minus infinity in another
-    crop), and what class tokens are given."""
+    """What tokens were chosen by: votes, likeness to the targets `[batch, targets, before]`, and given class tokens."""
 
     votes: Tensor
     likeness: Tensor
@@ -47,7 +44,6 @@ class VisionZipReducer(CropReducer):
         dominant: tokens of a crop that stay for their votes, without the class token.
         contextual: tokens of a crop that others are merged into, at least 1.
         class_tokens: whether the class token of each crop is given, and becomes a token.
-        order: `reference` or `stable`.
     """
 
     keeps_order = False
@@ -85,9 +81,8 @@ class VisionZipReducer(CropReducer):
     @property
     def decisions(self) -> tuple[Decision, ...]:
         """The dominant tokens, and what each of the others is merged into, numbered before the reducer."""
-        kept = Decision("kept", self.dominant, self.tokens)
         pairs = tuple(Decision(name, self.merge, self.tokens) for name in ("source", "target"))
-        return (kept, *pairs) if self.merge else (kept,)
+        return (Decision("kept", self.dominant, self.tokens), *(pairs if self.merge else ()))
 
     def of_crop(self, *parts: Tensor) -> Tensor:
         """See `CropReducer`: the dominant tokens."""
@@ -104,7 +99,7 @@ class VisionZipReducer(CropReducer):
         unit = keys / keys.norm(dim=-1, keepdim=True).clamp(min=1e-30)
         likeness = targets.float() @ unit @ unit.transpose(1, 2)
         if len(self.crops) > 1:
-            likeness = torch.where(self._same_crop(likeness.device), likeness, -torch.inf)
+            likeness = torch.where(self._same_crop(likeness.device), likeness, NONE)
         _, nearest = first_largest(likeness.transpose(1, 2))
         merged = ~dominant & ~targets.any(1)
         joined = (nearest & merged.unsqueeze(-1)).float()
@@ -118,10 +113,7 @@ class VisionZipReducer(CropReducer):
         """Rows that select the targets, crop by crop, `[batch, targets, before]` bool."""
         left = ~self._in_crop_order(dominant)
         rows = self.targets.every_nth(left) if self.order == "reference" else self.targets.evenly_spread(left)
-        if self.places is None:
-            return rows
-        back = sorted(range(self.tokens), key=self.places.__getitem__)
-        return rows.index_select(2, torch.tensor(back).to(rows.device))
+        return self._in_stream_order(rows, 2)
 
     def _same_crop(self, device: torch.device) -> Tensor:
         """Whether a target and a token are of one crop, `[targets, before]` bool."""
@@ -133,11 +125,8 @@ class VisionZipReducer(CropReducer):
         self, decisions: Decisions, dominant: Tensor, targets: Tensor, joined: Tensor, evidence: _Evidence
     ) -> Choice:
         """The choice, with what it makes of the tokens; arguments as of `MergedTokens.made`."""
-        ones = torch.ones_like(dominant, dtype=torch.float32)
         made = self.made.made(dominant, targets, joined, evidence.class_feature)
-        return Choice(decisions, made.assigned, ones, evidence, made.map, made.rows, made.added, made.place)
-
-    # --- forced decisions ---------------------------------------------------------------------------------------------
+        return Choice(decisions, made.assigned, torch.ones_like(targets[:, 0]), evidence, *made[1:])
 
     def follow(self, forced: Decisions, own: Choice, among: Choice) -> Choice:
         """See `Reducer`."""
@@ -149,15 +138,13 @@ class VisionZipReducer(CropReducer):
 
     def margin(self, own: Choice, among: Choice, forced: Decisions) -> Tensor:
         """See `Reducer`; of cosines the difference."""
-        votes = Choice(own.decisions, own.assigned, own.weights, own.evidence.votes)
-        gap = super().margin(votes, among, forced)
+        gap = super().margin(replace(own, evidence=own.evidence.votes), among, forced)
         if not self.merge:
             return gap
         likeness = among.evidence.likeness.transpose(1, 2)
-        count = likeness.shape[2]
-        scores = likeness.gather(1, forced.source.unsqueeze(-1).expand(-1, -1, count))
+        scores = likeness.gather(1, forced.source.unsqueeze(-1).expand(-1, -1, likeness.shape[2]))
         targets = self._targets(one_hot(forced.kept, self.tokens).any(1)).float()
         into = one_hot(forced.target, self.tokens).float() @ targets.transpose(1, 2) > 0
-        lost = scores.amax(-1) - torch.where(into, scores, -torch.inf).amax(-1)
+        lost = scores.amax(-1) - torch.where(into, scores, NONE).amax(-1)
         same = (forced.source == among.decisions.source).all(1)
         return torch.where(same, torch.maximum(gap, lost.amax(1)), torch.inf)

@@ -9,13 +9,13 @@ import torch
 from torch import fx
 
 from ..analysis.attention import NOT_KNOWN, Attention, Parts, tower_attention
-from ..analysis.axes import Size
+from ..analysis.axes import Dim, Size
 from ..analysis.nodes import ancestors, describe, values
 from ..analysis.operators import aten
 from ..analysis.prompts import Mark, Votes
 from ..analysis.rules import shape
 from ..errors import LocateError
-from ..reducers import MemberVotes, Signal, TokenWeights
+from ..reducers import MeanOfWords, MemberVotes, Signal, TokenWeights
 from .attention_rows import attention_rows
 from .carried_weights import CarriedWeights
 from .epochs import Epochs
@@ -303,6 +303,33 @@ def _class_feature(place: Place, stream: str) -> fx.Node:
     return call(aten.cat.default, parts, 1) if len(parts) > 1 else parts[0]
 
 
+# --- of the text ------------------------------------------------------------------------------------------------------
+
+
+def _text_embedding(place: Place, stream: str) -> fx.Node:
+    words, rewriter = None if place.mark is None else place.mark.words, place.rewriter
+    if words is None or not words.places:
+        what = "has no text beside the image" if words is not None else "comes from no single table of words"
+        raise LocateError(
+            f"The method asks how relevant an image token is to the text, and the prompt {what}. "
+            "`method: divprune` reads no text."
+        )
+    if "text_embedding" not in place.read:
+        batch, length = (Dim(words.node, i) for i in (0, 1))
+        same = place.graph.annotation.same
+        # Whatever says of every token of the prompt whether it is padding.
+        masks = [
+            node
+            for node in words.node.graph.find_nodes(op="placeholder")
+            if str(node.target).endswith("mask") and len(shape(node)) == 2
+            if same(Dim(node, 0), batch) and same(Dim(node, 1), length)
+        ]
+        given = [rewriter.env[words.node], *(rewriter.env[mask] for mask in masks[:1])]
+        name = f"reducer.{place.site.name}.text"
+        place.read["text_embedding"] = rewriter.call_module(name, MeanOfWords(words.places), *given)
+    return place.read["text_embedding"]
+
+
 _SIGNALS: dict[Signal, Callable[[Place, str], fx.Node | None]] = {
     Signal.KEYS: _keys,
     Signal.WEIGHTS: _weights,
@@ -312,4 +339,5 @@ _SIGNALS: dict[Signal, Callable[[Place, str], fx.Node | None]] = {
     Signal.CLASS_TOKEN: _class_token,
     Signal.TOWER_KEYS: _tower_keys,
     Signal.CLASS_FEATURE: _class_feature,
+    Signal.TEXT_EMBEDDING: _text_embedding,
 }

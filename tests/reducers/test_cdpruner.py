@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pumer_compile.reducers.cdpruner import Determinantal, halved, spread
+from pumer_compile.reducers.cdpruner import Determinantal, halved
+from pumer_compile.reducers.relevance import spread
 from tests.support.greedy import cases, cosine, determinantal, expected, features, kept
 
 pytestmark = pytest.mark.fast

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
+from pumer_compile.generation import whole_forward
 from tests.support.prompt_families import built, placeholders
 from tests.support.prompt_oracle import by_hand
+from tests.test_generation import TOKENS, longer, shortened, speaking_words
 
 
 @pytest.mark.parametrize("name", ["internvl", "aya_vision"])
@@ -22,3 +26,16 @@ def test_the_rows_that_enter_the_prompt(name: str) -> None:
         torch.testing.assert_close(found, wanted, atol=1e-5 * float(wanted.abs().max()), rtol=0.0)
         kept.append(places)
     assert not torch.equal(*kept)
+
+
+def test_generate() -> None:
+    """Twenty tokens of prompts of two lengths; of families that need a sample, `tests/generation/test_captured.py`."""
+    model, make = speaking_words("internvl")
+    options = {"schedule": {"method": "vispruner", "budget": 4, "positions": "original"}, "inner": "eager"}
+    served = copy.deepcopy(model)
+    served.forward = torch.compile(whole_forward(served), backend="pumer", options=options, fullgraph=True)
+    for inputs in (make(0), shortened(make(1), 0, 2)):
+        length = inputs["input_ids"].shape[1]
+        found = served.generate(**inputs, max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False)[:, length:]
+        logits, _ = by_hand(model, longer(inputs, found[:, :-1]), 4, placeholders("internvl"))
+        assert torch.equal(logits[:, -TOKENS:].argmax(-1), found)
