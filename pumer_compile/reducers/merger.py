@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .ranking import descending_rank, first_largest, leading, one_hot, picked
+from .ranking import by_place, descending_rank, first_largest, leading, one_hot, picked
 
 # Below every similarity: pairs that may not merge come after all that may, and before the class token (-inf).
 LAST_RESORT = -1e30
@@ -18,7 +18,7 @@ class Matching(NamedTuple):
     """Which tokens merge into which, and the scores that decided it.
 
     Attributes:
-        source: even tokens that merge away, most similar first, `[batch, merge]`.
+        source: even tokens that merge away, most similar first, or in their order (`in_order`), `[batch, merge]`.
         target: the odd token each merges into, `[batch, merge]`.
         best: similarity of each even token to its target, `[batch, even]`.
         scores: all similarities, `[batch, even, odd]`.
@@ -106,7 +106,7 @@ class ModalityAwareMerger(nn.Module):
         best = torch.where(even_position < self.protected, float("-inf"), best.squeeze(-1))
         rank = descending_rank(best)
         merged = rank < self.merge
-        order = leading(rank, self.merge)
+        order = leading(by_place(rank, self.merge) if self.in_order else rank, self.merge)
         source, target = picked(order, even_position), picked(order, picked(nearest, odd_position))
         pairs = nearest & merged.unsqueeze(-1)
         return Matching(source.long(), target.long(), best, scores, merged, pairs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .ranking import descending_rank, indices, leading
+from .ranking import by_place, descending_rank, indices, leading
 
 
 class TextInformedPruner(nn.Module):
@@ -53,15 +53,9 @@ class TextInformedPruner(nn.Module):
             rank = descending_rank(scores + bonus)
         else:
             rank = descending_rank(scores)
-        return (_by_place(rank, self.keep) if self.in_order else rank), scores
+        return (by_place(rank, self.keep) if self.in_order else rank), scores
 
     def forward(self, attention: Tensor, text_weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Indices of the kept tokens, `[batch, keep]` int64, and the saliency."""
         rank, scores = self.rank(attention, text_weights)
         return indices(leading(rank, self.keep)), scores
-
-
-def _by_place(rank: Tensor, keep: int) -> Tensor:
-    """Ranks in which the first `keep` are counted by place."""
-    kept = rank < keep
-    return torch.where(kept, kept.float().cumsum(-1) - 1, rank)
