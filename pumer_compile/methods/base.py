@@ -111,6 +111,11 @@ class Method(BaseModel):
         several = len(get_args(type(self).model_fields["semantics"].annotation)) > 1
         return self.method + (f", semantics {self.semantics}" if several else "")
 
+    @property
+    def revision(self) -> int:
+        """Counts what the same keys have meant so far, from 1: an artifact made before means what they meant then."""
+        return 1
+
     def with_semantics(self, semantics: str) -> Method:
         """The same schedule under semantics that it need not name itself.
 

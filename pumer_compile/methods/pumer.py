@@ -78,10 +78,10 @@ class Pumer(Budgeted):
 
     Args:
         semantics: `safe`, the default, is for models that were not fine-tuned with reduction (padding neither votes nor
-            merges, class tokens stay, token sizes are carried from reducer to reducer); `reference` computes what the
-            published code computes, its masked softmax included, for models fine-tuned with it; `paper` is Algorithm 1
-            and equation 1 as written, with the model's own softmax. One that names none takes those that the model was
-            trained with, where its configuration says so.
+            merges, class tokens stay, tokens stay in their old order, token sizes are carried from reducer to reducer);
+            `reference` computes what the published code computes, its masked softmax included, for models fine-tuned
+            with it; `paper` is Algorithm 1 and equation 1 as written, with the model's own softmax. One that names none
+            takes those that the model was trained with, where its configuration says so.
     """
 
     about = About(
@@ -111,6 +111,11 @@ class Pumer(Budgeted):
 
     method: Literal["pumer"] = "pumer"
     semantics: Name = "safe"
+
+    @property
+    def revision(self) -> int:
+        """See `Method.revision`: `safe` ordered tokens as `reference` does, once."""
+        return 2 if SEMANTICS[self.semantics].in_order else 1
 
     def reducers(self, site: Site, streams: Sequence[Stream]) -> dict[str, Reducer]:
         """See `Method.reducers`."""
