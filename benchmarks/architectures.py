@@ -408,17 +408,20 @@ def counted(found: dict[str, Result]) -> list[str]:
         return []
     built = {name: r for name, r in found.items() if "not_built" not in r}
     captured = {name: r for name, r in built.items() if "refused" not in r and not r["differs"]}
-    prompts = {name: r for name, r in captured.items() if set(configurations.PROMPT_METHODS) <= set(r["methods"])}
-    reduced = [sum("error" not in m for m in r["methods"].values()) for r in prompts.values()]
-    others = [any("error" not in m for m in r["methods"].values()) for n, r in captured.items() if n not in prompts]
+    prompts = {name: r for name, r in captured.items() if "vispruner" in r["methods"]}
+    times = {n: sum(map(configurations.reduces, r["methods"].values())) for n, r in prompts.items()}
+    single = [n for n, r in prompts.items() if not times[n] and any("after" in m for m in r["methods"].values())]
+    reduced = [number for name, number in times.items() if name not in single]
+    others = [any(map(configurations.reduces, r["methods"].values())) for n, r in captured.items() if n not in prompts]
     errors = [r["refused"] for r in built.values() if "refused" in r]
     errors += [m["error"] for r in captured.values() for m in r["methods"].values() if "error" in m]
     kinds = {name.partition(".")[0] for name in built}
     said = [
         f"- {len(captured)} of {len(built)} are captured ({len(kinds)} model types). {len(found) - len(built)} more "
         "need a library that was not there, or were refused by the model itself.",
-        f"- {len(prompts)} of these have the image in a prompt. {sum(n >= 2 for n in reduced)} of them are reduced by "
-        f"two methods or more, {sum(n == 1 for n in reduced)} by one, {sum(n == 0 for n in reduced)} by none.",
+        f"- {len(prompts)} of these have the image in a prompt; in {len(single)} it is one token, and there is nothing "
+        f"to reduce. Of the other {len(reduced)}, {sum(n >= 2 for n in reduced)} are reduced by two methods or more, "
+        f"{sum(n == 1 for n in reduced)} by one, {sum(n == 0 for n in reduced)} by none.",
         f"- {sum(others)} of the other {len(others)} are reduced by `pumer` or `tome`.",
         f"- {sum(not e['meant'] for e in errors)} of the {len(errors)} refusals are errors that nobody meant.",
     ]
@@ -435,7 +438,7 @@ def configuration_row(name: str, result: Result) -> tuple[str, ...]:
     if result["differs"]:
         return title, f"other {result['differs']} than in eager PyTorch", "", ""
     methods = result["methods"]
-    done = ", ".join(f"`{name}`" for name, method in methods.items() if "error" not in method)
+    done = ", ".join(f"`{name}`" for name, method in methods.items() if configurations.reduces(method))
     by_reason: dict[str, list[str]] = {}
     for name, method in methods.items():
         if "error" in method:

@@ -44,6 +44,8 @@ USED = ("ForConditionalGeneration", "ForVisionText2Text", "ForQuestionAnswering"
 LEFT_OUT = {"labels", "next_sentence_label", "obj_labels", "matched_label", "ans", "return_loss", "use_cache"}
 # What transformers' tests import and do not need here.
 STAND_INS = ("datasets", "librosa", "timeout_decorator", "pandas", "fetch_hub_objects_for_ci")
+ENOUGH = 2
+"""Methods that reduce a prompt, after which no others are tried."""
 PROMPT_METHODS: Mapping[str, dict[str, Any]] = {
     "fastv": {"layer": 1},
     "vispruner": {"positions": "original"},
@@ -124,7 +126,8 @@ def _takes_both(kind: Any, inputs: Mapping[str, Any]) -> bool:
 
 
 def built(kind: Any, config: Any, inputs: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The model, and its tensors: nothing is padded, and an image is more than one token."""
+    """The model, and its tensors: nothing is padded, an image is more than one token, and stands at one place in all
+    prompts."""
     import torch
 
     torch.manual_seed(1)
@@ -139,7 +142,16 @@ def built(kind: Any, config: Any, inputs: Mapping[str, Any]) -> tuple[Any, dict[
     mask = tensors.get("attention_mask")
     if mask is not None and mask.dim() == 2:
         tensors["attention_mask"] = torch.ones_like(mask)
-    return model, _larger(tensors, getattr(config, "image_token_id", getattr(config, "image_token_index", None)))
+    placeholder = getattr(config, "image_token_id", getattr(config, "image_token_index", None))
+    ids = tensors.get("input_ids")
+    if (
+        placeholder is not None
+        and ids is not None
+        and not bool(((ids == placeholder) == (ids[0] == placeholder)).all())
+    ):
+        # Drawn at random, so that a placeholder is among the words of one prompt and not of another.
+        tensors["input_ids"] = ids[:1].repeat(len(ids), 1)
+    return model, _larger(tensors, placeholder)
 
 
 def _larger(tensors: dict[str, Any], placeholder: int | None, side: int = 8) -> dict[str, Any]:
@@ -228,9 +240,14 @@ def reductions(program: Any, samples: list[dict[str, Any]]) -> Iterable[tuple[st
     """By methods: the tokens of the image before and after, or the error."""
     rows = rows_of(program)
     if rows is not None:
+        done = 0
         for name, keys in PROMPT_METHODS.items():
             budgets = [max(1, rows // 2), 1] if rows > 1 else [1]
-            yield name, first([{"method": name, "budget": budget, **keys} for budget in budgets], program, samples)
+            found = first([{"method": name, "budget": budget, **keys} for budget in budgets], program, samples)
+            yield name, found
+            done += reduces(found)
+            if done == ENOUGH:
+                return
         return
     informed, tower = sites_of(program)
     if not informed and not tower:
@@ -282,13 +299,18 @@ def sites_of(program: Any) -> tuple[list[str], list[str]]:
 
 
 def first(schedules: list[dict[str, Any]], program: Any, samples: list[dict[str, Any]]) -> Result:
-    """The first schedule that reduces; or what is said of the first."""
-    found = [attempt(schedules[0], program, samples)]
-    for keys in schedules[1:]:
-        if "error" not in found[-1]:
-            return found[-1]
+    """The first schedule that reduces; or one that keeps every token, or what is said of the first."""
+    found: list[Result] = []
+    for keys in schedules:
         found.append(attempt(keys, program, samples))
-    return found[-1] if "error" not in found[-1] else found[0]
+        if reduces(found[-1]):
+            return found[-1]
+    return next((result for result in found if "error" not in result), found[0])
+
+
+def reduces(result: Result) -> bool:
+    """Whether a schedule leaves fewer tokens: an image, or a tile, of one token has none to lose."""
+    return "error" not in result and sum(result["after"].values()) < sum(result["before"].values())
 
 
 def attempt(keys: dict[str, Any], program: Any, samples: list[dict[str, Any]]) -> Result:
@@ -304,8 +326,12 @@ def attempt(keys: dict[str, Any], program: Any, samples: list[dict[str, Any]]) -
                 reduced.module(**sample)
     except Exception as error:
         return {"error": described(error)}
-    plan = reduced.plan.sites
-    return {"before": plan[0].before, "after": plan[-1].after}
+    before: dict[str, int] = {}
+    after: dict[str, int] = {}
+    for site in reduced.plan.sites:
+        before = {**site.before, **before}
+        after |= site.after
+    return {"before": before, "after": after}
 
 
 # --- all of them ------------------------------------------------------------------------------------------------------

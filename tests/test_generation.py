@@ -21,13 +21,12 @@ from pumer_compile.generation import Generator, export_decode
 from pumer_compile.generation.decode import _check_step
 from pumer_compile.generation.framing import frame
 from tests.support.commands import artifact
-from tests.support.prompt_families import WORDS, built, placeholders
+from tests.support.llava import model, tensors
+from tests.support.prompt_families import built, placeholders
 from tests.support.prompt_oracle import by_hand
+from tests.support.speaking import TOKENS, longer, shortened, speaking_words, widen
 from tests.support.tiny import tiny_vilt
 from tests.support.visual import select, visual_cues
-from tests.test_oracle_llava import model, tensors
-
-TOKENS = 20
 
 
 def reduced_by_hand(inputs: dict[str, Tensor], budget: int, **more: Any) -> Tensor:
@@ -248,21 +247,6 @@ def test_an_encoder_and_a_decoder(tmp_path: Path) -> None:
         assert torch.equal(logits.argmax(-1), found), seed
 
 
-def speaking_words(name: str) -> Any:
-    """A model of a family that makes neither placeholders nor an end, and what makes its inputs."""
-    family, make = built(name)
-    with torch.no_grad():
-        family.get_output_embeddings().weight[WORDS:] = 0
-        family.get_output_embeddings().weight[:3] = 0
-    return family, make
-
-
-def shortened(inputs: dict[str, Tensor], front: int, back: int) -> dict[str, Tensor]:
-    """The prompts without some of their first and last words."""
-    length = inputs["input_ids"].shape[1]
-    return {name: t[:, front : length - back] if name in _LONGER else t for name, t in inputs.items()}
-
-
 def eager(family: Any, reduced: Reduced, generator: Generator, inputs: dict[str, Tensor]) -> Tensor:
     """Twenty tokens of the reduced module in eager PyTorch, then of the model: the cache without padding."""
     framed = frame(generator._manifest, inputs)
@@ -285,16 +269,6 @@ def eager(family: Any, reduced: Reduced, generator: Generator, inputs: dict[str,
     return torch.cat(made, 1)
 
 
-def widen(family: Any, window: int) -> None:
-    """Let sliding windows be longer than the prompt."""
-    for module in family.modules():
-        if getattr(module, "sliding_window", None):
-            module.sliding_window = window
-    text = family.config.get_text_config()
-    if getattr(text, "sliding_window", None):
-        text.sliding_window = window
-
-
 def test_a_sliding_window_that_a_gap_would_fall_into(tmp_path: Path) -> None:
     family, make = built("gemma3")
     program = pumer.capture(family, make(0))
@@ -304,17 +278,3 @@ def test_a_sliding_window_that_a_gap_would_fall_into(tmp_path: Path) -> None:
     generator = Generator(tmp_path / "prefill.onnx", tmp_path / "decode.onnx")
     with pytest.raises(UsageError, match=r"18 tokens and 3 new ones are more than the .* window of 8"):
         generator.generate(make(1), tokens=3)
-
-
-def longer(inputs: dict[str, Tensor], new: Tensor) -> dict[str, Tensor]:
-    """A prompt with more text behind it."""
-    more = {name: torch.cat([inputs[name], fill(new)], 1) for name, fill in _LONGER.items() if name in inputs}
-    return {**inputs, **more}
-
-
-_LONGER = {
-    "input_ids": lambda new: new,
-    "attention_mask": torch.ones_like,
-    "mm_token_type_ids": torch.zeros_like,
-    "token_type_ids": torch.zeros_like,
-}

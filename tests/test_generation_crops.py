@@ -16,9 +16,9 @@ from transformers import DynamicCache
 import pumer_compile as pumer
 from pumer_compile import Schedule
 from pumer_compile.frontends import llava_next
-from pumer_compile.generation import UNCHECKED, Generator, export_decode, whole_forward
-from tests.architectures.test_crops import MODELS
-from tests.support.crops import PINPOINTS, SIDE, crops_inputs, crops_model, prompt_of_crops
+from pumer_compile.generation import Generator, export_decode, whole_forward
+from pumer_compile.generation.forward import UNCHECKED
+from tests.support.crops import MODELS, PINPOINTS, SIDE, crops_inputs, crops_model, prompt_of_crops
 
 TOKENS, BUDGET, SIZE = 20, 9, (90, 120)
 Step = tuple[Tensor, Any]

@@ -18,10 +18,9 @@ from pumer_compile.exporters.onnx import append_metadata
 from pumer_compile.generation import Generator, export_decode
 from pumer_compile.generation.decode import KEY, read_step
 from tests.support.fastv import by_hand
-from tests.test_generation import TOKENS
-from tests.test_oracle_llava import model, tensors
+from tests.support.llava import model, tensors
 
-LENGTH = 158
+TOKENS, LENGTH = 20, 158
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 """Heads beside question answering, in eager PyTorch and as artifacts: two images and one text, retrieval, entailment.
 
-ViLT is held against its own layers run by hand (`test_oracle_vilt.encode`), METER against its layers run by
+ViLT is held against its own layers run by hand (`vilt_layers.encode`), METER against its layers run by
 `tests.support.pairs.Oracle`; both give the published vectors where there are any.
 """
 
@@ -35,7 +35,7 @@ from tests.support.meter import classify_by_hand, meter_inputs, tiny_meter
 from tests.support.models import passed
 from tests.support.pairs import Oracle, of_meter
 from tests.support.tiny import text_inputs, tiny_vilt
-from tests.test_oracle_vilt import encode
+from tests.support.vilt_layers import encode
 
 Inputs = dict[str, Tensor]
 NO_SITES: dict[str, Any] = {"layers": []}

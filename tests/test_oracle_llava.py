@@ -15,35 +15,16 @@ import torch
 from torch import Tensor
 
 import pumer_compile as pumer
-from pumer_compile import Program, Reduced, Schedule
-from pumer_compile.capture.loading import load_model
+from pumer_compile import Reduced, Schedule
 from pumer_compile.errors import UsageError
 from pumer_compile.reduce import reduce_graph
 from pumer_compile.reducers import reducers_of
 from tests.support.commands import done, inner_manifest, onnx_outputs, refused, tensorrt_refuses
+from tests.support.llava import CASES, EXPECTED, FOLDER, model, program, tensors
 from tests.support.prompt_oracle import by_hand
 from tests.support.visual import logits_by_hand, select, visual_cues
 
-FOLDER = Path(__file__).parent / "oracle" / "llava-tiny"
-CASES: dict[str, dict[str, Any]] = json.loads((FOLDER / "cases.json").read_text(encoding="utf-8"))
-EXPECTED = dict(np.load(FOLDER / "expected.npz"))
 TOKENS = 144
-
-
-@functools.cache
-def model() -> Any:
-    return load_model(FOLDER).source.eval()
-
-
-def tensors(rows: slice = slice(None)) -> dict[str, Tensor]:
-    arrays = np.load(FOLDER / "inputs.npz")
-    made = {name: torch.from_numpy(arrays[name])[rows] for name in arrays}
-    return {name: t.float() if t.is_floating_point() else t for name, t in made.items()}
-
-
-@functools.cache
-def program() -> Program:
-    return pumer.capture(model(), tensors(), outputs=["logits"])
 
 
 def schedule(case: str, **more: Any) -> Schedule:

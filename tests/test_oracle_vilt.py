@@ -1,60 +1,31 @@
 """ViLT in eager PyTorch: against vectors of the published implementation, and against its own layers run by hand.
 
-`by_hand` runs transformers' `ViltLayer` parts one after the other, with the algorithms of `helpers.py` between
-attention and MLP. Under `reference` it must give the published vectors too, so that it can stand in for them on
-inputs and schedules that have none.
+`by_hand` runs transformers' `ViltLayer` parts one after the other (`support/vilt_layers.py`), with the algorithms of
+`helpers.py` between attention and MLP. Under `reference` it must give the published vectors too, so that it can stand
+in for them on inputs and schedules that have none.
 """
 
 from __future__ import annotations
 
 import functools
-import json
-from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import ViltForQuestionAnswering
 
 from pumer_compile import Program, Reduced, Schedule, capture, reduce
 from pumer_compile.reduce import reduce_graph
 from pumer_compile.reducers import reducers_of
-from tests.support.helpers import combine, data_dependent, paper_counts, published_counts, reduce_image, reduce_text
-
-FOLDER = Path(__file__).parent / "oracle" / "vilt-tiny"
-CASES: dict[str, dict[str, Any]] = json.loads((FOLDER / "cases.json").read_text())
-EXPECTED = dict(np.load(FOLDER / "expected.npz"))
-TEXT, IMAGE = 40, 145
-
-
-@functools.cache
-def model() -> ViltForQuestionAnswering:
-    return ViltForQuestionAnswering.from_pretrained(FOLDER, attn_implementation="eager").eval()
-
-
-def inputs(padded: bool = True, text: int = TEXT, batch: int = 4) -> dict[str, Tensor]:
-    arrays = np.load(FOLDER / "inputs.npz")
-    found = {name: torch.from_numpy(arrays[name])[:batch] for name in arrays}
-    found["pixel_values"] = found["pixel_values"].float()
-    for name in ("input_ids", "attention_mask"):
-        found[name] = found[name][:, :text]
-    if not padded:
-        found["attention_mask"] = torch.ones_like(found["attention_mask"])
-    return found
+from tests.support.helpers import data_dependent
+from tests.support.vilt_layers import encode
+from tests.support.vilt_tiny import CASES, EXPECTED, TEXT, inputs, model, schedule
 
 
 @functools.cache
 def program(dynamic: bool = False, text: int = TEXT, batch: int = 4) -> Program:
     return capture(model(), inputs(True, text, batch), dynamic_batch=dynamic)
-
-
-def schedule(name: str, semantics: str = "reference") -> Schedule:
-    case = CASES[name]
-    merge = {"image": case["merge_image"], "text": case["merge_text"]}
-    return Schedule(semantics=semantics, layers=case["layers"], prune=case["prune"], merge=merge)
 
 
 @functools.cache
@@ -121,100 +92,6 @@ def test_no_data_dependent_operators_after_export() -> None:
 
 
 # --- transformers' own layers, by hand ------------------------------------------------------------------------------
-
-
-def in_order(weights: Tensor, count: int, replacement: bool = False) -> Tensor:
-    """`torch.multinomial` without chance: the first `count`."""
-    return torch.arange(int(count))
-
-
-def published_softmax(scores: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """The published masked softmax, `scores [heads, n, n]` and `weights [n]`."""
-    n = scores.shape[-1]
-    mask = weights[None, :] + (1 - weights[None, :]) * np.eye(n)
-    x = np.exp(scores - scores.max(-1, keepdims=True)) * mask
-    return (x + 1e-6 / n) / (x.sum(-1, keepdims=True) + 1e-6)
-
-
-class Sample:
-    """One sample on its way: its tokens, how many are text, what is real of each."""
-
-    def __init__(self, x: Tensor, mask: Tensor, text: int) -> None:
-        self.x, self.text = x, text
-        self.sizes, self.shares = mask.double().tolist(), mask.double().tolist()
-
-    def attend(self, layer: torch.nn.Module, semantics: str) -> tuple[Tensor, np.ndarray, np.ndarray]:
-        """Output of the attention module, its probabilities and its keys."""
-        attention = layer.attention.attention
-        heads, size = attention.num_attention_heads, attention.attention_head_size
-        normed = layer.layernorm_before(self.x)
-        q, k, v = (
-            m(normed).view(-1, heads, size).transpose(0, 1) for m in (attention.query, attention.key, attention.value)
-        )
-        if semantics == "reference":
-            scores = (q @ k.transpose(1, 2) / size**0.5).double().numpy()
-            probabilities = torch.from_numpy(published_softmax(scores, np.array(self.sizes))).float()
-            context = (probabilities @ v).transpose(0, 1).flatten(1)
-        else:
-            mask = torch.tensor(self.shares).log().clamp(min=torch.finfo(torch.float32).min).float()
-            given = attention(normed.unsqueeze(0), mask.view(1, 1, 1, -1), True)
-            context, probabilities = given[0][0], given[1][0]
-        return layer.attention.output(context, None), probabilities.double().numpy(), k.double().numpy()
-
-    def reduce(self, probabilities: np.ndarray, keys: np.ndarray, case: dict[str, Any], semantics: str) -> None:
-        text, image, safe = self.text, len(self.x) - self.text, semantics == "safe"
-        count = paper_counts if semantics == "paper" else published_counts
-        keep, merge, words = count(image, text, case["prune"], case["merge_image"], case["merge_text"])
-        real = [size > 0 for size in self.sizes]
-        kind = "dot" if semantics == "paper" else "cosine"
-        members = reduce_text(keys[:, :text], words, similarity=kind, real=real[:text] if safe else None)
-        patches = reduce_image(
-            probabilities[:, :text, text:],
-            keys[:, text:],
-            keep,
-            merge,
-            similarity=kind,
-            votes=real[:text] if safe else None,
-            learned=1 if safe else 0,
-            real=real[text:] if safe else None,
-        )
-        self.text = len(members)
-        members = members + [[text + i for i in group] for group in patches]
-        self.x = combine(self.x, members, self.sizes if safe else None).float()
-        sizes, shares = self.sizes, self.shares
-        weights = sizes if safe else [1.0] * len(sizes)
-        totals = [sum(weights[i] for i in g) for g in members]
-        self.shares = [
-            sum(weights[i] * shares[i] for i in g) / t if t else 0.0 for g, t in zip(members, totals, strict=True)
-        ]
-        if safe:
-            self.sizes = totals
-        else:
-            self.sizes = [sum(sizes[i] for i in g) / len(g) for g in members]
-            if semantics == "reference":
-                self.sizes[self.text :] = [1.0] * len(patches)
-
-
-def encode(
-    vilt: torch.nn.Module, sample: dict[str, Tensor], case: dict[str, Any], semantics: str, kind: int = 1
-) -> tuple[Tensor, list[list[int]]]:
-    """The pooled output of a `ViltModel`, and `[text, image]` after every layer."""
-    size = vilt.config.image_size
-    ones, counts = torch.ones(len(sample["input_ids"]), size, size), []
-    with torch.no_grad(), mock.patch.object(torch, "multinomial", in_order):
-        x, mask = vilt.embeddings(
-            sample["input_ids"], sample["attention_mask"], None, sample["pixel_values"], ones, None, None, kind
-        )
-        samples = [Sample(x[b], mask[b], sample["input_ids"].shape[1]) for b in range(len(x))]
-        for index, layer in enumerate(vilt.encoder.layer):
-            for s in samples:
-                output, probabilities, keys = s.attend(layer, semantics)
-                s.x = output + s.x
-                if index in case["layers"]:
-                    s.reduce(probabilities, keys, case, semantics)
-                s.x = layer.output(layer.intermediate(layer.layernorm_after(s.x)), s.x)
-            counts.append([samples[0].text, len(samples[0].x) - samples[0].text])
-        return vilt.pooler(vilt.layernorm(torch.stack([s.x for s in samples]))), counts
 
 
 def by_hand(sample: dict[str, Tensor], case: dict[str, Any], semantics: str) -> tuple[np.ndarray, list[list[int]]]:

@@ -33,6 +33,22 @@ def copied(graph: fx.Graph) -> fx.Graph:
         return copy.deepcopy(graph)
 
 
+def keep_parameters(of: fx.GraphModule, module: fx.GraphModule) -> None:
+    """Give a module the parameters of another that its graph does not read (a norm behind a tower whose last layers are
+    not used), under their names; shared."""
+    own = dict(module.named_parameters())
+    for name, parameter in of.named_parameters():
+        if name in own:
+            continue
+        *path, last = name.split(".")
+        inside: torch.nn.Module = module
+        for part in path:
+            if not hasattr(inside, part):
+                inside.add_module(part, torch.nn.Module())
+            inside = getattr(inside, part)
+        inside.register_parameter(last, parameter)
+
+
 def attribute(node: fx.Node) -> object:
     """What a `get_attr` node reads: a parameter, buffer or constant."""
     value: object = node.graph.owning_module

@@ -193,6 +193,26 @@ def without_inputs(module: fx.GraphModule, names: Collection[str]) -> None:
     module.recompile()
 
 
+def with_inputs(module: fx.GraphModule, added: Mapping[str, Tensor]) -> None:
+    """Let a graph module take further inputs (by keyword), which it does not read; in place.
+
+    Args:
+        module: whose inputs are given by keyword.
+        added: what stands for each of them while shapes are propagated, by name.
+    """
+    info = vars(module.graph._codegen)["pytree_info"]
+    placeholders = module.graph.find_nodes(op="placeholder")
+    args, kwargs = tree_unflatten(list(placeholders), info.in_spec)
+    for name, value in added.items():
+        with module.graph.inserting_after([*placeholders, *kwargs.values()][-1]):
+            kwargs[name] = module.graph.placeholder(name)
+        kwargs[name].meta["val"] = value
+    vars(module.graph._codegen)["pytree_info"] = info._replace(
+        in_spec=tree_structure((args, kwargs)), orig_args=[*info.orig_args, *added]
+    )
+    module.recompile()
+
+
 def select_outputs(module: fx.GraphModule, wanted: Iterable[str]) -> None:
     """Keep only some outputs; the module then returns a dictionary of them.
 

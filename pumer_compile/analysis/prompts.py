@@ -13,9 +13,10 @@ alone. Learned separators between them (the end of a picture's row) are kept unt
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
@@ -36,6 +37,7 @@ from .nodes import (
     copied,
     depends_on_input,
     describe,
+    keep_parameters,
     module_path,
     values,
 )
@@ -133,6 +135,21 @@ class Words:
 
 
 @dataclass(frozen=True)
+class Tower:
+    """The features that leave the vision tower, where each row of a prompt is one of its tokens.
+
+    Attributes:
+        features: `[rows, tokens of a row, width]`.
+        order: of each marked token, its number among those of the prompt's rows (`row * tokens of a row + token`).
+        count: tokens of all rows of one prompt.
+    """
+
+    features: fx.Node
+    order: tuple[int, ...]
+    count: int
+
+
+@dataclass(frozen=True)
 class Mark:
     """Image tokens of one block of every prompt, where they leave the vision tower, or enter the prompt.
 
@@ -148,6 +165,7 @@ class Mark:
         pinned: places of text within an image that stands in several blocks (marks at the ends of its lines); it stays.
         enters: whether these are the rows that enter the prompt, and no features that leave a tower.
         words: of rows that enter the prompt, the text around them; None where it is not looked up in one table.
+        tower: of such rows, what they were in the tower; None where they are not one of its tokens each.
     """
 
     node: fx.Node
@@ -160,6 +178,7 @@ class Mark:
     pinned: tuple[int, ...] = ()
     enters: bool = False
     words: Words | None = None
+    tower: Tower | None = None
 
     @property
     def prompted(self) -> fx.Node:
@@ -204,6 +223,7 @@ def lower_masked_scatter(
         return None
     graph = copied(captured.graph)
     module = fx.GraphModule(captured, graph)
+    keep_parameters(captured, module)
     prompt = Prompt(module, [], [])
     words: set[fx.Node] = set()
     for node in [n for n in graph.nodes if n.target is _SCATTER]:
@@ -348,6 +368,7 @@ class _Scatter:
         self.emit = Emitter(node)
         # An output of the model, say.
         self.others = [user for user in source.users if user is not node]
+        self.tower: tuple[fx.Node, Arrangement] | None = None
 
     def lower(self, acts_on: ActsOn, votes: bool) -> None:
         """Mark the image; see `lower_masked_scatter`."""
@@ -358,6 +379,10 @@ class _Scatter:
         found = made_of(self.source, int(self.width), needed=votes)
         if votes:
             self._check_members(found)
+        if acts_on == "rows":
+            with contextlib.suppress(AxisError):
+                arranged = arrangement(self.node, self.source, self.batch)
+                self.tower = _tower_output(self.node, arranged.projected)[0], arranged
         self._mark_images(blocks, found, votes=votes, by_crop=acts_on == "rows")
 
     def _lower_features(self, blocks: list[Block]) -> None:
@@ -445,10 +470,8 @@ class _Scatter:
                     marked.append(self._without_separators(image, rows, separators, crops, members if votes else None))
                     continue
                 mark = self.emit(visual_tokens, rows, f"prompt{self._suffix()}")
-                votes_of = members if votes else None
-                self.prompt.marks.append(
-                    Mark(mark, rows, None, crops, votes=votes_of, pinned=image.pinned, enters=True)
-                )
+                about: dict[str, Any] = {"votes": members if votes else None, "tower": self._in_tower(image)}
+                self.prompt.marks.append(Mark(mark, rows, None, crops, pinned=image.pinned, enters=True, **about))
                 marked.append(mark)
             spans = [image.span for image in images]
             self._join(marked, spans)
@@ -482,8 +505,20 @@ class _Scatter:
         among = tuple(tuple(number[place] for place in crop) for crop in crops)
         pinned = tuple(number[place] for place in image.pinned)
         origin = tuple(number.get(place, SEPARATOR) for place in range(image.length))
-        self.prompt.marks.append(Mark(mark, own, None, among, whole, origin, votes, pinned, enters=True))
+        tower = self._in_tower(image, order)
+        self.prompt.marks.append(Mark(mark, own, None, among, whole, origin, votes, pinned, enters=True, tower=tower))
         return whole
+
+    def _in_tower(self, image: Image, places: Sequence[int] | None = None) -> Tower | None:
+        """What the rows at some places of an image were in the tower; None where one of them is not one token."""
+        if self.tower is None:
+            return None
+        features, found = self.tower
+        number = dict(zip(image.places, image.rows, strict=True))
+        order = [int(found.origin[number[p]]) if p in number else SEPARATOR for p in places or range(image.length)]
+        count = found.rows * int(values(features)[0].shape[1])
+        fits = values(features)[0].shape[0] == found.rows * self.batch and found.tokens * found.rows == count
+        return Tower(features, tuple(order), count) if fits and SEPARATOR not in order else None
 
     def _voting(self, image: Image, found: Lineage) -> tuple[tuple[tuple[int, ...], ...], Votes]:
         return voting(self.node, int(self.batch), image, found)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..errors import VerifyError
@@ -41,6 +42,21 @@ class _FakeInterpreter(fx.Interpreter):
             for node in module.graph.nodes
             if node.op == "get_attr" and isinstance(value := attribute(node), Tensor)
         }
+
+        # And what inserted modules hold, a text tower say.
+        on_meta = any(value.device.type == "meta" for value in self.attributes.values())
+        self.states: dict[str, dict[str, Tensor]] = {
+            str(node.target): {
+                name: mode.from_tensor(value.detach().to("meta" if on_meta else value.device), static_shapes=True)
+                for name, value in module.get_submodule(str(node.target)).state_dict().items()
+            }
+            for node in module.graph.find_nodes(op="call_module")
+        }
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if not self.states.get(target):
+            return super().call_module(target, args, kwargs)
+        return functional_call(self.fetch_attr(target), self.states[target], args, kwargs)
 
     def fetch_attr(self, target: str) -> Any:
         return self.attributes[target] if target in self.attributes else super().fetch_attr(target)

@@ -503,7 +503,8 @@ def index(node: fx.Node) -> Iterator[Constraint]:
             if same_size(size, shape(node)[k + offset]):
                 yield Same(Dim(i, k), Dim(node, k + offset))
         counted = _counts_whole(i, shape(x)[d])
-        yield Same(Dim(x, d), Dim(node, counted + offset)) if counted is not None else ByPosition(Dim(x, d))
+        keeps = counted is not None and same_size(shape(x)[d], shape(node)[counted + offset])
+        yield Same(Dim(x, d), Dim(node, (counted or 0) + offset)) if keeps else ByPosition(Dim(x, d))
 
 
 def _masked(node: fx.Node, x: fx.Node, mask: fx.Node, first: int) -> Iterator[Constraint]:
@@ -520,7 +521,7 @@ def _counts_whole(node: fx.Node, size: Size) -> int | None:
     wide = [k for k, s in enumerate(shape(node)) if not same_size(s, 1)]
     if len(wide) > 1:
         return None
-    position = wide[0] if wide else 0
+    position = wide[0] if wide else max(0, len(shape(node)) - 1)
     while node.op == "call_function" and node.target is not aten.arange.default:
         adds_zero = node.target is aten.add.Tensor and node.args[1] == 0
         if not (adds_zero or node.target in (aten.unsqueeze.default, aten.to.dtype, aten.view.default)):

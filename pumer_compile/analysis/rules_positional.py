@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import fx
 
 from .axes import ByPosition, Causal, Constraint, Dim, Reduce, Same, Seed, same_size
@@ -166,11 +167,34 @@ def masked_scatter(node: fx.Node) -> Iterator[Constraint]:
 
 @rule(*overloads("index_put index_put_ index_add index_fill index_copy"))
 def written(node: fx.Node) -> Iterator[Constraint]:
-    """Writes at given places; one number where a mask is true is written into each element by itself."""
-    if node.target in overloads("index_put index_put_") and fills_with_number(node):
+    """Writes at given places; one number where a mask is true is written into each element by itself, and one row into
+    each row."""
+    if node.target not in overloads("index_put index_put_"):
+        yield from (ByPosition(Dim(x, i)) for x in tensors(node) for i in range(len(shape(x))))
+    elif fills_with_number(node):
         yield from pointwise(node)
+    else:
+        yield from _written_at(node, node_arg(node, 0), list_arg(node, 1), node_arg(node, 2))
+
+
+def _written_at(node: fx.Node, x: fx.Node, places: list[Any], value: fx.Node) -> Iterator[Constraint]:
+    mask = places[0] if len(places) == 1 and isinstance(places[0], fx.Node) else None
+    if (
+        mask is not None
+        and values(mask)[0].dtype == torch.bool
+        and len(shape(value)) <= len(shape(x)) - len(shape(mask))
+    ):
+        # One value for all rows that a mask chooses.
+        yield from keep_dims(x, node, ((i, i) for i in range(len(shape(x)))))
+        yield from keep_dims(mask, node, ((i, i) for i in range(len(shape(mask)))))
+        yield from broadcast(value, node)
         return
-    yield from (ByPosition(Dim(x, i)) for x in tensors(node) for i in range(len(shape(x))))
+    free = {i for i in range(len(shape(x))) if i >= len(places) or places[i] is None}
+    # A number goes to all places of the dimensions without an index; anything else may have a shape of its own there.
+    free = free if not shape(value) else set()
+    yield from keep_dims(x, node, ((i, i) for i in free))
+    yield from (ByPosition(Dim(x, i)) for i in range(len(shape(x))) if i not in free)
+    yield from (ByPosition(Dim(n, i)) for n in tensors(node) if n is not x for i in range(len(shape(n))))
 
 
 @rule(*overloads("nonzero masked_select unique_consecutive bincount histc"))

@@ -8,7 +8,7 @@ the model itself refused it (`explain_inputs`), because a rule that one model br
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Collection, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -465,12 +465,14 @@ def make_inputs(
     return check_inputs(model, {key: made[key] for key in accepted if key in made})
 
 
-def load_inputs(path: str | Path, model: nn.Module | ExportedProgram | LoadedModel) -> dict[str, Tensor]:
+def load_inputs(
+    path: str | Path, model: nn.Module | ExportedProgram | LoadedModel, added: Collection[str] = ()
+) -> dict[str, Tensor]:
     """Sample inputs from an .npz file with one array for each input, by name.
 
     Floating arrays are cast to the model's floating dtype and integers to int64 (for an exported program, to
-    the dtypes it takes). Raises UsageError for a file that is no .npz, and for names and shapes that do not
-    fit.
+    the dtypes it takes). `added` are those that the model does not take, and a method adds. Raises UsageError for a
+    file that is no .npz, and for names and shapes that do not fit.
     """
     path, model = Path(path), model.source if isinstance(model, LoadedModel) else model
     arrays = read_arrays(path)
@@ -480,7 +482,9 @@ def load_inputs(path: str | Path, model: nn.Module | ExportedProgram | LoadedMod
         cast = {n: t.to(expected[n].dtype) if n in expected else t for n, t in tensors.items()}
         return check_exported_inputs(model, cast)
     dtype = float_dtype(model)
-    return check_inputs(model, {name: _tensor(path, name, array, dtype) for name, array in arrays.items()})
+    tensors = {name: _tensor(path, name, array, dtype) for name, array in arrays.items()}
+    more = {name: tensors.pop(name) for name in added if name in tensors}
+    return {**check_inputs(model, tensors), **more}
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray[Any, Any]]:

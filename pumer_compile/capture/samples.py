@@ -123,7 +123,10 @@ def describe_samples(program: Program, prompts: Sequence[PromptPlace] = ()) -> K
             "rows": None if tensor.is_floating_point() else exact.get(name),
         }
         padding = None if placed or name in program.fixed else _padding(name, tensor, name in batched)
-        if name in program.fixed:
+        ids = program.added[name].ids if name in program.added else None
+        if ids is not None:
+            found[name] = InputKind("ids", high=ids - 1, **about)
+        elif name in program.fixed:
             found[name] = InputKind("constant", values=_constant(tensor), **about)
         elif padding is not None:
             found[name] = InputKind("mask", **about, **padding, step=_patch(program) if padding["axes"] == 2 else 1)

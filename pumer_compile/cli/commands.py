@@ -179,6 +179,7 @@ def compile_(
         Path, typer.Option("--output", "-o", metavar="OUT.onnx", help="Artifact to write.", rich_help_panel=opt.SERVING)
     ],
     semantics: opt.SemanticsName = None,
+    text_tower: opt.TextTower = None,
     config: opt.Config = None,
     allow_pickle: opt.AllowPickle = False,
     inputs: opt.Inputs = None,
@@ -241,7 +242,7 @@ def compile_(
     from ..files import check_writable
 
     check_writable(output)
-    chosen = opt.load_schedule(schedule, semantics)
+    chosen = opt.load_schedule(schedule, semantics, text_tower)
     opt.check_component(component, outputs, chosen)
 
     from ..exporters import check_exporter, exporter_options  # loads torch: nobody waits for that with a typo
@@ -276,7 +277,17 @@ def compile_(
     sizes = (batch, text_length, image_size)
     padding = not no_padding
     program = _captured(
-        model, config, allow_pickle, inputs, sizes, open_batch, stream, outputs, component, padding=padding
+        model,
+        config,
+        allow_pickle,
+        inputs,
+        sizes,
+        open_batch,
+        stream,
+        outputs,
+        component,
+        padding=padding,
+        schedule=chosen,
     )
     reduced = _reduced(program, chosen, dump_graph)
     asked = {"with_decisions": with_decisions or component is not None, "verify": not no_verify, **tolerances}
@@ -351,7 +362,7 @@ def parity_(
     from ..capture.inputs import load_inputs
     from ..capture.loading import load_model
     from ..files import check_writable
-    from ..parity.artifact import parity
+    from ..parity.artifact import added_by, parity
     from ..parity.replay import check_recording
     from ..parity.report import save_report
 
@@ -363,7 +374,7 @@ def parity_(
         check_writable(report)
     with _stage(f"loading {model}"):
         loaded = load_model(model, config=config, allow_pickle=allow_pickle)
-        samples = None if inputs is None else load_inputs(inputs, loaded.source)
+        samples = None if inputs is None else load_inputs(inputs, loaded.source, added_by(manifest))
     with _stage("comparing"):
         result = parity(
             artifact,
@@ -390,6 +401,7 @@ def plan_(
     model: opt.Model,
     schedule: opt.ScheduleName,
     semantics: opt.SemanticsName = None,
+    text_tower: opt.TextTower = None,
     config: opt.Config = None,
     allow_pickle: opt.AllowPickle = False,
     inputs: opt.Inputs = None,
@@ -407,8 +419,9 @@ def plan_(
     if schedule == "none":
         raise UsageError("`--schedule none` reduces nothing, so there is no plan. Name a schedule file or a preset.")
     sizes = (batch, text_length, image_size)
-    chosen = opt.load_schedule(schedule, semantics)
-    program = _captured(model, config, allow_pickle, inputs, sizes, False, stream, outputs, padding=not no_padding)
+    chosen = opt.load_schedule(schedule, semantics, text_tower)
+    how: dict[str, Any] = {"padding": not no_padding, "schedule": chosen}
+    program = _captured(model, config, allow_pickle, inputs, sizes, False, stream, outputs, **how)
     reduced = _reduced(program, chosen, dump_graph)
     if as_json:
         said = reduced.schedule.model_dump(mode="json", exclude_none=True)
@@ -505,6 +518,7 @@ def _captured(
     component: str | None = None,
     *,
     padding: bool = True,
+    schedule: Any = None,
 ) -> Any:
     """Load and capture; the schedule was read before, since a typo should not wait for a model to load."""
     batch, text_length, image_size = sizes
@@ -513,14 +527,16 @@ def _captured(
     pixels = opt.image_pixels(image_size)
     streams = dict(opt.name_and_value(item, "--stream", "INPUT=NAME") for item in stream or [])
 
+    added = schedule.adds if schedule is not None else {}
+
     with _stage(f"loading {model}"):
-        from ..capture.capture import capture
+        from ..capture.added import capture_with
         from ..capture.inputs import load_inputs, make_inputs
         from ..capture.loading import load_model
 
         loaded = load_model(model, config=config, allow_pickle=allow_pickle)
         if inputs is not None:
-            sample = load_inputs(inputs, loaded.source)
+            sample = load_inputs(inputs, loaded.source, added)
         elif component is not None:
             sample = _image_prompt(loaded.source, batch, text_length, pixels)
         else:
@@ -530,7 +546,8 @@ def _captured(
     with _stage("capturing"):
         wanted = outputs or ("image_hidden_states" if component else "")
         kept = [name.strip() for name in wanted.split(",") if name.strip()]
-        return capture(loaded, sample, dynamic_batch=dynamic_batch, streams=streams, outputs=kept, padding=padding)
+        how: dict[str, Any] = {"dynamic_batch": dynamic_batch, "streams": streams, "outputs": kept, "padding": padding}
+        return capture_with(loaded, sample, added, **how)
 
 
 def _image_prompt(
@@ -548,14 +565,16 @@ def _image_prompt(
 
 
 def _reduced(program: Any, schedule: Any, dump_graph: Path | None) -> Any:
-    if schedule is None:
-        return program
-    from ..reduce import reduce
+    from ..reduce import dump_captured, reduce
 
-    with _stage("reducing"):
-        reduced = reduce(program, schedule, dump_graph=dump_graph)
-    if log.isEnabledFor(logging.INFO):
-        status.print(str(reduced.history), markup=False, highlight=False)
+    if schedule is None:
+        reduced, history = program, dump_captured(program, dump_graph)
+    else:
+        with _stage("reducing"):
+            reduced = reduce(program, schedule, dump_graph=dump_graph)
+        history = reduced.history
+    if history.records and log.isEnabledFor(logging.INFO):
+        status.print(str(history), markup=False, highlight=False)
     return reduced
 
 

@@ -46,6 +46,16 @@ SemanticsName = Annotated[
         rich_help_panel=WHAT,
     ),
 ]
+TextTower = Annotated[
+    Path | None,
+    typer.Option(
+        "--text-tower",
+        metavar="FOLDER",
+        help="CLIP checkpoint whose text tower becomes part of the graph (cdpruner): the key `text_tower`.",
+        show_default=False,
+        rich_help_panel=WHAT,
+    ),
+]
 Config = Annotated[
     Path | None,
     typer.Option(
@@ -368,10 +378,16 @@ TritonRepository = Annotated[
 ]
 
 
-def load_schedule(name: str, semantics: str | None) -> Schedule | None:
+def load_schedule(name: str, semantics: str | None, text_tower: Path | None = None) -> Schedule | None:
     """The schedule of a file or a preset; None for `none`."""
+    from ..methods.reading import read_yaml
     from ..schedule import PRESETS, Schedule
 
+    if text_tower is not None:
+        if not Path(name).is_file():
+            raise UsageError(f"--text-tower adds a key to a schedule file, and {name!r} is none.")
+        keys = {**read_yaml(Path(name).read_text(encoding="utf-8"), name), "text_tower": str(text_tower)}
+        return Schedule.load(keys, semantics=semantics)
     if name == "none":
         if semantics is None:
             return None

@@ -20,7 +20,8 @@ from torch.export import ExportedProgram
 from transformers.exporters.exporter_dynamo import DynamoExporter
 
 from ..analysis.outputs import artifact_outputs, outputs_apart, without_inputs
-from ..capture.capture import Program, batch_inputs, capture, restoring_model_state, set_for_inference
+from ..capture.added import capture_with
+from ..capture.capture import Program, batch_inputs, restoring_model_state, set_for_inference
 from ..errors import UsageError
 from ..reduce import Reduced, reduce_graph, with_decisions
 from ..schedule import Schedule
@@ -160,9 +161,10 @@ def cast_program(program: Program, dtype: Precision) -> Program:
         )
     model = copy.deepcopy(program.model).to(wanted)
     inputs = {k: v.to(wanted) if v.is_floating_point() else v for k, v in program.inputs.items()}
-    return capture(
+    return capture_with(
         model,
         inputs,
+        program.added,
         dynamic_batch=program.dynamic_batch,
         streams=program.streams,
         outputs=program.outputs,

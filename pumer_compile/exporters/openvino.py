@@ -86,10 +86,8 @@ def build_openvino(reduced: Reduced | Program, options: OpenVinoOptions) -> Open
     reduced = cast(reduced, "float32")
     program, prepared = program_of(reduced), prepare(reduced)
     with _readable(), quiet(), contextlib.redirect_stdout(None):
-        if isinstance(program.model, PreTrainedModel):
-            model = _through_transformers(prepared)
-        else:
-            model = load_openvino().convert_model(carry_everything(prepared.export()))
+        through = _through_transformers if isinstance(program.model, PreTrainedModel) else _through_openvino
+        model = through(prepared)
         for port, name in zip(model.outputs, [*prepared.outputs, *prepared.decisions], strict=True):
             port.get_tensor().set_names({name})
         model.reshape(_shapes(program, model, options.profiles))
@@ -125,6 +123,10 @@ def _through_transformers(prepared: Prepared) -> Any:
     exporter = GraphOpenVinoExporter()  # type: ignore[no-untyped-call]
     config = OpenVINOConfig(dynamic_shapes=prepared.dynamic_shapes, stateful=False)
     return exporter.convert(prepared, config)
+
+
+def _through_openvino(prepared: Prepared) -> Any:
+    return load_openvino().convert_model(carry_everything(prepared.export()))
 
 
 def _shapes(program: Program, model: Any, profiles: Sequence[Profile]) -> dict[Any, Any]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from ..added_inputs import AddedInput
 from ..errors import ScheduleError
 from .about import About
 from .reading import class_of, explain, read_yaml
@@ -121,6 +122,11 @@ class Method(BaseModel):
         """Whether they are inside the language model, so that its layers have positions of their own."""
         return self.needs_prompt and self.acts_on == "layers" and self.renumbers
 
+    @property
+    def revision(self) -> int:
+        """Counts what the same keys have meant so far, from 1: an artifact made before means what they meant then."""
+        return 1
+
     def with_semantics(self, semantics: str) -> Method:
         """The same schedule under semantics that it need not name itself.
 
@@ -149,6 +155,11 @@ class Method(BaseModel):
         """Where image tokens of a prompt are to be marked, and whether the attention of the tower is to be found that
         votes for them; None where no prompt is needed."""
         return (self.acts_on, self.reads_tower) if self.needs_prompt else None
+
+    @property
+    def adds(self) -> dict[str, AddedInput]:
+        """Inputs that it adds to those of the model, by name; `Signal` has one of the same name for each."""
+        return {}
 
     # --- what it does -------------------------------------------------------------------------------------------------
 

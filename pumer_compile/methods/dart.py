@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..errors import PlanError
+from .about import About
 from .language import InLanguageModel
 
 if TYPE_CHECKING:
@@ -38,6 +39,15 @@ class Dart(InLanguageModel):
         outputs: `reduced` by default: logits have an entry for each token that is left.
     """
 
+    about = About(
+        does="keeps the image tokens that are least like a few pivots, after a layer",
+        reads="keys and states inside the language model, no attention",
+        use="where attention must stay fused; asks nothing about the question but for pivots in its text",
+        paper="Wen et al., DART, EMNLP 2025",
+        code="ZichenWen1/DART, Apache-2.0",
+        held="published vectors (rows whose pivots are taken in ascending order)",
+    )
+
     method: Literal["dart"] = "dart"
     semantics: Literal["reference"] = "reference"
     layer: Annotated[int, Field(ge=0, strict=True, description="how many language layers see every token, such as 2")]
@@ -55,16 +65,9 @@ class Dart(InLanguageModel):
         from ..rewrite.sites import Site
 
         layers = self.layers_of(graph)
-        if self.layer >= len(layers):
-            raise PlanError(
-                f"`layer: {self.layer}` lets the first {self.layer} language layers see every token and the others "
-                f"fewer, and this model has {len(layers)}: choose 0 to {len(layers) - 1}."
-            )
+        self.check_layer(layers, self.layer, "layer", least=0)
         following = layers[self.layer]
-        graph.check_reducible(following)
-        if self.pivots.text:
-            self.check_prompt(graph, following, "compares it with pivots among the text behind it")
-        graph.check_masks(following)
+        self.check_prompt(graph, following, "compares it with the text behind it" if self.pivots.text else "")
         after = self.entering(following)
         graph.last_norm(after)
         images = graph.prompt_images()
@@ -75,7 +78,7 @@ class Dart(InLanguageModel):
                     f"`pivots: {{text: {self.pivots.text}}}` are more than the {text} tokens of text behind {stream} "
                     "in the prompt. Choose fewer."
                 )
-        return [Site(layers[max(self.layer - 1, 0)], after=after, streams=images)]
+        return [Site(following, after=after, streams=images, keys=layers[max(self.layer - 1, 0)])]
 
     def reducer(self, site: Site, stream: Stream) -> Reducer | None:
         """See `Method.reducer`."""

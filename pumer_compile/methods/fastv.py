@@ -30,7 +30,7 @@ class FastV(InLanguageModel):
     """
 
     about = About(
-        does="keeps the image tokens that the last token of a prompt attends to, after a layer",
+        does="keeps the image tokens that the last token of a prompt attends to, after a layer, or fewer in stages",
         reads="attention of the last token in the language model",
         use="every prompt family, with or without a tower; what is kept depends on the question",
         paper="Chen et al., FastV, ECCV 2024",
@@ -49,10 +49,8 @@ class FastV(InLanguageModel):
     @classmethod
     def _at_least_one(cls, layer: int | None) -> int | None:
         if layer is not None and layer < 1:
-            raise ValueError(
-                f"`layer` counts the language layers that see every token, at least 1 (whose own attention then "
-                f"decides), got {layer}"
-            )
+            wanted = "the language layers that see every token, at least 1 (whose own attention then decides)"
+            raise ValueError(f"`layer` counts {wanted}, got {layer}")
         return layer
 
     @field_validator("stages", mode="before")
@@ -75,9 +73,8 @@ class FastV(InLanguageModel):
         one = {"layer": self.layer, "budget": self.budget}
         if self.stages is not None and (given := [f"`{key}`" for key, value in one.items() if value is not None]):
             raise ValueError(f"`stages` says after which layers how many tokens are left: leave out {', '.join(given)}")
-        needs = {"layer": "how many language layers see every token, such as 2"}
-        needs |= {"budget": "the image tokens to keep, such as 64"}
-        for key, words in needs.items():
+        words_of = ("how many language layers see every token, such as 2", "the image tokens to keep, such as 64")
+        for key, words in zip(one, words_of, strict=True):
             if self.stages is None and one[key] is None:
                 raise ValueError(f"`method: fastv` needs a `{key}`, {words} (or `stages`, such as {EXAMPLE})")
         return self
@@ -94,18 +91,11 @@ class FastV(InLanguageModel):
         layers, sites = self.layers_of(graph, reading=True), []
         key = "layer" if self.stages is None else "stages"
         for layer, budget in (self.stages or {self.layer or 0: self.budget or 0}).items():
-            if layer >= len(layers):
-                few = f"choose 1 to {len(layers) - 1}" if len(layers) > 1 else "there is none to choose"
-                raise PlanError(
-                    f"`{key}: {layer}` lets the first {layer} language layers see every token and the others fewer, "
-                    f"and this model has {len(layers)}: {few}."
-                )
-            attention = layers[layer - 1]
-            graph.check_reducible(attention)
-            self.check_prompt(graph, attention, "keeps the image tokens that its last token attends to")
-            graph.check_masks(attention)
+            self.check_layer(layers, layer, key)
+            one, images = layers[layer - 1], graph.prompt_images()
+            self.check_prompt(graph, one, "keeps the image tokens that its last token attends to")
             self.check_seen(graph, layers, layer, {i: f"{key}: {i}" for i in range(1, len(layers))})
-            sites.append(Site(attention, after=attention.carrier, streams=graph.prompt_images(), keep=budget))
+            sites.append(Site(one, after=one.carrier, streams=images, keep=budget))
         return sites
 
     def reducers(self, site: Site, streams: Sequence[Stream]) -> dict[str, Reducer]:

@@ -51,6 +51,25 @@ class InLanguageModel(Method):
             f"keys are the text tokens of a prompt with {images} among them."
         )
 
+    def check_layer(self, layers: Sequence[Attention], number: int, key: str, least: int = 1) -> None:
+        """So many layers come before the ones that see fewer tokens.
+
+        Args:
+            layers: of the language model.
+            number: of layers that see what there was before.
+            key: that says so, such as `layer`.
+            least: of these.
+
+        Raises:
+            PlanError: none comes after them.
+        """
+        if number >= len(layers):
+            few = f"choose {least} to {len(layers) - 1}" if len(layers) > least else "there is none to choose"
+            raise PlanError(
+                f"`{key}: {number}` lets the first {number} language layers see every token and the others fewer, and "
+                f"this model has {len(layers)}: {few}."
+            )
+
     def entering(self, attention: Attention) -> fx.Node:
         """The residual value that enters the layer of an attention.
 
@@ -69,18 +88,20 @@ class InLanguageModel(Method):
         return found
 
     def check_prompt(self, graph: LocatedGraph, attention: Attention, why: str) -> None:
-        """A prompt ends with text, and its images are whole.
+        """A layer can be reduced, its prompt ends with text, and its images are whole.
 
         Args:
             graph: captured.
             attention: over the prompt.
-            why: what the method does with the text that must stand last.
+            why: what the method does with the text that must stand last; '' where none need be.
 
         Raises:
             LocateError: it is otherwise.
         """
+        graph.check_reducible(attention)
+        graph.check_masks(attention)
         *_, last = attention.query_axis.segments
-        if last.stream is None or graph.modality(last.stream) != "text":
+        if why and (last.stream is None or graph.modality(last.stream) != "text"):
             raise LocateError(
                 f"The prompt {attention.query_axis} ends with an image, and `method: {self.method}` {why}. Compile it "
                 "for a prompt that ends with text."

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from ..errors import LocateError, PlanError
+from .about import About
 from .language import InLanguageModel, in_order
 
 if TYPE_CHECKING:
     from ..analysis.attention import Attention
     from ..reducers import Reducer
-    from ..rewrite.sites import LocatedGraph, Replacements, Site, Stream
+    from ..rewrite.sites import LocatedGraph, Site, Stream
 
 EXAMPLE = "{8: 0.5, 16: 0.25, 24: 0.125}"
 
@@ -34,6 +35,15 @@ class PyramidDrop(InLanguageModel):
         outputs: `reduced` by default: logits have an entry for each token that is left.
     """
 
+    about = About(
+        does="keeps the image tokens that the last token of a prompt attends to, fewer after every stage",
+        reads="attention of the last token in the layer that comes next, computed ahead",
+        use="where every layer of a language model counts; grouped queries too",
+        paper="Xing et al., PyramidDrop, CVPR 2025",
+        code="Cooperx521/PyramidDrop, MIT",
+        held="published vectors",
+    )
+
     method: Literal["pyramiddrop"] = "pyramiddrop"
     semantics: Literal["reference"] = "reference"
     stages: Annotated[
@@ -49,25 +59,21 @@ class PyramidDrop(InLanguageModel):
 
     def find_sites(self, graph: LocatedGraph) -> list[Site]:
         """See `Method.find_sites`: the residual values between two layers, with all images."""
+        from ..rewrite.renumber_positions import check_counted
         from ..rewrite.sites import Site
 
         layers, sites = self.layers_of(graph), list[Site]()
         for number, share in self.stages.items():
-            if number >= len(layers):
-                few = f"choose 1 to {len(layers) - 1}" if len(layers) > 1 else "there is none to choose"
-                raise PlanError(
-                    f"`stages: {number}` lets the next language layer decide after the first {number}, and this model "
-                    f"has {len(layers)}: {few}."
-                )
+            self.check_layer(layers, number, "stages")
             attention = layers[number]
-            graph.check_reducible(attention)
             self.check_prompt(graph, attention, "keeps the image tokens that its last token attends to")
-            graph.check_masks(attention)
             self.check_seen(graph, layers, number + 1, {i + 1: f"stages: {i}" for i in range(1, len(layers))})
             entering = self.entering(attention)
             first = sites[0] if sites else None
-            sites.append(Site(attention, entering, streams=graph.prompt_images(), keep=share, first=first))
+            anew, images = self.positions == "compact", graph.prompt_images()
+            sites.append(Site(attention, entering, streams=images, recounts=anew, keep=share, first=first))
         if self.positions == "compact":
+            check_counted(graph)
             _check_no_window(graph, layers[next(iter(self.stages)) :])
         return sites
 
@@ -85,12 +91,6 @@ class PyramidDrop(InLanguageModel):
                 "before. Choose another share."
             )
         return NextQueryReducer(stream.tokens, budget, stream.pinned)
-
-    def replacements(self, graph: LocatedGraph, sites: Sequence[Site]) -> Replacements:
-        """See `Method.replacements`: positions along the prompt."""
-        from ..rewrite.renumber_positions import renumbered_positions
-
-        return renumbered_positions(graph, compact=True) if self.positions == "compact" else {}
 
 
 def _check_no_window(graph: LocatedGraph, layers: Sequence[Attention]) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, field_validator
 
+from ..added_inputs import AddedInput
 from ..errors import PlanError, ScheduleError
 from .about import About
 from .base import ActsOn, Method, TokenOutputs
@@ -80,6 +81,11 @@ class Stages(Method):
     def renumbers_layers(self) -> bool:
         """See `Method.renumbers_layers`."""
         return any(stage.renumbers_layers for stage in self.stages)
+
+    @property
+    def adds(self) -> dict[str, AddedInput]:
+        """See `Method.adds`: what the stages add."""
+        return {name: added for stage in self.stages for name, added in stage.adds.items()}
 
     @property
     def marks(self) -> tuple[ActsOn, bool] | None:

@@ -58,6 +58,7 @@ def check(
     reopen: Callable[[], Session] | None = None,
     more: Iterable[Mapping[str, Tensor]] = (),
     model: nn.Module | None = None,
+    added: Sequence[str] = (),
     atol: float | Mapping[str, float] | None = None,
     rtol: float | Mapping[str, float] | None = None,
 ) -> ParityReport:
@@ -75,6 +76,7 @@ def check(
         more: further batches, which are compared while they bring choices that no sample has made, and while no sample
             was judged end to end.
         model: what `unreduced` was captured from, in float32; its own forward is compared with it.
+        added: inputs that the model does not take.
         atol, rtol: as in `parity`.
 
     Raises:
@@ -91,7 +93,7 @@ def check(
     if reducers_of(eager) and not decisions:
         report.notes.append("the artifact does not give its decisions: judged end to end alone")
     check_tolerances([name for name in session.outputs if name not in decisions], atol, rtol)
-    comparison = _Comparison(report, eager, unreduced, model, default, atol, rtol, set(decisions))
+    comparison = _Comparison(report, eager, unreduced, model, default, atol, rtol, set(decisions), tuple(added))
     drawn = iter(more)
     with torch.no_grad():
         runs = list(_covering(comparison, batches, drawn))
@@ -255,6 +257,7 @@ class _Comparison:
     atol: float | Mapping[str, float] | None
     rtol: float | Mapping[str, float] | None
     decisions: set[str]
+    added: tuple[str, ...] = ()
     taken: int = 0  # batches
 
     def run(self, batch: Mapping[str, Tensor]) -> _EagerRun:
@@ -379,6 +382,7 @@ class _Comparison:
 
     def _model(self, model: nn.Module, batch: Mapping[str, Tensor], captured: Arrays) -> None:
         """The captured graph against the model's own forward."""
+        batch = {name: tensor for name, tensor in batch.items() if name not in self.added}
         with restoring_model_state(model), in_fixed_order():
             set_for_inference(model)
             given = _running(lambda: model(**_in_its_dtype(model, batch)), "The model", batch)

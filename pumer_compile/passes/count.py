@@ -53,11 +53,7 @@ def tokens_after_layers(
 ) -> dict[str, dict[str, int]]:
     """Tokens by stream after every attention node, by its address (and `@1` where its layer runs again)."""
     # What is reduced before an attention has fewer tokens in it already.
-    after = {
-        plan.name: plan.after
-        for site, plan in insertions.done
-        if site.after is None or (site.attention is not None and site.after is site.attention.carrier)
-    }
+    after = {plan.name: plan.after for site, plan in insertions.done if not site.enters}
     layers: dict[str, dict[str, int]] = {}
     for attention in (a for a in attentions if a.query_axis.streams):
         counts: dict[str, int] = {}

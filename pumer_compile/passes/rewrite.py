@@ -61,9 +61,9 @@ def _check_alive(insertions: Insertions, reduced: fx.GraphModule) -> None:
 def _check_one_pass(insertions: Insertions) -> None:
     """A layer that runs again on other inputs must find them as it did the first time: a text encoded once and fused
     with each image in turn would come to the second one reduced for the first."""
-    first: dict[str, dict[str, int]] = {}
+    first: dict[tuple[str, bool], dict[str, int]] = {}
     for site in insertions.sites:
-        before = first.setdefault(site.address, site.passed)
+        before = first.setdefault((site.address, site.enters), site.passed)
         if before != site.passed:
             raise AxisError(
                 f"Site {site.described} runs more than once (one pass for each image, say): the first time "

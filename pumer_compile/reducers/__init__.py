@@ -12,7 +12,8 @@ from .masked_softmax import PublishedMaskedSoftmax
 from .merger import ModalityAwareMerger
 from .prune_merge import StreamReducer
 from .pruner import TextInformedPruner
-from .relevance import MeanOfWords
+from .relevance import MeanOfWords, RowsOfTower
+from .video import ChangeReducer, UniqueReducer
 from .visionzip import VisionZipReducer
 from .vispruner import VisPruner
 from .visual import MemberVotes, VisualReducer, WithSeparators
@@ -20,6 +21,7 @@ from .visual import MemberVotes, VisualReducer, WithSeparators
 __all__ = [
     "AlignAxis",
     "ApplyMap",
+    "ChangeReducer",
     "CropReducer",
     "DartReducer",
     "HoloVReducer",
@@ -32,12 +34,14 @@ __all__ = [
     "PublishedMaskedSoftmax",
     "Reducer",
     "Reduction",
+    "RowsOfTower",
     "Signal",
     "SizeBias",
     "StreamReducer",
     "TextInformedPruner",
     "TextRowsAttention",
     "TokenWeights",
+    "UniqueReducer",
     "UnitWeights",
     "VisPruner",
     "VisionZipReducer",

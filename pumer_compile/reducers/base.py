@@ -41,6 +41,10 @@ class Signal(Enum):
         TEXT_KEYS: keys of the text behind the image, `[batch, heads, text, head_size]`.
         NORMED: the tokens as the model's last norm would leave them, `[batch, tokens, width]`.
         TEXT_NORMED: the text behind the image, likewise.
+        TOWER_FEATURES: what each row of the prompt was when it left the vision tower, `[batch, tokens, width]`; of
+            rows that are one token of it each.
+        TEXT_EMBEDS: an input that a method adds (`Method.adds`): a text in CLIP's space, `[batch, texts, width]`.
+        QUESTION_IDS: another: the ids of a question, `[batch, length]`.
     """
 
     KEYS = "keys"
@@ -56,6 +60,9 @@ class Signal(Enum):
     TEXT_KEYS = "text_keys"
     NORMED = "normed"
     TEXT_NORMED = "text_normed"
+    TOWER_FEATURES = "tower_features"
+    TEXT_EMBEDS = "text_embeds"
+    QUESTION_IDS = "question_ids"
 
 
 @dataclass(frozen=True)
@@ -80,7 +87,7 @@ class Decisions(NamedTuple):
 
     Attributes:
         kept: tokens that survive pruning, in their new order, `[batch, keep]`, numbered before the reducer.
-        source: tokens that merge away, most similar first, `[batch, merge]`, numbered among the kept ones.
+        source: tokens that merge away, most similar first or ascending, `[batch, merge]`, numbered among the kept ones.
         target: the token each merges into, `[batch, merge]`, numbered among the kept ones.
     """
 

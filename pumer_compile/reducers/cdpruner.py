@@ -3,16 +3,12 @@ determinantal point process."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from .base import Signal
-from .crops import CropReducer
 from .greedy import cosines, pick, repeated, row_at
-from .relevance import spread, to_text
 
 Order = Literal["reference", "stable"]
 
@@ -90,49 +86,3 @@ def halved(tokens: int, budget: int) -> list[tuple[int, int, int]]:
     first = min(budget // 2, middle)
     first = max(first, budget - (tokens - middle))
     return [(0, middle, first), (middle, tokens, budget - first)]
-
-
-class RelevantReducer(CropReducer):
-    """Keeps the tokens of each crop that `Determinantal` picks for the text, in their order, as OpenVINO GenAI does.
-
-    Relevance is the cosine of a row of the prompt and the mean of its words, spread over 0..1 for each part that is
-    chosen from.
-
-    Args:
-        crops, budget, pinned: see `CropReducer`.
-        weight, order: see `Determinantal`.
-        split: whether each half of a crop is chosen from by itself, with half of the budget.
-    """
-
-    reads: tuple[Signal, ...] = (Signal.TEXT_EMBEDDING,)
-    # What a pick is worth depends on those before it: no score tells how near two choices are.
-    judged = False
-    epsilon = 1e-6
-
-    def __init__(
-        self,
-        crops: Sequence[Sequence[int]],
-        budget: int,
-        weight: float,
-        *,
-        split: bool = False,
-        order: Order = "reference",
-        pinned: Sequence[int] = (),
-    ) -> None:
-        super().__init__(crops, budget, pinned=pinned)
-        self.split = split
-        self.select = Determinantal(budget, weight, self.epsilon, order)
-
-    def by_token(self, tokens: Tensor, text_embedding: Tensor) -> tuple[Tensor, Tensor]:
-        """See `CropReducer`: the rows that enter the prompt, and their relevance."""
-        tokens = tokens.float()
-        return tokens, to_text(tokens, text_embedding.float().unsqueeze(1), self.epsilon).squeeze(-1)
-
-    def of_crop(self, features: Tensor, relevance: Tensor) -> Tensor:
-        """See `CropReducer`."""
-        length = features.shape[1]
-        budget, found = min(self.budget, length), []
-        for start, stop, share in halved(length, budget) if self.split else [(0, length, budget)]:
-            own = spread(relevance[:, start:stop], below=self.epsilon)
-            found.append(self.select(features[:, start:stop], own, share))
-        return torch.cat(found, 1)

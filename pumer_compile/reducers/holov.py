@@ -11,6 +11,7 @@ from torch import Tensor
 from .base import Choice, Decision, Decisions, Signal
 from .crops import CropReducer
 from .ranking import descending_rank, identity, indices, one_hot
+from .shares import shared_out
 from .vispruner import Order
 
 # As published: what attention is multiplied by, the share of variety in a score, and against division by zero.
@@ -114,17 +115,10 @@ class HoloVReducer(CropReducer):
 
     def _shares(self, weights: Tensor, lengths: Tensor, budget: int) -> Tensor:
         """Tokens of each run, `[crops, runs]`, whole numbers in float32; of `reference` they may exceed it."""
-        share = (weights * budget).floor()
         if self.order == "stable":
-            share = torch.minimum(share, lengths)
-            room = lengths - share
-            rounds = torch.arange(1, budget + 1, device=weights.device).to(weights)
-            given = torch.minimum(rounds.unsqueeze(-1), room.unsqueeze(1)).sum(-1)
-            full = (given <= budget - share.sum(-1, keepdim=True)).float().sum(-1, keepdim=True)
-            share = share + torch.minimum(full, room)
-            weights = torch.where(room > full, weights, -1.0)
-        left = budget - share.sum(-1, keepdim=True)
-        return share + (descending_rank(weights) < left).float()
+            return shared_out(weights * budget, weights, lengths, budget)
+        share = (weights * budget).floor()
+        return share + (descending_rank(weights) < budget - share.sum(-1, keepdim=True)).float()
 
     def choose(self, tokens: Tensor, *given: Any, **signals: Any) -> Choice:
         """See `Reducer`."""

@@ -34,11 +34,31 @@ class MeanOfWords(nn.Module):
         return (words * real).sum(1) / real.sum(1).clamp(min=1.0)
 
 
-def to_text(tokens: Tensor, text: Tensor, epsilon: float = 0.0) -> Tensor:
-    """Cosine of every token to texts: `[batch, tokens, width]`, `[batch, texts, width]` to `[batch, tokens, texts]`.
+class RowsOfTower(nn.Module):
+    """What the rows of a prompt were when they left the vision tower.
 
     Args:
-        tokens, text: float32.
+        order: of each row, its number among the tokens of the tower for one prompt.
+        count: of those.
+    """
+
+    def __init__(self, order: Sequence[int], count: int) -> None:
+        super().__init__()
+        self.order, self.count = list(order), count
+
+    def forward(self, features: Tensor) -> Tensor:
+        """`[images, tokens, width]` to `[batch, rows, width]`."""
+        own = features.detach().reshape(-1, self.count, features.shape[-1])
+        if self.order == list(range(self.count)):
+            return own
+        return own.index_select(1, torch.tensor(self.order).to(features.device))
+
+
+def to_text(tokens: Tensor, text: Tensor, epsilon: float = 0.0) -> Tensor:
+    """Cosine of every token to each text, `[batch, tokens, texts]`.
+
+    Args:
+        tokens, text: `[batch, tokens, width]` and `[batch, texts, width]`, float32.
         epsilon: what is added to the square of a norm.
     """
     units = [x / ((x * x).sum(-1, keepdim=True) + epsilon).sqrt().clamp(min=1e-30) for x in (tokens, text)]

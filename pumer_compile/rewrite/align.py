@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
+from ..analysis.annotate import Annotation
 from ..analysis.axes import Dim, Same, Tokens, same_size
 from ..analysis.masks import broadcast_over_queries
-from ..analysis.nodes import ancestors, describe, values
+from ..analysis.nodes import ancestors, content_inputs, describe, values
 from ..analysis.operators import aten
 from ..analysis.rules import shape
 from ..errors import AxisError, SiteError
@@ -29,13 +30,12 @@ class Aligner:
 
     Attributes:
         count: of the alignments inserted.
-        counted: captured values that are computed from places alone, which are counted anew behind every reducer.
     """
 
     count: int = 0
-    counted: set[fx.Node] = field(default_factory=set)
     _aligned: dict[tuple[Any, ...], fx.Node] = field(default_factory=dict)
     _maps: dict[tuple[str, int, int, bool], fx.Node] = field(default_factory=dict)
+    _places: frozenset[fx.Node] | None = None
 
     def value(self, rewriter: Rewriter, node: fx.Node, source: fx.Node, targets: dict[int, Epochs]) -> fx.Node:
         """The newest value of `source`, brought to the target epochs of each dimension."""
@@ -96,9 +96,12 @@ class Aligner:
     ) -> fx.Node:
         dim = Dim(source, index)
         have = rewriter.epochs.at(dim)
-        if source in self.counted:  # the first places, whichever tokens are left
-            size = rewriter.epochs.size(rewriter.annotation.axis(dim), target)
-            return rewriter.call(aten.slice.Tensor, value, index, 0, size)
+        anew = self._counted_anew(rewriter, dim, have, target)
+        if anew != have:  # the first places, whichever tokens were left there
+            size = rewriter.epochs.size(rewriter.annotation.axis(dim), anew)
+            value, have = rewriter.call(aten.slice.Tensor, value, index, 0, size), anew
+            if all(have.get(s, 0) == target.get(s, 0) for s in rewriter.epochs.streams(dim)):
+                return value
         kind = self.whole_streams(rewriter, dim, node, [s for s, epoch in target.items() if epoch != have.get(s, 0)])
         mode = self._mode(rewriter, node, source, kind, have, target)
         where = not _of_data(source)
@@ -111,6 +114,24 @@ class Aligner:
         self.count += 1
         module = AlignAxis(index, tuple(segments), mode, fold=self._fold(rewriter, source) or 1)
         return rewriter.call_module(f"reducer.align.{source.name}_{self.count}", module, value, *maps)
+
+    def _counted_anew(self, rewriter: Rewriter, dim: Dim, have: Epochs, target: Epochs) -> Epochs:
+        """The epochs of the last reducers on the way that count positions anew, for what is computed from a count of
+        places alone; else those that it has."""
+        lineage = {s: rewriter.epochs.lineage(s, e, have.get(s, 0)) for s, e in target.items() if e}
+        if not any(step.recounts for steps in lineage.values() for step in steps):
+            return have
+        if self._places is None:
+            self._places = computed_from_places(rewriter.annotation)
+        if dim.node not in self._places:
+            return have
+        found = dict(have)
+        for stream, steps in lineage.items():
+            last = max((i for i, step in enumerate(steps) if step.recounts), default=-1)
+            if last >= 0:
+                following = steps[last + 1].parent if last + 1 < len(steps) else target[stream]
+                found[stream] = following
+        return found
 
     def whole_streams(self, rewriter: Rewriter, dim: Dim, node: fx.Node, streams: Collection[str]) -> Tokens:
         """The axis of a dimension that the maps of some streams can be applied to, for the use of `node`.
@@ -175,6 +196,19 @@ def _of_data(source: fx.Node) -> bool:
     """Whether a value is computed from floating-point inputs (pixels, say), and is no position and no mask of those."""
     before = ancestors(source) | {source}
     return any(n.op == "placeholder" and any(v.is_floating_point() for v in values(n)) for n in before)
+
+
+def computed_from_places(annotation: Annotation) -> frozenset[fx.Node]:
+    """What is computed from counts of places and nothing that is given: the same whatever tokens stand there, such as
+    rotary angles."""
+    found, constant = set[fx.Node](), set[fx.Node]()
+    for node in next(iter(annotation.constraints)).graph.nodes:
+        content = set(content_inputs(node))
+        if node.target is aten.arange.default and isinstance(annotation.axis(Dim(node, 0)), Tokens):
+            found.add(node)
+        elif node.op in ("get_attr", "call_function") and content <= found | constant:
+            (found if found & content else constant).add(node)
+    return frozenset(found)
 
 
 def _input_targets(rewriter: Rewriter, source: fx.Node, x: fx.Node, targets: dict[int, Epochs]) -> dict[int, Epochs]:

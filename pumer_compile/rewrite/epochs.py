@@ -33,6 +33,7 @@ class Step:
         first_stays: whether token 0 is token 0 afterwards.
         in_order: whether those that are left are some of the old ones, in their order.
         place: node that says where each new token stands, like `map`; None where the map does, or nothing.
+        recounts: whether positions are counted anew over the tokens that are left.
     """
 
     parent: int
@@ -43,6 +44,7 @@ class Step:
     first_stays: bool
     in_order: bool = False
     place: fx.Node | None = None
+    recounts: bool = False
 
 
 @dataclass

@@ -92,7 +92,7 @@ class InsertReducer:
         """See `sink_projections`; what stands between two layers is read whole, to compute ahead."""
         carrier = self.site.after
         assert carrier is not None
-        if self.site.attention is None or carrier is not self.site.attention.carrier:
+        if self.site.enters:
             return {}
         return sink_projections.projections(rewriter, carrier, dim, after)
 
@@ -221,7 +221,8 @@ class InsertReducer:
         merged, in_order = reducer.merge > 0, reducer.keeps_order and not reducer.merge
         stands = rewriter.field(result, Reduction, "place") if reducer.tells_place else None
         parent, after = place.epoch(stream), reducer.tokens_after
-        step = Step(parent, map_, assigned, after, merged, reducer.first_stays, in_order, stands)
+        anew = self.site.recounts
+        step = Step(parent, map_, assigned, after, merged, reducer.first_stays, in_order, stands, anew)
         epoch = rewriter.epochs.add_step(stream, step)
         # Means of ones are ones, and need not be carried.
         if signals.get(Signal.WEIGHTS) is not None or reducer.carried == "sum":
@@ -241,8 +242,8 @@ def _drop_separators(mark: Mark, rewriter: Rewriter) -> fx.Node:
     map_ = rewriter.call_module(f"reducer.separators.{outer}", separators, step.map)
     assigned, stands = map_, None
     if step.place is not None:
-        assigned = rewriter.call_module(f"reducer.separators.{outer}.assigned", separators, step.assigned)
-        stands = rewriter.call_module(f"reducer.separators.{outer}.place", separators, step.place)
+        assigned = rewriter.call_module(f"reducer.separators.{outer}_assigned", separators, step.assigned)
+        stands = rewriter.call_module(f"reducer.separators.{outer}_place", separators, step.place)
     dropped = Step(0, map_, assigned, step.after, step.merged, False, step.in_order, stands)
     epoch = rewriter.epochs.add_step(outer, dropped)
     rewriter.epochs.bump(Dim(separated, 1), {outer: epoch})

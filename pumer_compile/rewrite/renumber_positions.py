@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from ..analysis.axes import Dim, Tokens
 from ..analysis.masks import HIDES
-from ..analysis.nodes import ancestors, attribute, content_inputs, describe, values, with_numbers
+from ..analysis.nodes import ancestors, attribute, describe, values, with_numbers
 from ..analysis.operators import ADD, MOVES, aten, overloads
 from ..errors import UsageError
 from .carried_weights import CarriedWeights
@@ -20,28 +20,41 @@ from .sites import LocatedGraph, Replacements
 def renumbered_positions(graph: LocatedGraph, *, compact: bool) -> Replacements:
     """Positions along a prompt, made out of nothing but its length: counted over the tokens that are left.
 
-    Behind a reducer inside the language model, what is computed from them alone (rotary angles) is cut to as many
-    places as there are tokens, instead of taking those of the tokens.
-
     Where they stay original (not `compact`) only those are that are compared with each other and nothing else, as in a
     causal mask, which comes out the same either way; of others (rotary angles, distances within a window) the selection
     takes those that are left.
 
     Raises:
-        UsageError: positions are to be renumbered, and the caller gives them, or they are constants.
+        UsageError: positions are to be renumbered, and the caller gives them, they are constants, or there are none.
     """
-    streams = set(graph.prompt_images())
     if compact:
-        _check_not_constant(graph, streams)
-        _check_not_given(graph, streams)
+        check_counted(graph)
+    streams = set(graph.prompt_images())
     counts = [
         node
         for node in graph.annotation.constraints
         if node.target is aten.arange.default and streams & set(_streams(graph, node, 0))
     ]
-    if compact:
-        return {node: partial(_count, node, computed_alone(node)) for node in counts}
-    return {node: partial(_count, node, frozenset()) for node in _compared_alone(graph, counts)}
+    if not compact:
+        return {node: partial(_count, node) for node in _compared_alone(graph, counts)}
+    if graph.prompt_layers() and len(_compared_alone(graph, counts)) == len(counts):
+        raise UsageError(
+            "`positions: compact` counts positions anew over the tokens that are left, and no position that is counted "
+            "along the prompt was found in this model (its tokens get theirs otherwise, by a learned table say), so it "
+            "would change nothing. Choose `positions: original`."
+        )
+    return {node: partial(_count, node) for node in counts}
+
+
+def check_counted(graph: LocatedGraph) -> None:
+    """Positions can be counted anew: the graph counts them itself.
+
+    Raises:
+        UsageError: the caller gives them, or they are constants.
+    """
+    streams = set(graph.prompt_images())
+    _check_not_constant(graph, streams)
+    _check_not_given(graph, streams)
 
 
 def _compared_alone(graph: LocatedGraph, counts: list[fx.Node]) -> list[fx.Node]:
@@ -55,16 +68,6 @@ def _compared_alone(graph: LocatedGraph, counts: list[fx.Node]) -> list[fx.Node]
             return list(found)
         for node in mixed:
             del found[node]
-
-
-def computed_alone(source: fx.Node) -> frozenset[fx.Node]:
-    """What is computed from a count of places and nothing that is learned or given: the same for any tokens there."""
-    found, constant = {source}, set[fx.Node]()
-    for node in source.graph.nodes:
-        content = set(content_inputs(node))
-        if node is not source and node.op in ("get_attr", "call_function") and content <= found | constant:
-            (found if found & content else constant).add(node)
-    return frozenset(found)
 
 
 def _check_not_constant(graph: LocatedGraph, streams: set[str]) -> None:
@@ -131,8 +134,7 @@ def _becomes_angle(node: fx.Node) -> bool:
     return False
 
 
-def _count(node: fx.Node, alone: frozenset[fx.Node], rewriter: Rewriter, carried: CarriedWeights) -> fx.Node:
-    rewriter.aligner.counted |= alone
+def _count(node: fx.Node, rewriter: Rewriter, carried: CarriedWeights) -> fx.Node:
     dim = Dim(node, 0)
     kind = rewriter.annotation.axis(dim)
     assert isinstance(kind, Tokens)

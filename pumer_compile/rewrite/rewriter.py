@@ -197,6 +197,11 @@ class Rewriter:
         """A fused attention was written out: its probabilities, before they are rounded to the model's dtype."""
         self.probabilities[context] = probabilities
 
+    def free_name(self, name: str) -> str:
+        """A name under which no module is kept yet: the towers of two kinds of input may number their layers alike."""
+        taken = {".".join(known.split(".")[: name.count(".") + 1]) for known in self._modules}
+        return next(n for n in (name, *(f"{name}_{i}" for i in range(2, len(taken) + 3))) if n not in taken)
+
     def call_module(self, name: str, module: nn.Module, *arguments: fx.Node | None) -> fx.Node:
         """Emit a call of an inserted module, kept under `name`."""
         if self._modules.setdefault(name, module) is not module:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import fx
@@ -15,8 +16,8 @@ from ..analysis.nodes import ancestors, describe, values
 from ..analysis.operators import aten
 from ..analysis.prompts import Mark, Votes
 from ..analysis.rules import shape
-from ..errors import LocateError
-from ..reducers import MeanOfWords, MemberVotes, Signal, TokenWeights
+from ..errors import LocateError, UsageError
+from ..reducers import MeanOfWords, MemberVotes, RowsOfTower, Signal, TokenWeights
 from .attention_rows import attention_rows
 from .carried_weights import CarriedWeights
 from .epochs import Epochs
@@ -86,21 +87,22 @@ def _keys(place: Place, stream: str) -> fx.Node:
 
 
 def _passed(place: Place) -> AbstractContextManager[None]:
-    """The keys of the site's attention are there."""
-    key, after = place.attention.key_dim.node, place.site.after
+    """The keys that the site reads are there."""
+    key, after = (place.site.keys or place.attention).key_dim.node, place.site.after
     if key in place.rewriter.env or after is None:
         return nullcontext()
     return place.rewriter.ahead(key, after, after)
 
 
 def _text_keys(place: Place, stream: str) -> fx.Node:
-    site, rewriter = place.attention, place.rewriter
+    attention, rewriter = place.site.keys or place.attention, place.rewriter
     with _passed(place):
-        spans = _behind(place, site.key_axis, stream)
-        if site.key is not None:
-            return _joined(rewriter, rewriter.env[site.key], 2, spans)
-        assert site.key_transposed is not None
-        return rewriter.call(aten.transpose.int, _joined(rewriter, rewriter.env[site.key_transposed], 3, spans), 2, 3)
+        spans = _behind(place, attention.key_axis, stream)
+        if attention.key is not None:
+            return _joined(rewriter, rewriter.env[attention.key], 2, spans)
+        assert attention.key_transposed is not None
+        found = _joined(rewriter, rewriter.env[attention.key_transposed], 3, spans)
+        return rewriter.call(aten.transpose.int, found, 2, 3)
 
 
 def _behind(place: Place, axis: Tokens, stream: str) -> list[tuple[int, int]]:
@@ -120,15 +122,15 @@ def _joined(rewriter: Rewriter, value: fx.Node, dim: int, spans: list[tuple[int,
 
 
 def _known_keys(place: Place, stream: str) -> fx.Node:
-    site, rewriter = place.attention, place.rewriter
-    at = rewriter.epochs.at(site.key_dim)
-    if stream not in site.key_axis.streams or at.get(stream, 0) != place.epoch(stream):
-        site = _nearest_self_attention(place, stream)
-    span = rewriter.epochs.span(site.key_axis, stream, rewriter.epochs.at(site.key_dim))
-    if site.key is not None:
-        return rewriter.call(aten.slice.Tensor, rewriter.env[site.key], 2, *span)
-    assert site.key_transposed is not None
-    cut = rewriter.call(aten.slice.Tensor, rewriter.env[site.key_transposed], 3, *span)
+    attention, rewriter = place.site.keys or place.attention, place.rewriter
+    at = rewriter.epochs.at(attention.key_dim)
+    if stream not in attention.key_axis.streams or at.get(stream, 0) != place.epoch(stream):
+        attention = _nearest_self_attention(place, stream)
+    span = rewriter.epochs.span(attention.key_axis, stream, rewriter.epochs.at(attention.key_dim))
+    if attention.key is not None:
+        return rewriter.call(aten.slice.Tensor, rewriter.env[attention.key], 2, *span)
+    assert attention.key_transposed is not None
+    cut = rewriter.call(aten.slice.Tensor, rewriter.env[attention.key_transposed], 3, *span)
     return rewriter.call(aten.transpose.int, cut, 2, 3)
 
 
@@ -197,7 +199,7 @@ def _last_query(place: Place, stream: str) -> fx.Node:
     attention, rewriter = place.attention, place.rewriter
     if "last_query" not in place.read:
         last = int(rewriter.epochs.size(attention.query_axis, place.epochs))
-        name = f"reducer.{attention.name}.attention"
+        name = f"reducer.{place.site.name}.attention"
         place.read["last_query"] = attention_rows(rewriter, attention, (last - 1, last), name)
     span = rewriter.epochs.span(attention.key_axis, stream, place.epochs)
     return rewriter.call(aten.slice.Tensor, place.read["last_query"], 3, *span)
@@ -205,11 +207,11 @@ def _last_query(place: Place, stream: str) -> fx.Node:
 
 def _next_query(place: Place, stream: str) -> fx.Node:
     """Of the site's attention, which comes later: it is computed ahead, from the tokens as they are."""
-    site, after = place.attention, place.site.after
+    after = place.site.after
     assert after is not None
     if "last_query" in place.read:
         return _last_query(place, stream)
-    with place.rewriter.ahead(site.context, after, after):
+    with place.rewriter.ahead(place.attention.context, after, after):
         return _last_query(place, stream)
 
 
@@ -258,7 +260,7 @@ def _received(place: Place, parts: Parts, number: int, votes: Votes) -> fx.Node:
         )
     queries, keys = int(shape(parts.query)[-2]), int(attention.key_axis.size)
     rows = (0, 1) if votes.by_class else (0, queries)
-    name = f"reducer.{place.attention.name}.attention_{number}"
+    name = place.rewriter.free_name(f"reducer.{place.attention.name}.attention_{number}")
     found = attention_rows(place.rewriter, attention, rows, name)
     if keys != queries:  # those who vote are no padding, which is among what they read
         first = votes.own[number]
@@ -388,19 +390,38 @@ def _text_embedding(place: Place, stream: str) -> fx.Node:
             "`method: divprune` reads no text."
         )
     if "text_embedding" not in place.read:
-        batch, length = (Dim(words.node, i) for i in (0, 1))
-        same = place.graph.annotation.same
-        # Whatever says of every token of the prompt whether it is padding.
+        # Whatever says of every id of the prompt whether it is padding; as made-up samples find it.
         masks = [
             node
             for node in words.node.graph.find_nodes(op="placeholder")
-            if str(node.target).endswith("mask") and len(shape(node)) == 2
-            if same(Dim(node, 0), batch) and same(Dim(node, 1), length)
+            if str(node.target).endswith("mask") and shape(node) == shape(words.node)[:2]
         ]
         given = [rewriter.env[words.node], *(rewriter.env[mask] for mask in masks[:1])]
         name = f"reducer.{place.site.name}.text"
         place.read["text_embedding"] = rewriter.call_module(name, MeanOfWords(words.places), *given)
     return place.read["text_embedding"]
+
+
+def _tower_features(place: Place, stream: str) -> fx.Node:
+    tower = None if place.mark is None else place.mark.tower
+    if tower is None:
+        raise LocateError(
+            "The method reads what image tokens are when they leave a vision tower, and the rows of this prompt are "
+            "not one of its tokens each."
+        )
+    name = f"reducer.{place.site.name}.tower.{stream}"
+    return place.rewriter.call_module(name, RowsOfTower(tower.order, tower.count), place.rewriter.env[tower.features])
+
+
+def _added_input(name: str, place: Place, stream: str) -> fx.Node:
+    """An input of the graph that the model does not take, by its name."""
+    for captured, node in place.rewriter.env.items():
+        if captured.op == "placeholder" and captured.target == name:
+            return node
+    raise UsageError(
+        f"The schedule adds the input {name} to those of the model, and a graph that is compiled where the model runs "
+        "(torch.compile) takes no other inputs. Compile it to an artifact."
+    )
 
 
 _SIGNALS: dict[Signal, Callable[[Place, str], fx.Node | None]] = {
@@ -417,4 +438,7 @@ _SIGNALS: dict[Signal, Callable[[Place, str], fx.Node | None]] = {
     Signal.TEXT_KEYS: _text_keys,
     Signal.NORMED: _normed,
     Signal.TEXT_NORMED: _text_normed,
+    Signal.TOWER_FEATURES: _tower_features,
+    Signal.TEXT_EMBEDS: partial(_added_input, Signal.TEXT_EMBEDS.value),
+    Signal.QUESTION_IDS: partial(_added_input, Signal.QUESTION_IDS.value),
 }

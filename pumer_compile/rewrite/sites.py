@@ -74,6 +74,8 @@ class Site:
         instead: where image tokens leave the tower, for each block of a prompt.
         streams: that may be reduced.
         budget: of the schedule, where it has one for each site.
+        keys: whose keys are read, where these are not the attention's.
+        recounts: whether positions are counted anew behind it, where it stands between two layers.
         keep: tokens of each stream to leave, or the share of those before `first`, where it is one of several stages.
         first: the first stage of these.
         plan: token counts, once the rewriter has passed it; None where it was left out.
@@ -87,6 +89,8 @@ class Site:
     instead: tuple[Mark, ...] = ()
     streams: tuple[str, ...] = ()
     budget: SiteBudget | None = None
+    keys: Attention | None = None
+    recounts: bool = False
     keep: float = 0
     first: Site | None = None
     plan: SitePlan | None = None
@@ -95,9 +99,17 @@ class Site:
     method: Method | None = None
 
     @property
+    def enters(self) -> bool:
+        """Whether it stands before the layer of its attention."""
+        return self.after is not None and self.attention is not None and self.after is not self.attention.carrier
+
+    @property
     def name(self) -> str:
-        """For the modules that are inserted, such as `vision_2`; `prompt` for rows of a prompt."""
-        return "prompt" if self.attention is None else self.attention.name
+        """For the modules that are inserted, such as `vision_2`, or `before_cross_modal_2` of what stands in front of
+        that; `prompt` for rows of a prompt."""
+        if self.attention is None:
+            return "prompt"
+        return f"before_{self.attention.name}" if self.enters else self.attention.name
 
     @property
     def address(self) -> str:
@@ -243,7 +255,8 @@ class LocatedGraph:
 
     def place_of(self, site: Site) -> int:
         """A number that grows from site to site in execution order."""
-        return -1 if site.attention not in self.attentions else self.attentions.index(site.attention)
+        order = {node: number for number, node in enumerate(self.attentions[0].context.graph.nodes)}
+        return -1 if site.after is None else order[site.after]
 
     def rows(self) -> list[Site]:
         """The rows of a prompt: one site without an attention, for all its images."""

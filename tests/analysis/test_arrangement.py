@@ -16,7 +16,7 @@ from pumer_compile.analysis.annotate import annotate
 from pumer_compile.analysis.axes import Dim
 from pumer_compile.analysis.prompts import lower_masked_scatter, visual_tokens, with_separators
 from pumer_compile.errors import AxisError
-from tests.analysis.test_prompts import IMAGE, SCATTER, Talker
+from tests.support.talker import IMAGE, SCATTER, Talker
 
 Mover = Callable[[Tensor, Tensor], Tensor]
 

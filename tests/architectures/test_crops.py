@@ -15,9 +15,9 @@ from pumer_compile import Program, Schedule
 from pumer_compile.artifacts.engine import Engine
 from pumer_compile.capture.image_prompt import make_image_prompt
 from pumer_compile.errors import PlanError, UsageError
-from tests.architectures.test_prompts import built
 from tests.support.commands import tensorrt_refuses
 from tests.support.crops import (
+    MODELS,
     TOKENS,
     crops_inputs,
     crops_model,
@@ -26,9 +26,8 @@ from tests.support.crops import (
     prompt_of_crops,
     run_by_hand,
 )
-from tests.support.visual import select, visual_cues
+from tests.support.prompt_models import BLOCKS, by_hand, images
 
-MODELS = ["LLaVA-NeXT", "LLaVA-OneVision"]
 # Height and width: a picture that is padded above and below, left and right, one that fills two crops, a tiny one.
 SIZES = [(90, 120), (130, 60), (48, 96), (20, 31)]
 
@@ -123,45 +122,6 @@ def test_a_sample_of_crops_has_to_be_given() -> None:
 
 
 # --- several images in a prompt --------------------------------------------------------------------------------
-
-
-def images(blocks: list[tuple[int, int]], rows: int, length: int, batch: int = 1) -> tuple[Any, dict[str, Tensor]]:
-    """LLaVA's small model, and prompts with placeholders at given places."""
-    model, _ = built("LLaVA")
-    generator = torch.Generator().manual_seed(3)
-    ids = torch.randint(0, 98, (batch, length), generator=generator)
-    for start, stop in blocks:
-        ids[:, start:stop] = 99
-    pixels = torch.randn(batch * rows, 3, 48, 48, generator=generator)
-    return model, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
-
-
-def by_hand(model: Any, inputs: dict[str, Tensor], blocks: list[tuple[int, int]], budget: int) -> Tensor:
-    features, votes = visual_cues(model, inputs["pixel_values"])
-    kept = select(features, votes, budget, 0.5)
-    batch = len(inputs["input_ids"])
-    with torch.no_grad():
-        chosen = torch.stack([one[index] for one, index in zip(features, kept, strict=True)])
-        image = model.model.multi_modal_projector(chosen).view(batch, -1, budget, model.config.text_config.hidden_size)
-        words = model.get_input_embeddings()(inputs["input_ids"])
-        parts, position, row = [], 0, 0
-        for start, stop in blocks:
-            parts.append(words[:, position:start])
-            for _ in range((stop - start) // features.shape[1]):
-                parts.append(image[:, row])
-                row += 1
-            position = stop
-        prompt = torch.cat([*parts, words[:, position:]], 1)
-        logits: Tensor = model(inputs_embeds=prompt, attention_mask=torch.ones(prompt.shape[:2])).logits
-    return logits
-
-
-# With words between, side by side, both, and at the ends of the prompt.
-BLOCKS = [
-    ([(2, 38), (41, 77)], 2, 80),
-    ([(2, 74)], 2, 80),
-    ([(0, 36), (38, 110)], 3, 110),
-]
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from benchmarks.architecture_models import ARCHITECTURES
 from pumer_compile import Program, Schedule
 from pumer_compile.errors import PlanError
 from pumer_compile.reducers import reducers_of
-from tests import test_oracle_llava as llava
+from tests.support import llava
 from tests.support.commands import done, inner_manifest, onnx_outputs, refused
 from tests.support.fastv import by_hand, places_left, rows_of
 

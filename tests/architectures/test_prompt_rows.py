@@ -38,6 +38,7 @@ ROWS = {
     "janus": (1, 1),
     "kimi_k25": (1, 1),
     "lfm2_vl": (1, 1),
+    "lighton_ocr": (1, 1),
     "llama4": (1, 1),
     "llava_next_video": (2, 1),
     "minicpmv4_6": (1, 1),

@@ -2,33 +2,15 @@
 
 from __future__ import annotations
 
-import functools
-from typing import Any
-
 import pytest
 import torch
-from torch import Tensor
 
 import pumer_compile as pumer
-from benchmarks.architecture_models import ARCHITECTURES
 from pumer_compile import Schedule
+from tests.support.prompt_models import WORDS, built
 from tests.support.visual import logits_by_hand, select, visual_cues
 
-BUDGET, WORDS = 12, 14
-
-
-@functools.cache
-def built(name: str) -> tuple[Any, dict[str, Tensor]]:
-    """A small model with random weights, and two prompts: 36 placeholders, then words."""
-    torch.manual_seed(0)
-    model, one = ARCHITECTURES[name].build()
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.1)
-    inputs = {key: torch.cat([t, t]) for key, t in one.items()}
-    inputs["pixel_values"] = torch.randn_like(inputs["pixel_values"])
-    inputs["input_ids"][:, 36:] = torch.randint(0, 98, (2, WORDS))
-    return model.eval(), inputs
+BUDGET = 12
 
 
 @pytest.mark.parametrize("name", ["LLaVA", "PaliGemma"])

@@ -17,9 +17,9 @@ from pumer_compile import Engine
 from pumer_compile.bench.bench import BenchReport, Comparison, Measurement, alternate, bench
 from pumer_compile.errors import ExportError, UsageError
 from pumer_compile.files import sha256_file
-from tests.analysis.test_prompts import prompts, talker
 from tests.support.commands import artifact, done, feed, refused
 from tests.support.fake_tensorrt import engine_of, install
+from tests.support.talker import prompts, talker
 
 OPEN = ("--dynamic-batch",)
 

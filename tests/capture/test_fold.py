@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from pumer_compile.capture.capture import plain_graph_module
-from pumer_compile.capture.fold import fold
+from pumer_compile.capture.fold import fold, fold_written
 
 Tensors = dict[str, Tensor]
 
@@ -124,15 +124,15 @@ def read_between(a: Tensor, pixels: Tensor) -> Tensor:
     return pixels + before[0] + (a * 2)[0]
 
 
-def wrote_what_is_not_folded(a: Tensor, pixels: Tensor) -> Tensor:
-    """Nothing fixed is in this mask, so it stays in the graph, with what is written into it."""
+def wrote_constants(a: Tensor, pixels: Tensor) -> Tensor:
+    """Nothing fixed is in this mask; what is written into it is known."""
     mask = torch.zeros(4)
     mask[1:3] = 1
     mask[0].fill_(2)
     return pixels * mask[:, None] + a[0]
 
 
-@pytest.mark.parametrize("body", [wrote_before, read_before, read_between, wrote_what_is_not_folded])
+@pytest.mark.parametrize("body", [wrote_before, read_before, read_between, wrote_constants])
 def test_writes_in_their_order(body: Callable[[Tensor, Tensor], Tensor]) -> None:
     class Writes(nn.Module):
         def forward(self, grid: Tensor, pixels: Tensor) -> Tensor:
@@ -142,6 +142,25 @@ def test_writes_in_their_order(body: Callable[[Tensor, Tensor], Tensor]) -> None
     fold(module, {"grid": inputs(0)["grid"]}, [])
     for seed in (0, 1):
         assert torch.equal(module(**inputs(seed)), Writes()(**inputs(seed)))
+
+
+def test_constants_into_which_something_is_written() -> None:
+    class Blocks(nn.Module):
+        def forward(self, grid: Tensor, pixels: Tensor) -> Tensor:
+            hidden = torch.full((4, 4), -1.0)
+            hidden[:2, :2] = 0
+            hidden[2:, 2:].fill_(0)
+            open_ = torch.zeros(4, 2)
+            open_[0].copy_(pixels[0, 0])
+            return (hidden @ pixels) + torch.arange(4)[:, None] + open_
+
+    module = graph_of(Blocks(), inputs(0))
+    assert fold_written(module) == 1
+    names = operators(module)
+    assert "full" not in names and "arange" in names and "zeros" in names
+    for seed in (0, 1):
+        assert torch.equal(module(**inputs(seed)), Blocks()(**inputs(seed)))
+    assert fold_written(graph_of(Angles(), inputs(0))) == 0
 
 
 def test_random_numbers_stay_random() -> None:

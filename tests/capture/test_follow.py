@@ -91,7 +91,14 @@ def segments(self: Asks, ids: Tensor, grid: Tensor, pixels: Tensor) -> Tensor:
     return torch.stack([self.linear(pixels)[:, end - 1] for end in ends])
 
 
+def resized(self: Asks, ids: Tensor, grid: Tensor, pixels: Tensor) -> Tensor:
+    height, width = grid[0]
+    image = self.linear(pixels).view(len(pixels), height, width, 4).permute(0, 3, 1, 2)
+    return nn.functional.interpolate(image, size=(height * 2, width)).flatten(2)
+
+
 GEOMETRY = (
+    resized,
     rows_and_columns,
     first_of_them,
     as_an_index,
@@ -130,12 +137,27 @@ def written_at_places(self: Asks, ids: Tensor, grid: Tensor, pixels: Tensor) -> 
     return words
 
 
+def at_places_of_each(self: Asks, ids: Tensor, grid: Tensor, pixels: Tensor) -> Tensor:
+    places = torch.where(ids[0] == IMAGE)[0]
+    assert torch.argwhere(ids[0] == IMAGE).shape == (len(places), 1)
+    return self.table(ids)[:, places] + self.linear(pixels[:, : len(places)])
+
+
+def as_many_features(self: Asks, ids: Tensor, grid: Tensor, pixels: Tensor) -> Tensor:
+    """Asks for the size of what a mask chooses from features, as HunYuan-VL does."""
+    words, features = self.table(ids), self.linear(pixels[:, :2])
+    there = (ids == IMAGE).unsqueeze(-1).expand_as(words)
+    if words[there].numel() != features.numel():
+        raise ValueError("other placeholders")
+    return words.masked_scatter(there, features)
+
+
 def first_place(self: Asks, ids: Tensor, grid: Tensor, pixels: Tensor) -> Tensor:
     start = int((ids[0] == IMAGE).int().argmax()) if bool((ids == IMAGE).any()) else 0
     return self.table(ids[:, start:]) if start < 9 else pixels
 
 
-CONTENT = (at_places, by_mask, written_at_places)
+CONTENT = (at_places, by_mask, written_at_places, at_places_of_each, as_many_features)
 
 
 @pytest.mark.parametrize("body", CONTENT)

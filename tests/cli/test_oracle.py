@@ -16,10 +16,8 @@ from pumer_compile import Schedule, capture, reduce
 from tests.support.commands import done, feed, inner_manifest, onnx_outputs, tensorrt_refuses
 from tests.support.tiny import tiny_vilt
 from tests.support.vilt import Shares, reduced_vilt
+from tests.support.vilt_oracle import CASES, EXPECTED, ORACLE, given, write_schedule
 
-ORACLE = Path(__file__).parents[1] / "oracle" / "vilt-tiny"
-CASES = json.loads((ORACLE / "cases.json").read_text(encoding="utf-8"))
-EXPECTED = dict(np.load(ORACLE / "expected.npz"))
 # One case is compiled with an open batch size and the oldest opset; the other with a fixed one and the default, and it
 # is proved by the command, too.
 OPTIONS = {"vqa-258": ("--dynamic-batch", "--opset", "18", "--no-verify"), "unreduced": ("--no-verify",)}
@@ -48,23 +46,6 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
         return path
 
     return artifact
-
-
-def write_schedule(case: str, path: Path) -> Path:
-    spec = CASES[case]
-    merge = f"{{image: {spec['merge_image']}, text: {spec['merge_text']}}}"
-    path.write_text(
-        f"semantics: reference\nlayers: {spec['layers']}\nprune: {spec['prune']}\nmerge: {merge}\n", encoding="utf-8"
-    )
-    return path
-
-
-def given(padding: str) -> dict[str, np.ndarray]:
-    arrays = dict(np.load(ORACLE / "inputs.npz"))
-    arrays["pixel_values"] = arrays["pixel_values"].astype(np.float32)
-    if padding == "unpadded":
-        arrays["attention_mask"] = np.ones_like(arrays["attention_mask"])
-    return arrays
 
 
 def assert_logits(actual: np.ndarray, expected: np.ndarray) -> None:

@@ -15,9 +15,9 @@ import pumer_compile as pumer
 from pumer_compile.errors import ExportError
 from pumer_compile.exporters.chain import prepare
 from pumer_compile.exporters.onnx import OnnxOptions, build_onnx, save_onnx
-from tests import test_oracle_llava as llava
-from tests.analysis.test_prompts import IMAGE, Talker, prompts
+from tests.support import llava
 from tests.support.commands import onnx_outputs
+from tests.support.talker import IMAGE, Talker, prompts
 
 Tensors = dict[str, Tensor]
 Write = Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -21,16 +21,20 @@ from pumer_compile.errors import ExportError, ParityError, UsageError
 from pumer_compile.exporters import OpenVinoOptions
 from pumer_compile.files import sha256_file
 from pumer_compile.reduce import with_decisions
-from tests.cli.test_oracle import CASES, EXPECTED, ORACLE, given, write_schedule
 from tests.support.commands import TOKENS, done, feed, folder, refused, run, schedule
+from tests.support.conversions import openvino_converted_once
 from tests.support.models import Config, Fusion, highest, inputs_for, make, program
 from tests.support.models import schedule as budgets
+from tests.support.vilt_oracle import CASES, EXPECTED, ORACLE, given, write_schedule
 
 openvino = pytest.importorskip("openvino")
 pytest.importorskip("transformers.exporters.exporter_openvino")
 
 from pumer_compile.runtimes.openvino import OpenVinoSession  # noqa: E402
 
+__all__ = ["openvino_converted_once"]
+
+pytestmark = pytest.mark.usefixtures("openvino_converted_once")
 HALF = ("--dtype", "float16", "--with-decisions", "--no-verify")
 
 

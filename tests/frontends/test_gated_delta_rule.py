@@ -8,7 +8,7 @@ from torch import Tensor
 import pumer_compile as pumer
 from pumer_compile import Schedule
 from pumer_compile.frontends.gated_delta_rule import FUNCTION, gated_delta_rule
-from tests.architectures.test_fastv_families import BUDGET, by_hand
+from tests.support.fastv_families import BUDGET, by_hand
 from tests.support.prompt_families import Tensors, built
 
 WORDS = 50  # more than a chunk of 64 tokens before the reduction, fewer after it

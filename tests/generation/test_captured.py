@@ -14,8 +14,8 @@ from pumer_compile.errors import CaptureError, UsageError
 from pumer_compile.generation import reduced_forward, whole_forward
 from tests.support.prompt_families import placeholders
 from tests.support.prompt_oracle import by_hand
+from tests.support.speaking import TOKENS, longer, shortened, speaking_words, widen
 from tests.support.tiny import tiny_vilt
-from tests.test_generation import TOKENS, longer, shortened, speaking_words, widen
 
 SCHEDULE = {"method": "vispruner", "budget": 4, "positions": "original"}
 

@@ -15,7 +15,7 @@ from pumer_compile import Schedule
 from pumer_compile.errors import LocateError, PlanError, ScheduleError
 from pumer_compile.reducers import DartReducer, forced_decisions, reducers_of
 from pumer_compile.reducers.base import Decisions
-from tests import test_oracle_llava as llava
+from tests.support import llava
 from tests.support.commands import done, inner_manifest, onnx_outputs, refused
 from tests.support.prompt_families import captured, decoder_of
 from tests.support.published import Vectors, assert_last, kept_and_logits

@@ -18,13 +18,13 @@ from pumer_compile import Schedule
 from pumer_compile.errors import LocateError, PlanError, ScheduleError
 from pumer_compile.reducers import reducers_of
 from pumer_compile.reducers.last_query import LastQueryReducer
-from tests import test_oracle_llava as llava
-from tests.analysis.test_prompts import IMAGE, Block, Talker, Tensors, prompts
+from tests.support import llava
 from tests.support.commands import done, refused
 from tests.support.fastv import places_left, rows_of
 from tests.support.models import Config, program
 from tests.support.published import Vectors, assert_last, kept_and_logits
 from tests.support.stages import by_hand as staged
+from tests.support.talker import IMAGE, Block, Talker, Tensors, prompts
 
 PUBLISHED = Vectors("prompt-tiny", "fastv")
 

@@ -12,12 +12,13 @@ import pytest
 import torch
 
 import pumer_compile as pumer
-from pumer_compile import Schedule, generation
+from pumer_compile import Schedule
 from pumer_compile.errors import LocateError, PlanError, ScheduleError, UsageError
 from pumer_compile.generation import Generator, export_decode
+from pumer_compile.generation.decode import read_step
 from pumer_compile.reducers import NextQueryReducer, forced_decisions
 from pumer_compile.reducers.base import Decisions
-from tests import test_oracle_llava as llava
+from tests.support import llava
 from tests.support.commands import done, inner_manifest, onnx_outputs, refused
 from tests.support.prompt_families import captured
 from tests.support.published import Vectors, assert_last, kept_and_logits
@@ -84,8 +85,8 @@ def test_the_published_generation(case: str, decode: Path, tmp_path: Path, monke
     prefill = pumer.export(reduced, tmp_path / "prefill.onnx", verify=False).path
     wanted = PUBLISHED.wanted(case, "generated")
     np.testing.assert_array_equal(Generator(prefill, decode).generate(inputs, wanted.shape[1]).numpy(), wanted)
-    step = {**generation._described(decode), "positions_by_layer": False}
-    monkeypatch.setattr(generation, "_described", lambda path: step)
+    step = {**read_step(decode), "positions_by_layer": False}
+    monkeypatch.setattr("pumer_compile.generation.loop.read_step", lambda path: step)
     with pytest.raises(UsageError, match="each layer has its own"):
         Generator(prefill, decode)
 

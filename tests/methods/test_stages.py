@@ -18,6 +18,8 @@ from pumer_compile.capture.loading import load_model
 from pumer_compile.errors import ScheduleError
 from tests.support.commands import done, onnx_outputs
 from tests.support.fastv import by_hand_after
+from tests.support.stages import Staged
+from tests.support.stages import by_hand as inside_by_hand
 from tests.support.visual import logits_by_hand, select, visual_cues
 
 FOLDER = Path(__file__).parents[1] / "oracle" / "llava-tiny"
@@ -64,6 +66,56 @@ def test_a_tower_method_and_one_inside_the_language_model() -> None:
     assert [next(iter(site.after.values())) for site in (first, second)] == [48, 20]
     alone = [pumer.reduce(program(), Schedule(**keys)).plan.multiply_adds_after for keys in (TOWER, LAYERS)]
     assert reduced.plan.multiply_adds_after < min(alone)
+
+
+LATER = {
+    "pyramiddrop": [{"method": "pyramiddrop", "stages": {1: 0.5, 2: 0.25}}],
+    "pyramiddrop and fastv": [
+        {"method": "pyramiddrop", "stages": {1: 0.5}, "positions": "original"},
+        {"method": "fastv", "layer": 2, "budget": 12},
+    ],
+}
+
+
+@pytest.mark.parametrize("name", LATER)
+def test_stages_inside_the_language_model(name: str) -> None:
+    """Shares are of what the tower's method leaves; two stages at one layer, one before it and one in it."""
+    inputs, stages = tensors(), [TOWER, *LATER[name]]
+    features, votes = visual_cues(model(), inputs["pixel_values"])
+    kept, ids = select(features, votes, 48, 0.5), inputs["input_ids"]
+    short = {"input_ids": torch.cat([ids[:, : 5 + 48], ids[:, 5 + 144 :]], 1)}
+    found = pumer.reduce(program(), Schedule(stages=stages))
+    assert [site.after["prompt_image"] for site in found.plan.sites[1:]] == [24, 12]
+
+    class Both(Staged):
+        """The second of two stages decides by its own attention."""
+
+        def _choose(self, states: Tensor, budget: int) -> Tensor:
+            chosen = super()._choose(states, budget)
+            self.rule = "own" if "fastv" in name else "next"
+            return chosen
+
+    wanted, _ = inside_by_hand(
+        model(),
+        short,
+        {1: 24, 2: 12},
+        "next",
+        compact=name == "pyramiddrop",
+        placeholder=int(model().config.image_token_id),
+        kind=Both,
+        call=lambda: logits_by_hand(model(), inputs, kept, features),
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(found.module(**inputs)["logits"], wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_two_stages_at_one_place() -> None:
+    stages = [
+        {"method": "dart", "layer": 1, "budget": 50},
+        {"method": "pyramiddrop", "stages": {1: 0.2}, "positions": "original"},
+    ]
+    with pytest.raises(ScheduleError, match="out of order: `method: pyramiddrop` reduces after"):
+        pumer.reduce(program(), Schedule(stages=stages))
 
 
 def test_through_the_command_line(tmp_path: Path) -> None:

@@ -23,9 +23,10 @@ from pumer_compile.reducers import noted_decisions
 from pumer_compile.reducers.base import Decisions, Forcing
 from pumer_compile.reducers.visionzip import VisionZipReducer
 from tests.support.commands import done, inner_manifest, onnx_outputs, refused, tensorrt_refuses
+from tests.support.crops import TOKENS, crops_inputs, crops_model, packing, run_by_hand
 from tests.support.prompt_families import captured, placeholders
 from tests.support.visual import logits_by_hand
-from tests.support.zipped import cues, tokens_of, zipped, zipped_logits
+from tests.support.zipped import crops_by_hand, cues, tokens_of, zipped, zipped_logits
 
 FOLDER = Path(__file__).parent.parent / "oracle" / "prompt-tiny"
 CASES: dict[str, dict[str, Any]] = {
@@ -141,6 +142,30 @@ def test_through_the_command_line(tmp_path: Path) -> None:
 
 
 # --- other families ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["LLaVA-NeXT", "LLaVA-OneVision"])
+def test_crops_of_an_image(name: str) -> None:
+    """With a class token for each crop, and without; crops that are shown in part, and lie side by side."""
+    family, size = crops_model(name), (90, 120)
+    own = crops_inputs(family, size)
+    captured_once = pumer.capture(family, own, outputs=["logits"])
+    order = [number for number in packing(family, size) if number >= 0]
+    for semantics in ("reference", "stable"):
+        reduced = reduce_graph(
+            captured_once, Schedule(method="visionzip", dominant=6, contextual=3, semantics=semantics)
+        )
+        for seed in (0, 1):
+            own = crops_inputs(family, size, seed=seed)
+            tokens = crops_by_hand(family, own["pixel_values"][0], order, TOKENS, 6, 3, semantics)
+            with torch.no_grad():
+                words, image = (
+                    family.get_input_embeddings()(own["input_ids"]),
+                    family.model.multi_modal_projector(tokens),
+                )
+            behind = 3 + len(packing(family, size))
+            wanted = run_by_hand(family, torch.cat([words[:, :3], image.unsqueeze(0), words[:, behind:]], 1))
+            torch.testing.assert_close(run(reduced, own)[0], wanted, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen2_5_vl_video", "internvl", "mistral3", "gemma3"])

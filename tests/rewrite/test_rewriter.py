@@ -12,12 +12,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from pumer_compile import capture
+from pumer_compile.analysis.annotate import Annotation
 from pumer_compile.analysis.attention import locate
 from pumer_compile.errors import AxisError, PumerError
 from pumer_compile.reduce import reduce_graph
+from pumer_compile.rewrite.rewriter import Rewriter
 from tests.support.helpers import count_op
 from tests.support.models import Config, Fusion, Head, inputs_for, make, program, reduced, schedule
 from tests.support.walks import BASE, IMAGE, SITES, TEXT, TEXT_AFTER, compared, walk
@@ -334,3 +336,14 @@ def test_parameters_are_shared_and_keep_their_names() -> None:
     for name, parameter in captured.named_parameters():
         assert own[name] is parameter
     assert set(module.state_dict()) == set(captured.state_dict())
+
+
+def test_a_name_for_each_of_two_towers() -> None:
+    """Layers of two kinds of towers have the same numbers; what is inserted for them has names of its own."""
+    rewriter = Rewriter(fx.GraphModule({}, fx.Graph()), Annotation(), {})
+    names = []
+    for inside in (".real", "", ".real"):
+        name = rewriter.free_name("reducer.vision_1.attention_0")
+        rewriter.call_module(f"{name}{inside}", nn.Identity())
+        names.append(name)
+    assert names == [f"reducer.vision_1.attention_0{number}" for number in ("", "_2", "_3")]

@@ -25,9 +25,6 @@ from pumer_compile.passes.manager import State
 from pumer_compile.reduce import with_decisions
 from pumer_compile.reducers import ApplyMap
 from pumer_compile.rewrite import sink_projections
-from tests.methods.test_tome import Images
-from tests.methods.test_tome import given as of_tower
-from tests.rewrite.test_two_images import OwnPlaces, TextOnce, two_images
 from tests.support.compiling import compiled
 from tests.support.fx_text import fx_text
 from tests.support.helpers import count_op
@@ -36,6 +33,9 @@ from tests.support.models import Config, Fusion, Layer, describe, highest, input
 from tests.support.models import program as fusion
 from tests.support.pairs import CoAttention, PairConfig
 from tests.support.tiny import image_inputs, text_inputs, tiny_vilt
+from tests.support.towers import Images
+from tests.support.towers import given as of_tower
+from tests.support.two_images import OwnPlaces, TextOnce, two_images
 
 aten = torch.ops.aten
 SEMANTICS = ("reference", "paper", "safe")

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pumer_compile import Program, Schedule, capture, reduce
 from pumer_compile.analysis.annotate import annotate
@@ -18,64 +17,10 @@ from pumer_compile.passes.count import tokens_after_layers
 from tests.support.helpers import combine, reduce_image, reduce_text
 from tests.support.models import Config, Fusion, Layer, attend, inputs_for, make, passed, reduced, schedule
 from tests.support.pairs import CoAttention, Oracle, PairConfig
+from tests.support.two_images import Inputs, OwnPlaces, TextOnce, TwoPasses, one_image, two_images
 
 SEMANTICS = ("reference", "paper", "safe")
 ONE = (0.2, 0.3, 0.25)
-Inputs = Mapping[str, Tensor]
-
-
-class TwoPasses(Fusion):
-    """Everything once for each image, the words' embedding too, like ViLT. `pixel_values` is `[B, 2, 3, H, W]`."""
-
-    def forward(self, input_ids: Tensor, pixel_values: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        images = pixel_values.unbind(1)
-        return torch.cat([super(TwoPasses, self).forward(input_ids, image, attention_mask) for image in images], -1)
-
-
-class OwnPlaces(TwoPasses):
-    """Image positions are looked up by number, so that nothing proves the tokens of two images the same."""
-
-    def __init__(self, config: Config) -> None:
-        super().__init__(config)
-        self.places = nn.Embedding(config.image, config.width)
-
-    def embed(self, input_ids: Tensor, pixel_values: Tensor) -> Tensor:
-        return torch.cat([self.text(input_ids), self.image(pixel_values)], 1)
-
-    def text(self, input_ids: Tensor) -> Tensor:
-        return self.words(input_ids) + self.positions(torch.arange(input_ids.shape[1]))
-
-    def image(self, pixel_values: Tensor) -> Tensor:
-        image = self.patches(pixel_values).flatten(2).transpose(1, 2)
-        if self.config.cls:
-            image = torch.cat([self.cls.expand(image.shape[0], -1, -1), image], 1)
-        return image + self.places(torch.arange(image.shape[1]))
-
-
-class TextOnce(OwnPlaces):
-    """The words are embedded once and put beside each image in turn."""
-
-    def forward(self, input_ids: Tensor, pixel_values: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        text, outputs = None, []
-        for image in pixel_values.unbind(1):
-            x = self.embed(input_ids, image)
-            text = x[:, : input_ids.shape[1]] if text is None else text
-            x = torch.cat([text, x[:, input_ids.shape[1] :]], 1)
-            mask = None if attention_mask is None else self.mask(x, attention_mask, None)
-            for layer in self.layers:
-                x = layer(x, mask)
-            outputs.append(self.finish(x, input_ids.shape[1]))
-        return torch.cat(outputs, -1)
-
-
-def two_images(config: Config, seed: int = 1) -> dict[str, Tensor]:
-    inputs = inputs_for(config, seed)
-    other = inputs_for(config, seed + 100)["pixel_values"]
-    return {**inputs, "pixel_values": torch.stack([inputs["pixel_values"], other], 1)}
-
-
-def one_image(inputs: Inputs, index: int) -> dict[str, Tensor]:
-    return {**inputs, "pixel_values": inputs["pixel_values"][:, index]}
 
 
 @functools.cache
@@ -400,14 +345,14 @@ def three_streams(layer: Layer, x: Tensor, semantics: str) -> Tensor:
     ones, words = [1.0] * len(x), slice(24, 31)
     normed = layer.norm1(x)
     output, seen, keys = attend(layer.attention, normed, normed, ones, ones, semantics, "none")
-    kind = "dot" if semantics == "paper" else "cosine"
+    kind, safe = "dot" if semantics == "paper" else "cosine", semantics == "safe"
 
     def image(start: int) -> list[list[int]]:
         part = slice(start, start + 24)
-        groups = reduce_image(seen[:, words, part], keys[:, part], 20, 5, similarity=kind)
+        groups = reduce_image(seen[:, words, part], keys[:, part], 20, 5, similarity=kind, in_order=safe)
         return [[start + i for i in group] for group in groups]
 
-    text = [[24 + i for i in group] for group in reduce_text(keys[:, words], 2, similarity=kind)]
+    text = [[24 + i for i in group] for group in reduce_text(keys[:, words], 2, similarity=kind, in_order=safe)]
     x = combine(x + output, image(0) + text + image(31)).float()
     return x + layer.mlp(layer.norm2(x))
 

@@ -32,6 +32,7 @@ _LANGUAGE = {
     # With the usual small weights every next token would be the same.
     "initializer_range": 0.3,
 }
+MODELS = ["LLaVA-NeXT", "LLaVA-OneVision"]
 PINPOINTS = [[SIDE, 2 * SIDE], [2 * SIDE, SIDE], [2 * SIDE, 2 * SIDE]]
 
 

@@ -455,6 +455,17 @@ def mistral3() -> Built:
     )
 
 
+@_family
+def lighton_ocr() -> Built:
+    """Its tower attends within each picture, by a mask that is written block by block."""
+    vision = {**_PICTURE, "head_dim": 8, "model_type": "pixtral"}
+    text = {"model_type": "qwen3", **_TEXT, "head_dim": 8}
+    config = hf.LightOnOcrConfig(vision_config=vision, text_config=text, image_token_id=IMAGE)
+    return hf.LightOnOcrForConditionalGeneration(config), _pictures(
+        [3, _NINE, 4], 1, 3, 48, 48, batch=1, image_sizes=torch.tensor([[48, 48]])
+    )
+
+
 # --- more of patches in one matrix ------------------------------------------------------------------------------------
 
 

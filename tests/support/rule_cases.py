@@ -41,7 +41,7 @@ class Builder:
     def seeded(self, spec: str, index: int) -> fx.Node:
         """A placeholder, and for each of its token dimensions a seeded one that it is multiplied with."""
         words = spec.split()
-        dtype = DTYPES.get(words[0], torch.float32)
+        dtype = DTYPES.get("".join(words[:1]), torch.float32)
         parts = [w.split(":") for w in words if w not in DTYPES]
         sizes = [int(p[-1]) for p in parts]
         value = torch.zeros(sizes, dtype=dtype) if dtype != torch.float32 else torch.randn(sizes)
@@ -639,6 +639,34 @@ CASES: dict[str, tuple[Any, list[str], Callable[..., tuple], list[str], set[str]
         aten.index_put.default,
         [X, "int 3", "3 7 8"],
         lambda x, i, v: (x, [i], v),
+        ["2 7 8"],
+        {"ByPosition"},
+    ),
+    "index_put of one row where a mask is true": (
+        aten.index_put.default,
+        [X, "bool 2 7", "8"],
+        lambda x, m, v: (x, [m], v),
+        [f"2 {T} 8"],
+        set(),
+    ),
+    "index_put of a row for each that a mask chooses": (
+        aten.index_put.default,
+        [X, "bool 2 7", "0 8"],
+        lambda x, m, v: (x, [m], v),
+        ["2 7 8"],
+        {"ByPosition"},
+    ),
+    "index_put of a number over features": (
+        aten.index_put.default,
+        [X, "int 3", ""],
+        lambda x, i, v: (x, [None, None, i], v),
+        [f"2 {T} 8"],
+        set(),
+    ),
+    "index_put of a number over tokens": (
+        aten.index_put.default,
+        [X, "int 3", ""],
+        lambda x, i, v: (x, [None, i], v),
         ["2 7 8"],
         {"ByPosition"},
     ),

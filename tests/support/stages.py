@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from tests.architectures.test_fastv_families import images_of
+from tests.support.fastv_families import images_of
 from tests.support.prompt_families import Tensors, decoder_of, layers_of
 from tests.support.prompt_oracle import eagerly, scores
 
@@ -126,12 +126,14 @@ def by_hand(
     compact: bool = False,
     placeholder: int = 0,
     kind: type[Staged] = Staged,
+    call: Callable[[], Tensor] | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """Scores of every token that is left, and the places in the prompt that are left after each stage.
 
     Args:
         placeholder: of the image tokens; those of `prompt_families` by default.
         kind: how tokens are chosen.
+        call: runs the language model on a prompt, whose ids are those of `inputs`; None for the model on its inputs.
     """
     ids = inputs["input_ids"]
     images = [(ids[0] == placeholder).nonzero().flatten().tolist()] if placeholder else images_of(ids[0])
@@ -143,7 +145,7 @@ def by_hand(
     try:
         with eagerly(model), torch.no_grad():
             handles = staged.hooks()
-            return scores(model(**inputs)), staged.kept
+            return (call() if call else scores(model(**inputs))), staged.kept
     finally:
         vars(decoder).pop("_deepstack_process", None)
         for handle in handles:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tests.support.prompt_families import decoder_of
 from tests.support.prompt_oracle import Sight, kept_places, logits, look
+from tests.support.visual import visual_cues
 
 
 @dataclass
@@ -112,6 +113,39 @@ def tokens_of(own: Cues, row: int, dominant: int, contextual: int, order: str) -
     made = {i: features[i] for i in found.dominant} | {t: found.merged(features, t, order) for t in found.targets}
     places = [*found.dominant, *found.targets] if order == "reference" else sorted(made)
     return torch.cat([own.class_feature[row], *(made[i].unsqueeze(0) for i in places)]), [0, *places]
+
+
+def crops_by_hand(
+    model: Any, pixels: Tensor, order: list[int], crop_tokens: int, dominant: int, contextual: int, semantics: str
+) -> Tensor:
+    """The tokens of one image of several crops, before the projector, `[after, width]`.
+
+    Args:
+        order: of each place of the image in the prompt its token, `crop * crop_tokens + token`, without newlines.
+        dominant: with the class token, where the tower has one.
+    """
+    clip = model.config.vision_config.model_type == "clip_vision_model"
+    tower = model.model.vision_tower
+    with torch.no_grad(), noted_keys(tower) as noted:
+        features, votes = visual_cues(model, pixels)
+        states = tower(pixel_values=pixels, output_hidden_states=True).hidden_states[-2] if clip else None
+    layer = (model.config.vision_feature_layer if clip else -1) + len(noted)
+    keys = [*noted.values()][layer][0].mean(1)[:, int(clip) :]
+    made: list[tuple[tuple[float, ...], Tensor]] = []
+    for number, crop in enumerate(dict.fromkeys(i // crop_tokens for i in order)):
+        shown = sorted(i % crop_tokens for i in order if i // crop_tokens == crop)
+        own = features[crop, shown]
+        found = zipped(votes[crop, shown], keys[crop, shown], dominant - clip, contextual, semantics)
+        places = [order.index(crop * crop_tokens + i) for i in shown]
+        tokens = [(0, i, own[i]) for i in found.dominant]
+        tokens += [(1, t, found.merged(own, t, semantics)) for t in found.targets]
+        if semantics == "reference":
+            made += [((number, 1 + late, places[i]), token) for late, i, token in tokens]
+        else:
+            made += [((places[i],), token) for _, i, token in tokens]
+        if states is not None:
+            made.append(((number, 0, 0) if semantics == "reference" else (min(places) - 0.5,), states[crop, 0]))
+    return torch.stack([token for _, token in sorted(made, key=lambda pair: pair[0])])
 
 
 # --- rows of any family -----------------------------------------------------------------------------------------------

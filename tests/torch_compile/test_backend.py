@@ -32,7 +32,7 @@ from pumer_compile.reduce import reduce_graph
 from pumer_compile.schedule import PRESETS
 from pumer_compile.torch_compile import backend as backend_module
 from pumer_compile.torch_compile.backend import Options, default_schedule
-from tests import test_oracle_vilt as oracle
+from tests.support import vilt_tiny as oracle
 from tests.support.compiling import (
     FEW,
     PLAIN,

@@ -27,11 +27,10 @@ from pumer_compile import Schedule
 from pumer_compile.errors import AxisError, LocateError, UsageError
 from pumer_compile.generation import Generator, export_decode, whole_forward
 from pumer_compile.generation.forward import UNCHECKED
-from tests import test_oracle_llava as oracle
-from tests.architectures.test_crops import BLOCKS, images
-from tests.architectures.test_crops import by_hand as images_by_hand
-from tests.architectures.test_prompts import built
+from tests.support import llava as oracle
 from tests.support.crops import crops_inputs, crops_model
+from tests.support.prompt_models import BLOCKS, built, images
+from tests.support.prompt_models import by_hand as images_by_hand
 from tests.support.tiny import tiny_vilt
 from tests.support.visual import logits_by_hand, select, visual_cues
 

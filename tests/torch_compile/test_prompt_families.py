@@ -10,7 +10,7 @@ import torch
 from pumer_compile.generation import whole_forward
 from tests.support.prompt_families import built, placeholders
 from tests.support.prompt_oracle import by_hand
-from tests.test_generation import TOKENS, longer, shortened, speaking_words
+from tests.support.speaking import TOKENS, longer, shortened, speaking_words
 
 
 @pytest.mark.parametrize("name", ["internvl", "aya_vision"])
