@@ -18,7 +18,7 @@ import torch
 from torch import SymInt, Tensor, fx, nn
 from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import TracingContext, detect_fake_mode, tracing
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.amp import autocast_mode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -207,17 +207,9 @@ class DynamoGraph:
             with self.mode, enable_python_dispatcher(), fx.traceback.preserve_node_meta():
                 return make_fx(run, pre_dispatch=True)(*values)
         except Exception as error:
-            remedy = (
-                "Compile the model without gradient checkpointing and other wrappers of its layers, or a smaller part"
-            )
-            if isinstance(error, DynamicOutputShapeException | DataDependentOutputException):
-                remedy = (
-                    "The model asks its inputs for numbers, which Dynamo does not know: generate over "
-                    "`pumer_compile.generation.reduced_forward`, which takes them from each form of prompt, or compile "
-                    "a smaller part"
-                )
             raise CaptureError(
-                f"Dynamo's graph could not be traced to ATen operators: {first_line(error)}. {remedy} of it."
+                f"Dynamo's graph could not be traced to ATen operators: {first_line(error)}. Compile the model without "
+                "gradient checkpointing and other wrappers of its layers, or a smaller part of it."
             ) from error
 
     def _fake(self, argument: Argument, *, padded: bool) -> Tensor:
