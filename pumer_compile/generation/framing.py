@@ -26,8 +26,8 @@ from ..schedule import Schedule
 IDS, MASK, POSITIONS = "input_ids", "attention_mask", "position_ids"
 # Inputs with an entry for every token of a prompt, `[batch, tokens, ...]`.
 BY_TOKEN = (IDS, MASK, "token_type_ids", "mm_token_type_ids", POSITIONS, "cross_attention_mask")
-# What reducers read (`Signal`) that holds nothing of padding: it is of the image alone, the mask is applied to it, or it
-# is an input of its own.
+# What reducers read (`Signal`) that holds nothing of padding: it is of the image alone, the mask is applied to it, or
+# it is an input of its own.
 _WITHOUT_PADDING = {
     *("class_token", "class_feature", "tower_keys", "tower_features", "keys", "weights", "normed"),
     *("text_embedding", "text_embeds", "question_ids"),
