@@ -95,10 +95,9 @@ class CDPruner(ImageBudget):
         self._check_rank(int(shape(mark.node)[2]))
         found = super().reducer(site, stream)
         folder = self.text_tower or self.clip
-        if folder is None or mark.tower is None:
+        if folder is None:
             return found
-        width, inside = int(shape(mark.tower.features)[2]), self.text_tower is not None
-        clip = clip_relevance(Path(folder), mark.node.graph, width, with_text=inside)
+        clip = clip_relevance(Path(folder), mark, with_text=self.text_tower is not None)
         return ClipReducer(stream.crops, self.budget, self.relevance_weight, clip, order=self.semantics)
 
     def _check_rank(self, width: int) -> None:

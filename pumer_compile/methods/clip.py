@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from ..errors import LocateError, UsageError
 
 if TYPE_CHECKING:
-    from torch import Tensor, fx
+    from torch import Tensor
 
+    from ..analysis.prompts import Mark
     from ..reducers.clip import ClipRelevance, ClipText
 
 PROJECTION = "visual_projection.weight"
@@ -42,31 +43,36 @@ def clip_config(folder: Path) -> dict[str, Any]:
     return {**known, **more, **text}
 
 
-def clip_relevance(folder: Path, graph: fx.Graph, width: int, *, with_text: bool) -> ClipRelevance:
+def clip_relevance(folder: Path, mark: Mark, *, with_text: bool) -> ClipRelevance:
     """The part of CLIP that compares image tokens with a text.
 
     Args:
         folder: of the checkpoint.
-        graph: of the model, which has the layer norm behind its vision tower where the checkpoint has none.
-        width: of what leaves the vision tower.
+        mark: rows of a prompt. The model has the layer norm behind its vision tower where the checkpoint has none.
         with_text: with the text tower.
 
     Raises:
         UsageError: weights are missing, or of another width than the vision tower.
-        LocateError: neither has the layer norm.
+        LocateError: neither has the layer norm; or the rows are not one token of a tower each.
     """
     from torch import nn
 
+    from ..analysis.rules import shape
     from ..reducers.clip import ClipRelevance
 
-    weights = _weights(folder)
+    if mark.tower is None:
+        raise LocateError(
+            "`variant: paper` compares the question with what image tokens are when they leave a CLIP vision tower, "
+            "and the rows of this prompt are not one of its tokens each. `variant: openvino` compares the rows."
+        )
+    width, weights = int(shape(mark.tower.features)[2]), _weights(folder)
     projection = _one(weights, folder, PROJECTION)
     if projection.shape[1] != width:
         raise UsageError(
             f"{PROJECTION} of {folder} takes features of width {projection.shape[1]}, and the vision tower gives "
             f"{width}. Give the CLIP checkpoint that this vision tower is from."
         )
-    module: Any = graph.owning_module
+    module: Any = mark.node.graph.owning_module
     own = {name: value.detach() for name, value in module.named_parameters()}
     norms = {}
     for part in ("weight", "bias"):

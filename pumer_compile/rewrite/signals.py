@@ -390,14 +390,11 @@ def _text_embedding(place: Place, stream: str) -> fx.Node:
             "`method: divprune` reads no text."
         )
     if "text_embedding" not in place.read:
-        batch, length = (Dim(words.node, i) for i in (0, 1))
-        same = place.graph.annotation.same
-        # Whatever says of every token of the prompt whether it is padding.
+        # Whatever says of every id of the prompt whether it is padding; as made-up samples find it.
         masks = [
             node
             for node in words.node.graph.find_nodes(op="placeholder")
-            if str(node.target).endswith("mask") and len(shape(node)) == 2
-            if same(Dim(node, 0), batch) and same(Dim(node, 1), length)
+            if str(node.target).endswith("mask") and shape(node) == shape(words.node)[:2]
         ]
         given = [rewriter.env[words.node], *(rewriter.env[mask] for mask in masks[:1])]
         name = f"reducer.{place.site.name}.text"
@@ -409,9 +406,8 @@ def _tower_features(place: Place, stream: str) -> fx.Node:
     tower = None if place.mark is None else place.mark.tower
     if tower is None:
         raise LocateError(
-            "The method compares a text with what image tokens are when they leave a vision tower, and the rows of "
-            "this prompt are not one of its tokens each. `variant: openvino` compares the rows themselves with the "
-            "prompt's words."
+            "The method reads what image tokens are when they leave a vision tower, and the rows of this prompt are "
+            "not one of its tokens each."
         )
     name = f"reducer.{place.site.name}.tower.{stream}"
     return place.rewriter.call_module(name, RowsOfTower(tower.order, tower.count), place.rewriter.env[tower.features])
