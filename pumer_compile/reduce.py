@@ -15,6 +15,7 @@ from .analysis.nodes import copied
 from .analysis.outputs import output_nodes, set_outputs
 from .capture.added import with_added_inputs
 from .capture.capture import Program
+from .methods.lossless import Lossless
 from .passes.manager import History, State, run_passes
 from .passes.pipeline import COUNT, passes_of
 from .plan import Plan
@@ -34,7 +35,7 @@ class Reduced:
         plan: token counts and multiply-adds.
         program: what was reduced.
         schedule: by what.
-        history: what each pass did.
+        history: what each pass did, from the capture on.
     """
 
     module: fx.GraphModule
@@ -63,9 +64,16 @@ def reduce(program: Program, schedule: Schedule | str | os.PathLike[str], *, dum
     schedule = schedule_for(program.model, schedule)
     program = with_added_inputs(program, schedule.adds)
     state = State(program.module, schedule, dict(program.inputs), dict(program.streams))
-    history = run_passes(state, passes_of(schedule) + COUNT, dump=dump_graph)
+    history = run_passes(state, passes_of(schedule) + COUNT, dump=dump_graph, earlier=program.history)
     state.reduced.train(program.module.training)
     return Reduced(state.reduced, state.plan, program, schedule, history)
+
+
+def dump_captured(program: Program, folder: Path | None) -> History:
+    """What passes did at capture (`--no-padding`), and the graph after the last of them in a folder, as `reduce` writes
+    it; nothing is written where none ran."""
+    state = State(program.module, Lossless(), dict(program.inputs), dict(program.streams))
+    return run_passes(state, (), dump=folder, earlier=program.history)
 
 
 def schedule_for(model: nn.Module | None, schedule: Schedule | str | os.PathLike[str] | Mapping[str, Any]) -> Schedule:

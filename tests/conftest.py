@@ -21,6 +21,7 @@ faster.collect_garbage_seldom()
 faster.share_provenance()
 faster.name_frames_once()
 faster.convert_faster()
+faster.trace_nothing()
 # Small models: a second thread costs more than it gives.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start

@@ -4,6 +4,7 @@ fit a screen."""
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -146,3 +147,30 @@ def test_no_test_imports_another() -> None:
                 names = [f"{node.module}.{alias.name}" for alias in node.names]
                 found += [f"{file.name}: {name}" for name in names if ".test_" in name]
     assert found == []
+
+
+METHOD_FILES, REDUCER_FILES, ROOT_FILES = 120, 150, 10
+# The shelf of issue 18; PuMer's and VisPruner's own files are older and longer, and what several share is no method.
+SHELF = (
+    "cdpruner dart divprune downsample evs fastervlm fastv holov pyramiddrop random uniform vidcom2 visionzip".split()
+)
+
+
+def test_nobody_outside_methods_compares_a_name() -> None:
+    """Facts are asked: a new method touches its own file alone."""
+    compared = re.compile(r"method (==|!=|in)|semantics (==|!=|in)")
+    for file in sorted(PACKAGE.rglob("*.py")):
+        if file.relative_to(PACKAGE).parts[0] != "methods":
+            assert not compared.search(file.read_text(encoding="utf-8")), file
+
+
+@pytest.mark.parametrize("name", SHELF)
+def test_a_method_is_one_short_file(name: str) -> None:
+    for folder, most in (("methods", METHOD_FILES), ("reducers", REDUCER_FILES)):
+        file = PACKAGE / folder / f"{name}.py"
+        assert not file.exists() or len(file.read_text(encoding="utf-8").splitlines()) <= most, file
+    assert (PACKAGE / "methods" / f"{name}.py").exists()
+
+
+def test_few_files_at_the_root() -> None:
+    assert len(list(PACKAGE.glob("*.py"))) <= ROOT_FILES

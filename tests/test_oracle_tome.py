@@ -135,13 +135,13 @@ def test_what_a_share_comes_to() -> None:
 @pytest.mark.parametrize(
     ("keys", "says"),
     [
-        ({"semantics": "safe"}, "semantics"),
+        ({"semantics": "stable"}, "semantics"),
         ({"semantics": "paper"}, "semantics"),
         ({"sites": [{"at": "vision.1", "prune": 3, "merge": {"image": 4}}]}, "prune"),
         ({"sites": None, "layers": [0], "prune": 0.1}, "prune"),
     ],
 )
-def test_tome_neither_prunes_nor_has_semantics(keys: dict[str, Any], says: str) -> None:
+def test_tome_neither_prunes_nor_has_other_semantics(keys: dict[str, Any], says: str) -> None:
     with pytest.raises(ScheduleError) as caught:
         Schedule(**{"method": "tome", "sites": [{"at": "vision.1", "merge": {"image": 4}}], **keys})
     assert "tome" in str(caught.value)

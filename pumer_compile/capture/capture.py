@@ -38,7 +38,10 @@ from ..errors import CaptureError, PumerError, UsageError
 from ..frontends import gated_delta_rule
 from ..frontends.rope_index import open_padding
 from ..guards import Guard
-from ..passes.fold_masks import fold_masks, masks_of
+from ..methods.lossless import Lossless
+from ..passes.fold_masks import FoldedMasks
+from ..passes.manager import History, State, run_passes
+from ..passes.pipeline import UNPADDED
 from .asked import guards_of
 from .blocks import inline_blocks
 from .fold import fold, fold_written
@@ -73,7 +76,7 @@ class Program:
     as well, and the value that, everywhere in them, is as good as leaving them out (token types of zeros). `guards` are
     what must be true of other inputs, where the trace followed the sample (`follow.py`); `counted` are masks over which
     positions were counted there (M-RoPE): padding takes none. `added` are inputs that the model does not take, and a
-    method reads (`added.py`).
+    method reads (`added.py`). `history` is what passes did at capture (`fold_masks`).
     """
 
     module: fx.GraphModule
@@ -89,6 +92,7 @@ class Program:
     guards: tuple[Guard, ...] = ()
     counted: tuple[str, ...] = ()
     added: Mapping[str, AddedInput] = field(default_factory=dict)
+    history: History = field(default_factory=History)
 
 
 def capture(
@@ -148,9 +152,10 @@ def _apart(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _without_padding(program: Program) -> Program:
-    masks = masks_of(program.inputs)
-    fold_masks(program.module, masks, program.inputs)
-    return replace(program, fixed=(*program.fixed, *masks), unpadded=tuple(masks))
+    state = State(program.module, Lossless(), dict(program.inputs), dict(program.streams))
+    history = run_passes(state, UNPADDED)
+    masks = state.get(FoldedMasks).names
+    return replace(program, module=state.captured, fixed=(*program.fixed, *masks), unpadded=masks, history=history)
 
 
 # transformers' exporter looks at these before it traces; on the meta device there is nothing to see.

@@ -565,14 +565,16 @@ def _image_prompt(
 
 
 def _reduced(program: Any, schedule: Any, dump_graph: Path | None) -> Any:
-    if schedule is None:
-        return program
-    from ..reduce import reduce
+    from ..reduce import dump_captured, reduce
 
-    with _stage("reducing"):
-        reduced = reduce(program, schedule, dump_graph=dump_graph)
-    if log.isEnabledFor(logging.INFO):
-        status.print(str(reduced.history), markup=False, highlight=False)
+    if schedule is None:
+        reduced, history = program, dump_captured(program, dump_graph)
+    else:
+        with _stage("reducing"):
+            reduced = reduce(program, schedule, dump_graph=dump_graph)
+        history = reduced.history
+    if history.records and log.isEnabledFor(logging.INFO):
+        status.print(str(history), markup=False, highlight=False)
     return reduced
 
 

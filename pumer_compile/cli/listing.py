@@ -23,8 +23,8 @@ def print_list(what: str) -> None:
 def _methods() -> None:
     table = make_table("Methods: `method:` of a schedule", ["method", "what it does", "when to use it"], [])
     table.columns[0].no_wrap = True
-    for name, method in METHODS.items():
-        table.add_row(name, method.about.does, method.about.use)
+    for name, found in METHODS.items():
+        table.add_row(name, found.about.does, found.about.use)
     console.print(table)
     say("What each reads, its keys, papers and licences: docs/methods.md.")
 

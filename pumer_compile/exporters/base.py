@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar, get_args
 
@@ -66,10 +66,12 @@ class Options:
     Attributes:
         dtype: of weights and activations; reducers decide in float32 in any case.
         profiles: batch sizes that an artifact with an open batch is built for and proved at.
+
+    A field is a flag of the command line, whose name is the field's unless its metadata says another (`flag`).
     """
 
     dtype: Precision = "float32"
-    profiles: tuple[Profile, ...] = ()
+    profiles: tuple[Profile, ...] = field(default=(), metadata={"flag": "--profile"})
 
     def __post_init__(self) -> None:
         if self.dtype not in get_args(Precision):

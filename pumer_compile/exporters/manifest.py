@@ -40,6 +40,7 @@ def make_manifest(
         "format": FORMAT,
         "schedule": schedule.model_dump(mode="json", exclude_none=True) if schedule else None,
         "schedule_sha256": schedule.sha256 if schedule else None,
+        "schedule_revision": schedule.revision if schedule else None,
         "tokens": plan.tokens() if plan else None,
         "plan": plan.to_dict() if plan else None,
         "checkpoint_sha256": program.checkpoint_sha256,

@@ -205,8 +205,21 @@ def exporter_options(path: Path, **options: Any) -> Options:
     known = {field.name for field in fields(writer.options_class)}
     unknown = [name for name in given if name not in known]
     if unknown:
-        raise UsageError(f"--{unknown[0].replace('_', '-')} does not apply to {path.suffix} ({path}).")
+        flag, takers = _flag(unknown[0])
+        raise UsageError(f"{flag} does not apply to {path.suffix} ({path}): it is for {takers}. Leave it out.")
     return writer.options_class(**given)
+
+
+def _flag(name: str) -> tuple[str, str]:
+    """An option as the command line has it, and the suffixes of the formats that take it."""
+    flag = f"--{name.replace('_', '-')}"
+    takers: list[str] = []
+    for known in FORMATS:
+        for option in fields(known.load_writer().options_class):
+            if option.name == name:
+                flag = option.metadata.get("flag", flag)
+                takers += known.suffixes
+    return flag, " and ".join(takers) or "no format"
 
 
 def check_exporter(path: Path, options: Options, *, dynamic_batch: bool, verify: bool) -> None:

@@ -53,7 +53,7 @@ class EngineOptions(Options):
     """
 
     builder: str | None = None
-    compute_capabilities: tuple[str, ...] = ()
+    compute_capabilities: tuple[str, ...] = field(default=(), metadata={"flag": "--compute-capability"})
     timing_cache: Path | None = None
     optimization_level: int | None = None
     workspace: int | None = None

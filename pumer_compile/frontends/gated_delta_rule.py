@@ -88,7 +88,7 @@ def plainly(module: fx.GraphModule) -> None:
 
 
 @rule(gated_delta_rule)
-def _follows(node: fx.Node) -> Iterator[Constraint]:
+def _delta_rule(node: fx.Node) -> Iterator[Constraint]:
     tokens = 1
     for position in range(5):
         given = node_arg(node, position)

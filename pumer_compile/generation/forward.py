@@ -56,7 +56,7 @@ def whole_forward(model: PreTrainedModel) -> Callable[..., Any]:
 
 
 def without_encoder_outputs(signature: inspect.Signature) -> inspect.Signature:
-    """The signature of a method in place of a model's forward, which takes no output of its tower."""
+    """The signature of what takes the place of a model's forward; it takes no output of its tower."""
     itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
     taken = [p for name, p in signature.parameters.items() if name != "mm_encoder_outputs"]
     return signature.replace(parameters=[itself, *taken])

@@ -153,7 +153,7 @@ class Generator:
         if any(framed.padding):
             _check_by_token(cache)
         batch = self.decode.input_specs["input_ids" if self._start is None else DECODER].shape[0]
-        # Of the first layers, where a method inside the language model has not acted yet.
+        # Of the first layers, before any reducer inside the language model.
         longest = max((t.shape[2] for name, t in cache.items() if _by_token(name)), default=logits.shape[1])
         groups = []
         for rows in _together(framed.padding, alone=batch == 1):

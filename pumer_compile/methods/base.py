@@ -122,6 +122,11 @@ class Method(BaseModel):
         """Whether they are inside the language model, so that its layers have positions of their own."""
         return self.needs_prompt and self.acts_on == "layers" and self.renumbers
 
+    @property
+    def revision(self) -> int:
+        """Counts what the same keys have meant so far, from 1: an artifact made before means what they meant then."""
+        return 1
+
     def with_semantics(self, semantics: str) -> Method:
         """The same schedule under semantics that it need not name itself.
 

@@ -37,6 +37,8 @@ class Semantics(NamedTuple):
         may_skip: a site whose share prunes no token is left out, as by the published code.
         first_stays: whatever comes first is taken for token 0; else the first token of a pruned stream moves unless it
             is learned.
+        in_order: tokens stay in their old order, so that of two that are nearly tied one takes the other's place and
+            nothing else moves; else kept ones stand by saliency, and merged ones last.
     """
 
     similarity: Similarity
@@ -49,13 +51,14 @@ class Semantics(NamedTuple):
     of_kept: bool
     may_skip: bool
     first_stays: bool
+    in_order: bool
 
 
 SEMANTICS: dict[Name, Semantics] = {
-    #                      similarity pads  learned apart  averaging carried          softmax kept   skip   first
-    "reference": Semantics("cosine", True, False, False, "plain", ("ones", "mean"), True, False, True, True),
-    "paper": Semantics("dot", True, False, False, "plain", None, False, True, False, False),
-    "safe": Semantics("cosine", False, True, True, "sizes", ("sum", "sum"), False, False, False, False),
+    #                      similarity pads  learned apart  averaging carried          softmax kept   skip   first  order
+    "reference": Semantics("cosine", True, False, False, "plain", ("ones", "mean"), True, False, True, True, False),
+    "paper": Semantics("dot", True, False, False, "plain", None, False, True, False, False, False),
+    "safe": Semantics("cosine", False, True, True, "sizes", ("sum", "sum"), False, False, False, False, True),
 }
 
 _BUDGETS: dict[str, Any] = {"prune": 0.1, "merge": {"image": 0.3, "text": 0.2}}
@@ -75,10 +78,10 @@ class Pumer(Budgeted):
 
     Args:
         semantics: `safe`, the default, is for models that were not fine-tuned with reduction (padding neither votes nor
-            merges, class tokens stay, token sizes are carried from reducer to reducer); `reference` computes what the
-            published code computes, its masked softmax included, for models fine-tuned with it; `paper` is Algorithm 1
-            and equation 1 as written, with the model's own softmax. One that names none takes those that the model was
-            trained with, where its configuration says so.
+            merges, class tokens stay, tokens stay in their old order, token sizes are carried from reducer to reducer);
+            `reference` computes what the published code computes, its masked softmax included, for models fine-tuned
+            with it; `paper` is Algorithm 1 and equation 1 as written, with the model's own softmax. One that names none
+            takes those that the model was trained with, where its configuration says so.
     """
 
     about = About(
@@ -108,6 +111,11 @@ class Pumer(Budgeted):
 
     method: Literal["pumer"] = "pumer"
     semantics: Name = "safe"
+
+    @property
+    def revision(self) -> int:
+        """See `Method.revision`: `safe` ordered tokens as `reference` does, once."""
+        return 2 if SEMANTICS[self.semantics].in_order else 1
 
     def reducers(self, site: Site, streams: Sequence[Stream]) -> dict[str, Reducer]:
         """See `Method.reducers`."""
@@ -162,10 +170,12 @@ def stream_reducer(semantics: Name, stream: Stream, keep: int, merge: int) -> Re
 
     row = SEMANTICS[semantics]
     stays = stream.learned if row.learned_stay else 0
-    pruner = TextInformedPruner(keep, protected=stays, pads_vote=row.pads_vote) if keep < stream.tokens else None
-    merger = ModalityAwareMerger(
-        merge, similarity=row.similarity, protected=max(1, stays), keep_padding_apart=row.padding_apart
-    )
+    how: dict[str, Any] = {"in_order": row.in_order}
+    pruner = None
+    if keep < stream.tokens:
+        pruner = TextInformedPruner(keep, protected=stays, pads_vote=row.pads_vote, **how)
+    how |= {"similarity": row.similarity, "keep_padding_apart": row.padding_apart}
+    merger = ModalityAwareMerger(merge, protected=max(1, stays), **how)
     carried = row.carried[stream.modality == "text"] if row.carried else None
     first_stays = row.first_stays or pruner is None or stays > 0
     return StreamReducer(

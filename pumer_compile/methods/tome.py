@@ -17,7 +17,12 @@ if TYPE_CHECKING:
 
 class ToMe(Budgeted):
     """Merges the most similar tokens, which are carried with their sizes; attention counts a token of size s s times
-    (section 3.3). Where a stream has no learned tokens, token 0 may merge away like any other."""
+    (section 3.3). Where a stream has no learned tokens, token 0 may merge away like any other.
+
+    Args:
+        semantics: `reference`, the default: unmerged tokens of the one half stand first, then the other half, as
+            published; in `safe` tokens stay in their old order, so that a near-tie moves nothing else.
+    """
 
     about = About(
         does="merges the most similar tokens, a few in each layer",
@@ -29,7 +34,7 @@ class ToMe(Budgeted):
     )
 
     method: Literal["tome"] = "tome"
-    semantics: Literal["reference"] = "reference"
+    semantics: Literal["reference", "safe"] = "reference"
 
     @model_validator(mode="after")
     def _prunes_nothing(self) -> ToMe:
@@ -49,7 +54,9 @@ class ToMe(Budgeted):
         merge = merge_count(site.budget.at, stream.modality, budget, tokens, tokens, stream.learned)
         if merge == 0:
             return None
-        merger = ModalityAwareMerger(merge, protected=stream.learned, keep_padding_apart=True)
+        merger = ModalityAwareMerger(
+            merge, protected=stream.learned, keep_padding_apart=True, in_order=self.semantics == "safe"
+        )
         first_stays = stream.learned > 0
         return StreamReducer(tokens, None, merger, averaging="sizes", carried="sum", first_stays=first_stays)
 

@@ -27,6 +27,7 @@ from ..capture.capture import Program
 from ..capture.loading import LoadedModel, load_model
 from ..capture.samples import Kinds, Samples, captured_batch, describe_samples, kinds_of, proof_batches, proof_sizes
 from ..capture.weights import check_model
+from ..errors import UsageError
 from ..exporters.chain import cast_program
 from ..guards import check_prompts, without_constants
 from ..plan import PromptPlace
@@ -64,9 +65,11 @@ def parity(
         The report; `report.passed` is the verdict.
 
     Raises:
-        UsageError: not an artifact of pumer-compile, inputs that do not fit it, or this machine cannot run it.
+        UsageError: not an artifact of pumer-compile, one of a schedule that means something else today, inputs that do
+            not fit it, or this machine cannot run it.
     """
     path, manifest = Path(artifact), read_manifest(Path(artifact))
+    _check_revision(path, manifest)
     loaded = load_model(Path(model)) if isinstance(model, str | os.PathLike) else model
     check_recording(manifest, save_inputs, save_outputs)
     batches, drawn = _batches(samples, manifest)
@@ -81,10 +84,7 @@ def parity(
     recorder = Recorder(engine, manifest) if save_inputs or save_outputs else None
     decisions = comparable_decisions(engine.session, manifest)
     report = check(
-        recorder or engine,
-        _reduced(exact, manifest),
-        exact.module,
-        batches,
+        *(recorder or engine, _reduced(exact, manifest), exact.module, batches),
         manifest.get("quantize") or manifest["dtype"],
         decisions,
         open_with_decisions=decision_session_of(engine.session, decisions),
@@ -104,6 +104,24 @@ def parity(
 def added_by(manifest: Mapping[str, Any]) -> Mapping[str, AddedInput]:
     """Inputs that the schedule of an artifact adds to those of its model."""
     return Schedule.from_manifest(manifest["schedule"]).adds if manifest["schedule"] else {}
+
+
+def _check_revision(path: Path, manifest: Mapping[str, Any]) -> None:
+    """Refuse to judge an artifact by what its schedule has come to mean since.
+
+    Raises:
+        UsageError: it means something else today.
+    """
+    if not manifest["schedule"]:
+        return
+    schedule, made_with = Schedule.from_manifest(manifest["schedule"]), manifest.get("schedule_revision", 1)
+    if made_with != schedule.revision:
+        raise UsageError(
+            f"{path} was compiled when {schedule.described} meant something else (schedule_revision {made_with} in its "
+            f"manifest, absent counts as 1; this version computes {schedule.revision}). It still runs, and computes "
+            "what it was proved to compute then, but this version has no such model to compare it with. Compile it "
+            "again, or run parity with the version that made it."
+        )
 
 
 def _reduced(program: Program, manifest: Mapping[str, Any]) -> fx.GraphModule:

@@ -7,7 +7,8 @@ sees it, because the mask is an input. It is evaluated once; what it does not ch
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -15,12 +16,39 @@ from torch.fx.node import map_arg
 
 from ..analysis.axes import same_size
 from ..analysis.dead_code import drop_dead, may_be_changed
-from ..analysis.nodes import attribute, values
+from ..analysis.nodes import attribute, copied, values
 from ..analysis.operators import ATTENTION, MASKED_FILL, aten, is_mutable, overloads
 from ..analysis.rules import argument
 from ..errors import UsageError
+from .manager import Pass, State
 
 _ADD, _MULTIPLY = frozenset(overloads("add add_")), frozenset(overloads("mul mul_"))
+
+
+@dataclass(frozen=True)
+class FoldedMasks:
+    """The masks that are written into a graph, by the names of the inputs."""
+
+    names: tuple[str, ...]
+
+
+class FoldMasks(Pass):
+    """Write the masks of a sample without padding into the captured graph."""
+
+    name: ClassVar[str] = "fold_masks"
+    ensures: ClassVar[tuple[type, ...]] = (FoldedMasks,)
+
+    def run(self, state: State) -> int:
+        """On a copy of the captured graph.
+
+        Raises:
+            UsageError: no input is a mask, one has padding, or they change nothing.
+        """
+        masks = masks_of(state.inputs)
+        state.captured = fx.GraphModule(state.captured, copied(state.captured.graph))
+        folded = fold_masks(state.captured, masks, state.inputs)
+        state.add(FoldedMasks(tuple(masks)))
+        return folded
 
 
 def masks_of(inputs: Mapping[str, Tensor]) -> list[str]:

@@ -159,18 +159,23 @@ def _unforeseen(step: Pass, error: Exception) -> PumerError:
     )
 
 
-def run_passes(state: State, passes: Sequence[Pass], dump: Path | None = None) -> History:
+def run_passes(
+    state: State, passes: Sequence[Pass], dump: Path | None = None, earlier: History | None = None
+) -> History:
     """Run passes in order, check what each promises, and record what it did.
 
     Args:
         state: changed in place.
         passes: which, in order.
         dump: folder to which the graph is written as Python after each pass.
+        earlier: what passes did that made the graph which the state begins with; the history goes on from there.
 
     Raises:
         PumerError: from a pass; VerifyError where a pass breaks its own promise or matches nothing.
     """
-    history = History()
+    history = History(list(earlier.records) if earlier is not None else [])
+    if dump is not None and history.records:
+        _dump(state, dump / _dumped(history))
     for step in passes:
         missing = [kind.__name__ for kind in step.requires if state.find(kind) is None]
         if missing:
@@ -193,8 +198,13 @@ def run_passes(state: State, passes: Sequence[Pass], dump: Path | None = None) -
         history.records.append(Record(step.name, matches, before, len(_graph(state).nodes), seconds))
         log.info("pass %s: %d matches in %.2f s", step.name, matches, seconds)
         if dump is not None:
-            _dump(state, dump / f"{len(history.records)}_{step.name}.py")
+            _dump(state, dump / _dumped(history))
     return history
+
+
+def _dumped(history: History) -> str:
+    """Name of the file for the graph as it is now."""
+    return f"{len(history.records)}_{history.records[-1].name}.py"
 
 
 def _module(state: State) -> fx.GraphModule:

@@ -7,6 +7,7 @@ from .absorb_single_query import AbsorbSingleQuery
 from .annotate import Annotate
 from .count import Count
 from .eliminate import Eliminate, EliminateAlone
+from .fold_masks import FoldMasks
 from .insert import Insert
 from .join_writes import JoinWrites
 from .locate import Locate
@@ -16,6 +17,8 @@ from .prompt import MarkPrompt
 from .rewrite import Rewrite
 from .verify import Verify
 
+UNPADDED: tuple[Pass, ...] = (FoldMasks(),)
+"""At capture, of a sample without padding: masks of ones are written into the graph."""
 ANALYSE: tuple[Pass, ...] = (JoinWrites(), LowerEinsum(), MarkPrompt(), Annotate(), Locate())
 """What is there: tokens, attentions, prompts."""
 REDUCE: tuple[Pass, ...] = (Insert(), Rewrite(), Verify())

@@ -87,7 +87,7 @@ class Decisions(NamedTuple):
 
     Attributes:
         kept: tokens that survive pruning, in their new order, `[batch, keep]`, numbered before the reducer.
-        source: tokens that merge away, most similar first, `[batch, merge]`, numbered among the kept ones.
+        source: tokens that merge away, most similar first or ascending, `[batch, merge]`, numbered among the kept ones.
         target: the token each merges into, `[batch, merge]`, numbered among the kept ones.
     """
 

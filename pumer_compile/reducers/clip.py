@@ -35,12 +35,12 @@ class ClipRelevance(nn.Module):
         """
         image: Tensor = self.norm(features.float()) @ self.projection.T
         if self.text is None:
-            return -to_text(image, text.float()).mean(-1)
-        windows: tuple[Tensor, Tensor] = self.text(text)
-        texts, real = windows
-        cosines: Tensor = to_text(image, texts) * real.unsqueeze(1)
-        mean: Tensor = cosines.sum(-1) / real.sum(-1, keepdim=True).clamp(min=1.0)
-        return -mean
+            cosines = to_text(image, text.float())
+            return -cosines.mean(-1)
+        given: tuple[Tensor, Tensor] = self.text(text)
+        texts, real = given
+        cosines = to_text(image, texts) * real.unsqueeze(1)
+        return -cosines.sum(-1) / real.sum(-1, keepdim=True).clamp(min=1.0)
 
 
 class ClipText(nn.Module):

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .ranking import descending_rank, first_largest, leading, one_hot, picked
+from .ranking import by_place, descending_rank, first_largest, leading, one_hot, picked
 
 # Below every similarity: pairs that may not merge come after all that may, and before the class token (-inf).
 LAST_RESORT = -1e30
@@ -18,7 +18,7 @@ class Matching(NamedTuple):
     """Which tokens merge into which, and the scores that decided it.
 
     Attributes:
-        source: even tokens that merge away, most similar first, `[batch, merge]`.
+        source: even tokens that merge away, most similar first, or in their order (`in_order`), `[batch, merge]`.
         target: the odd token each merges into, `[batch, merge]`.
         best: similarity of each even token to its target, `[batch, even]`.
         scores: all similarities, `[batch, even, odd]`.
@@ -39,13 +39,14 @@ class ModalityAwareMerger(nn.Module):
 
     Tokens are split by position: even ones look for their most similar odd one, and the `merge` best pairs
     become one token each. Token 0 never merges away. Unmerged even tokens come first, in order, then the odd
-    ones.
+    ones, as published; or all stand where they stood (`in_order`), a merged token at its odd one's place.
 
     Args:
         merge: tokens to merge away.
         similarity: of the keys, mean over heads: `cosine` (published code) or `dot` (paper).
         protected: leading tokens that neither merge away nor are merged into.
         keep_padding_apart: real tokens merge with padding only where nothing else is left to merge.
+        in_order: whether tokens stay in their old order.
     """
 
     def __init__(
@@ -55,10 +56,11 @@ class ModalityAwareMerger(nn.Module):
         similarity: Similarity = "cosine",
         protected: int = 1,
         keep_padding_apart: bool = False,
+        in_order: bool = False,
     ) -> None:
         super().__init__()
         self.merge, self.similarity, self.protected = merge, similarity, protected
-        self.keep_padding_apart = keep_padding_apart
+        self.keep_padding_apart, self.in_order = keep_padding_apart, in_order
 
     def units(self, keys: Tensor) -> Tensor:
         """What similarities are products of: the keys, or keys of length 1 for cosines; float32.
@@ -104,7 +106,7 @@ class ModalityAwareMerger(nn.Module):
         best = torch.where(even_position < self.protected, float("-inf"), best.squeeze(-1))
         rank = descending_rank(best)
         merged = rank < self.merge
-        order = leading(rank, self.merge)
+        order = leading(by_place(rank, self.merge) if self.in_order else rank, self.merge)
         source, target = picked(order, even_position), picked(order, picked(nearest, odd_position))
         pairs = nearest & merged.unsqueeze(-1)
         return Matching(source.long(), target.long(), best, scores, merged, pairs)
@@ -132,3 +134,21 @@ class ModalityAwareMerger(nn.Module):
         rows = torch.arange(1, merged.shape[1] - self.merge + 1, device=merged.device, dtype=row.dtype)
         stay = (row.unsqueeze(1) == rows.unsqueeze(-1)) & ~merged.unsqueeze(1)
         return stay.float(), pairs.float().transpose(1, 2)
+
+    def assignment_in_order(self, merged: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor]:
+        """Which even and which odd tokens make each new one, where tokens stay in their old order.
+
+        Args:
+            merged, pairs: as in `Matching`.
+
+        Returns:
+            `[batch, tokens - merge, even]` and `[batch, tokens - merge, odd]`; float32 of zeros and ones.
+        """
+        even, odd = pairs.shape[1:]
+        index, stays = torch.arange(even, device=merged.device), (~merged).float()
+        before = stays @ (index.unsqueeze(-1) < index).float()  # how many even tokens stay that come before each
+        place_even, place_odd = before + index, (before + stays + index)[:, :odd]
+        rows = torch.arange(even + odd - self.merge, device=merged.device, dtype=before.dtype).unsqueeze(-1)
+        stay = (place_even.unsqueeze(1) == rows) & ~merged.unsqueeze(1)
+        target = (place_odd.unsqueeze(1) == rows).float()
+        return stay.float() + target @ pairs.float().transpose(1, 2), target

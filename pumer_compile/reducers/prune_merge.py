@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import Averaging, Carried, Choice, Decisions, Reducer, Signal, kept_alone, relative_gap
+from .base import Averaging, Carried, Choice, Decisions, Reducer, Signal, kept_alone, relative_gap, set_margin
 from .merger import LAST_RESORT, Matching, ModalityAwareMerger
 from .pruner import TextInformedPruner
 from .ranking import indices, leading, one_hot, ranked
@@ -48,6 +48,7 @@ class StreamReducer(Reducer):
         keep = pruner.keep if pruner else tokens
         super().__init__(tokens, keep, merger.merge, averaging=averaging, carried=carried or "ones")
         self.pruner, self.merger, self.first_stays = pruner, merger, first_stays
+        self.keeps_order = (pruner is None or pruner.in_order) and (not merger.merge or merger.in_order)
         votes = (Signal.TEXT_TO_IMAGE, Signal.TEXT_WEIGHTS) if pruner else ()
         reads = (Signal.KEYS, Signal.WEIGHTS, *votes)
         self.reads = reads if carried else tuple(signal for signal in reads if signal not in _WEIGHTS)
@@ -118,6 +119,9 @@ class StreamReducer(Reducer):
         if matching is None:
             return rows[0]
         even, odd = rows
+        if self.merger.in_order:
+            of_even, of_odd = self.merger.assignment_in_order(matching.merged, matching.pairs)
+            return of_even @ even + of_odd @ odd
         stay, join = self.merger.assignment(matching.merged, matching.pairs)
         return torch.cat((stay @ even, join @ even + odd), 1)
 
@@ -135,13 +139,22 @@ class StreamReducer(Reducer):
         kept, saliency, matching = own.decisions.kept, own.evidence.saliency, among.evidence.matching
         margin = torch.zeros(kept.shape[0], device=kept.device)
         if saliency is not None:
-            margin = relative_gap(saliency.gather(1, kept), saliency.gather(1, forced.kept), saliency).amax(1)
+            margin = self._kept_margin(saliency, kept, forced.kept)
         if matching is not None:
             scale = self._similarity_scale(matching)
             source, target = forced.source // 2, forced.target // 2  # among the even tokens, among the odd ones
-            margin = torch.maximum(margin, _gap(matching.best, matching.source // 2, source) / scale)
+            gap = _set_gap if self.merger.in_order else _gap
+            margin = torch.maximum(margin, gap(matching.best, matching.source // 2, source) / scale)
             margin = torch.maximum(margin, _target_gap(matching, source, target) / scale)
         return margin
+
+    def _kept_margin(self, saliency: Tensor, own: Tensor, forced: Tensor) -> Tensor:
+        assert self.pruner is not None
+        if not self.pruner.in_order:
+            return relative_gap(saliency.gather(1, own), saliency.gather(1, forced), saliency).amax(1)
+        # What is kept whatever it gets is not kept for its score.
+        has = one_hot(forced, saliency.shape[1]).any(1)[:, : self.pruner.protected].all(1)
+        return torch.where(has, set_margin(saliency, own, forced), 1.0)
 
     def _similarity_scale(self, matching: Matching) -> Tensor | float:
         """What similarities are rounded in proportion to, `[batch]`: cosines to 1, products to the largest."""
@@ -155,6 +168,16 @@ def _gap(scores: Tensor, own: Tensor, forced: Tensor) -> Tensor:
     """Largest score difference between two choices, position by position, `[batch]`."""
     difference = scores.gather(1, own) - scores.gather(1, forced)
     return torch.where(own == forced, 0.0, difference.abs()).amax(1)
+
+
+def _set_gap(scores: Tensor, own: Tensor, forced: Tensor) -> Tensor:
+    """Score difference of two choices as sets, `[batch]`: of the best that only the first has and the worst that only
+    the second has; infinite where that is no set in its order."""
+    mine, theirs = (one_hot(chosen, scores.shape[1]).any(1) for chosen in (own, forced))
+    best = torch.where(mine & ~theirs, scores, -torch.inf).amax(1)
+    worst = torch.where(theirs & ~mine, scores, torch.inf).amin(1)
+    gap = torch.where((mine == theirs).all(1), 0.0, (best - worst).abs())
+    return torch.where((forced[:, 1:] > forced[:, :-1]).all(1), gap, torch.inf)
 
 
 def _target_gap(matching: Matching, source: Tensor, target: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .ranking import descending_rank, indices, leading
+from .ranking import by_place, descending_rank, indices, leading
 
 
 class TextInformedPruner(nn.Module):
@@ -13,17 +13,19 @@ class TextInformedPruner(nn.Module):
 
     The saliency of an image token is the attention it receives from the text, mean over heads and summed over
     text tokens (equation 1 up to a constant factor, which does not change the order). Kept tokens come in
-    descending saliency: the merger's even/odd split follows that order.
+    descending saliency, as published: the merger's even/odd split follows that order, and two nearly equal saliencies
+    that change places change all pairs behind them. `in_order` leaves the tokens in their old order.
 
     Args:
         keep: image tokens to keep.
         protected: leading tokens that are kept, first, whatever their saliency (`safe`: the class token).
         pads_vote: whether padding in the text takes part in the sum, as in the published code.
+        in_order: whether kept tokens stay in their old order.
     """
 
-    def __init__(self, keep: int, *, protected: int = 0, pads_vote: bool = True) -> None:
+    def __init__(self, keep: int, *, protected: int = 0, pads_vote: bool = True, in_order: bool = False) -> None:
         super().__init__()
-        self.keep, self.protected, self.pads_vote = keep, protected, pads_vote
+        self.keep, self.protected, self.pads_vote, self.in_order = keep, protected, pads_vote, in_order
 
     def saliency(self, attention: Tensor, text_weights: Tensor | None = None) -> Tensor:
         """Scores of the image tokens.
@@ -41,16 +43,19 @@ class TextInformedPruner(nn.Module):
         return per_text.sum(1)
 
     def rank(self, attention: Tensor, text_weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Place of every image token in descending saliency, from 0, `[batch, image]` float32, and the saliency."""
+        """Place of every image token among the kept ones, from 0, or `keep` and more of another, `[batch, image]`
+        float32; and the saliency."""
         scores = self.saliency(attention, text_weights)
-        if not self.protected:
-            return descending_rank(scores), scores
-        # Attention lies in 0..1 and is summed over the text: this bonus puts protected tokens before others.
-        index = torch.arange(scores.shape[-1], device=scores.device)
-        bonus = (self.protected - index).clamp(min=0) * (attention.shape[2] + 1)
-        return descending_rank(scores + bonus), scores
+        if self.protected:
+            # Attention lies in 0..1 and is summed over the text: this bonus puts protected tokens before others.
+            index = torch.arange(scores.shape[-1], device=scores.device)
+            bonus = (self.protected - index).clamp(min=0) * (attention.shape[2] + 1)
+            rank = descending_rank(scores + bonus)
+        else:
+            rank = descending_rank(scores)
+        return (by_place(rank, self.keep) if self.in_order else rank), scores
 
     def forward(self, attention: Tensor, text_weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Indices of the kept tokens in descending saliency, `[batch, keep]` int64, and the saliency."""
+        """Indices of the kept tokens, `[batch, keep]` int64, and the saliency."""
         rank, scores = self.rank(attention, text_weights)
         return indices(leading(rank, self.keep)), scores

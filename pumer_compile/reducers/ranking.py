@@ -29,6 +29,20 @@ def descending_rank(scores: Tensor, first: Tensor | None = None) -> Tensor:
     return ((other > mine) | ((other == mine) & first)).float().sum(-1)
 
 
+def by_place(rank: Tensor, count: int) -> Tensor:
+    """Ranks among which the first `count` stand in the order of their indices.
+
+    Args:
+        rank: from `descending_rank`, `[batch, n]`.
+        count: how many, 0..n.
+
+    Returns:
+        `[batch, n]`, a permutation of 0..n-1 in float32.
+    """
+    first = rank < count
+    return torch.where(first, (first.long().cumsum(-1) - 1).to(rank.dtype), rank)
+
+
 def ranked(rank: Tensor, places: Tensor) -> Tensor:
     """Rows that select what stands at given places.
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, fx
 
-import pumer_compile.analysis.prompts  # noqa: F401  # registers the rules of marks
+import pumer_compile.analysis.prompts  # registers the rules of marks
+import pumer_compile.frontends.gated_delta_rule  # noqa: F401  # and that of linear attention
 from pumer_compile.analysis.annotate import Annotation, annotate
 from pumer_compile.analysis.axes import ByPosition, Dim, Literal, Reduce, Same, Seed, Select, Slice
 from pumer_compile.analysis.operators import overloads
@@ -32,9 +33,10 @@ def test_axes(name: str) -> None:
 
 def test_every_rule_has_a_case() -> None:
     """Rules by name; some have tests of their own, below and (the marks of a prompt) in test_prompt.py,
-    test_arrangement.py and architectures/test_prompt_rows.py (deepstack; an image in several blocks)."""
+    test_arrangement.py, architectures/test_prompt_rows.py (deepstack; an image in several blocks) and
+    frontends/test_gated_delta_rule.py."""
     own = {"filled", "arange", "getitem", "sym_size", "conv2d", "_visual_tokens", "_with_separators", "rearranged"}
-    own |= {"_same_tokens", "_with_text"}
+    own |= {"_same_tokens", "_with_text", "_delta_rule"}
     covered = {rule_for(build(*case[:3]).node).__name__ for case in CASES.values()}
     assert covered | own == {function.__name__ for function in _RULES.values()}
 
@@ -421,3 +423,16 @@ def test_ids_cut_from_an_input_are_text() -> None:
     ids = builder.placeholder(torch.zeros(2, 7, dtype=torch.int64), "ids")
     node = builder.call(aten.embedding.default, table, builder.call(aten.slice.Tensor, ids, 1, 0, 6))
     assert annotated(builder, node).streams == {"text": 6}
+
+
+def test_an_index_of_one_place_keeps_the_axis_of_size_one() -> None:
+    """A mask of prompts with one token each, looked up for all pairs of queries and keys."""
+    builder = Builder()
+    x = builder.placeholder(torch.zeros(4, 1), "x")
+    rows = builder.call(aten.view.default, builder.call(aten.arange.default, 4), [4, 1, 1, 1])
+    places = builder.call(aten.view.default, builder.call(aten.arange.default, 1), [1, 1, 1, 1])
+    node = builder.call(aten.index.Tensor, x, [rows, places])
+    index = rule_for(node)
+    assert index is not None
+    of_x = [(c.a.index, c.b.index) for c in index(node) if isinstance(c, Same) and c.a.node is x]
+    assert of_x == [(0, 0), (1, 3)]

@@ -148,10 +148,18 @@ class Oracle:
             learned = self.image.learned if safe else 0
             image_groups.append(
                 reduce_image(
-                    seen, own_keys, keep, merge, similarity=similarity, votes=words, learned=learned, real=pixels
+                    seen,
+                    own_keys,
+                    keep,
+                    merge,
+                    similarity=similarity,
+                    votes=words,
+                    learned=learned,
+                    real=pixels,
+                    in_order=safe,
                 )
             )
-            text_groups.append(reduce_text(word_keys, merge_text, similarity=similarity, real=words))
+            text_groups.append(reduce_text(word_keys, merge_text, similarity=similarity, real=words, in_order=safe))
         if self.wrong == len(self.image.steps) + 1:
             image_groups = [[*groups[:-1], _missing(groups, image)] for groups in image_groups]
         self._step(self.image, image_groups)

@@ -82,7 +82,7 @@ def by_hand(
             if wrongly:
                 source, target = pairs[-1]
                 pairs[-1] = (source, target + 2 if target + 2 < len(own) else target - 2)
-            members = groups(len(own), pairs)
+            members = groups(len(own), pairs, in_order=method == "safe")
             weighted = method in ("tome", "safe")
             samples.append(combine(tokens, members, sizes[b] if weighted else None))
             sizes[b] = [sum(sizes[b][i] for i in group) for group in members]

@@ -50,6 +50,10 @@ def options_of(known: Format) -> list[str]:
     return [field.name for field in fields(known.load_writer().options_class)]
 
 
+def flag_of(known: Format, flag: str) -> bool:
+    return any(FLAGS[name][0][0] == flag for name in options_of(known))
+
+
 def test_every_option_has_a_flag() -> None:
     assert {name for known in FORMATS for name in options_of(known)} == set(FLAGS)
 
@@ -71,7 +75,10 @@ def test_every_flag_reaches_the_options_of_its_formats(
         if name in options_of(known):
             assert message == "This is far enough for the test." and getattr(seen[-1], name) == value
         else:
-            assert "does not apply to" in message, message
+            flag, _, why = message.partition(" does not apply to ")
+            assert flag in flags, message
+            takers = [suffix for other in FORMATS if flag_of(other, flag) for suffix in other.suffixes]
+            assert why.endswith(f"it is for {' and '.join(takers)}. Leave it out."), message
 
 
 class Arrived(Exception):

@@ -274,9 +274,9 @@ BAD = {
         ["sites.0.merge.imag", "unknown key", "known keys: image, text"],
     ),
     "an unknown method": ("method: magic\nlayers: [2]\nprune: 1", ["method", "pumer"]),
-    "tome with semantics": (
-        "method: tome\nsemantics: safe\nlayers: [2]\nmerge: {image: 3}",
-        ["tome", "leave out", "semantics"],
+    "tome with semantics that it has not": (
+        "method: tome\nsemantics: paper\nlayers: [2]\nmerge: {image: 3}",
+        ["semantics", "paper", "expected one of reference, safe"],
     ),
     "tome that prunes": ("method: tome\nlayers: [2]\nprune: 0.1\nmerge: {image: 3}", ["tome", "leave out", "prune"]),
     "tome that prunes at a site": (

@@ -110,7 +110,10 @@ def test_stages_inside_the_language_model(name: str) -> None:
 
 
 def test_two_stages_at_one_place() -> None:
-    stages = [{"method": "dart", "layer": 1, "budget": 50}, {"method": "pyramiddrop", "stages": {1: 0.2}}]
+    stages = [
+        {"method": "dart", "layer": 1, "budget": 50},
+        {"method": "pyramiddrop", "stages": {1: 0.2}, "positions": "original"},
+    ]
     with pytest.raises(ScheduleError, match="out of order: `method: pyramiddrop` reduces after"):
         pumer.reduce(program(), Schedule(stages=stages))
 

@@ -27,11 +27,14 @@ def program(config: Config, kind: type[Fusion]) -> Program:
     return capture(make(config, kind=kind), given(config, kind), dynamic_batch=config.dynamic)
 
 
-def schedule(group: str, counts: Mapping[int, float], modality: str) -> Schedule:
-    return Schedule(method="tome", sites=[{"at": f"{group}.{i}", "merge": {modality: n}} for i, n in counts.items()])
+def schedule(group: str, counts: Mapping[int, float], modality: str, semantics: str = "reference") -> Schedule:
+    sites = [{"at": f"{group}.{i}", "merge": {modality: n}} for i, n in counts.items()]
+    return Schedule(method="tome", semantics=semantics, sites=sites)
 
 
-def by_hand(model: Fusion, inputs: dict[str, Tensor], counts: dict[int, int]) -> tuple[list[Tome], Tensor]:
+def by_hand(
+    model: Fusion, inputs: dict[str, Tensor], counts: dict[int, int], semantics: str = "reference"
+) -> tuple[list[Tome], Tensor]:
     """Every sample after its layers, and what the model makes of them."""
     image = "pixel_values" in inputs
     states = model.start(inputs["pixel_values" if image else "input_ids"])
@@ -41,7 +44,8 @@ def by_hand(model: Fusion, inputs: dict[str, Tensor], counts: dict[int, int]) ->
     if "patch_mask" in inputs:
         opened[:, int(model.config.cls) :] = inputs["patch_mask"].float()
     learned = int(model.config.cls) if image else 0
-    samples = [Tome(x, real.tolist(), learned) for x, real in zip(states, opened, strict=True)]
+    safe = semantics == "safe"
+    samples = [Tome(x, real.tolist(), learned, safe) for x, real in zip(states, opened, strict=True)]
     for tome in samples:
         for index, layer in enumerate(model.layers):
             run_layer(tome, layer, counts.get(index, 0))
@@ -64,13 +68,15 @@ def run_layer(tome: Tome, layer: Layer, count: int) -> None:
     tome.x = x + layer.mlp(layer.norm2(x)) if layer.norm == "pre" else layer.norm2(x + layer.mlp(x))
 
 
-def check(config: Config, kind: type[Fusion], counts: dict[int, int], verified: bool = False) -> list[Tome]:
+def check(
+    config: Config, kind: type[Fusion], counts: dict[int, int], verified: bool = False, semantics: str = "reference"
+) -> list[Tome]:
     group, modality = ("vision", "image") if kind is Images else ("text", "text")
-    state = passed(program(config, kind), schedule(group, counts, modality), verified)
+    state = passed(program(config, kind), schedule(group, counts, modality, semantics), verified)
     inputs = given(config, kind, seed=5, batch=3 if config.dynamic else None)
     model = make(config, kind=kind)
     with torch.no_grad():
-        samples, expected = by_hand(model, inputs, counts)
+        samples, expected = by_hand(model, inputs, counts, semantics)
         torch.testing.assert_close(state.reduced(**inputs), expected, atol=1e-5, rtol=0)
         assert (model(**inputs) - expected).abs().max() > 1e-4
     tokens = config.image if kind is Images else config.text
@@ -127,6 +133,24 @@ TEXTS = [
 @pytest.mark.parametrize("config", TEXTS, ids=describe)
 def test_a_text_tower_with_padding(config: Config) -> None:
     check(config, Words, {0: 2, 1: 2}, verified=config is TEXTS[1])
+
+
+SAFE = [
+    (Images, IMAGES[3], {0: 8, 1: 7}),
+    (Images, IMAGES[4], {0: 8, 1: 7}),
+    (Images, IMAGES[7], {0: 3, 1: 2}),  # without a class token: the first token may merge away
+    (Words, TEXTS[2], {0: 2, 1: 2}),
+]
+
+
+@pytest.mark.parametrize(("kind", "config", "counts"), SAFE)
+def test_tokens_in_their_old_order(kind: type[Fusion], config: Config, counts: dict[int, int]) -> None:
+    """The second layer splits what the first has left by its place, so that the order tells in what it gives."""
+    check(config, kind, counts, semantics="safe")
+    inputs, model = given(config, kind, seed=5), make(config, kind=kind)
+    with torch.no_grad():
+        found, published = (by_hand(model, inputs, counts, semantics)[1] for semantics in ("safe", "reference"))
+    assert (found - published).abs().max() > 1e-4
 
 
 def test_padding_does_not_count() -> None:

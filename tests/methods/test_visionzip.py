@@ -168,7 +168,7 @@ def test_crops_of_an_image(name: str) -> None:
             torch.testing.assert_close(run(reduced, own)[0], wanted, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen2_5_vl_video", "internvl", "mistral3", "gemma3"])
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen2_5_vl_video", "internvl", "mistral3", "qwen3_vl"])
 def test_rows_that_are_made_of_several_tokens(name: str) -> None:
     family, make, output, own = captured(name)
     given = {"semantics": "stable", "positions": "original"}

@@ -466,6 +466,7 @@ def stronger(manifest: dict[str, Any]) -> None:
 
 def another_semantics(manifest: dict[str, Any]) -> None:
     manifest["schedule"]["semantics"] = "safe"
+    manifest["schedule_revision"] = 2
 
 
 def another_layer(manifest: dict[str, Any]) -> None:
@@ -494,6 +495,25 @@ def other_decisions(manifest: dict[str, Any]) -> None:
 def test_the_artifact_of_another_schedule_fails(change: Any, words: str, tmp_path: Path) -> None:
     path = doctored(tmp_path / "model.onnx", change)
     assert words in refused(3, "parity", path, "--model", folder())
+
+
+@pytest.mark.parametrize("said", [1, None])
+def test_an_artifact_of_what_a_schedule_meant_before_is_not_called_wrong(said: int | None, tmp_path: Path) -> None:
+    """`safe` ordered tokens by saliency once; manifests of that time hold no revision."""
+
+    def before(manifest: dict[str, Any]) -> None:
+        assert manifest.pop("schedule_revision") == 1  # `reference` has had one meaning
+        manifest["schedule"]["semantics"] = "safe"
+        manifest.update({} if said is None else {"schedule_revision": said})
+
+    message = refused(2, "parity", doctored(tmp_path / "model.onnx", before), "--model", folder())
+    assert "compiled when pumer, semantics safe meant something else (schedule_revision 1" in message
+    assert "Compile it again" in message
+
+
+def test_an_older_artifact_of_what_has_not_changed_is_proved(tmp_path: Path) -> None:
+    path = doctored(tmp_path / "model.onnx", lambda manifest: manifest.pop("schedule_revision"))
+    assert pumer.parity(path, folder()).passed
 
 
 def test_tolerances_of_the_command() -> None:

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 import pumer_compile as pumer
 from pumer_compile.errors import CaptureError, UsageError
 from pumer_compile.parity import check as check_module
-from pumer_compile.parity.check import check
+from pumer_compile.parity.check import _fault, check
 from pumer_compile.parity.report import OutputReport, ParityReport, ReducerReport
 from pumer_compile.reduce import Reduced
 from pumer_compile.reducers.base import Decisions, Forcing, Reducer
+from pumer_compile.reducers.holov import HoloVReducer
 from pumer_compile.reducers.last_query import LastQueryReducer
 from pumer_compile.reducers.merger import ModalityAwareMerger
 from pumer_compile.reducers.prune_merge import StreamReducer
@@ -520,6 +521,21 @@ def test_numbers_of_tokens_that_are_not_there(reduced: Reduced) -> None:
     assert "merges into tokens" in faulty(reduced, target) and "there are only 20" in faulty(reduced, target)
     assert "merges tokens" in faulty(reduced, pruned) and "there are only 20" in faulty(reduced, pruned)
     assert "merges the same token twice" in faulty(reduced, twice)
+
+
+@pytest.mark.parametrize(
+    ("order", "kept", "words"),
+    [
+        ("reference", [2, 1, -1, -1], ""),  # tokens of zeros
+        ("reference", [2, 2, -1, -1], "keeps the same token twice"),
+        ("reference", [2, 1, -2, -1], "keeps tokens -2 to 2"),
+        ("stable", [1, 2, 3, -1], "keeps tokens -1 to 3"),
+    ],
+)
+def test_a_decision_may_be_of_nothing_where_it_says_so(order: Any, kept: list[int], words: str) -> None:
+    chosen = torch.tensor([kept])
+    fault = _fault(HoloVReducer([range(6)], 4, 2, order=order), Decisions(chosen, chosen[:, :0], chosen[:, :0]))
+    assert words in fault and bool(fault) == bool(words)
 
 
 def test_a_fault_and_a_gap_of_one_batch_stay(reduced: Reduced) -> None:

@@ -238,9 +238,27 @@ def test_the_command_line(tmp_path: Path) -> None:
 def test_nothing_reduced_and_no_padding(tmp_path: Path) -> None:
     """`--schedule none` through transformers' chain, too, and `plan`."""
     tiny_vilt(num_hidden_layers=2).save_pretrained(tmp_path / "model")
-    commands.done("compile", tmp_path / "model", "-o", tmp_path / "m.onnx", "--schedule", "none", "--no-padding")
+    given = ("--schedule", "none", "--no-padding", "-v", "--dump-graph", tmp_path / "graphs")
+    assert "fold_masks" in commands.done("compile", tmp_path / "model", "-o", tmp_path / "m.onnx", *given).err
+    assert [path.name for path in (tmp_path / "graphs").iterdir()] == ["1_fold_masks.py"]
     graph = onnx.load(str(tmp_path / "m.onnx"), load_external_data=False).graph
     assert "attention_mask" not in {value.name for value in graph.input}
     softmaxes = {node.input[0] for node in graph.node if node.op_type == "Softmax"}
     assert not [n for n in graph.node if n.op_type == "Add" and n.output[0] in softmaxes]
     commands.done("plan", tmp_path / "model", "--schedule", commands.schedule(), "--no-padding")
+
+
+def test_it_is_recorded_and_its_graph_written(tmp_path: Path) -> None:
+    config = Config(mask="additive", layers=2)
+    plain, folded = (capture(make(config), ones(config), padding=padding) for padding in (True, False))
+    assert plain.history.records == []
+    (record,) = folded.history.records
+    # In each layer a mask is added to the scores.
+    assert record.name == "fold_masks" and record.matches >= config.layers and record.nodes_after < record.nodes_before
+    reduced = reduce(folded, schedule("paper", (0,)), dump_graph=tmp_path / "graphs")
+    names = [record.name for record in reduced.history.records]
+    assert names[:2] == ["fold_masks", "annotate"] and len(folded.history.records) == 1
+    files = {path.name: path.read_text(encoding="utf-8") for path in (tmp_path / "graphs").iterdir()}
+    assert sorted(files) == sorted(f"{number}_{name}.py" for number, name in enumerate(names, start=1))
+    assert "attention_mask" in files["1_fold_masks.py"] and "masked_fill" not in files["1_fold_masks.py"]
+    assert files["1_fold_masks.py"].strip() == folded.module.print_readable(print_output=False).strip()

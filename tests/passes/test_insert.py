@@ -178,8 +178,9 @@ def test_safe_reducers() -> None:
     assert (image.merger.protected, text.merger.protected) == (3, 1)
     for reducer in (image, text):
         assert reducer.merger.similarity == "cosine"
-        assert reducer.merger.keep_padding_apart
+        assert reducer.merger.keep_padding_apart and reducer.merger.in_order
         assert (reducer.averaging, reducer.carried) == ("sizes", "sum")
+    assert image.pruner.in_order
 
 
 @pytest.mark.parametrize("learned", [0, 1, 3])

@@ -104,6 +104,19 @@ def test_figure_4_of_the_paper() -> None:
 
 
 @pytest.mark.parametrize("similarity", ["cosine", "dot"])
+@given(data=st.data())
+def test_pairs_in_order(similarity: str, data: st.DataObject) -> None:
+    """The same pairs, by the place of what merges away."""
+    case = data.draw(exact_keys(similarity))
+    n = case["keys"].shape[1]
+    protected = data.draw(st.integers(1, 4))
+    merge = data.draw(st.integers(0, most(n, protected)))
+    merger = ModalityAwareMerger(merge, similarity=similarity, protected=protected, in_order=True)
+    for keys, found in zip(case["keys"].double().numpy(), pairs_of(merger, case["keys"]), strict=True):
+        assert found == sorted(match(keys, merge, similarity, protected=protected))
+
+
+@pytest.mark.parametrize("similarity", ["cosine", "dot"])
 def test_padding_stays_apart_however_unlike_the_real_tokens_are(similarity: str) -> None:
     keys = torch.tensor([[[3.0], [-3.0], [3.0], [3.0]]])
     real = torch.tensor([[1.0, 1.0, 1.0, 0.0]])
@@ -182,6 +195,15 @@ def test_assignment(n: int, seed: int, data: st.DataObject) -> None:
         joined = [sorted(2 * i for i, x in enumerate(row) if x) for row in join[b].tolist()]
         assert joined == [sorted(g[1:]) for g in odds]
     assert set(stay.unique().tolist()) | set(join.unique().tolist()) <= {0.0, 1.0}
+    even, odd = merger.assignment_in_order(matching.merged, matching.pairs)
+    assert even.dtype == odd.dtype == torch.float32
+    assert set(even.unique().tolist()) | set(odd.unique().tolist()) <= {0.0, 1.0}
+    for b, pairs in enumerate(samples):
+        members = [
+            sorted([2 * i for i, x in enumerate(one) if x] + [2 * i + 1 for i, x in enumerate(two) if x])
+            for one, two in zip(even[b].tolist(), odd[b].tolist(), strict=True)
+        ]
+        assert members == [sorted(g) for g in groups(n, pairs, in_order=True)]
 
 
 def test_decisions_repeat_and_do_not_depend_on_the_batch() -> None:

@@ -67,6 +67,30 @@ def test_protected_tokens_lead(case: dict, protected: int) -> None:
         assert kept[b].tolist() == [*range(protected), *rest][:keep]
 
 
+@given(cases(), st.integers(0, 4))
+def test_in_order_the_same_tokens_stand_where_they_stood(case: dict, protected: int) -> None:
+    image = case["attention"].shape[-1]
+    protected = min(protected, image)
+    keep = max(case["keep"], protected)
+    pruner = TextInformedPruner(keep, protected=protected, pads_vote=False, in_order=True)
+    kept, _ = pruner(case["attention"], case["weights"])
+    for b, attention in enumerate(case["attention"].double().numpy()):
+        votes = [w > 0 for w in case["weights"][b].tolist()]
+        rest = [i for i in order(saliency(attention, votes), image) if i >= protected]
+        assert kept[b].tolist() == sorted([*range(protected), *rest][:keep])
+
+
+def test_a_near_tie_swaps_one_token_in_order() -> None:
+    """Two tokens a rounding apart at the cut; and two that are both kept, which changes nothing."""
+    attention = torch.tensor([0.5, 0.1, 0.3, 0.1, 0.4]).view(1, 1, 1, 5)
+    pruner = TextInformedPruner(4, in_order=True)
+    assert pruner(attention)[0].tolist() == [[0, 1, 2, 4]]
+    attention[..., 3] += 1e-7
+    assert pruner(attention)[0].tolist() == [[0, 2, 3, 4]]
+    attention[..., 4] = 0.6
+    assert pruner(attention)[0].tolist() == [[0, 2, 3, 4]]
+
+
 def test_protected_tokens_lead_whatever_the_others_score() -> None:
     attention = torch.zeros(1, 2, 50, 6)
     attention[..., 5] = 1.0  # every row of every head looks at the last token

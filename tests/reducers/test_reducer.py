@@ -30,12 +30,13 @@ def image_reducer(semantics: str, tokens: int, keep: int, merge: int, learned: i
     safe = semantics == "safe"
     return StreamReducer(
         tokens,
-        TextInformedPruner(keep, protected=learned if safe else 0, pads_vote=not safe),
+        TextInformedPruner(keep, protected=learned if safe else 0, pads_vote=not safe, in_order=safe),
         ModalityAwareMerger(
             merge,
             similarity="dot" if semantics == "paper" else "cosine",
             protected=max(1, learned) if safe else 1,
             keep_padding_apart=safe,
+            in_order=safe,
         ),
         averaging="sizes" if safe else "plain",
         carried={"reference": "ones", "paper": "mean", "safe": "sum"}[semantics],
@@ -47,7 +48,12 @@ def text_reducer(semantics: str, tokens: int, merge: int) -> StreamReducer:
     return StreamReducer(
         tokens,
         None,
-        ModalityAwareMerger(merge, similarity="dot" if semantics == "paper" else "cosine", keep_padding_apart=safe),
+        ModalityAwareMerger(
+            merge,
+            similarity="dot" if semantics == "paper" else "cosine",
+            keep_padding_apart=safe,
+            in_order=safe,
+        ),
         averaging="sizes" if safe else "plain",
         carried="sum" if safe else "mean",
     )
@@ -131,6 +137,7 @@ def test_image(semantics: str, site: dict[str, Any]) -> None:
             votes=real if safe else None,
             learned=learned,
             real=alive if safe else None,
+            in_order=safe,
         )
         for attention, keys, real, alive in zip(
             site["text_to_image"].double().numpy(),
@@ -165,7 +172,13 @@ def test_text(semantics: str, site: dict[str, Any]) -> None:
     reducer = text_reducer(semantics, tokens, merge)
     result = reducer(site["text"], site["text_keys"], weights)
     members = [
-        reduce_text(keys, merge, similarity="dot" if semantics == "paper" else "cosine", real=real if safe else None)
+        reduce_text(
+            keys,
+            merge,
+            similarity="dot" if semantics == "paper" else "cosine",
+            real=real if safe else None,
+            in_order=safe,
+        )
         for keys, real in zip(site["text_keys"].double().numpy(), site["real"].tolist(), strict=True)
     ]
     assert reducer.tokens_after == tokens - merge
@@ -179,18 +192,20 @@ def test_text(semantics: str, site: dict[str, Any]) -> None:
             torch.testing.assert_close(result.weights[b], torch.tensor(mean))
 
 
+@pytest.mark.parametrize("semantics", ["reference", "safe"])
 @given(site=sites())
-def test_decisions_are_what_was_done(site: dict[str, Any]) -> None:
+def test_decisions_are_what_was_done(semantics: str, site: dict[str, Any]) -> None:
     """`kept`, `source` and `target` alone give the groups that the map shows."""
+    safe = semantics == "safe"
     merge = int(site["share"] * _most(site["keep"], 1))
-    reducer = image_reducer("reference", site["image"].shape[1], site["keep"], merge)
+    reducer = image_reducer(semantics, site["image"].shape[1], site["keep"], merge)
     result = reducer(site["image"], site["image_keys"], None, site["text_to_image"])
     assert result.kept.shape == (len(result.map), site["keep"])
     assert result.source.shape == result.target.shape == (len(result.map), merge)
     for b in range(len(result.map)):
         kept = result.kept[b].tolist()
         pairs = list(zip(result.source[b].tolist(), result.target[b].tolist(), strict=True))
-        members = [[kept[i] for i in g] for g in groups(len(kept), pairs)]
+        members = [[kept[i] for i in g] for g in groups(len(kept), pairs, safe)]
         shown = [[i for i, share in enumerate(row) if share > 0] for row in result.map[b].tolist()]
         assert shown == [sorted(g) for g in members]
 
@@ -246,6 +261,18 @@ def test_without_pruner_or_attention_the_order_stays() -> None:
     assert torch.equal(plain.tokens, tokens)
     no_text = image_reducer("reference", 9, 9, 0)(tokens, keys)
     assert torch.equal(no_text.tokens, tokens)
+
+
+def test_safe_keeps_the_old_order() -> None:
+    """Tokens that are kept, and merged ones at the place of the odd one."""
+    tokens = torch.arange(7.0).view(1, 7, 1)
+    attention = torch.tensor([1.0, 4.0, 2.0, 8.0, 0.0, 3.0, 5.0]).view(1, 1, 1, 7)
+    keys = torch.eye(7).view(1, 1, 7, 7).clone()
+    keys[..., 3, :] = keys[..., 5, :]  # of those kept, 0 1 2 3 5 6, the even one that is like an odd one is 5
+    result = image_reducer("safe", 7, 6, 1)(tokens, keys, None, attention)
+    assert result.kept.tolist() == [[0, 1, 2, 3, 5, 6]]
+    assert result.source.tolist() == [[4]] and result.target.tolist() == [[3]]
+    assert result.tokens.flatten().tolist() == [0, 1, 2, 4, 6]
 
 
 def test_published_order_is_by_saliency_even_when_nothing_is_pruned() -> None:
@@ -414,7 +441,7 @@ def test_forcing_an_unknown_reducer_names_those_there_are() -> None:
 
 @pytest.mark.parametrize("semantics", SEMANTICS)
 def test_forced_pruning_is_followed_and_measured(semantics: str) -> None:
-    """Sample 1 keeps a worse token in the last place; the margin is the gap of the two saliencies, relative to them."""
+    """Sample 1 keeps a worse token than the last; the margin is the gap of the two saliencies, relative to them."""
     learned = 1 if semantics == "safe" else 0
     model, case = Two(semantics, learned=1), example()
     safe = semantics == "safe"
@@ -423,10 +450,13 @@ def test_forced_pruning_is_followed_and_measured(semantics: str) -> None:
     votes = [w > 0 for w in case["text_weights"][1].tolist()] if safe else None
     scores = saliency(case["text_to_image"][1].double().numpy(), votes)
     ranked = list(range(learned)) + [i for i in order(scores, 13) if i >= learned]
-    wanted.kept[1, 9] = ranked[11]
-    mean = case["keys"][1].double().numpy().mean(0)[[*ranked[:9], ranked[11]]]
-    real = [case["weights"][1, i].item() > 0 for i in [*ranked[:9], ranked[11]]] if safe else None
+    chosen = [*ranked[:9], ranked[11]]
+    chosen = sorted(chosen) if safe else chosen
+    wanted.kept[1] = torch.tensor(chosen)
+    mean = case["keys"][1].double().numpy().mean(0)[chosen]
+    real = [case["weights"][1, i].item() > 0 for i in chosen] if safe else None
     pairs = match(mean, 3, "dot" if semantics == "paper" else "cosine", protected=max(1, learned), real=real)
+    pairs = sorted(pairs) if safe else pairs
     wanted.source[1] = torch.tensor([a for a, _ in pairs])
     wanted.target[1] = torch.tensor([b for _, b in pairs])
     with forced_decisions(model, {"image": wanted}) as forcings:
@@ -435,8 +465,7 @@ def test_forced_pruning_is_followed_and_measured(semantics: str) -> None:
     assert comparison is not None
     assert comparison.differs.tolist() == [False, True]
     assert torch.equal(forced.tokens[0], free.tokens[0])
-    chosen = [*ranked[:9], ranked[11]]
-    members = [[chosen[i] for i in g] for g in groups(10, pairs)]
+    members = [[chosen[i] for i in g] for g in groups(10, pairs, safe)]
     sizes = case["weights"][1].tolist() if safe else None
     torch.testing.assert_close(
         forced.tokens[1].double(), combine(case["tokens"][1], members, sizes), atol=1e-5, rtol=0.0
@@ -450,7 +479,7 @@ def test_forced_pruning_is_followed_and_measured(semantics: str) -> None:
 @pytest.mark.parametrize("what", ["source", "target", "order"])
 def test_forced_merging_is_followed_and_measured(what: str, semantics: str) -> None:
     """Sample 0 has no padding, sample 1 has: its pairs of real tokens and padding are no scale for sample 0."""
-    model, case = Two(semantics), example()
+    safe, model, case = semantics == "safe", Two(semantics), example()
     free = model(**case)[1]
     wanted = decisions_of(free)
     unit = case["keys"][0].double().numpy().mean(0)
@@ -461,17 +490,21 @@ def test_forced_merging_is_followed_and_measured(what: str, semantics: str) -> N
     if what == "source":  # the fifth best merges instead of the fourth, into its own best
         a = ranked[4]
         b = max(range(1, 13, 2), key=lambda b: similarity[a, b])
-        wanted.source[0, 3], wanted.target[0, 3] = a, b
+        place = free.source[0].tolist().index(ranked[3])
+        wanted.source[0, place], wanted.target[0, place] = a, b
         gap = best[ranked[3]] - best[a]
+        if safe:
+            order_ = wanted.source[0].argsort()
+            wanted.source[0], wanted.target[0] = wanted.source[0, order_], wanted.target[0, order_]
     elif what == "target":  # the best merges into its second choice
         a = ranked[0]
         b = sorted(range(1, 13, 2), key=lambda b: -similarity[a, b])[1]
-        wanted.target[0, 0] = b
+        wanted.target[0, free.source[0].tolist().index(a)] = b
         gap = best[a] - similarity[a, b]
     else:  # the same pairs in another order
         for choice in (wanted.source, wanted.target):
             choice[0, :2] = choice[0, :2].flip(0)
-        gap = best[ranked[0]] - best[ranked[1]]
+        gap = float("inf") if safe else best[ranked[0]] - best[ranked[1]]  # nothing that `safe` could have chosen
     with forced_decisions(model, {"text": wanted}) as forcings:
         forced = model(**case)[1]
     comparison = forcings["text"].comparison
@@ -482,9 +515,31 @@ def test_forced_merging_is_followed_and_measured(what: str, semantics: str) -> N
     # Cosines are at most one; a margin relative to the largest of them differs from it by that factor.
     assert gap * 0.999 - 1e-6 <= comparison.margin[0].item() <= gap / scale * 1.001 + 1e-6
     pairs = list(zip(wanted.source[0].tolist(), wanted.target[0].tolist(), strict=True))
-    expected = combine(case["tokens"][0], groups(13, pairs))
+    expected = combine(case["tokens"][0], groups(13, pairs, safe))
     torch.testing.assert_close(forced.tokens[0].double(), expected, atol=1e-5, rtol=0.0)
     assert torch.equal(forced.tokens[1], free.tokens[1])
+
+
+def test_a_swapped_token_is_one_difference_under_safe() -> None:
+    """All that stands between the two has another place then; by saliency a swap at the cut changes the last alone."""
+    reducer, case = image_reducer("safe", 13, 10, 0, learned=1), example()
+    free = reducer(**case)
+    votes = [True] * 3 + [False] * 3
+    scores = saliency(case["text_to_image"][1].double().numpy(), votes)
+    ranked = [0, *(i for i in order(scores, 13) if i > 0)]
+    kept, other = sorted(ranked[:10]), sorted([*ranked[:9], ranked[10]])
+    assert free.kept[1].tolist() == kept
+    assert sum(a != b for a, b in zip(kept, other, strict=True)) > 1
+    gap = (scores[ranked[9]] - scores[ranked[10]]) / scores[ranked[9]]
+    for chosen, margin in ((other, gap), (other[::-1], 1.0), ([*range(1, 11)], 1.0)):  # the last: no class token
+        wanted = decisions_of(free)
+        wanted.kept[1] = torch.tensor(chosen)
+        with forced_decisions(reducer, {"": wanted}) as forcings:
+            reducer(**case)
+        comparison = forcings[""].comparison
+        assert comparison is not None
+        assert comparison.differs.tolist() == [False, True]
+        assert comparison.margin.tolist() == [0.0, pytest.approx(margin, rel=1e-4)]
 
 
 def test_merges_compare_on_the_forced_pruning() -> None:

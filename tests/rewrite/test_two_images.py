@@ -345,14 +345,14 @@ def three_streams(layer: Layer, x: Tensor, semantics: str) -> Tensor:
     ones, words = [1.0] * len(x), slice(24, 31)
     normed = layer.norm1(x)
     output, seen, keys = attend(layer.attention, normed, normed, ones, ones, semantics, "none")
-    kind = "dot" if semantics == "paper" else "cosine"
+    kind, safe = "dot" if semantics == "paper" else "cosine", semantics == "safe"
 
     def image(start: int) -> list[list[int]]:
         part = slice(start, start + 24)
-        groups = reduce_image(seen[:, words, part], keys[:, part], 20, 5, similarity=kind)
+        groups = reduce_image(seen[:, words, part], keys[:, part], 20, 5, similarity=kind, in_order=safe)
         return [[start + i for i in group] for group in groups]
 
-    text = [[24 + i for i in group] for group in reduce_text(keys[:, words], 2, similarity=kind)]
+    text = [[24 + i for i in group] for group in reduce_text(keys[:, words], 2, similarity=kind, in_order=safe)]
     x = combine(x + output, image(0) + text + image(31)).float()
     return x + layer.mlp(layer.norm2(x))
 

@@ -114,8 +114,9 @@ def margin(keys: np.ndarray, merge: int, *, protected: int = 1) -> float:
     return min([gap, *(x - y for x, y in list(itertools.pairwise(best))[:merge])])
 
 
-def groups(tokens: int, pairs: Sequence[tuple[int, int]]) -> list[list[int]]:
-    """Old tokens of each new one: unmerged even positions in order, then the odd ones with what joined them.
+def groups(tokens: int, pairs: Sequence[tuple[int, int]], in_order: bool = False) -> list[list[int]]:
+    """Old tokens of each new one: unmerged even positions in order, then the odd ones with what joined them; or all by
+    the place of the first in each list.
 
     Where nothing merges, the order stays.
     """
@@ -124,7 +125,7 @@ def groups(tokens: int, pairs: Sequence[tuple[int, int]]) -> list[list[int]]:
     gone = {a for a, _ in pairs}
     stay = [[a] for a in range(0, tokens, 2) if a not in gone]
     odd = [[b, *(a for a, target in pairs if target == b)] for b in range(1, tokens, 2)]
-    return stay + odd
+    return sorted(stay + odd) if in_order else stay + odd
 
 
 def combine(tokens: Tensor, members: Sequence[Sequence[int]], sizes: Sequence[float] | None = None) -> Tensor:
@@ -151,19 +152,21 @@ def reduce_image(
     real: Sequence[bool] | None = None,
     sort: bool = True,
     first_stays: bool = True,
+    in_order: bool = False,
 ) -> list[list[int]]:
     """Groups of old image tokens of one sample after pruning and merging.
 
     `attention` is `[heads, text, image]`, `keys` `[heads, image, size]`; `learned` leading tokens stay and lead. Token
-    0 never merges away, unless it is not said to stay.
+    0 never merges away, unless it is not said to stay. `in_order`: tokens stay in their old order.
     """
     scores = saliency(attention, votes)
     kept = list(range(learned)) + [i for i in order(scores, len(scores)) if i >= learned]
     kept = kept[:keep] if sort else list(range(keep))
+    kept = sorted(kept) if in_order else kept
     mean = keys.astype(np.float64).mean(0)[kept]
     alive = None if real is None else [real[i] for i in kept]
     pairs = match(mean, merge, similarity, protected=max(int(first_stays), learned), real=alive)
-    return [[kept[i] for i in group] for group in groups(keep, pairs)]
+    return [[kept[i] for i in group] for group in groups(keep, pairs, in_order)]
 
 
 def reduce_text(
@@ -173,10 +176,11 @@ def reduce_text(
     similarity: str = "cosine",
     real: Sequence[bool] | None = None,
     first_stays: bool = True,
+    in_order: bool = False,
 ) -> list[list[int]]:
     """Groups of old text tokens of one sample after merging; `keys` is `[heads, text, size]`."""
     mean = keys.astype(np.float64).mean(0)
-    return groups(len(mean), match(mean, merge, similarity, protected=int(first_stays), real=real))
+    return groups(len(mean), match(mean, merge, similarity, protected=int(first_stays), real=real), in_order)
 
 
 def published_softmax(scores: np.ndarray, weights: np.ndarray | None) -> np.ndarray:

@@ -410,7 +410,11 @@ def choose(
     merge_image = budgets[1] if isinstance(budgets[1], int) else merge_image
     merge_text = budgets[2] if isinstance(budgets[2], int) else merge_text
     similarity = "dot" if semantics == "paper" else "cosine"
-    how: dict[str, Any] = {"similarity": similarity, "first_stays": semantics != "tome"}
+    how: dict[str, Any] = {
+        "similarity": similarity,
+        "first_stays": semantics != "tome",
+        "in_order": semantics == "safe",
+    }
     words = reduce_text(keys[0], merge_text, real=real[0] if safe else None, **how)
     if image == 0:
         return words, []

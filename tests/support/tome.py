@@ -19,10 +19,11 @@ class Tome:
         x: `[tokens, width]`.
         real: 1 is a real token, 0 is padding, which is masked in every attention.
         learned: leading tokens that stay.
+        in_order: tokens stay in their old order.
     """
 
-    def __init__(self, x: Tensor, real: Sequence[float], learned: int) -> None:
-        self.x, self.sizes, self.learned = x, list(real), learned
+    def __init__(self, x: Tensor, real: Sequence[float], learned: int, in_order: bool = False) -> None:
+        self.x, self.sizes, self.learned, self.in_order = x, list(real), learned, in_order
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Proportional attention, `[heads, tokens, head size]` each: every key counts as often as its size, padding not
@@ -33,7 +34,7 @@ class Tome:
         """Merge away `count` tokens by the mean of their keys over heads; a size-weighted mean."""
         keys = key.detach().double().mean(0).numpy()
         real = [size > 0 for size in self.sizes]
-        members = groups(len(self.x), match(keys, count, protected=self.learned, real=real))
+        members = groups(len(self.x), match(keys, count, protected=self.learned, real=real), self.in_order)
         self.x = combine(self.x, members, self.sizes).to(self.x.dtype)
         self.sizes = [sum(self.sizes[i] for i in group) for group in members]
         return members

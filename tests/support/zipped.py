@@ -169,19 +169,27 @@ def zipped_logits(
 ) -> tuple[Tensor, Tensor]:
     """Logits of a model that sees the rows of `stable` where they stood, and the places in the prompts that it sees."""
     sight, keys = keys_of_rows(model, inputs, placeholders)
-    kept, instead = [], {}
+    kept, instead, joined = [], {}, {}
     for group in sight.groups:
         rows = torch.stack([sight.rows[i] for i in group])
         own = torch.stack([keys[i] for i in group])
         found = zipped(sight.votes[group], own, dominant, contextual, "stable")
         kept += [group[i] for i in (*found.dominant, *found.targets)]
         instead.update({sight.places[group[t]]: found.merged(rows, t, "stable") for t in found.targets})
+        for target in found.targets:
+            merged = [target, *(i for i, t in found.into.items() if t == target)]
+            joined[group[target]] = [group[i] for i in merged]
 
     def replace(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         embeds = kwargs["inputs_embeds"].clone()
         for (prompt, place), row in instead.items():
             embeds[prompt, place] = row
-        return args, {**kwargs, "inputs_embeds": embeds}
+        # What is added in later layers.
+        deeper = [value.clone() for value in kwargs.get("deepstack_visual_embeds") or ()]
+        for value in deeper:
+            value[[*joined]] = torch.stack([value[rows].mean(0) for rows in joined.values()])
+        more = {"deepstack_visual_embeds": deeper} if deeper else {}
+        return args, {**kwargs, "inputs_embeds": embeds, **more}
 
     places = kept_places(sight, inputs, kept)
     handle = decoder_of(model).register_forward_pre_hook(replace, with_kwargs=True)
