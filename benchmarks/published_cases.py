@@ -69,6 +69,8 @@ def schedule_of(folder: str, method: str, case: dict[str, Any]) -> dict[str, Any
         return {**keys, "budget": round(tokens * (1 - case["prune_percent"] / 100)), "split": bool(case["split"])}
     if method == "holov" and folder == "prompt-tiny":
         return {"budget": case["budget"], "crops": case["crops"]}
+    if method == "cdpruner":
+        return {"budget": case["budget"], "text_tower": str(ORACLE / folder / "clip_text")}
     if method == "fastervlm":
         return {"budget": case["budget"]}
     return None
@@ -93,6 +95,8 @@ def cases(methods: list[str]) -> Iterator[Case]:
             if "image_grid_thw" in given:  # patches of all images one after the other
                 inputs["pixel_values"] = pixels.reshape(-1, pixels.shape[-1])
                 inputs["image_grid_thw"] = np.repeat(given["image_grid_thw"], len(ids), 0)
+            if method == "cdpruner":
+                inputs["question_ids"] = np.repeat(given[case["text"]][None], len(ids), 0)
             wanted = {k.removeprefix(f"{name}."): v for k, v in expected.items() if k.startswith(f"{name}.")}
             yield Case(folder, method, name, {"method": method, **keys}, inputs, wanted)
 
@@ -115,6 +119,9 @@ def run(case: Case, folder: Path) -> dict[str, Any]:
     session = onnxruntime.InferenceSession(str(out), providers=["CPUExecutionProvider"])
     names = [value.name for value in session.get_outputs()]
     feed = {value.name: case.inputs[value.name] for value in session.get_inputs()}
+    for value in session.get_inputs():  # a question may be compiled for a longer one: -1 behind the last
+        if value.name == "question_ids" and (more := value.shape[1] - feed[value.name].shape[1]) > 0:
+            feed[value.name] = np.pad(feed[value.name], ((0, 0), (0, more)), constant_values=-1)
     found = dict(zip(names, session.run(None, feed), strict=True))
     difference = float(np.abs(found["logits"][:, -1] - case.wanted["logits_last"]).max())
     return {"difference": difference, "seconds": round(time.perf_counter() - start, 1)}

@@ -52,9 +52,9 @@ class Selection(nn.Module):
 def selections(tokens: int, budget: int) -> dict[str, Made]:
     """The reducer of each method, with what it reads."""
     from pumer_compile import reducers
-    from pumer_compile.reducers.cdpruner import RelevantReducer
     from pumer_compile.reducers.divprune import DiverseReducer
     from pumer_compile.reducers.fixed import FixedReducer, even_places
+    from pumer_compile.reducers.relevant import RelevantReducer
 
     whole = [tuple(range(tokens))]
     generator = torch.Generator().manual_seed(0)

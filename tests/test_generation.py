@@ -72,7 +72,9 @@ def prefilled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_tokens_that_transformers_generates(decode: Path, prefilled: Path) -> None:
-    made = Generator(prefilled, decode).generate(tensors(), TOKENS)
+    generator = Generator(prefilled, decode)
+    assert generator._manifest["plan"]["signals"] == ["class_token"] and not captured().counted
+    made = generator.generate(tensors(), TOKENS)
     assert made.shape == (2, TOKENS)
     assert torch.equal(made, reduced_by_hand(tensors(), 48))
 
@@ -177,16 +179,19 @@ def test_artifacts_of_another_kind(decode: Path, prefilled: Path) -> None:
 
 
 def test_models_that_count_from_one(tmp_path: Path) -> None:
-    """PaliGemma's positions begin at 1; a budget of everything leaves its own `generate`."""
+    """PaliGemma's positions begin at 1, and all of a prompt looks at all of it, but for padding; a budget of everything
+    leaves its own `generate`."""
     torch.manual_seed(0)
     paligemma, one = ARCHITECTURES["PaliGemma"].build()
     paligemma.eval()
     reduced = pumer.reduce(pumer.capture(paligemma, one), Schedule(method="vispruner", budget=36))
     path = pumer.export(reduced, tmp_path / "prefill.onnx", samples=[one]).path
     step = export_decode(paligemma, one, tmp_path / "decode.onnx")
-    with torch.no_grad():
-        wanted = paligemma.generate(**one, max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False)
-    assert torch.equal(Generator(path, step).generate(one, TOKENS), wanted[:, one["input_ids"].shape[1] :])
+    for inputs in (one, shortened(one, 0, 2)):
+        length = inputs["input_ids"].shape[1]
+        with torch.no_grad():
+            wanted = paligemma.generate(**inputs, max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False)
+        assert torch.equal(Generator(path, step).generate(inputs, TOKENS), wanted[:, length:])
 
 
 def test_what_the_loop_does_not_give() -> None:

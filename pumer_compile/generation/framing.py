@@ -26,8 +26,12 @@ from ..schedule import Schedule
 IDS, MASK, POSITIONS = "input_ids", "attention_mask", "position_ids"
 # Inputs with an entry for every token of a prompt, `[batch, tokens, ...]`.
 BY_TOKEN = (IDS, MASK, "token_type_ids", "mm_token_type_ids", POSITIONS, "cross_attention_mask")
-# What reducers read (`Signal`) that holds nothing of padding: it is of the image alone, or the mask is applied to it.
-_OF_IMAGES = {"class_token", "class_feature", "tower_keys", "keys", "weights", "normed", "text_embedding"}
+# What reducers read (`Signal`) that holds nothing of padding: it is of the image alone, the mask is applied to it, or
+# it is an input of its own.
+_WITHOUT_PADDING = {
+    *("class_token", "class_feature", "tower_keys", "tower_features", "keys", "weights", "normed"),
+    *("text_embedding", "text_embeds", "question_ids"),
+}
 # What they read of the last token of a prompt.
 _OF_LAST = {"last_query", "next_query"}
 # What they read of the text behind the image, padding and all.
@@ -182,7 +186,7 @@ def _check_sides(manifest: Mapping[str, Any], takes: Mapping[str, Any], framed: 
             f"The artifact does not say where its images stand and what its reducers read, and {shorter} would be "
             "padded. Compile it by this version, with a budget of image tokens; or give prompts of the compiled length."
         )
-    others = sorted(set(plan["signals"]) - _OF_IMAGES)
+    others = sorted(set(plan["signals"]) - _WITHOUT_PADDING)
     if set(others) - _OF_LAST - _BEHIND or (set(others) & _BEHIND and any((*framed.back, *framed.gap))):
         raise UsageError(
             f"The artifact decides by its text ({', '.join(others)}), and padding in {shorter} would be read as text. "

@@ -68,8 +68,7 @@ def parity(
         UsageError: not an artifact of pumer-compile, one of a schedule that means something else today, inputs that do
             not fit it, or this machine cannot run it.
     """
-    path = Path(artifact)
-    manifest = read_manifest(path)
+    path, manifest = Path(artifact), read_manifest(Path(artifact))
     _check_revision(path, manifest)
     loaded = load_model(Path(model)) if isinstance(model, str | os.PathLike) else model
     check_recording(manifest, save_inputs, save_outputs)

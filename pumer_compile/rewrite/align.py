@@ -203,11 +203,11 @@ def computed_from_places(annotation: Annotation) -> frozenset[fx.Node]:
     rotary angles."""
     found, constant = set[fx.Node](), set[fx.Node]()
     for node in next(iter(annotation.constraints)).graph.nodes:
-        content = set(content_inputs(node))
+        content = content_inputs(node)
         if node.target is aten.arange.default and isinstance(annotation.axis(Dim(node, 0)), Tokens):
             found.add(node)
-        elif node.op in ("get_attr", "call_function") and content <= found | constant:
-            (found if found & content else constant).add(node)
+        elif node.op in ("get_attr", "call_function") and all(x in found or x in constant for x in content):
+            (constant if found.isdisjoint(content) else found).add(node)
     return frozenset(found)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 
-from benchmarks import architectures
+from benchmarks import architectures, configurations
 from benchmarks.architecture_models import ARCHITECTURES
 
 
@@ -34,3 +34,19 @@ def test_spread_is_the_papers_for_twelve_layers() -> None:
     layers = [f"cross_modal.{i}" for i in range(12)]
     assert architectures.spread(layers) == ["cross_modal.2", "cross_modal.5", "cross_modal.8"]
     assert architectures.spread(["cross_modal.4"]) == ["cross_modal.4"]
+
+
+def test_transformers_test_configurations() -> None:
+    """Each is one of four things; nearly all are captured, and nothing is refused by an error that nobody meant."""
+    results = configurations.kept().values()
+    assert all(sum(key in r for key in ("not_built", "refused", "methods")) == 1 for r in results)
+    assert sum("methods" in r and not r["differs"] for r in results) >= 105
+    errors = [r["refused"] for r in results if "refused" in r]
+    errors += [m["error"] for r in results for m in r.get("methods", {}).values() if "error" in m]
+    assert errors and all(error["meant"] for error in errors)
+
+
+def test_what_is_left_as_it_was_is_not_reduced() -> None:
+    assert configurations.reduces({"before": {"image": 4}, "after": {"image": 2}})
+    assert not configurations.reduces({"before": {"image": 1}, "after": {"image": 1}})
+    assert not configurations.reduces({"error": {"class": "PlanError", "meant": True, "text": "Nothing."}})

@@ -37,6 +37,7 @@ def padded(inputs: Tensors, pads: int) -> Tensors:
 def test_the_graph_is_the_model_with_padding_in_front(name: str, seed: int, pads: int) -> None:
     """Three words stand in front of the image. What the places of padding themselves give is nobody's."""
     model, make, program = case(name)
+    assert program.counted == ("attention_mask",)
     inputs = padded(make(seed), pads)
     for guard in program.guards:
         guard.check(inputs)

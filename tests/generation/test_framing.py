@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pumer_compile.errors import UsageError
-from pumer_compile.generation.framing import _BEHIND, _OF_IMAGES, _OF_LAST, frame
+from pumer_compile.generation.framing import _BEHIND, _OF_LAST, _WITHOUT_PADDING, frame
 from pumer_compile.reducers.base import Signal
 
 pytestmark = pytest.mark.fast
@@ -150,7 +150,7 @@ def test_text_that_decides() -> None:
 def test_signals_are_known() -> None:
     """A new one is refused until somebody says what it holds; none is both."""
     known = {signal.value for signal in Signal}
-    kinds = (_OF_IMAGES, _OF_LAST, _BEHIND)
+    kinds = (_WITHOUT_PADDING, _OF_LAST, _BEHIND)
     assert known >= set().union(*kinds) and sum(map(len, kinds)) == len(set().union(*kinds))
     assert known - set().union(*kinds) == {"text_to_image", "text_weights"}
 

@@ -145,15 +145,18 @@ def test_padding_in_front() -> None:
     torch.testing.assert_close(logits[1, 3:], wanted[1, 3:], atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["qwen2_5_vl", "internvl", "qwen3_vl", "llava_next"])
-def test_other_families(name: str) -> None:
-    """Angles of three axes, several runs of placeholders, features that come later; original positions."""
+FAMILIES = [(name, "original") for name in ("qwen2_5_vl", "internvl", "qwen3_vl", "llava_next")]
+
+
+@pytest.mark.parametrize(("name", "positions"), [*FAMILIES, ("internvl", "compact")])
+def test_other_families(name: str, positions: str) -> None:
+    """Angles of three axes, several runs of placeholders, features that come later."""
     model, make, output, program = captured(name)
-    reduced = pumer.reduce(program, Schedule(method="pyramiddrop", stages={1: 0.25}, positions="original"))
+    reduced = pumer.reduce(program, Schedule(method="pyramiddrop", stages={1: 0.25}, positions=positions))
     budgets = {site.after[s] for site in reduced.plan.sites for s in site.after}
     kept = []
     for seed in (0, 1):
-        wanted, places = by_hand(model, make(seed), {1: budgets.copy().pop()}, "next")
+        wanted, places = by_hand(model, make(seed), {1: max(budgets)}, "next", compact=positions == "compact")
         with torch.no_grad():
             found = reduced.module(**make(seed))[output]
         torch.testing.assert_close(found, wanted, atol=2e-5 * float(wanted.abs().max()), rtol=1e-4)
