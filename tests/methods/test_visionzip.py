@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch._dynamo
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -139,6 +140,15 @@ def test_through_the_command_line(tmp_path: Path) -> None:
     (tmp_path / "many.yaml").write_text("method: visionzip\ndominant: 140\ncontextual: 6\n", encoding="utf-8")
     arguments = (FOLDER, "--schedule", tmp_path / "many.yaml", "--inputs", tmp_path / "inputs.npz")
     assert "more tokens than the 145" in refused(2, *arguments, "-o", tmp_path / "x.onnx")
+
+
+def test_under_torch_compile() -> None:
+    torch._dynamo.reset()
+    options = {"schedule": schedule(ONE), "inner": "eager"}
+    compiled = torch.compile(model(), backend="pumer", fullgraph=True, options=options)
+    with torch.no_grad():
+        logits = compiled(**inputs(ONE)).logits
+    assert np.abs(logits[:, -1].numpy() - EXPECTED[f"{ONE}.logits_last"]).max() <= 1e-4
 
 
 # --- other families ---------------------------------------------------------------------------------------------------
