@@ -171,8 +171,8 @@ def _gap(scores: Tensor, own: Tensor, forced: Tensor) -> Tensor:
 
 
 def _set_gap(scores: Tensor, own: Tensor, forced: Tensor) -> Tensor:
-    """Score difference of two choices as sets, `[batch]`: of the best that only the first has and the worst that only the
-    second has; infinite where that is no set in its order."""
+    """Score difference of two choices as sets, `[batch]`: of the best that only the first has and the worst that only
+    the second has; infinite where that is no set in its order."""
     mine, theirs = (one_hot(chosen, scores.shape[1]).any(1) for chosen in (own, forced))
     best = torch.where(mine & ~theirs, scores, -torch.inf).amax(1)
     worst = torch.where(theirs & ~mine, scores, torch.inf).amin(1)
