@@ -1,13 +1,14 @@
 """`safe` in the tokens' old order, and by saliency as published: how often rounding changes what is reduced.
 
-python -m benchmarks.order_flips [--questions N]     # about ten minutes on one core
+python -m benchmarks.order_flips [--questions 512] [--methods pumer tome] [--kinds float32 float16 weights dynamic]
 
-The demo's test set (easy-VQA) and its model that was not fine-tuned with reduction, at the published ratios, under
-onnxruntime: the artifact in float32 beside the same in float16, and in int8 by each mode that needs no samples. A new
-token is told by the tokens of the model that went into it, whatever its place, so that both orders are measured alike.
+The demo's test set (easy-VQA) and its model that was not fine-tuned with reduction, at the published ratios: float32
+beside float16 (both in eager PyTorch), and int8 by each mode that needs no samples (under onnxruntime). A new token is
+told by the tokens of the model that went into it, whatever its place, so that both orders are measured alike.
 `samples`: where any reducer made any token of others than in float32. `sets`: the same of each reducer of each sample.
 `tokens`: of those after the last reducer. The order before was that of `reference` (`in_order` false in this script
-alone); accuracy is of answers in each. Writes benchmarks/results/order_flips.json.
+alone); accuracy is of answers in each. About a minute of one core for what is eager, half a minute for each export.
+Writes benchmarks/results/order_flips.json, in which rows that are not measured again stay.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,22 +30,19 @@ import pumer_compile as pumer
 from benchmarks.common import machine
 from examples.easy_vqa.data import Split, load_split
 from examples.easy_vqa.schedules import STRENGTHS
-from pumer_compile.reducers import ModalityAwareMerger, TextInformedPruner
+from pumer_compile.exporters.chain import cast_program
+from pumer_compile.reducers import ModalityAwareMerger, TextInformedPruner, noted_decisions
 
 Array = np.ndarray[Any, Any]
 ROOT = Path(__file__).resolve().parents[1]
-MERGES = {"layers": [1, 2, 4], "merge": {"image": 0.3, "text": 0.2}}
+# Of the image alone: the model reads the text's first token, which ToMe may merge away.
+MERGES: dict[str, Any] = {"layers": [1, 2, 4], "merge": {"image": 0.3}}
 SCHEDULES = {
     "pumer": pumer.Schedule(method="pumer", semantics="safe", **STRENGTHS["paper"]),
     "tome": pumer.Schedule(method="tome", semantics="safe", **MERGES),
 }
 ORDERS = ("published", "raster")
-ROUNDED = {
-    "float32": pumer.OnnxOptions(),
-    "float16": pumer.OnnxOptions(dtype="float16"),
-    "int8, weights": pumer.OnnxOptions(quantize="int8", quantize_mode="weights"),
-    "int8, dynamic": pumer.OnnxOptions(quantize="int8", quantize_mode="dynamic"),
-}
+KINDS = ("float32", "float16", "weights", "dynamic")
 BATCH = 64
 
 
@@ -100,11 +99,31 @@ def made_of(outputs: dict[str, Array], order: str, tokens: dict[str, int]) -> di
     return found
 
 
-def run(path: Path, split: Split, rows: torch.Tensor) -> dict[str, Array]:
-    """Everything that an artifact gives for some questions."""
-    session = pumer.OnnxSession(path)
-    parts = [session.run(split.batch(part)) for part in rows.split(BATCH)]
+def run(session: Callable[[dict[str, torch.Tensor]], dict[str, Array]], split: Split, rows: torch.Tensor) -> Any:
+    """All outputs for some questions."""
+    parts = [session(split.batch(part)) for part in rows.split(BATCH)]
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def eager(reduced: pumer.Reduced, batch: dict[str, torch.Tensor]) -> dict[str, Array]:
+    """Logits and decisions in eager PyTorch, in the module's dtype."""
+    dtype = next(reduced.module.parameters()).dtype
+    given = {name: value.to(dtype) if value.is_floating_point() else value for name, value in batch.items()}
+    with noted_decisions(reduced.module) as noted:
+        outputs = {"logits": reduced.module(**given).logits.float().numpy()}
+    decided = {(name, what): value for name, made in noted.items() for what, value in made._asdict().items()}
+    return outputs | {f"{name}.{what}": value.numpy() for (name, what), value in decided.items()}
+
+
+def opened(program: pumer.Program, method: str, kind: str, folder: Path) -> Any:
+    """What runs a batch in one of `KINDS`."""
+    if kind.startswith("float"):
+        return partial(eager, pumer.reduce(cast_program(program, kind), SCHEDULES[method]))
+    path = folder / f"{kind}.onnx"
+    options = pumer.OnnxOptions(quantize="int8", quantize_mode=kind)  # type: ignore[arg-type]
+    reduced = pumer.reduce(program, SCHEDULES[method])
+    pumer.export(reduced, path, options=options, verify=False, with_decisions=True)
+    return pumer.OnnxSession(path).run
 
 
 def row_of(made: dict[str, Array], exact: dict[str, Array]) -> dict[str, float]:
@@ -120,34 +139,45 @@ def row_of(made: dict[str, Array], exact: dict[str, Array]) -> dict[str, float]:
     }
 
 
-def measure(program: pumer.Program, method: str, order: str, split: Split, rows: torch.Tensor) -> list[dict[str, Any]]:
-    """One method in one order: a row for each artifact."""
+def measure(
+    program: pumer.Program, method: str, order: str, kinds: Sequence[str], split: Split, rows: torch.Tensor
+) -> list[dict[str, Any]]:
+    """One method in one order: a row for each kind."""
     found: list[dict[str, Any]] = []
-    with ordered(order):
-        reduced = pumer.reduce(program, SCHEDULES[method])
     tokens = {"text": split.input_ids.shape[1], "image": 65}
+    exact: dict[str, Array] = {}
     with tempfile.TemporaryDirectory() as folder:
-        exact: dict[str, Array] = {}
-        for name, options in ROUNDED.items():
-            path = Path(folder) / f"{len(found)}.onnx"
-            pumer.export(reduced, path, options=options, verify=False, with_decisions=True)
-            outputs = run(path, split, rows)
+        for kind in kinds:
+            with ordered(order):
+                session = opened(program, method, kind, Path(folder))
+            outputs = run(session, split, rows)
             made, answers = made_of(outputs, order, tokens), outputs["logits"].argmax(-1)
-            if name == "float32":
+            if kind == "float32":
                 exact, given = made, answers
             correct = int((answers == split.labels[rows].numpy()).sum())
-            row = {"method": method, "order": order, "artifact": name, "correct": correct, "total": len(rows)}
+            row = {"method": method, "order": order, "kind": kind, "correct": correct, "total": len(rows)}
             row |= {"agree": int((answers == given).sum()), **row_of(made, exact)}
             found.append(row)
             shares = "".join(f"{row[what]:>10.2%}" for what in ("samples", "sets", "tokens"))
-            print(f"{method:<8}{order:<12}{name:<16}{correct / len(rows):>9.2%}{shares}", flush=True)
+            print(f"{method:<8}{order:<12}{kind:<10}{correct / len(rows):>9.2%}{shares}", flush=True)
     return found
+
+
+def save(path: Path, about: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """Write, and keep older rows of the same questions."""
+    before = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
+    names = [(row["method"], row["order"], row["kind"]) for row in rows]
+    kept = [row for row in before if (row["method"], row["order"], row["kind"]) not in names]
+    rows = [row for row in kept if row["total"] == about["questions"]] + rows
+    path.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n", encoding="utf-8")
 
 
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--questions", type=int, help="so many of the test set, drawn; all of them if left out")
+    parser.add_argument("--questions", type=int, default=512, help="so many of the test set, drawn")
+    parser.add_argument("--methods", nargs="+", choices=list(SCHEDULES), default=list(SCHEDULES))
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="float32 comes first")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "order_flips.json")
     arguments = parser.parse_args()
     torch.set_grad_enabled(False)
@@ -156,13 +186,13 @@ def main() -> None:
     rows = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))[: arguments.questions]
     model = ViltForQuestionAnswering.from_pretrained(folder).eval()
     program = pumer.capture(model, split.batch(torch.arange(2)), dynamic_batch=True)
-    about, results = machine(), []
-    print(f"{'method':<8}{'order':<12}{'artifact':<16}{'accuracy':>9}{'samples':>10}{'sets':>10}{'tokens':>10}")
-    for method in SCHEDULES:
+    about = {"machine": machine(), "questions": len(rows)}
+    about["schedules"] = {name: schedule.canonical() for name, schedule in SCHEDULES.items()}
+    kinds = ["float32", *(kind for kind in arguments.kinds if kind != "float32")]
+    print(f"{'method':<8}{'order':<12}{'kind':<10}{'accuracy':>9}{'samples':>10}{'sets':>10}{'tokens':>10}")
+    for method in arguments.methods:
         for order in ORDERS:
-            results += measure(program, method, order, split, rows)
-    found = {"machine": about, "questions": len(rows), "schedules": {n: s.canonical() for n, s in SCHEDULES.items()}}
-    arguments.output.write_text(json.dumps({**found, "rows": results}, indent=1) + "\n", encoding="utf-8")
+            save(arguments.output, about, measure(program, method, order, kinds, split, rows))
     print(f"Wrote {arguments.output}.")
 
 

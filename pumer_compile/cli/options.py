@@ -41,7 +41,7 @@ SemanticsName = Annotated[
         "--semantics",
         metavar="NAME",
         help="In place of the schedule's: safe (the default), reference (for models fine-tuned with the published "
-        "code), paper; of vispruner reference or stable.",
+        "code), paper; of tome reference or safe; of the others reference or stable.",
         show_default=False,
         rich_help_panel=WHAT,
     ),

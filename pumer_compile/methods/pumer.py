@@ -37,8 +37,9 @@ class Semantics(NamedTuple):
         may_skip: a site whose share prunes no token is left out, as by the published code.
         first_stays: whatever comes first is taken for token 0; else the first token of a pruned stream moves unless it
             is learned.
-        in_order: tokens stay in their old order, so that of two that are nearly tied one takes the other's place and
-            nothing else moves; else kept ones stand by saliency, and merged ones last.
+        in_order: tokens stay in their old order; else kept ones stand by saliency, and merged ones last. In order, a
+            near-tie among what is kept changes nothing, and one at the cut swaps a token; but the merger splits by
+            place, and what stands between the two changes halves.
     """
 
     similarity: Similarity

@@ -21,7 +21,8 @@ class ToMe(Budgeted):
 
     Args:
         semantics: `reference`, the default: unmerged tokens of the one half stand first, then the other half, as
-            published; in `safe` tokens stay in their old order, so that a near-tie moves nothing else.
+            published; in `safe` tokens stay in their old order, a merged one at its odd token's place. Rounding changes
+            as much in either (docs/proof.md).
     """
 
     about = About(

@@ -13,8 +13,9 @@ class TextInformedPruner(nn.Module):
 
     The saliency of an image token is the attention it receives from the text, mean over heads and summed over
     text tokens (equation 1 up to a constant factor, which does not change the order). Kept tokens come in
-    descending saliency, as published: the merger's even/odd split follows that order, and two nearly equal saliencies
-    that change places change all pairs behind them. `in_order` leaves the tokens in their old order.
+    descending saliency, as published: the merger's even/odd split follows that order, and any two nearly equal
+    saliencies that change places change halves. `in_order` leaves the tokens in their old order: then only a near-tie
+    at the cut changes anything, a token, and with it the halves of what stands between the two.
 
     Args:
         keep: image tokens to keep.
