@@ -254,8 +254,8 @@ MISTYPED = {
     "pariti": (("model.onnx", "--model", "m"), "did you mean parity?"),
     "Plan": (("model", "--schedule", "vilt-vqa"), "did you mean plan?"),
     "benchmark": (("model.onnx",), "did you mean bench?"),
-    "prove": (("model.onnx",), "Commands: bench, compile, parity, plan, triton"),
-    "help": ((), "Commands: bench, compile, parity, plan, triton"),
+    "prove": (("model.onnx",), "Commands: bench, compile, list, parity, plan, triton"),
+    "help": ((), "Commands: bench, compile, list, parity, plan, triton"),
     "inspect": ((), "pumer-compile --help"),
 }
 
