@@ -81,6 +81,16 @@ def test_relevance_from_nothing_to_one() -> None:
     torch.testing.assert_close(spread(values, below=2.0), torch.tensor([[0.0, 0.5, 0.25], [0.0, 0.0, 0.0]]))
 
 
+def test_rounding_decides_nothing_between_copies() -> None:
+    """Copies but for the last bit: `stable` keeps the same ones, whichever of them rounding favours."""
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(1, 6, 32, generator=generator).repeat(1, 3, 1)
+    worth = (torch.rand(1, 6, generator=generator) + 0.5).repeat(1, 3)
+    noisy = [image + torch.randn(image.shape, generator=generator) * 1e-7 for _ in range(8)]
+    assert len({str(kept(Determinantal(5, order="stable")(x, worth))) for x in noisy}) == 1
+    assert len({str(kept(Determinantal(5)(x, worth))) for x in noisy}) > 1
+
+
 @pytest.mark.parametrize(
     ("tokens", "budget", "wanted"),
     [
