@@ -512,7 +512,7 @@ def test_plan_json_is_alone_on_stdout(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.chdir(tmp_path)
     result = done("plan", folder(), "--schedule", schedule(), "--json")
     plan = json.loads(result.out)
-    assert list(plan) == ["schedule", "sites", "multiply_adds"]
+    assert list(plan) == ["schedule", "signals", "sites", "multiply_adds"]
     assert (plan["schedule"]["method"], plan["schedule"]["semantics"]) == ("pumer", "reference")
     (site,) = plan["sites"]
     assert site == {
