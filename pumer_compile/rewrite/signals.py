@@ -419,8 +419,9 @@ def _text_embedding(place: Place, stream: str) -> fx.Node:
 def _text_rating(place: Place, stream: str) -> fx.Node:
     """Of what enters the first layer of the language model; the same for all sites."""
     rewriter, name = place.rewriter, f"reducer.rating.{stream}"
-    for made in rewriter.graph.find_nodes(op="call_module", target=name):
-        return made
+    made: list[fx.Node] = list(rewriter.graph.find_nodes(op="call_module", target=name))
+    if made:
+        return made[0]
     first = place.graph.prompt_layers()[0]
     entering = entering_of(first.context)
     axis = None if entering is None else place.graph.annotation.axis(Dim(entering, 1))
