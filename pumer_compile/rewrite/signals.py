@@ -419,11 +419,7 @@ def _text_embedding(place: Place, stream: str) -> fx.Node:
 def _text_rating(place: Place, stream: str) -> fx.Node:
     """Of what enters the first layer of the language model; the same for all sites."""
     rewriter, name = place.rewriter, f"reducer.rating.{stream}"
-<<<<<<< HEAD
-    made: list[fx.Node] = rewriter.graph.find_nodes(op="call_module", target=name)
-=======
     made: list[fx.Node] = list(rewriter.graph.find_nodes(op="call_module", target=name))
->>>>>>> w/sparse
     if made:
         return made[0]
     first = place.graph.prompt_layers()[0]
