@@ -95,6 +95,9 @@ def cases(methods: list[str]) -> Iterator[Case]:
             if "image_grid_thw" in given:  # patches of all images one after the other
                 inputs["pixel_values"] = pixels.reshape(-1, pixels.shape[-1])
                 inputs["image_grid_thw"] = np.repeat(given["image_grid_thw"], len(ids), 0)
+                # Without it the model counts the image's positions as those of words.
+                placeholder = json.loads((path.parent / "config.json").read_text(encoding="utf-8"))["image_token_id"]
+                inputs["mm_token_type_ids"] = (ids == placeholder).astype(np.int32)
             if method == "cdpruner":
                 inputs["question_ids"] = np.repeat(given[case["text"]][None], len(ids), 0)
             wanted = {k.removeprefix(f"{name}."): v for k, v in expected.items() if k.startswith(f"{name}.")}
