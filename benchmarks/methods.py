@@ -27,7 +27,7 @@ KEYS: dict[str, dict[str, Any]] = {
     "fastv": {"layer": 1, "budget": 3},
     "dart": {"layer": 1, "budget": 3, "pivots": {"image": 1, "text": 1}},
     "pyramiddrop": {"stages": {1: 0.5}},
-    "sparsevlm": {"stages": {1: 0.5}},
+    "sparsevlm": {"stages": {1: 3}},
     "visionzip": {"dominant": 2, "contextual": 1},
     "holov": {"budget": 3, "crops": 2},
     "cdpruner": {"budget": 3, "variant": "openvino"},

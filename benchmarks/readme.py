@@ -165,6 +165,21 @@ def mutation() -> str:
     return table(json.loads((ROOT / "benchmarks/results/mutation.json").read_text(encoding="utf-8"))["rows"]) + "\n"
 
 
+def order_flips() -> str:
+    """What rounding changes, with tokens in the published order and in their old one."""
+    result = json.loads((ROOT / "benchmarks/results/order_flips.json").read_text(encoding="utf-8"))
+    rows = {(row["method"], row["order"], row["kind"]): row for row in result["rows"]}
+    lines = ["| | Samples | Sets | Tokens | Accuracy |", "| --- | ---: | ---: | ---: | ---: |"]
+    for method, order, kind in sorted(rows, key=lambda key: (key[0], key[2], key[1])):
+        if kind != "float32":
+            pair = [rows[method, order, kind], rows[method, order, "float32"]]
+            shares = " | ".join(f"{pair[0][what]:.1%}" for what in ("samples", "sets", "tokens"))
+            accuracy = ", float32 ".join(f"{row['correct'] / row['total']:.1%}" for row in pair)
+            kind = kind if kind.startswith("float") else f"int8, {kind}"
+            lines.append(f"| {method}, {kind}, {order} order | {shares} | {accuracy} |")
+    return "\n".join(lines) + f"\n\n{result['questions']} questions.\n"
+
+
 ROWS = {
     "none": "unreduced",
     "reduced": "reduced, none of them",
@@ -187,7 +202,7 @@ def fill(text: str, name: str, content: str) -> str:
 SECTIONS = {
     "README.md": (easy_vqa, distillation, quantization, engines, performance, torch_compile),
     "docs/graph-optimizations.md": (lean,),
-    "docs/proof.md": (mutation,),
+    "docs/proof.md": (mutation, order_flips),
 }
 """What each page holds, between marks named after the functions."""
 

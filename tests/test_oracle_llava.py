@@ -20,16 +20,11 @@ from pumer_compile.errors import UsageError
 from pumer_compile.reduce import reduce_graph
 from pumer_compile.reducers import reducers_of
 from tests.support.commands import done, inner_manifest, onnx_outputs, refused, tensorrt_refuses
-from tests.support.llava import CASES, EXPECTED, FOLDER, model, program, tensors
+from tests.support.llava import CASES, EXPECTED, FOLDER, model, program, schedule, tensors
 from tests.support.prompt_oracle import by_hand
 from tests.support.visual import logits_by_hand, select, visual_cues
 
 TOKENS = 144
-
-
-def schedule(case: str, **more: Any) -> Schedule:
-    spec = CASES[case]
-    return Schedule(method="vispruner", budget=spec["budget"], important=spec["important_ratio"], **more)
 
 
 @functools.cache

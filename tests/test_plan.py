@@ -248,6 +248,7 @@ def test_plan_as_json() -> None:
     plan = Plan(sites, 1000, 500)
     assert plan.ratio == 2.0
     assert json.loads(json.dumps(plan.to_dict())) == {
+        "signals": [],
         "sites": [
             {
                 "site": "cross_modal.2",

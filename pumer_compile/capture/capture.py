@@ -268,15 +268,18 @@ def _export_followed(
     model: nn.Module, sample: dict[str, Tensor], kept: Mapping[str, Tensor]
 ) -> tuple[ExportedProgram, FollowSample]:
     """The trace of a model that follows its sample, and what was asked."""
-    for as_expanded in (False, True):
-        follow = FollowSample(kept, word_table(model), as_expanded=as_expanded)
-        with following(model, follow), open_padding(model, follow.keep_open):
-            try:
-                return _export(model, sample, None), follow
-            except GuardOnDataDependentSymNode:
-                if as_expanded:
-                    raise
-    raise AssertionError("unreachable")
+    try:
+        return _traced_following(model, sample, kept, as_expanded=False)
+    except GuardOnDataDependentSymNode:  # masks that are expanded to features are followed as a last resort
+        return _traced_following(model, sample, kept, as_expanded=True)
+
+
+def _traced_following(
+    model: nn.Module, sample: dict[str, Tensor], kept: Mapping[str, Tensor], *, as_expanded: bool
+) -> tuple[ExportedProgram, FollowSample]:
+    follow = FollowSample(kept, word_table(model), as_expanded=as_expanded)
+    with following(model, follow), open_padding(model, follow.keep_open):
+        return _export(model, sample, None), follow
 
 
 def _refuse_open_batch(

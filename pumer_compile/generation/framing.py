@@ -35,7 +35,7 @@ _WITHOUT_PADDING = {
 # What they read of the last token of a prompt.
 _OF_LAST = {"last_query", "next_query"}
 # What they read of the text behind the image, padding and all.
-_BEHIND = {"text_keys", "text_normed"}
+_BEHIND = {"text_keys", "text_normed", "behind_to_image", "text_rating"}
 
 
 @dataclass(frozen=True)

@@ -70,8 +70,12 @@ class InLanguageModel(Method):
                 f"this model has {len(layers)}: {few}."
             )
 
-    def entering(self, attention: Attention) -> fx.Node:
+    def entering(self, attention: Attention, does: str = "reduces") -> fx.Node:
         """The residual value that enters the layer of an attention.
+
+        Args:
+            attention: of the language model.
+            does: what the method does with that value, for the message.
 
         Raises:
             LocateError: none is found.
@@ -81,7 +85,7 @@ class InLanguageModel(Method):
         found = entering_of(attention.context)
         if found is None:
             raise LocateError(
-                f"`method: {self.method}` reduces what enters the layer of {attention.described}, and no residual "
+                f"`method: {self.method}` {does} what enters the layer of {attention.described}, and no residual "
                 "value was found there: looked for what the output of its attention is added to, from which its "
                 "queries and keys are computed."
             )

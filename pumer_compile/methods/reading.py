@@ -138,7 +138,7 @@ def _other_choice(key: str, given: object, method: type[Method]) -> str:
         return f"{_name(method)} has one meaning: leave out `{key}`, got {given!r}"
     others = [_name(m) for m in METHODS.values() if key in m.model_fields and given in _choices(m, key)]
     whose = f"`{key}: {given}` is for {' and '.join(others)}; " if others else ""
-    return f"{whose}expected one of {', '.join(choices)}, got {given!r}"
+    return f"{whose}expected one of {', '.join(choices)} ({_name(method)}), got {given!r}"
 
 
 def _choices(method: type[Method], key: str) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from .merger import ModalityAwareMerger
 from .prune_merge import StreamReducer
 from .pruner import TextInformedPruner
 from .relevance import MeanOfWords, RowsOfTower
+from .sparsevlm import RatedReducer, TextRating
 from .video import ChangeReducer, UniqueReducer
 from .visionzip import VisionZipReducer
 from .vispruner import VisPruner
@@ -32,6 +33,7 @@ __all__ = [
     "ModalityAwareMerger",
     "NextQueryReducer",
     "PublishedMaskedSoftmax",
+    "RatedReducer",
     "Reducer",
     "Reduction",
     "RowsOfTower",
@@ -39,6 +41,7 @@ __all__ = [
     "SizeBias",
     "StreamReducer",
     "TextInformedPruner",
+    "TextRating",
     "TextRowsAttention",
     "TokenWeights",
     "UniqueReducer",

@@ -41,6 +41,10 @@ class Signal(Enum):
         TEXT_KEYS: keys of the text behind the image, `[batch, heads, text, head_size]`.
         NORMED: the tokens as the model's last norm would leave them, `[batch, tokens, width]`.
         TEXT_NORMED: the text behind the image, likewise.
+        BEHIND_TO_IMAGE: attention of the text behind the image to the stream after softmax, `[batch, heads, text,
+            tokens]`.
+        TEXT_RATING: how much each token of that text has to do with the image, by what enters the language model,
+            `[batch, text]`, float32 (`TextRating`).
         TOWER_FEATURES: what each row of the prompt was when it left the vision tower, `[batch, tokens, width]`; of
             rows that are one token of it each.
         TEXT_EMBEDS: an input that a method adds (`Method.adds`): a text in CLIP's space, `[batch, texts, width]`.
@@ -60,6 +64,8 @@ class Signal(Enum):
     TEXT_KEYS = "text_keys"
     NORMED = "normed"
     TEXT_NORMED = "text_normed"
+    BEHIND_TO_IMAGE = "behind_to_image"
+    TEXT_RATING = "text_rating"
     TOWER_FEATURES = "tower_features"
     TEXT_EMBEDS = "text_embeds"
     QUESTION_IDS = "question_ids"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -12,12 +12,13 @@ from torch import fx
 
 from ..analysis.attention import NOT_KNOWN, Attention, Parts, tower_attention
 from ..analysis.axes import Dim, Size, Tokens
+from ..analysis.carrier import entering_of
 from ..analysis.nodes import ancestors, describe, values
 from ..analysis.operators import aten
 from ..analysis.prompts import Mark, Votes
 from ..analysis.rules import shape
 from ..errors import LocateError, UsageError
-from ..reducers import MeanOfWords, MemberVotes, RowsOfTower, Signal, TokenWeights
+from ..reducers import MeanOfWords, MemberVotes, RowsOfTower, Signal, TextRating, TokenWeights
 from .attention_rows import attention_rows
 from .carried_weights import CarriedWeights
 from .epochs import Epochs
@@ -215,6 +216,19 @@ def _next_query(place: Place, stream: str) -> fx.Node:
         return _last_query(place, stream)
 
 
+def _behind_to_image(place: Place, stream: str) -> fx.Node:
+    attention, rewriter, found = place.attention, place.rewriter, list[fx.Node]()
+    for rows in _behind(place, attention.query_axis, stream):
+        key = f"rows.{rows[0]}"
+        if key not in place.read:
+            name = f"reducer.{place.site.name}.attention_{rows[0]}"
+            place.read[key] = attention_rows(rewriter, attention, rows, name)
+        found.append(place.read[key])
+    joined = rewriter.call(aten.cat.default, found, 2) if len(found) > 1 else found[0]
+    span = rewriter.epochs.span(attention.key_axis, stream, place.epochs)
+    return rewriter.call(aten.slice.Tensor, joined, 3, *span)
+
+
 def _class_token(place: Place, stream: str) -> fx.Node:
     mark, rewriter = place.mark, place.rewriter
     if mark is None:
@@ -402,6 +416,26 @@ def _text_embedding(place: Place, stream: str) -> fx.Node:
     return place.read["text_embedding"]
 
 
+def _text_rating(place: Place, stream: str) -> fx.Node:
+    """Of what enters the first layer of the language model; the same for all sites."""
+    rewriter, name = place.rewriter, f"reducer.rating.{stream}"
+    made: list[fx.Node] = list(rewriter.graph.find_nodes(op="call_module", target=name))
+    if made:
+        return made[0]
+    first = place.graph.prompt_layers()[0]
+    entering = entering_of(first.context)
+    axis = None if entering is None else place.graph.annotation.axis(Dim(entering, 1))
+    if entering is None or not isinstance(axis, Tokens) or stream not in axis.streams:
+        raise LocateError(
+            f"The text is rated by the embeddings that enter the language model, [batch, tokens, width], and what "
+            f"enters the layer of {first.described} is not {stream} and text in this form."
+        )
+    then = replace(place, epochs=rewriter.epochs.at(Dim(entering, 1)))
+    spans = [rewriter.epochs.span(axis, stream, then.epochs)], _behind(then, axis, stream)
+    parts = [_joined(rewriter, rewriter.env[entering], 1, list(found)) for found in spans]
+    return rewriter.call_module(name, TextRating(), *parts)
+
+
 def _tower_features(place: Place, stream: str) -> fx.Node:
     tower = None if place.mark is None else place.mark.tower
     if tower is None:
@@ -438,6 +472,8 @@ _SIGNALS: dict[Signal, Callable[[Place, str], fx.Node | None]] = {
     Signal.TEXT_KEYS: _text_keys,
     Signal.NORMED: _normed,
     Signal.TEXT_NORMED: _text_normed,
+    Signal.BEHIND_TO_IMAGE: _behind_to_image,
+    Signal.TEXT_RATING: _text_rating,
     Signal.TOWER_FEATURES: _tower_features,
     Signal.TEXT_EMBEDS: partial(_added_input, Signal.TEXT_EMBEDS.value),
     Signal.QUESTION_IDS: partial(_added_input, Signal.QUESTION_IDS.value),

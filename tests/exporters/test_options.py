@@ -15,8 +15,10 @@ from torch import nn
 import pumer_compile as pumer
 from pumer_compile.artifacts.formats import FORMATS, OPENVINO, Format
 from pumer_compile.artifacts.profile import Profile
+from pumer_compile.capture import added
 from pumer_compile.capture.capture import Program
 from pumer_compile.errors import UsageError
+from pumer_compile.exporters import chain
 from pumer_compile.exporters.chain import cast
 from pumer_compile.schedule import Schedule
 from tests.support.commands import feed, refused
@@ -104,8 +106,8 @@ def test_a_compile_captures_once_and_reduces_once(known: Format, monkeypatch: py
         pytest.importorskip("openvino")
         pytest.importorskip("transformers.exporters.exporter_openvino")
     reduced = pumer.reduce(program(), Schedule(layers=(0,), prune=0.5))
-    for name in ("capture", "reduce_graph"):
-        monkeypatch.setattr(f"pumer_compile.exporters.chain.{name}", never)
+    for module, name in ((chain, "capture_with"), (chain, "reduce_graph"), (added, "capture")):
+        monkeypatch.setattr(module, name, never)
     monkeypatch.setattr(type(reduced.program.model), "forward", never)
     build = known.load_writer()(known.load_writer().options_class()).build(reduced)
     assert build.outputs == ["logits"] and build.decisions == ["reducer.cross_modal_0.image.kept"]
@@ -116,7 +118,7 @@ def test_what_was_captured_reaches_the_capture_in_another_dtype(monkeypatch: pyt
     def captured(model: nn.Module, inputs: Mapping[str, Any], **asked: Any) -> None:
         raise Arrived(asked)
 
-    monkeypatch.setattr("pumer_compile.exporters.chain.capture", captured)
+    monkeypatch.setattr(added, "capture", captured)
     with pytest.raises(Arrived) as arrived:
         cast(program(), "float16")
     streams: Mapping[str, str] = program().streams

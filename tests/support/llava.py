@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import pumer_compile as pumer
-from pumer_compile import Program
+from pumer_compile import Program, Schedule
 from pumer_compile.capture.loading import load_model
 
 FOLDER = Path(__file__).parents[1] / "oracle" / "llava-tiny"
@@ -38,3 +38,8 @@ def tensors(rows: slice = slice(None)) -> dict[str, Tensor]:
 @functools.cache
 def program() -> Program:
     return pumer.capture(model(), tensors(), outputs=["logits"])
+
+
+def schedule(case: str, **more: Any) -> Schedule:
+    spec = CASES[case]
+    return Schedule(method="vispruner", budget=spec["budget"], important=spec["important_ratio"], **more)

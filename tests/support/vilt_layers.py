@@ -56,7 +56,7 @@ class Sample:
         keep, merge, words = count(image, text, case["prune"], case["merge_image"], case["merge_text"])
         real = [size > 0 for size in self.sizes]
         kind = "dot" if semantics == "paper" else "cosine"
-        members = reduce_text(keys[:, :text], words, similarity=kind, real=real[:text] if safe else None)
+        members = reduce_text(keys[:, :text], words, similarity=kind, real=real[:text] if safe else None, in_order=safe)
         patches = reduce_image(
             probabilities[:, :text, text:],
             keys[:, text:],
@@ -66,6 +66,7 @@ class Sample:
             votes=real[:text] if safe else None,
             learned=1 if safe else 0,
             real=real[text:] if safe else None,
+            in_order=safe,
         )
         self.text = len(members)
         members = members + [[text + i for i in group] for group in patches]

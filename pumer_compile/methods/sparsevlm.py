@@ -1,0 +1,91 @@
+"""`method: sparsevlm`: the image tokens that a prompt's visual words look at (Zhang et al., ICML 2025)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from ..errors import PlanError
+from .about import About
+from .language import InLanguageModel, in_order
+
+if TYPE_CHECKING:
+    from ..reducers import Reducer
+    from ..rewrite.sites import LocatedGraph, Site, Stream
+
+EXAMPLE = "{3: 303, 7: 110, 16: 36}"
+
+
+def _counts(given: object) -> dict[int, int]:
+    return in_order(given, int, EXAMPLE)
+
+
+def _share(given: object) -> float:
+    if isinstance(given, bool) or not isinstance(given, int | float) or not 0 < given <= 1:
+        raise ValueError(f"a share of the text behind the image, above 0 and at most 1, such as 0.5; got {given!r}")
+    return given
+
+
+class SparseVLM(InLanguageModel):
+    """Keeps fewer tokens of each image after some layers of the language model, by the attention of raters.
+
+    Raters are the tokens of the text behind the image that have the most to do with it, by products of the embeddings
+    of both as they enter the language model. The attention of the last layer before a stage decides.
+
+    Args:
+        semantics: `stable`: as published, how many rate depends on the text, and what goes is merged in part by
+            clusters that begin with noise; here a share rates, and nothing is merged.
+        stages: after so many language layers: the tokens of each image that stay.
+        raters: the share of the text behind the image that rates, the same tokens at every stage.
+        positions: `original`: of tokens that layers before a stage have counted already.
+        outputs: `reduced` by default: logits have an entry for each token that is left.
+    """
+
+    about = About(
+        does="keeps the image tokens that the visual words of a prompt attend to, fewer after every stage",
+        reads="attention of the text behind the image in the language model, and embeddings that enter it",
+        use="long questions, few of whose words are about the image",
+        paper="Zhang et al., SparseVLM, ICML 2025",
+        code="Gumpest/SparseVLMs, Apache-2.0",
+    )
+
+    method: Literal["sparsevlm"] = "sparsevlm"
+    semantics: Literal["stable"] = "stable"
+    stages: Annotated[
+        dict[int, int],
+        BeforeValidator(_counts),
+        Field(description=f"after so many layers: the tokens of each image that stay, such as {EXAMPLE}"),
+    ]
+    raters: Annotated[float, BeforeValidator(_share)] = 0.5
+    positions: Literal["original"] = "original"
+
+    def canonical(self) -> dict[str, Any]:
+        """See `Method.canonical`."""
+        return {**super().canonical(), "stages": self.stages, "raters": self.raters}
+
+    def find_sites(self, graph: LocatedGraph) -> list[Site]:
+        """See `Method.find_sites`: the attentions of the layers after which there are fewer tokens, with all images."""
+        from ..rewrite.sites import Site
+
+        layers, sites = self.layers_of(graph), list[Site]()
+        self.entering(layers[0], "compares")
+        for number, budget in self.stages.items():
+            self.check_layer(layers, number, "stages")
+            attention = layers[number - 1]
+            self.check_prompt(graph, attention, "lets the text behind the image rate its tokens")
+            # Whatever the last token sees of an image, the text between sees as well.
+            self.check_seen(graph, layers, number, {i: f"stages: {i}" for i in range(1, len(layers))})
+            sites.append(Site(attention, attention.carrier, streams=graph.prompt_images(), keep=budget))
+        return sites
+
+    def reducer(self, site: Site, stream: Stream) -> Reducer | None:
+        """See `Method.reducer`."""
+        from ..reducers import RatedReducer
+
+        if not site.keep < stream.rows:
+            raise PlanError(
+                f"`stages` leaves {site.keep} tokens of {stream.name} at {site.described}, where it has {stream.rows}: "
+                "a stage leaves fewer than there are. Choose a smaller number, or compile with `none`."
+            )
+        return RatedReducer(stream.tokens, int(site.keep), self.raters, stream.pinned)
