@@ -2,8 +2,10 @@
 
 Models that add features of several depths of the tower to the first language layers (deepstack) read the image's
 places, add, and write them back; others write learned embeddings over the placeholders of tags. With places that are
-constants (`capture/follow.py`) both are cuts along the prompt, whose axes follow by the ordinary rules. What a tower
-gives for the places of an image is marked as tokens of that image (`same_tokens`): a reducer's map brings it along.
+constants (`capture/follow.py`) both are cuts along the prompt, whose axes follow by the ordinary rules. So they are
+where a mask of the placeholders says the places (`x.masked_scatter(mask, x[mask] + features)`) and these are the
+images' own. What a tower gives for the places of an image is marked as tokens of that image (`same_tokens`): a
+reducer's map brings it along.
 """
 
 from __future__ import annotations
@@ -16,12 +18,13 @@ from torch import Tensor, fx
 from ..errors import AxisError
 from .axes import ByPosition, Constraint, Dim, Same, Seed
 from .nodes import Emitter, after_attention, ancestors, constant_value, describe, values
-from .operators import CASTS, aten
+from .operators import CASTS, VIEWS, aten
 from .rules import is_pointwise, node_arg, rule, source_input
 
 _READ = aten.index.Tensor
 _LOOKUP = aten.embedding.default
 _WRITES = {aten.index_put_.default, aten.index_put.default}
+_SCATTER = aten.masked_scatter.default
 Block = tuple[int, int]
 
 
@@ -29,6 +32,18 @@ def same_tokens(features: Tensor, place: str = "prompt") -> Tensor:
     """A mark in the graph: features of the tokens of the image at a place, `[batch, tokens, width]`, for a later
     layer."""
     return features
+
+
+def held_places(words: Tensor) -> Tensor:
+    """A mark in the graph: what words left at the places of images, `[places, width]`. These rows are no text: features
+    of image tokens are added to them."""
+    return words
+
+
+@rule(held_places)
+def _held_places(node: fx.Node) -> list[Constraint]:
+    (source,) = node.all_input_nodes
+    return [*(ByPosition(Dim(source, i)) for i in (0, 1)), ByPosition(Dim(node, 0))]
 
 
 @rule(same_tokens)
@@ -42,24 +57,92 @@ def _same_tokens(node: fx.Node) -> list[Constraint]:
     ]
 
 
-def lower_constant_places(graph: fx.Graph, images: Mapping[Block, str], marks: Sequence[fx.Node]) -> None:
+def lower_constant_places(
+    graph: fx.Graph,
+    images: Mapping[Block, str],
+    marks: Sequence[fx.Node],
+    inputs: Mapping[str, Tensor] | None = None,
+    updates: Mapping[fx.Node, fx.Node] | None = None,
+) -> None:
     """Write reads and writes at constant places of a prompt as slices and joins.
 
     Args:
         graph: it is changed.
         images: the place of each image in the prompt, and what it is called.
         marks: of these images: what is computed from them holds the prompt.
+        inputs: the sample inputs, whose ids say which places a mask gives.
+        updates: scatters of `x[mask] + features` (`masked_updates`) and what they read, where some are lowered already;
+            they are cuts too where these places are the images'.
 
     Raises:
         AxisError: features of a tower go to places that are no whole image's.
     """
+    scatters = updates or {}
+    masked = {*scatters, *scatters.values()}
     for node in list(graph.nodes):
-        if node.target is _READ or node.target in _WRITES:
-            blocks = _blocks(node)
-            if blocks and node.target is _READ:
-                _read(node, blocks)
-            elif blocks:
-                _Write(node, blocks, images, marks).lower()
+        if node.target is not _READ and node.target not in _WRITES and node not in scatters:
+            continue
+        constant = [] if node in scatters else _blocks(node)
+        blocks = constant or (_masked(node, images, inputs) if node in masked else [])
+        if blocks and node.target is _READ:
+            before = not (ancestors(node) & set(marks))  # what stood there before an image did
+            _read(node, blocks, of_no_image=before and not constant)
+        elif blocks:
+            _Write(node, blocks, images, marks).lower()
+
+
+def masked_updates(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
+    """Scatters that write back what they read (`x.masked_scatter(mask, x[mask] + features)`), and that read of each."""
+    found = {node: _updated(node) for node in graph.nodes if node.target is _SCATTER}
+    return {node: read for node, read in found.items() if read is not None}
+
+
+def _updated(scatter: fx.Node) -> fx.Node | None:
+    """The read `x[mask]` that a `masked_scatter(x, mask, ...)` writes back, changed element by element; None where what
+    it writes is not made of what stood there."""
+    words, _, source = scatter.args[:3]
+    stack, seen = [source], set()
+    while stack:
+        node = stack.pop()
+        if not isinstance(node, fx.Node) or node in seen:
+            continue
+        seen.add(node)
+        if node.target is _READ and node.args[0] is words:
+            return node
+        if node.target in VIEWS or node.target in CASTS or is_pointwise(node):
+            stack.extend(node.all_input_nodes)
+    return None
+
+
+def _masked(node: fx.Node, images: Mapping[Block, str], inputs: Mapping[str, Tensor] | None) -> list[Block]:
+    """The blocks that a mask of a prompt's ids gives, `[batch, length]` or with a last dimension of 1, the same in
+    every prompt and all of them images'; [] for anything else."""
+    mask = node.args[1]
+    if node.target is _READ:
+        mask = mask[0] if isinstance(mask, Sequence) and len(mask) == 1 else None
+    if inputs is None or not isinstance(mask, fx.Node) or not values(mask):
+        return []
+    shape = values(node_arg(node, 0))[0].shape
+    of_prompt = values(mask)[0].dtype == torch.bool and len(shape) == 3
+    if not of_prompt or tuple(values(mask)[0].shape) not in (tuple(shape[:2]), (*shape[:2], 1)):
+        return []
+    known = [n for n in ancestors(mask) | {mask} if n.op == "placeholder"]
+    if any(values(n)[0].is_floating_point() for n in known):
+        return []
+    filled = constant_value(mask, inputs)
+    rows = None if filled is None else filled.reshape(filled.shape[:2])
+    if rows is None or not bool((rows == rows[0]).all()):
+        return []
+    blocks = _runs(rows[0].nonzero().flatten().tolist())
+    return blocks if all(block in images for block in blocks) else []
+
+
+def _runs(places: Sequence[int]) -> list[Block]:
+    """First and last-but-one place of every run."""
+    found = set(places)
+    starts = [place for place in places if place - 1 not in found]
+    stops = [place + 1 for place in places if place + 1 not in found]
+    return list(zip(starts, stops, strict=True))
 
 
 def _blocks(node: fx.Node) -> list[Block]:
@@ -79,23 +162,21 @@ def _blocks(node: fx.Node) -> list[Block]:
     mask[rows, places] = True
     if mask.nonzero().tolist() != torch.stack([rows, places], 1).tolist() or not bool((mask == mask[0]).all()):
         return []
-    found = mask[0].nonzero().flatten().tolist()
-    starts = [place for place in found if place - 1 not in found]
-    stops = [place + 1 for place in found if place + 1 not in found]
-    return list(zip(starts, stops, strict=True))
+    return _runs(mask[0].nonzero().flatten().tolist())
 
 
 def _reads_input(node: fx.Node) -> bool:
     return any(n.op == "placeholder" for n in ancestors(node) | {node})
 
 
-def _read(node: fx.Node, blocks: list[Block]) -> None:
+def _read(node: fx.Node, blocks: list[Block], *, of_no_image: bool) -> None:
     source = node.args[0]
     emit, width = Emitter(node), values(node)[0].shape[-1]
     with node.graph.inserting_before(node):
         parts = [emit(aten.slice.Tensor, source, 1, start, stop) for start, stop in blocks]
         whole = emit(aten.cat.default, parts, 1) if len(parts) > 1 else parts[0]
-        node.replace_all_uses_with(emit(aten.reshape.default, whole, [-1, width]))
+        rows = emit(aten.reshape.default, whole, [-1, width])
+        node.replace_all_uses_with(emit(held_places, rows) if of_no_image else rows)
     node.graph.erase_node(node)
 
 
@@ -137,17 +218,29 @@ def _input(lookup: fx.Node) -> fx.Node | None:
     return source_input(node_arg(lookup, 1))
 
 
+def _before_views(value: fx.Node, shape: list[int]) -> fx.Node:
+    """What a value is viewed from, of that shape; the value itself where there is no such thing."""
+    before = value
+    while list(values(before)[0].shape) != shape:
+        if before.target not in VIEWS:
+            return value
+        before = node_arg(before, 0)
+    return before
+
+
 class _Write:
-    """One `index_put` at constant places of every prompt."""
+    """One `index_put` or `masked_scatter` at constant places of every prompt."""
 
     def __init__(
         self, node: fx.Node, blocks: list[Block], images: Mapping[Block, str], marks: Sequence[fx.Node]
     ) -> None:
         source, _, value = node.args[:3]
         assert isinstance(source, fx.Node) and isinstance(value, fx.Node)
-        self.node, self.source, self.value, self.blocks, self.images = node, source, value, blocks, images
         batch, self.length, width = (int(size) for size in values(source)[0].shape)
         self.shape = [batch, sum(stop - start for start, stop in blocks), width]
+        if node.target is _SCATTER:  # what it writes may come as one row of numbers
+            value = _before_views(value, [self.shape[0] * self.shape[1], width])
+        self.node, self.source, self.value, self.blocks, self.images = node, source, value, blocks, images
         self.emit = Emitter(node)
         self.prompts = set(marks)
         self.made: dict[fx.Node, fx.Node] = {}

@@ -26,11 +26,19 @@ from ..plan import PromptPlace
 from .arrangement import SEPARATOR, Arrangement, arrangement
 from .attention import Parts
 from .axes import ByPosition, Constraint, Dim, Same, Seed
-from .constant_places import Block, lookups_of_words, lower_constant_places, lower_other_lookups, same_tokens
+from .constant_places import (
+    Block,
+    lookups_of_words,
+    lower_constant_places,
+    lower_other_lookups,
+    masked_updates,
+    same_tokens,
+)
 from .dead_code import with_writes
 from .lineage import Lineage, lineage
 from .nodes import (
     Emitter,
+    after_attention,
     ancestors,
     attribute,
     constant_value,
@@ -185,6 +193,11 @@ class Mark:
         """The block's tokens as the prompt has them, separators included."""
         return self.separated or self.node
 
+    @property
+    def place(self) -> str:
+        """What the stream of those is called."""
+        return str(_place(self.node, 1) if self.separated is None else _place(self.separated, 2))
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -226,18 +239,26 @@ def lower_masked_scatter(
     keep_parameters(captured, module)
     prompt = Prompt(module, [], [])
     words: set[fx.Node] = set()
+    updates = masked_updates(graph)
     for node in [n for n in graph.nodes if n.target is _SCATTER]:
         behind = ancestors(node)
+        if node in updates and behind & {mark.node for mark in prompt.marks}:
+            continue  # it adds to an image that is in the prompt already
+        if node in updates and after_attention(node.args[0]):
+            raise AxisError(
+                f"{describe(node)} adds image features to places of a prompt that layers have read before an image was "
+                "there; an image is reduced as it enters the prompt, in front of the first layer."
+            )
         words |= lookups_of_words(node.args[0])
         needed = any(n.target in _ATTENTION for n in behind)  # the output of a tower
         if not votes:
             needed = any(n.op == "placeholder" and values(n)[0].is_floating_point() for n in behind)
         if needed:
-            _Scatter(prompt, node, inputs).lower(acts_on, votes)
+            _Scatter(prompt, node, inputs, updates=node in updates).lower(acts_on, votes)
     graph.eliminate_dead_code()
-    names = [str(_place(mark.node, 1)) for mark in prompt.marks]
+    names = [mark.place for mark in prompt.marks]
     images = dict(zip(prompt.blocks, names, strict=True))
-    lower_constant_places(graph, images, [mark.node for mark in prompt.marks])
+    lower_constant_places(graph, images, [mark.node for mark in prompt.marks], inputs, updates)
     lower_other_lookups(graph, images, words)
     graph.eliminate_dead_code()
     if acts_on == "rows":
@@ -359,8 +380,8 @@ def made_of(rows: fx.Node, width: int, *, needed: bool) -> Lineage | None:
 class _Scatter:
     """One `masked_scatter` of image features into words."""
 
-    def __init__(self, prompt: Prompt, node: fx.Node, inputs: Mapping[str, Tensor]) -> None:
-        self.prompt, self.node, self.inputs = prompt, node, inputs
+    def __init__(self, prompt: Prompt, node: fx.Node, inputs: Mapping[str, Tensor], *, updates: bool) -> None:
+        self.prompt, self.node, self.inputs, self.updates = prompt, node, inputs, updates
         words, mask, source = node.args
         assert isinstance(words, fx.Node) and isinstance(mask, fx.Node) and isinstance(source, fx.Node)
         self.words, self.mask, self.source = words, mask, source
@@ -393,7 +414,8 @@ class _Scatter:
             found = lineage(self.source, int(self.width))
         except AxisError as error:
             why = error
-        if found is None or all(len(tokens) < 2 for tokens in found.members):
+        # What adds to rows of the prompt is behind that place.
+        if found is None or (not self.updates and all(len(tokens) < 2 for tokens in found.members)):
             marks = len(self.prompt.marks)
             try:
                 return self._where_published(blocks)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import pumer_compile as pumer
-from pumer_compile.analysis.constant_places import lower_constant_places, same_tokens
+from pumer_compile.analysis.constant_places import lower_constant_places, masked_updates, same_tokens
 from pumer_compile.analysis.operators import aten
 from pumer_compile.capture.capture import Program
 from pumer_compile.errors import AxisError
@@ -52,6 +52,12 @@ def in_place(self: Deep, states: Tensor, image: Tensor, features: Tensor) -> Ten
     return states + before[:, None]
 
 
+def update(self: Deep, states: Tensor, image: Tensor, features: Tensor) -> Tensor:
+    """As Granite 4 Vision adds them: a scatter over a mask of what stood there and the features."""
+    local = states[image] + features.flatten(0, 1)
+    return states.masked_scatter(image[..., None], local.view(-1)) * 2
+
+
 def learned(self: Deep, states: Tensor, image: Tensor, features: Tensor) -> Tensor:
     """One row over every placeholder."""
     states = states.clone()
@@ -71,7 +77,7 @@ def lowered(body: Body, mask: list[list[int]], images: dict[tuple[int, int], str
     program = pumer.capture(Deep(body).eval(), sample(0, mask))
     graph = program.module.graph
     marks = [node for node in graph.nodes if node.target is aten.embedding.default]
-    lower_constant_places(graph, images, marks)
+    lower_constant_places(graph, images, marks, sample(0, mask), masked_updates(graph))
     graph.eliminate_dead_code()
     graph.lint()
     program.module.recompile()
@@ -79,7 +85,7 @@ def lowered(body: Body, mask: list[list[int]], images: dict[tuple[int, int], str
 
 
 def left(program: Program) -> int:
-    targets = (aten.index.Tensor, aten.index_put_.default, aten.index_put.default)
+    targets = (aten.index.Tensor, aten.index_put_.default, aten.index_put.default, aten.masked_scatter.default)
     return sum(node.target in targets for node in program.module.graph.nodes)
 
 
@@ -95,7 +101,7 @@ ONE = [[0, 1, 1, 1, 0, 0]] * 2
 TWO = [[0, 1, 1, 0, 1, 0]] * 2
 
 
-@pytest.mark.parametrize("body", [deepstack, in_place, learned])
+@pytest.mark.parametrize("body", [deepstack, in_place, update, learned])
 @pytest.mark.parametrize("mask", [ONE, TWO])
 def test_slices_and_joins(body: Body, mask: list[list[int]]) -> None:
     blocks = {(1, 4): "prompt"} if mask is ONE else {(1, 3): "prompt", (4, 5): "prompt_2"}
@@ -130,6 +136,22 @@ def test_places_that_are_no_whole_image() -> None:
         lowered(deepstack, ONE, {(1, 3): "prompt"})
     with pytest.raises(AxisError, match=r"\(images stand at none\)"):
         lowered(deepstack, ONE, {})
+
+
+@pytest.mark.parametrize("mask", [ONE, [[0, 1, 1, 0], [1, 1, 0, 0]]])
+def test_a_mask_of_other_places_is_left(mask: list[list[int]]) -> None:
+    program = lowered(update, mask, {(1, 3): "prompt"})
+    assert sum(node.target is aten.masked_scatter.default for node in program.module.graph.nodes) == 1
+    agree(program, update, mask)
+
+
+def test_a_scatter_of_something_else_is_left() -> None:
+    def over(self: Deep, states: Tensor, image: Tensor, features: Tensor) -> Tensor:
+        return states.masked_scatter(image[..., None], features) + states
+
+    program = lowered(over, ONE, {(1, 4): "prompt"})
+    assert left(program) == 1
+    agree(program, over, ONE)
 
 
 def test_places_that_add_up() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -94,6 +95,8 @@ def by_hand(model: nn.Module, inputs: Tensors, first: int = LAYER) -> tuple[Tens
     spread = _Spread(cut)
     if "embeddings" in vars(model) or hasattr(model, "embedding_proj_layer"):
         handles.append(decoder.register_forward_hook(spread))
+    if "deepstack_features" in inspect.signature(decoder.forward).parameters:
+        handles += [layer.register_forward_hook(spread.states) for layer in layers[first:]]
     if hasattr(decoder, "_deepstack_process"):
         decoder._deepstack_process = cut.deepstack(decoder._deepstack_process)
     try:
@@ -108,14 +111,18 @@ def by_hand(model: nn.Module, inputs: Tensors, first: int = LAYER) -> tuple[Tens
 
 
 class _Spread:
-    """Puts states back where they stood: a head may meet them with the prompt's mask."""
+    """Puts states back where they stood: a head, or features for places of the prompt, may meet them there."""
 
     def __init__(self, cut: _Cut) -> None:
         self.cut = cut
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        places, states = self.cut.places, output.last_hidden_state
+        output.last_hidden_state = self.states(module, args, output.last_hidden_state)
+        return output
+
+    def states(self, module: nn.Module, args: Any, states: Tensor) -> Tensor:
+        """Those of a layer."""
+        places = self.cut.places
         assert places is not None
         whole = states.new_zeros(len(states), self.cut.whole, states.shape[2])
-        output.last_hidden_state = whole.scatter(1, places[..., None].expand_as(states), states)
-        return output
+        return whole.scatter(1, places[..., None].expand_as(states), states)

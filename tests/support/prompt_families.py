@@ -873,6 +873,36 @@ def llava_next() -> Built:
 
 
 @_family
+def granite4_vision() -> Built:
+    """The whole picture and one crop of it with a row end behind each line; features of several depths are added to the
+    places of the image in front of several layers, the first included."""
+    config = hf.Granite4VisionConfig(
+        vision_config=hf.SiglipVisionConfig(**{**_TOWER, "image_size": 96, "patch_size": 16}),
+        text_config={
+            "model_type": "granite4_vision_text",
+            **{**_TEXT, "num_hidden_layers": 3, "embedding_multiplier": 2.0},
+        },
+        qformer_config={
+            "model_type": "blip_2_qformer",
+            "num_hidden_layers": 1,
+            "intermediate_size": 48,
+            "cross_attention_frequency": 1,
+            "vocab_size": 100,
+        },
+        image_token_index=IMAGE,
+        downsample_rate="3/6",
+        deepstack_layer_map=[[-1, 0], [1, 1]],
+        spatial_target_layers=[2],
+        vision_feature_select_strategy="full",
+        image_grid_pinpoints=[[96, 96]],
+    )
+    config.qformer_config.num_attention_heads = 4
+    sizes = torch.tensor([[96, 96]] * 2)
+    make = _pictures([3, [IMAGE] * (9 + 9 + 3), 4], 2, 2, 3, 96, 96, image_sizes=sizes)
+    return hf.Granite4VisionForConditionalGeneration(config), make
+
+
+@_family
 def llava_onevision() -> Built:
     config = hf.LlavaOnevisionConfig(
         vision_config=_SIGLIP,

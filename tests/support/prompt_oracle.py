@@ -40,7 +40,8 @@ class Sight:
         places: `(prompt, place in it)` of every row.
         groups: numbers of rows that share a budget, in the order of the rows.
         votes: `[rows]`.
-        members: of every row, `(call, batch row, token)` of the deciding attention.
+        members: of every row, `(call, batch row, token)` of the deciding attention; none of a mark at a line's end,
+            which no method keeps.
         deciding: for every placeholder the module, and whose votes count: a class token's alone, or everyone's.
     """
 
@@ -127,6 +128,8 @@ def look(model: nn.Module, inputs: Tensors, placeholders: dict[int, str]) -> Sig
 
     def prompt(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         seen["embeds"] = kwargs["inputs_embeds"]
+        if kwargs.get("deepstack_features"):  # the first of them make the rows
+            seen["embeds"] = seen["embeds"].masked_scatter(kwargs["vision_mask"], kwargs["deepstack_features"][0])
         raise _Enough
 
     attentions = _Attentions()
@@ -147,6 +150,8 @@ def look(model: nn.Module, inputs: Tensors, placeholders: dict[int, str]) -> Sig
     finally:
         for handle in handles:
             handle.remove()
+    # Its keys are no queries: nothing says which of them a row is.
+    crossing = {m for path, m in model.named_modules() if path.endswith("crossattention.attention")}
     image = torch.isin(inputs["input_ids"], torch.tensor([*placeholders]))
     embeds = seen["embeds"].expand(len(image), -1, -1)
     places = [(int(b), int(p)) for b, p in image.nonzero()]
@@ -157,7 +162,7 @@ def look(model: nn.Module, inputs: Tensors, placeholders: dict[int, str]) -> Sig
         if not numbers:
             continue
         rows = embeds[inputs["input_ids"] == token]
-        _votes(sight, numbers, rows, attentions.found)
+        _votes(sight, numbers, rows, [call for call in attentions.found if call.module not in crossing])
         if projector:
             for number, feature in zip(numbers, _before_projector(rows, seen["projected"]), strict=True):
                 sight.rows[number] = feature
@@ -189,6 +194,8 @@ def _votes(sight: Sight, numbers: list[int], rows: Tensor, found: list[Attention
     groups: list[tuple[set[tuple[int, int]], list[int]]] = []
     for number, row in zip(numbers, members, strict=True):
         own = [(i, int(b), int(t)) for i, m in enumerate(row) for b, t in m.nonzero()]
+        if not own:
+            continue
         sight.members[number] = own
         sight.votes[number] = torch.stack([received[i][b, t] for i, b, t in own]).mean().detach()
         # Rows of one picture are attended to together; a row of tokens from several windows joins those.
@@ -200,15 +207,17 @@ def _votes(sight: Sight, numbers: list[int], rows: Tensor, found: list[Attention
 
 
 def _deciding(rows: Tensor, found: list[Attention]) -> tuple[list[Attention], list[list[Tensor]]]:
-    """The last attention of tokens among themselves that tells rows apart, and its tokens in every row."""
+    """The last attention of tokens among themselves that tells rows apart, and its tokens in every row. Rows that no
+    attention is behind (learned marks at the ends of lines) have none."""
+    found = [call for call in found if call.output.requires_grad]
+    everything = _members(rows, found)
+    made = [number for number, row in enumerate(everything) if any(bool(m.any()) for m in row)]
     modules = list(dict.fromkeys(reversed([a.module for a in found])))
     for module in modules:
-        calls = [a for a in found if a.module is module and a.weights.shape[-1] >= a.weights.shape[-2]]
-        if not calls:
-            continue
-        members = _members(rows, calls)
-        if len({tuple(tuple(m.flatten().tolist()) for m in row) for row in members}) == len(rows):
-            return calls, members
+        own = [i for i, a in enumerate(found) if a.module is module and a.weights.shape[-1] >= a.weights.shape[-2]]
+        members = [[row[i] for i in own] for row in everything]
+        if own and made and len({tuple(tuple(m.flatten().tolist()) for m in members[i]) for i in made}) == len(made):
+            return [found[i] for i in own], members
     raise AssertionError("No attention tells the rows apart.")
 
 
@@ -289,7 +298,7 @@ class _Reading:
         places = self.places
         if value is None or isinstance(value, bool | int | str) or name in ("past_key_values", "cache"):
             return value
-        if name in ("inputs_embeds", "per_layer_inputs", "visual_pos_masks", "input_ids"):
+        if name in ("inputs_embeds", "per_layer_inputs", "visual_pos_masks", "vision_mask", "input_ids"):
             return _cut(value, places, 1)
         if name == "position_ids":
             # [batch, length], or one of those for each axis of a position.
@@ -298,6 +307,8 @@ class _Reading:
             return _cut_mask(value, places)
         if name == "deepstack_visual_embeds":
             return [v[self.rows] for v in value]
+        if name == "deepstack_features":
+            return {layer: v[self.rows] for layer, v in value.items()}
         raise AssertionError(f"{name} goes into the language model; nobody said what of it is a token's")
 
     def layer(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
