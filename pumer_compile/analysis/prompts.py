@@ -171,6 +171,8 @@ class Mark:
         origin: for each place of it, the number of the token in `node`, or `SEPARATOR`.
         votes: for rows that enter the prompt.
         pinned: places of text within an image that stands in several blocks (marks at the ends of its lines); it stays.
+        early: whether it begins at the token of text in front of the image. The votes are then those of its rows in the
+            order of the tower, from that token on; and the last row is pinned.
         enters: whether these are the rows that enter the prompt, and no features that leave a tower.
         words: of rows that enter the prompt, the text around them; None where it is not looked up in one table.
         tower: of such rows, what they were in the tower; None where they are not one of its tokens each.
@@ -184,6 +186,7 @@ class Mark:
     origin: tuple[int, ...] = ()
     votes: Votes | None = None
     pinned: tuple[int, ...] = ()
+    early: bool = False
     enters: bool = False
     words: Words | None = None
     tower: Tower | None = None
@@ -217,7 +220,12 @@ class Prompt:
 
 
 def lower_masked_scatter(
-    captured: fx.GraphModule, inputs: Mapping[str, Tensor], acts_on: ActsOn = "tower", *, votes: bool = True
+    captured: fx.GraphModule,
+    inputs: Mapping[str, Tensor],
+    acts_on: ActsOn = "tower",
+    *,
+    votes: bool = True,
+    early: bool = False,
 ) -> Prompt | None:
     """The graph with each scatter into a prompt lowered to a `cat`; None where nothing is scattered into one.
 
@@ -227,6 +235,8 @@ def lower_masked_scatter(
         acts_on: mark the features where they leave the vision tower; or the rows that are scattered, whatever they are
             made of (crop by crop, without the separators between them, or for `layers` as they are).
         votes: find the attention of the tower that decides over rows.
+        early: of a tower without a class token: begin the mark of an image of one crop at the token of text in front of
+            it (`Mark.early`).
 
     Raises:
         AxisError: the placeholders stand elsewhere in another row, or do not fit the features; or more than moving
@@ -254,7 +264,9 @@ def lower_masked_scatter(
         if not votes:
             needed = any(n.op == "placeholder" and values(n)[0].is_floating_point() for n in behind)
         if needed:
-            _Scatter(prompt, node, inputs, updates=node in updates).lower(acts_on, votes)
+            scatter = _Scatter(prompt, node, inputs, updates=node in updates)
+            scatter.early = early and not updates  # later layers add to an image as it stands
+            scatter.lower(acts_on, votes)
     graph.eliminate_dead_code()
     names = [mark.place for mark in prompt.marks]
     images = dict(zip(prompt.blocks, names, strict=True))
@@ -390,6 +402,7 @@ class _Scatter:
         # An output of the model, say.
         self.others = [user for user in source.users if user is not node]
         self.tower: tuple[fx.Node, Arrangement] | None = None
+        self.early = False
 
     def lower(self, acts_on: ActsOn, votes: bool) -> None:
         """Mark the image; see `lower_masked_scatter`."""
@@ -480,14 +493,19 @@ class _Scatter:
 
     def _mark_images(self, blocks: list[Block], found: Lineage | None, *, votes: bool, by_crop: bool) -> None:
         """Mark the rows of every image: by crop or as a whole, with the tokens that vote for them or without."""
-        images, marked = self._images(blocks, found), []
+        images, marked, spans = self._images(blocks, found), [], list[Block]()
         with self.prompt.module.graph.inserting_before(self.node):
             whole = self.emit(aten.reshape.default, self.source, [self.batch, -1, self.width])
             for image in images:
                 rows = self._span(whole, image)
                 crops, members = ((image.places,), None) if found is None else self._voting(image, found)
+                spans.append(image.span)
                 if not by_crop:
                     crops = (image.places,)
+                elif found is not None and self._may_begin_early(image, blocks, crops, found, members):
+                    marked.append(self._from_text(image, rows, members))
+                    spans[-1] = image.span[0] - 1, image.span[1]
+                    continue
                 elif separators := self._separators(image, found):
                     marked.append(self._without_separators(image, rows, separators, crops, members if votes else None))
                     continue
@@ -495,10 +513,30 @@ class _Scatter:
                 about: dict[str, Any] = {"votes": members if votes else None, "tower": self._in_tower(image)}
                 self.prompt.marks.append(Mark(mark, rows, None, crops, pinned=image.pinned, enters=True, **about))
                 marked.append(mark)
-            spans = [image.span for image in images]
             self._join(marked, spans)
         self.prompt.blocks.extend(spans)
         self.prompt.module.graph.erase_node(self.node)
+
+    def _may_begin_early(
+        self, image: Image, blocks: list[Block], crops: tuple[tuple[int, ...], ...], found: Lineage, votes: Votes | None
+    ) -> bool:
+        """Whether a mark is to begin at the text in front of an image, and can."""
+        start, behind = image.span[0], {stop for _, stop in blocks}
+        whole = crops == (image.places,) and not image.pinned and not self._separators(image, found)
+        return self.early and votes is not None and not votes.by_class and whole and start > 0 and start not in behind
+
+    def _from_text(self, image: Image, rows: fx.Node, votes: Votes | None) -> fx.Node:
+        """Mark the rows of an image from the text in front of it on (`Mark.early`)."""
+        assert votes is not None
+        start = image.span[0]
+        front = self.emit(aten.slice.Tensor, self.words, 1, start - 1, start)
+        rows = self.emit(with_text, front, rows)
+        mark = self.emit(visual_tokens, rows, f"prompt{self._suffix()}")
+        members = tuple((*sorted(prompt), prompt[-1]) for prompt in votes.members)
+        about: dict[str, Any] = {"votes": replace(votes, members=members), "early": True, "enters": True}
+        crop = tuple(range(image.length))
+        self.prompt.marks.append(Mark(mark, rows, None, (crop,), pinned=(image.length,), **about))
+        return mark
 
     def _separators(self, image: Image, found: Lineage | None) -> list[int]:
         """Places of an image's span that hold rows which are made of no token (learned marks at the ends of lines)."""
