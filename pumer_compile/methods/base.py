@@ -30,7 +30,7 @@ ActsOn = Literal["tower", "rows", "layers"]
 the prompt, or else these rows), the rows that enter the prompt, or after layers of the language model."""
 
 
-class Marks(NamedTuple):
+class Marking(NamedTuple):
     """How image tokens of a prompt are to be marked.
 
     Attributes:
@@ -167,9 +167,9 @@ class Method(BaseModel):
         return ()
 
     @property
-    def marks(self) -> Marks | None:
+    def marks(self) -> Marking | None:
         """How image tokens of a prompt are to be marked; None where no prompt is needed."""
-        return Marks(self.acts_on, self.reads_tower) if self.needs_prompt else None
+        return Marking(self.acts_on, self.reads_tower) if self.needs_prompt else None
 
     @property
     def adds(self) -> dict[str, AddedInput]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field
 
 from ..errors import LocateError, PlanError
-from .base import ActsOn
+from .base import Marking
 from .image_budget import ImageBudget
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ class Control(ImageBudget):
     at: Annotated[str, Field(pattern=r"^[a-z_]+\.\d+$")] | None = None
 
     @property
-    def marks(self) -> tuple[ActsOn, bool] | None:
+    def marks(self) -> Marking | None:
         """See `Method.marks`."""
         return super().marks if self.at is None else None
 

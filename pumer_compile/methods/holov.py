@@ -8,7 +8,7 @@ from pydantic import Field
 
 from ..errors import PlanError
 from .about import About
-from .base import ActsOn, Marks
+from .base import ActsOn, Marking
 from .image_budget import ImageBudget
 
 if TYPE_CHECKING:
@@ -49,9 +49,9 @@ class HoloV(ImageBudget):
     crops: Annotated[int, Field(ge=1, strict=True)] = 16
 
     @property
-    def marks(self) -> Marks | None:
+    def marks(self) -> Marking | None:
         """See `Method.marks`."""
-        return Marks(self.acts_on, self.reads_tower, early=self.semantics == "reference")
+        return Marking(self.acts_on, self.reads_tower, early=self.semantics == "reference")
 
     def chooser(self, stream: Stream) -> Reducer:
         """See `ImageBudget.chooser`."""

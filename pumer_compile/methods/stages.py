@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Field, SerializeAsAny, field_validator
 from ..added_inputs import AddedInput
 from ..errors import PlanError, ScheduleError
 from .about import About
-from .base import Marks, Method, TokenOutputs
+from .base import Marking, Method, TokenOutputs
 
 if TYPE_CHECKING:
     from ..reducers import Reducer
@@ -88,7 +88,7 @@ class Stages(Method):
         return {name: added for stage in self.stages for name, added in stage.adds.items()}
 
     @property
-    def marks(self) -> Marks | None:
+    def marks(self) -> Marking | None:
         """See `Method.marks`."""
         return self.stages[0].marks
 
