@@ -9,6 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictFloat,
 
 from ..errors import LocateError, PlanError
 from .base import Method
+from .proposing import Ask
 
 if TYPE_CHECKING:
     from ..analysis.attention import Attention
@@ -101,6 +102,28 @@ class Budgeted(Method):
     def addresses(self) -> tuple[str, ...]:
         """See `Method.addresses`."""
         return tuple(site.at for site in self.resolve())
+
+    @classmethod
+    def chosen(
+        cls, places: Sequence[str], usual: Sequence[str], ask: Ask, *, text: bool = False, prunes: bool = False
+    ) -> tuple[SiteBudget, ...]:
+        """Budgets of some places, those of the paper where they are `usual`; places without any are left out.
+
+        Args:
+            places: addresses.
+            usual: of these.
+            ask: chooses.
+            text: whether text may merge.
+            prunes: whether text chooses among image tokens.
+        """
+        found = []
+        for at in places:
+            here = at in usual
+            image = ask.share(f"{at}.merge.image", 0.5, 0.3 * here)
+            words = ask.share(f"{at}.merge.text", 0.5, 0.2 * here) if text else 0.0
+            prune = ask.share(f"{at}.prune", 0.5, 0.1 * here) if prunes else 0.0
+            found.append(SiteBudget(at=at, prune=prune, merge=Merge(image=image, text=words)))
+        return tuple(site for site in found if site.reduces)
 
     def find_sites(self, graph: LocatedGraph) -> list[Site]:
         """See `Method.find_sites`: the attention nodes that the schedule names; the carrier of each is reduced."""
