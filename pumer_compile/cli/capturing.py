@@ -6,10 +6,12 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from ..errors import UsageError
 from . import options as opt
 from .shell import log, stage
-from .tables import status
+from .tables import console, say, status
 
 
 def captured(
@@ -25,6 +27,8 @@ def captured(
     *,
     padding: bool = True,
     schedule: Any = None,
+    weights: bool = True,
+    image_prompt: bool = False,
 ) -> Any:
     """Load and capture; the schedule was read before, since a typo should not wait for a model to load."""
     batch, text_length, image_size = sizes
@@ -37,13 +41,14 @@ def captured(
 
     with stage(f"loading {model}"):
         from ..capture.added import capture_with
+        from ..capture.image_prompt import has_image_token
         from ..capture.inputs import load_inputs, make_inputs
         from ..capture.loading import load_model
 
-        loaded = load_model(model, config=config, allow_pickle=allow_pickle)
+        loaded = load_model(model, config=config, allow_pickle=allow_pickle, weights=weights)
         if inputs is not None:
             sample = load_inputs(inputs, loaded.source, added)
-        elif component is not None:
+        elif component is not None or (image_prompt and has_image_token(loaded.source) and text_length is None):
             sample = _image_prompt(loaded.source, batch, text_length, pixels)
         else:
             sample = make_inputs(
@@ -83,3 +88,28 @@ def reduced_with(program: Any, schedule: Any, dump_graph: Path | None) -> Any:
     if history.records and log.isEnabledFor(logging.INFO):
         status.print(str(history), markup=False, highlight=False)
     return reduced
+
+
+def suggested(program: Any, dump_graph: Path | None) -> Any:
+    """Reduce by the schedule that `inspect` suggests, and say so.
+
+    Raises:
+        UsageError: none is.
+    """
+    from ..inspection.outline import look
+    from ..inspection.suggest import suggest
+    from ..reduce import Analysed
+
+    with stage("looking for a schedule"):
+        analysed = Analysed(program)
+        found = suggest(analysed, look(analysed).outline)
+    say(f"No schedule was given: taking {found.schedule.described}, {found.why}:")
+    console.print(as_yaml(found.schedule), markup=False, highlight=False, soft_wrap=True)
+    return found.reduced if dump_graph is None else reduced_with(program, found.schedule, dump_graph)
+
+
+def as_yaml(schedule: Any) -> str:
+    """A schedule as a user would write it."""
+    keys = schedule.model_dump(mode="json", exclude_defaults=True, exclude_none=True)
+    keys = {"method": schedule.method, "semantics": schedule.semantics, **keys}
+    return str(yaml.safe_dump(keys, sort_keys=False, default_flow_style=None, width=76)).rstrip()

@@ -13,7 +13,7 @@ import typer
 
 from ..errors import BAD_USAGE, ParityError, UsageError
 from . import options as opt
-from .capturing import captured, reduced_with
+from .capturing import captured, reduced_with, suggested
 from .shell import EXAMPLES, app, epilog, readable_errors, say_error, stage
 from .tables import console, gained, print_bench, print_plan, print_report, say, shapes, size, summary
 
@@ -62,11 +62,11 @@ Examples. Serve a compiled artifact; or let the compilation do it:
     tritonserver --model-repository models
 """
 LIST_EXAMPLES = """
-Examples. The methods of schedules, and when to use which:
+Examples. The methods of schedules, and when to use which; models that were tried:
 
     pumer-compile list methods
 
-    pumer-compile list presets
+    pumer-compile list models
 """
 
 
@@ -74,10 +74,10 @@ Examples. The methods of schedules, and when to use which:
 @readable_errors
 def compile_(
     model: opt.Model,
-    schedule: opt.ScheduleName,
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="OUT.onnx", help="Artifact to write.", rich_help_panel=opt.SERVING)
     ],
+    schedule: opt.OptionalSchedule = None,
     semantics: opt.SemanticsName = None,
     text_tower: opt.TextTower = None,
     config: opt.Config = None,
@@ -142,7 +142,9 @@ def compile_(
     from ..files import check_writable
 
     check_writable(output)
-    chosen = opt.load_schedule(schedule, semantics, text_tower)
+    if schedule is None and (semantics or text_tower):
+        raise UsageError("--semantics and --text-tower go with --schedule, and none was given.")
+    chosen = None if schedule is None else opt.load_schedule(schedule, semantics, text_tower)
     opt.check_component(component, outputs, chosen)
 
     from ..exporters import check_exporter, exporter_options  # loads torch: nobody waits for that with a typo
@@ -189,12 +191,13 @@ def compile_(
         padding=padding,
         schedule=chosen,
     )
-    reduced = reduced_with(program, chosen, dump_graph)
+    reduced = suggested(program, dump_graph) if schedule is None else reduced_with(program, chosen, dump_graph)
+    unreduced = schedule is not None and chosen is None
     asked = {"with_decisions": with_decisions or component is not None, "verify": not no_verify, **tolerances}
     done = _exported(reduced, output, report, verbose, options=options, **asked)
-    if chosen is not None and (verbose or report is not None):
+    if not unreduced and (verbose or report is not None):
         print_plan(reduced.plan, reduced.schedule)
-    _say_what_was_written(done, reduced if chosen is not None else None)
+    _say_what_was_written(done, None if unreduced else reduced)
     if triton_repository is not None:
         _write_triton(triton_repository, output.stem, output)
 
@@ -409,10 +412,10 @@ def _write_triton(repository: Path, name: str, artifact: Path, max_batch_size: i
 @app.command("list", epilog=epilog(LIST_EXAMPLES))
 @readable_errors
 def list_(
-    what: Annotated[str, typer.Argument(help="methods, presets or formats.", show_default=False)],
+    what: Annotated[str, typer.Argument(help="methods, models, formats or presets.", show_default=False)],
     verbose: opt.Verbose = False,
 ) -> None:
-    """Show the methods, presets or formats that there are."""
+    """Show the methods, models, formats or presets that there are."""
     from .listing import print_list
 
     print_list(what)
@@ -433,6 +436,10 @@ def _root(
     ] = False,
 ) -> None:
     pass
+
+
+# Commands in files of their own; importing one adds it.
+from . import inspect  # noqa: E402, F401
 
 
 def _mistyped(given: list[str], commands: set[str]) -> str | None:

@@ -1,4 +1,4 @@
-"""A schedule for a model that nobody has chosen one for: what it was trained with, or the first that its graph takes."""
+"""A schedule for a model that nobody has chosen one for: what it was trained with, or the first that it can take."""
 
 from __future__ import annotations
 

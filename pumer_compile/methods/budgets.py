@@ -206,6 +206,16 @@ def check_site(graph: LocatedGraph, attention: Attention, budget: SiteBudget) ->
         )
 
 
+def in_short(sites: Sequence[SiteBudget]) -> dict[str, Any]:
+    """The keys of a schedule: `layers`, where all sites are cross-modal and have the same budgets, else `sites`."""
+    budgets = {(site.prune, site.merge) for site in sites}
+    numbers = [site.at.removeprefix("cross_modal.") for site in sites]
+    if len(budgets) > 1 or not all(number.isdecimal() for number in numbers):
+        return {"sites": tuple(sites)}
+    ((prune, merge),) = budgets
+    return {"layers": tuple(map(int, numbers)), "prune": prune, "merge": merge}
+
+
 def merge_limit(tokens: int, protected: int) -> int:
     """Most tokens that bipartite matching can merge away: the even positions after the protected ones, as
     long as some odd position is free to take them."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 from ..errors import PlanError
 from .about import About
 from .base import Method
-from .budgets import Budgeted, Merge, SiteBudget, merge_count
+from .budgets import Budgeted, Merge, SiteBudget, in_short, merge_count
 from .proposing import Ask, Outline, at_depths
 
 if TYPE_CHECKING:
@@ -124,12 +124,11 @@ class Pumer(Budgeted):
             return
         found = cls.chosen(outline.informed, at_depths(outline.informed), ask, text=True, prunes=True)
         tower = cls.chosen(outline.tower, (), ask)
-        if tower + found:
-            yield cls(sites=tower + found)
         alone = (SiteBudget(at=site.at, prune=site.prune, merge=Merge(image=site.merge.image)) for site in found)
         image = tuple(site for site in alone if site.reduces)
-        if image != found and tower + image:
-            yield cls(sites=tower + image)
+        for sites in dict.fromkeys((tower + found, tower + image)):
+            if sites:
+                yield cls(**in_short(sites))
 
     @property
     def revision(self) -> int:
