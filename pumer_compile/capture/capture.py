@@ -41,6 +41,7 @@ from ..methods.lossless import Lossless
 from ..passes.fold_masks import FoldedMasks
 from ..passes.manager import History, State, run_passes
 from ..passes.pipeline import UNPADDED
+from ..shown.tables import Shown, Table
 from .asked import guards_of
 from .exported_inputs import check_exported_inputs, example_inputs, exported_inputs, fixed_inputs
 from .fold import fold, fold_written
@@ -51,8 +52,8 @@ from .model_state import restoring_model_state, set_for_inference
 from .plain_graph import plain_graph_module, refuse_training, without_numbers
 
 
-@dataclass(frozen=True)
-class Program:
+@dataclass(frozen=True, repr=False)
+class Program(Shown):
     """A captured model.
 
     `module` is the unlifted, pre-decomposition ATen graph. It is called with the model's inputs by keyword
@@ -83,6 +84,17 @@ class Program:
     counted: tuple[str, ...] = ()
     added: Mapping[str, AddedInput] = field(default_factory=dict)
     history: History = field(default_factory=History)
+
+    def tables(self) -> list[Table]:
+        """See `Shown`: a row for each input."""
+        name = type(self.model).__name__ if self.model is not None else "torch.export archive"
+        batch = ", any batch" if self.dynamic_batch else ""
+        rows = [
+            (name, str(list(tensor.shape)), str(tensor.dtype).removeprefix("torch."), "fixed" * (name in self.fixed))
+            for name, tensor in self.inputs.items()
+        ]
+        heading = f"Program of {name}: {len(self.module.graph.nodes)} nodes{batch}"
+        return [Table(heading, ("input", "shape", "dtype", ""), rows)]
 
 
 def capture(
