@@ -22,12 +22,13 @@ from .passes.pipeline import ANALYSE, COUNT, EXACT, REDUCE, passes_of
 from .plan import Plan
 from .reducers import Reduction, reducers_of
 from .schedule import Schedule, as_trained
+from .shown.tables import Shown, Table
 
 log = logging.getLogger("pumer_compile")
 
 
-@dataclass(frozen=True)
-class Reduced:
+@dataclass(frozen=True, repr=False)
+class Reduced(Shown):
     """A reduced program.
 
     Attributes:
@@ -44,6 +45,12 @@ class Reduced:
     program: Program
     schedule: Schedule
     history: History
+
+    def tables(self) -> list[Table]:
+        """See `Shown`: the program, and its plan."""
+        (program,), nodes = self.program.tables(), len(self.module.graph.nodes)
+        heading = Table(f"Reduced by {self.schedule.described}, to {nodes} nodes")
+        return [heading, Table(program.heading), *self.plan.tables()]
 
 
 def reduce(program: Program, schedule: Schedule | str | os.PathLike[str], *, dump_graph: Path | None = None) -> Reduced:

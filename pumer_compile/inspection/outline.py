@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from ..analysis.attention import Attention
-from ..analysis.prompts import Prompt
+from ..analysis.marks import Prompt
 from ..errors import PumerError
 from ..methods.base import ActsOn, Method
 from ..methods.proposing import Outline
