@@ -31,7 +31,12 @@ _ATTENTION = SOFTMAX | {ATTENTION}
 
 
 def lower_masked_scatter(
-    captured: fx.GraphModule, inputs: Mapping[str, Tensor], acts_on: ActsOn = "tower", *, votes: bool = True
+    captured: fx.GraphModule,
+    inputs: Mapping[str, Tensor],
+    acts_on: ActsOn = "tower",
+    *,
+    votes: bool = True,
+    early: bool = False,
 ) -> Prompt | None:
     """The graph with each scatter into a prompt lowered to a `cat`; None where nothing is scattered into one.
 
@@ -41,6 +46,8 @@ def lower_masked_scatter(
         acts_on: mark the features where they leave the vision tower; or the rows that are scattered, whatever they are
             made of (crop by crop, without the separators between them, or for `layers` as they are).
         votes: find the attention of the tower that decides over rows.
+        early: of a tower without a class token: begin the mark of an image of one crop at the token of text in front of
+            it (`Mark.early`).
 
     Raises:
         AxisError: the placeholders stand elsewhere in another row, or do not fit the features; or more than moving
@@ -68,7 +75,9 @@ def lower_masked_scatter(
         if not votes:
             needed = any(n.op == "placeholder" and values(n)[0].is_floating_point() for n in behind)
         if needed:
-            Scatter(prompt, node, inputs, updates=node in updates).lower(acts_on, votes)
+            # Features that later layers add to an image have no row for the token of text.
+            scatter = Scatter(prompt, node, inputs, updates=node in updates, early=early and not updates)
+            scatter.lower(acts_on, votes)
     graph.eliminate_dead_code()
     names = [mark.place for mark in prompt.marks]
     images = dict(zip(prompt.blocks, names, strict=True))
