@@ -230,8 +230,8 @@ class MaskReader:
             if current not in known:
                 args, kwargs = fx.map_arg((current.args, current.kwargs), run)
                 args, kwargs = map_aggregate((args, kwargs), _on_cpu)
-                compute = torch.mul if _pairs(current) else current.target
-                known[current] = compute(*args, **kwargs)  # type: ignore[operator]  # a pointwise operator
+                compute: Any = torch.mul if _pairs(current) else current.target  # a pointwise operator
+                known[current] = compute(*args, **kwargs)
             found: Tensor = known[current]
             return found.clone()  # some operators work in place
 

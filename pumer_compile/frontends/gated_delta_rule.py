@@ -65,8 +65,9 @@ def in_chunks(
 
     def chunks(given: Tensor) -> Tensor:
         """`[batch, tokens, heads, width]` to `[batch, heads, chunks, size, width]`, float32."""
-        padded = torch.nn.functional.pad(given.float(), (0, 0, 0, 0, 0, count * size - tokens))
-        return padded.unflatten(1, (count, size)).permute(0, 3, 1, 2, 4)
+        padded: Tensor = torch.nn.functional.pad(given.float(), (0, 0, 0, 0, 0, count * size - tokens))
+        apart: Tensor = padded.unflatten(1, (count, size))
+        return apart.permute(0, 3, 1, 2, 4)
 
     query, key = (x.repeat_interleave(times, 2) if times > 1 else x for x in (query, key))
     queries, keys, written = chunks(query), chunks(key), chunks(value)
