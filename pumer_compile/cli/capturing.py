@@ -37,8 +37,8 @@ def captured(
 
     with stage(f"loading {model}"):
         from ..capture.added import capture_with
-        from ..capture.inputs import load_inputs, make_inputs
         from ..capture.loading import load_model
+        from ..capture.make_inputs import load_inputs, make_inputs
 
         loaded = load_model(model, config=config, allow_pickle=allow_pickle)
         if inputs is not None:

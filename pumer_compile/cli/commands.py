@@ -259,8 +259,8 @@ def parity_(
     """Prove an artifact against the reduced model in eager PyTorch; exit code 3 when it fails."""
     from ..artifacts.manifest import read_manifest, reduced_by
     from ..artifacts.session import check_runtime
-    from ..capture.inputs import load_inputs
     from ..capture.loading import load_model
+    from ..capture.make_inputs import load_inputs
     from ..files import check_writable
     from ..parity.artifact import added_by, parity
     from ..parity.replay import check_recording

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 from torch import fx
 
 from ..analysis.axes import Dim, Tokens
+from ..analysis.marks import Mark
 from ..analysis.nodes import describe
 from ..analysis.operators import aten
-from ..analysis.prompts import Mark
 from ..analysis.rules import shape
 from ..errors import LocateError
 from ..plan import SitePlan

@@ -13,9 +13,9 @@ from torch import fx
 from ..analysis.attention import NOT_KNOWN, Attention, Parts, tower_attention
 from ..analysis.axes import Dim, Size, Tokens
 from ..analysis.carrier import entering_of
+from ..analysis.marks import Mark, Votes
 from ..analysis.nodes import ancestors, describe, values
 from ..analysis.operators import aten
-from ..analysis.prompts import Mark, Votes
 from ..analysis.rules import shape
 from ..errors import LocateError, UsageError
 from ..reducers import MeanOfWords, MemberVotes, RowsOfTower, Signal, TextRating, TokenWeights

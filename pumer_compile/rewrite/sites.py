@@ -12,9 +12,9 @@ from ..analysis.annotate import Annotation
 from ..analysis.attention import NOT_KNOWN, Attention, Parts, attention_parts, choose, tower_attention
 from ..analysis.axes import Dim, Segment, Tokens
 from ..analysis.carrier import norm_behind
+from ..analysis.marks import Mark
 from ..analysis.masks import hidden
 from ..analysis.nodes import ancestors, describe, module_path, values
-from ..analysis.prompts import Mark
 from ..analysis.rules import shape
 from ..errors import LocateError
 

@@ -10,8 +10,10 @@ from torch.export import Dim, ExportedProgram
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel, ViltModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from pumer_compile.capture.capture import Program, batch_inputs, capture, plain_graph_module, restoring_model_state
+from pumer_compile.capture.capture import Program, batch_inputs, capture
 from pumer_compile.capture.loading import LoadedModel
+from pumer_compile.capture.model_state import restoring_model_state
+from pumer_compile.capture.plain_graph import plain_graph_module
 from pumer_compile.errors import CaptureError, PumerError, UsageError
 from tests.support.tiny import image_inputs, talkative_transformers, text_inputs, tiny_vilt
 
