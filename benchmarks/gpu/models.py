@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pumer_compile.capture.inputs import forward_inputs, make_inputs
+from pumer_compile.capture.inputs import forward_inputs
+from pumer_compile.capture.make_inputs import make_inputs
 from pumer_compile.schedule import Schedule
 
 from .harness import ROOT, Settings

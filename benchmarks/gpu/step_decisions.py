@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import pumer_compile as pumer
-from pumer_compile.capture.inputs import make_inputs
 from pumer_compile.capture.loading import load_model
+from pumer_compile.capture.make_inputs import make_inputs
 from pumer_compile.reduce import with_decisions
 from pumer_compile.schedule import Schedule
 
