@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from .runtimes.ort import OnnxSession
     from .schedule import Schedule
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Engine",

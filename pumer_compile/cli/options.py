@@ -190,6 +190,16 @@ Quiet = Annotated[
         rich_help_panel=SCREEN,
     ),
 ]
+LogLevel = Annotated[
+    str | None,
+    typer.Option(
+        "--log-level",
+        metavar="LEVEL",
+        help="debug, info, warning (default) or error; of log lines alone.",
+        show_default=False,
+        rich_help_panel=SCREEN,
+    ),
+]
 Dtype = Annotated[
     str | None,
     typer.Option(
