@@ -28,7 +28,7 @@ import torch
 import pumer_compile as pumer
 from benchmarks.common import machine, published
 from benchmarks.performance import TEXT, tiny, vilt
-from pumer_compile.capture.inputs import make_inputs
+from pumer_compile.capture.make_inputs import make_inputs
 from pumer_compile.exporters.onnx import OnnxOptions
 from pumer_compile.exporters.onnx_passes import DEFAULT_PASSES
 from pumer_compile.files import atomic_path

@@ -35,8 +35,8 @@ import pumer_compile as pumer
 from benchmarks.common import machine
 from pumer_compile.artifacts.engine import Engine
 from pumer_compile.artifacts.session import decision_session_of
-from pumer_compile.capture.inputs import load_inputs, make_inputs
 from pumer_compile.capture.loading import load_model
+from pumer_compile.capture.make_inputs import load_inputs, make_inputs
 from pumer_compile.capture.samples import Samples, captured_batch, kinds_of, proof_batches, proof_sizes
 from pumer_compile.errors import PumerError
 from pumer_compile.exporters import OnnxOptions, OnnxSession

@@ -17,6 +17,7 @@ import json
 import tempfile
 import time
 from collections.abc import Mapping
+from math import isqrt
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ from benchmarks.common import machine
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks/results/selection_cost.json"
 TOKENS, TEXT, TOWER, WIDTH, HEADS, SIZE = 576, 64, 1024, 4096, 32, 128
+# For the methods that choose among the tokens of a film: as many tokens, in so many frames.
+FRAMES = 12
 Made = tuple[nn.Module, dict[str, Tensor]]
 
 
@@ -53,8 +56,10 @@ def selections(tokens: int, budget: int) -> dict[str, Made]:
     """The reducer of each method, with what it reads."""
     from pumer_compile import reducers
     from pumer_compile.reducers.divprune import DiverseReducer
-    from pumer_compile.reducers.fixed import FixedReducer, even_places
+    from pumer_compile.reducers.fixed import FixedReducer, cells, even_places, random_places
     from pumer_compile.reducers.relevant import RelevantReducer
+    from pumer_compile.reducers.sparsevlm import RatedReducer
+    from pumer_compile.reducers.video import ChangeReducer, UniqueReducer
 
     whole = [tuple(range(tokens))]
     generator = torch.Generator().manual_seed(0)
@@ -64,10 +69,15 @@ def selections(tokens: int, budget: int) -> dict[str, Made]:
 
     votes, keys = random(1, tokens).softmax(-1), random(1, HEADS, tokens, SIZE)
     row = random(1, HEADS, 1, tokens).softmax(-1)
+    behind = {"behind_to_image": random(1, HEADS, TEXT, tokens).softmax(-1), "text_rating": random(1, TEXT).softmax(-1)}
+    film = [list(range(start, start + tokens // FRAMES)) for start in range(0, tokens, tokens // FRAMES)]
+    side, to = isqrt(tokens), isqrt(budget)
     text = {"text_keys": random(1, HEADS, TEXT, SIZE), "text_normed": random(1, TEXT, WIDTH)}
     dominant = budget * 54 // 64
     tower, prompt = random(1, tokens, TOWER), random(1, tokens, WIDTH)
     made: dict[str, tuple[nn.Module, Tensor, dict[str, Tensor]]] = {
+        "random": (FixedReducer(tokens, [[place] for place in random_places(tokens, budget, 0, 0)]), prompt, {}),
+        "downsample": (FixedReducer(tokens, cells(side, side, (to, to))), prompt, {}),
         "uniform": (FixedReducer(tokens, [[place] for place in even_places(tokens, budget)]), prompt, {}),
         "fastervlm": (reducers.VotesReducer(whole, budget), tower, {"class_token": votes}),
         "vispruner": (reducers.VisualReducer(whole, budget, 0.5), tower, {"class_token": votes}),
@@ -86,6 +96,9 @@ def selections(tokens: int, budget: int) -> dict[str, Made]:
         "holov": (reducers.HoloVReducer(whole, budget, 16), prompt, {"class_token": votes}),
         "fastv": (reducers.LastQueryReducer(tokens, budget), prompt, {"last_query": row}),
         "pyramiddrop": (reducers.NextQueryReducer(tokens, budget), prompt, {"next_query": row}),
+        "sparsevlm": (RatedReducer(tokens, budget), prompt, behind),
+        "evs": (ChangeReducer(film, max(budget, tokens // FRAMES)), prompt, {}),
+        "vidcom2": (UniqueReducer(film, budget), prompt, {}),
         "dart": (reducers.DartReducer(tokens, budget), prompt, {"keys": keys, "normed": prompt, **text}),
     }
     found: dict[str, Made] = {}

@@ -28,8 +28,8 @@ from transformers.models.vilt.modeling_vilt import ViltEmbeddings
 
 import pumer_compile as pumer
 from benchmarks.common import machine, published
-from pumer_compile.capture.inputs import make_inputs
 from pumer_compile.capture.loading import load_model
+from pumer_compile.capture.make_inputs import make_inputs
 from pumer_compile.frontends import vilt
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -18,8 +18,8 @@ import pytest
 import torch
 
 import pumer_compile as pumer
-from pumer_compile.capture.inputs import make_inputs
 from pumer_compile.capture.loading import load_model
+from pumer_compile.capture.make_inputs import make_inputs
 from pumer_compile.errors import ParityError, UsageError
 from pumer_compile.exporters.onnx import OnnxBuild, OnnxOptions, build_onnx
 from pumer_compile.files import sha256_file

@@ -26,6 +26,7 @@ ORDER = (
     "frontends",
     "capture",
     "reduce",
+    "inspection",
     "torch_compile",
     "artifacts",
     "runtimes",
@@ -33,6 +34,7 @@ ORDER = (
     "generation",
     "parity",
     "bench",
+    "search",
     "cli",
 )
 STAGES = {part: number for number, part in enumerate(ORDER, start=1)}

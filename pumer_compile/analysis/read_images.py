@@ -13,9 +13,10 @@ from torch import fx
 
 from ..errors import AxisError
 from .attention import Parts, attention_parts
+from .marks import ActsOn, Mark, Prompt, visual_tokens
 from .nodes import Emitter, ancestors, copied, values
 from .operators import aten
-from .prompts import ActsOn, Image, Mark, Prompt, made_of, visual_tokens, voting
+from .prompt_images import Image, made_of, voting
 
 
 def mark_read_images(captured: fx.GraphModule, acts_on: ActsOn, *, votes: bool) -> Prompt | None:

@@ -21,7 +21,7 @@ from ..artifacts.manifest import artifact_bytes, library_versions, read_manifest
 from ..artifacts.profile import Profile
 from ..artifacts.runtime import fitted
 from ..capture.capture import batch_inputs
-from ..capture.inputs import read_arrays
+from ..capture.make_inputs import read_arrays
 from ..capture.samples import Samples, kinds_of, resized_batch
 from ..errors import UsageError
 from ..files import atomic_path, sha256_file

@@ -13,7 +13,6 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -22,8 +21,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, free_unbacked_symbols
-from torch.utils._pytree import tree_leaves, tree_structure, tree_unflatten
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.exporters import utils as exporter_utils
 from transformers.exporters.configs import DynamoConfig
 from transformers.exporters.exporter_dynamo import DynamoExporter
@@ -42,27 +40,27 @@ from ..methods.lossless import Lossless
 from ..passes.fold_masks import FoldedMasks
 from ..passes.manager import History, State, run_passes
 from ..passes.pipeline import UNPADDED
+from ..shown.tables import Shown, Table
 from .asked import guards_of
-from .blocks import inline_blocks
+from .exported_inputs import check_exported_inputs, example_inputs, exported_inputs, fixed_inputs
 from .fold import fold, fold_written
 from .follow import FollowSample, following, forward_of
 from .inputs import (
-    check_exported_inputs,
     check_inputs,
     constant_inputs,
     describe_inputs,
     differs,
-    example_inputs,
+    eager_outputs,
     explain_inputs,
-    exported_inputs,
-    fixed_inputs,
     word_table,
 )
 from .loading import LoadedModel, first_line, quiet
+from .model_state import restoring_model_state, set_for_inference
+from .plain_graph import plain_graph_module, refuse_training, without_numbers
 
 
-@dataclass(frozen=True)
-class Program:
+@dataclass(frozen=True, repr=False)
+class Program(Shown):
     """A captured model.
 
     `module` is the unlifted, pre-decomposition ATen graph. It is called with the model's inputs by keyword
@@ -93,6 +91,17 @@ class Program:
     counted: tuple[str, ...] = ()
     added: Mapping[str, AddedInput] = field(default_factory=dict)
     history: History = field(default_factory=History)
+
+    def tables(self) -> list[Table]:
+        """See `Shown`: a row for each input."""
+        name = type(self.model).__name__ if self.model is not None else "torch.export archive"
+        batch = ", any batch" if self.dynamic_batch else ""
+        rows = [
+            (name, str(list(tensor.shape)), str(tensor.dtype).removeprefix("torch."), "fixed" * (name in self.fixed))
+            for name, tensor in self.inputs.items()
+        ]
+        heading = f"Program of {name}: {len(self.module.graph.nodes)} nodes{batch}"
+        return [Table(heading, ("input", "shape", "dtype", ""), rows)]
 
 
 def capture(
@@ -175,9 +184,11 @@ def _from_module(model: nn.Module, inputs: Mapping[str, Tensor], dynamic_batch: 
         kept = {n: inputs[n] if t.is_meta and not t.is_floating_point() else t for n, t in sample.items()}
         try:
             traced = _traced(model, sample, kept, shapes)
-            _refuse_training(traced.graph, "Make it follow self.training")
+            refuse_training(traced.graph, "Make it follow self.training")
             with frontends.in_fixed_order():
-                constant = constant_inputs(model, sample, partial(_check_eager, model, sample, traced.graph))
+                eager = eager_outputs(model, sample)
+                _check_eager(model, sample, traced.graph, eager)
+                constant = constant_inputs(model, sample, eager)
         except PumerError:
             raise
         except Exception as error:
@@ -197,12 +208,14 @@ def _from_module(model: nn.Module, inputs: Mapping[str, Tensor], dynamic_batch: 
 def _check_eager(
     model: nn.Module, sample: Mapping[str, Tensor], graph: fx.GraphModule, eager: Mapping[str, Tensor]
 ) -> None:
-    """A graph must give what the model gives.
+    """A graph must give what the model gives, where that is known (not on the meta device) and nothing is drawn.
 
     Raises:
         CaptureError: it does not: the model does something else while it is traced (PaliGemma without token types has a
-            causal mask then, and none in eager PyTorch).
+            causal mask then, and none in eager PyTorch; AIMv2 skips its causal mask where nothing is padded).
     """
+    if not eager:
+        return
     seeded = [n for n in graph.graph.nodes if torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ())]
     if not all(map(draws_nothing, seeded)):
         return
@@ -212,7 +225,8 @@ def _check_eager(
         raise CaptureError(
             f"{type(model).__name__} gives other {found} in eager PyTorch than while it is traced, for the inputs "
             f"{describe_inputs(sample)}. It makes something up for an input that is left out: give all that its "
-            "processor makes (token_type_ids, masks)."
+            "processor makes (token_type_ids, masks). Or its attention skips a mask where that looks needless: load it "
+            "with attn_implementation='eager' (in config.json as well), whose masks are always applied."
         )
 
 
@@ -234,7 +248,7 @@ def _traced(
         graph = plain_graph_module(exported)
         if shapes is not None or not _sized_by_data(graph):
             fold_written(graph)
-            return _Traced(graph, _without_numbers(graph, fixed_inputs(exported), sample))
+            return _Traced(graph, without_numbers(graph, fixed_inputs(exported), sample))
     except Exception as error:
         if isinstance(error, PumerError):
             raise
@@ -255,7 +269,7 @@ def _followed(model: nn.Module, sample: dict[str, Tensor], kept: Mapping[str, Te
     content = frozenset(n for n, t in kept.items() if t.is_floating_point()) | follow.content
     asked, guards = guards_of(follow.asked, content, kept, type(model).__name__)
     fixed = fixed_inputs(exported)
-    _without_numbers(graph, fixed, sample)
+    without_numbers(graph, fixed, sample)
     fold(graph, {n: kept[n] for n in asked if n not in fixed}, follow.lifted)
     open_ = _sized_by_data(graph)
     if open_:
@@ -309,25 +323,6 @@ def _sized_by_data(graph: fx.GraphModule) -> list[fx.Node]:
 
 
 _NUMBERS = frozenset({torch.ops.aten.item.default, torch.ops.aten._local_scalar_dense.default})
-
-
-def set_for_inference(model: nn.Module) -> None:
-    """Put a model in eval mode, without its loss, its experts as plain products; `restoring_model_state` undoes it."""
-    for module in model.modules():
-        _write_out_experts(module)
-        # Not eval(): a model may override it with work that nothing undoes.
-        module.training = False
-        config = getattr(module, "config", None)
-        if isinstance(config, PreTrainedConfig) and getattr(config, "return_loss", False):
-            config.return_loss = False  # transformers traces no loss
-
-
-def _write_out_experts(module: nn.Module) -> None:
-    """Let a mixture of experts multiply each token with the weights of its experts. transformers otherwise sorts the
-    tokens of all prompts by expert first, which leaves no token axis to follow."""
-    settable = getattr(module, "_can_set_experts_implementation", None)  # since transformers 5
-    if isinstance(module, PreTrainedModel) and settable is not None and settable():
-        module.set_experts_implementation("batched_mm")
 
 
 def _export(model: nn.Module, sample: dict[str, Tensor], shapes: dict[str, Any] | None) -> ExportedProgram:
@@ -474,145 +469,6 @@ def _from_exported(exported: ExportedProgram, inputs: Mapping[str, Tensor] | Non
         sample = symbolic_batch(sample)[0]
     with quiet():
         module = plain_graph_module(exported)
-        _refuse_training(module, "Export it again after model.eval()")
-        fixed = _without_numbers(module, fixed_inputs(exported), sample)
+        refuse_training(module, "Export it again after model.eval()")
+        fixed = without_numbers(module, fixed_inputs(exported), sample)
         return Program(module, sample, symbolic, fixed=fixed)
-
-
-# --- The graph ----------------------------------------------------------------------------------------------
-
-_CHECKS = frozenset(
-    {
-        torch.ops.aten._assert_tensor_metadata.default,
-        torch.ops.aten._assert_scalar.default,
-        torch.ops.aten._assert_async.default,
-        torch.ops.aten._assert_async.msg,
-        torch.ops.aten.sym_constrain_range.default,
-        torch.ops.aten.sym_constrain_range_for_size.default,
-    }
-)
-
-
-def plain_graph_module(exported: ExportedProgram) -> fx.GraphModule:
-    """The unlifted graph of `exported` as a plain `fx.GraphModule`, without checks of shapes and dtypes.
-
-    The checks would refuse the shapes that reduction gives. `exported.module()` itself cannot be trained (its
-    `train` and `eval` raise); the copy shares its graph, parameters and buffers and can. Buffers that are in
-    no state dict of the model stay out of the copy's.
-    """
-    with_parameter = "check_guards" in inspect.signature(exported.module).parameters
-    unlifted = exported.module(check_guards=False) if with_parameter else exported.module()
-    inline_blocks(unlifted)
-    gated_delta_rule.plainly(unlifted)
-    for node in list(unlifted.graph.nodes):
-        if node.target in _CHECKS or (node.op == "call_module" and node.target == "_guards_fn"):
-            _erase(node)
-    module = fx.GraphModule(unlifted, unlifted.graph)
-    for name, _ in list(module.named_buffers()):
-        if name not in exported.state_dict:
-            owner, _, buffer = name.rpartition(".")
-            module.get_submodule(owner)._non_persistent_buffers_set.add(buffer)
-    return module.eval()
-
-
-def _without_numbers(
-    module: fx.GraphModule, fixed: Mapping[str, Tensor], sample: Mapping[str, Tensor]
-) -> tuple[str, ...]:
-    """Let a graph take a tensor, which it does not read, for each input that was traced as numbers; their names."""
-    if not fixed:
-        return ()
-    graph = module.graph
-    placeholders = list(graph.find_nodes(op="placeholder"))
-    mode = next(n.meta["val"].fake_mode for n in placeholders if isinstance(n.meta.get("val"), Tensor))
-    info = vars(graph._codegen)["pytree_info"]
-    args, kwargs = tree_unflatten(placeholders, info.in_spec)
-    taken = dict(zip(info.orig_args, (*args, *kwargs.values()), strict=True))
-    for name in fixed:
-        numbers = tree_leaves(taken[name])
-        with graph.inserting_before(numbers[0]):
-            tensor = graph.placeholder(name)
-        tensor.meta["val"] = mode.from_tensor(sample[name], static_shapes=True)
-        for node in numbers:
-            node.replace_all_uses_with(node.meta["val"])
-            graph.erase_node(node)
-        taken[name] = tensor
-    ordered = list(taken.values())
-    spec = tree_structure((tuple(ordered[: len(args)]), dict(zip(kwargs, ordered[len(args) :], strict=True))))
-    vars(graph._codegen)["pytree_info"] = info._replace(in_spec=spec)
-    module.recompile()
-    return tuple(fixed)
-
-
-def _refuse_training(module: fx.GraphModule, remedy: str) -> None:
-    """Raise CaptureError where a graph does what models do in training only: draw random numbers for dropout, or take
-    the statistics of the batch where a norm has running ones."""
-    for node in module.graph.nodes:
-        if isinstance(node.target, torch._ops.OpOverload) and (fault := _training(node.target, node)):
-            raise CaptureError(f"{describe(node)} {fault}, as in training; an artifact would too. {remedy}.")
-
-
-def _training(target: torch._ops.OpOverload, node: fx.Node) -> str:
-    """What an operator does that only training wants, or ''."""
-    said = {a.name: a.default_value for a in target._schema.arguments}
-    said |= dict(zip(said, node.args, strict=False)) | node.kwargs
-    # `native_dropout` takes None for True.
-    rate = (
-        said.get("dropout_p", 0)
-        if "train" not in said
-        else said["train"] is not False and said.get("p", said.get("dropout"))
-    )
-    if rate:
-        return f"drops at random (rate {rate:g})"
-    if said.get("training", said.get("use_input_stats")) is True:
-        if "running_mean" not in said:
-            return "draws random slopes"
-        return "takes the statistics of the batch" if said["running_mean"] is not None else ""
-    return ""
-
-
-def _erase(node: fx.Node) -> None:
-    """Erase a node without users, and what only it used."""
-    feeders = node.all_input_nodes
-    node.graph.erase_node(node)
-    for feeder in feeders:
-        if not feeder.users and feeder.op == "call_function" and not feeder.is_impure():
-            _erase(feeder)
-
-
-# --- The model object ---------------------------------------------------------------------------------------
-
-
-@contextmanager
-def restoring_model_state(model: nn.Module) -> Iterator[None]:
-    """Put back, after the block, every attribute of the model's modules and configs that the block rebound.
-
-    Training flags, an instance's own `forward`, parameters and buffers swapped while tracing, cached tensors,
-    settings on a config. Exporters undo most of what they do themselves, but not all of it, and not always
-    after an error.
-    """
-    before = [(namespace, dict(namespace)) for namespace in _namespaces(model)]
-    gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        yield
-    finally:
-        for namespace, saved in before:
-            if list(namespace) != list(saved) or any(namespace[name] is not saved[name] for name in saved):
-                namespace.clear()
-                namespace.update(saved)
-        for parameter, requires_grad in gradients:
-            parameter.requires_grad_(requires_grad)
-
-
-def _namespaces(model: nn.Module) -> Iterator[dict[str, Any]]:
-    """The dictionaries that hold the state of a model's modules and of their configs, each once."""
-    seen: set[int] = set()
-    pending: list[Any] = list(model.modules())
-    while pending:
-        owner = pending.pop()
-        if id(owner) in seen:
-            continue
-        seen.add(id(owner))
-        attributes = vars(owner)
-        yield attributes
-        yield from (value for value in attributes.values() if isinstance(value, dict))  # _parameters, _buffers, hooks
-        pending += [value for value in attributes.values() if isinstance(value, PreTrainedConfig)]

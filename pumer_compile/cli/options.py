@@ -46,6 +46,17 @@ SemanticsName = Annotated[
         rich_help_panel=WHAT,
     ),
 ]
+OptionalSchedule = Annotated[
+    str | None,
+    typer.Option(
+        "--schedule",
+        "-s",
+        metavar="SCHEDULE",
+        help="YAML file, `none`, or a preset (pumer-compile list presets); without it the one that `inspect` suggests.",
+        show_default=False,
+        rich_help_panel=WHAT,
+    ),
+]
 TextTower = Annotated[
     Path | None,
     typer.Option(

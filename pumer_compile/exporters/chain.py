@@ -21,7 +21,8 @@ from transformers.exporters.exporter_dynamo import DynamoExporter
 
 from ..analysis.outputs import artifact_outputs, outputs_apart, without_inputs
 from ..capture.added import capture_with
-from ..capture.capture import Program, batch_inputs, restoring_model_state, set_for_inference
+from ..capture.capture import Program, batch_inputs
+from ..capture.model_state import restoring_model_state, set_for_inference
 from ..errors import UsageError
 from ..reduce import Reduced, reduce_graph, with_decisions
 from ..schedule import Schedule

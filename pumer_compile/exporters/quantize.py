@@ -27,8 +27,8 @@ from onnx_ir.passes import common as ir_passes
 from torch import Tensor
 
 from ..capture.capture import Program, batch_inputs
-from ..capture.inputs import read_arrays
 from ..capture.loading import quiet
+from ..capture.make_inputs import read_arrays
 from ..errors import ExportError, UsageError
 
 QuantizeMode = Literal["weights", "dynamic", "static"]

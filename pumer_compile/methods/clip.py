@@ -12,7 +12,7 @@ from ..errors import LocateError, UsageError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..analysis.prompts import Mark
+    from ..analysis.marks import Mark
     from ..reducers.clip import ClipRelevance, ClipText
 
 PROJECTION = "visual_projection.weight"

@@ -20,9 +20,10 @@ from transformers.exporters.utils import get_leaf_tensors
 
 from ..analysis.outputs import artifact_outputs, model_outputs, output_nodes
 from ..artifacts.session import Session
-from ..capture.capture import batch_inputs, restoring_model_state, set_for_inference
+from ..capture.capture import batch_inputs
 from ..capture.inputs import describe_inputs
 from ..capture.loading import first_line
+from ..capture.model_state import restoring_model_state, set_for_inference
 from ..errors import UsageError
 from ..frontends import in_fixed_order
 from ..reducers import Reducer, forced_decisions, noted_decisions, reducers_of

@@ -9,8 +9,8 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, fx
 
 from ..analysis.attention import Attention
+from ..analysis.marks import Prompt
 from ..analysis.nodes import ancestors
-from ..analysis.prompts import Prompt
 from ..analysis.propagate import count_multiply_adds
 from ..plan import Plan
 from ..reducers import Reducer

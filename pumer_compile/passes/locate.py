@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..analysis.annotate import Annotation
 from ..analysis.attention import locate
-from ..analysis.prompts import Prompt
+from ..analysis.marks import Prompt
 from ..rewrite.sites import LocatedGraph
 from .manager import Pass, State
 

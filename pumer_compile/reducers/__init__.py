@@ -1,6 +1,6 @@
 """Token reducers: plain `nn.Module`s, readable beside the paper; without parameters, but for those that learn."""
 
-from .align import AlignAxis, TokenWeights, UnitWeights
+from .align import AlignAxis, OwnWeights, TokenWeights, UnitWeights
 from .attention import SizeBias, TextRowsAttention
 from .base import ApplyMap, Reducer, Reduction, Signal, forced_decisions, noted_decisions, reducers_of
 from .crops import CropReducer
@@ -36,6 +36,7 @@ __all__ = [
     "MemberVotes",
     "ModalityAwareMerger",
     "NextQueryReducer",
+    "OwnWeights",
     "PublishedMaskedSoftmax",
     "RatedReducer",
     "Reducer",

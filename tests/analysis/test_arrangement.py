@@ -14,7 +14,8 @@ import pumer_compile as pumer
 from pumer_compile import Schedule
 from pumer_compile.analysis.annotate import annotate
 from pumer_compile.analysis.axes import Dim
-from pumer_compile.analysis.prompts import lower_masked_scatter, visual_tokens, with_separators
+from pumer_compile.analysis.marks import visual_tokens, with_separators
+from pumer_compile.analysis.prompts import lower_masked_scatter
 from pumer_compile.errors import AxisError
 from tests.support.talker import IMAGE, SCATTER, Talker
 

@@ -7,8 +7,8 @@ import operator
 import torch
 from torch import fx
 
+from pumer_compile.analysis.marks import visual_tokens
 from pumer_compile.analysis.nodes import describe, operator_name
-from pumer_compile.analysis.prompts import visual_tokens
 
 
 def test_functions_are_called_by_their_names() -> None:

@@ -13,7 +13,8 @@ import pumer_compile as pumer
 from pumer_compile import Program, Schedule
 from pumer_compile.analysis.annotate import annotate
 from pumer_compile.analysis.axes import Dim
-from pumer_compile.analysis.prompts import lower_masked_scatter, visual_tokens
+from pumer_compile.analysis.marks import visual_tokens
+from pumer_compile.analysis.prompts import lower_masked_scatter
 from pumer_compile.errors import AxisError, LocateError, PlanError, ScheduleError, UsageError
 from tests.support.models import Config, program
 from tests.support.talker import IMAGE, SCATTER, Talker, Tensors, Tower, prompts, talker

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, fx
 
-import pumer_compile.analysis.prompts  # registers the rules of marks
+import pumer_compile.analysis.marks  # registers the rules of marks
 import pumer_compile.frontends.gated_delta_rule  # noqa: F401  # and that of linear attention
 from pumer_compile.analysis.annotate import Annotation, annotate
 from pumer_compile.analysis.axes import ByPosition, Dim, Literal, Reduce, Same, Seed, Select, Slice

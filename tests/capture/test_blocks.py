@@ -13,7 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import pumer_compile as pumer
 from pumer_compile.capture.blocks import inline_blocks
-from pumer_compile.capture.capture import plain_graph_module
+from pumer_compile.capture.plain_graph import plain_graph_module
 from pumer_compile.errors import CaptureError
 from tests.support.models import Config, Fusion, inputs_for, make, schedule
 

@@ -10,8 +10,10 @@ from torch.export import Dim, ExportedProgram
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel, ViltModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from pumer_compile.capture.capture import Program, batch_inputs, capture, plain_graph_module, restoring_model_state
+from pumer_compile.capture.capture import Program, batch_inputs, capture
 from pumer_compile.capture.loading import LoadedModel
+from pumer_compile.capture.model_state import restoring_model_state
+from pumer_compile.capture.plain_graph import plain_graph_module
 from pumer_compile.errors import CaptureError, PumerError, UsageError
 from tests.support.tiny import image_inputs, talkative_transformers, text_inputs, tiny_vilt
 
@@ -367,6 +369,27 @@ class Stateful(nn.Module):
         if self.fail:
             raise RuntimeError("on purpose")
         return self.last
+
+
+class MaskedInATrace(nn.Module):
+    """Skips a mask in eager PyTorch where it looks needless, as attention of transformers does."""
+
+    def __init__(self, skips):
+        super().__init__()
+        self.linear, self.skips = nn.Linear(3, 3), skips
+
+    def forward(self, x):
+        if self.skips and not torch.compiler.is_exporting():
+            return self.linear(x)
+        return self.linear(x).cumsum(1)
+
+
+def test_a_graph_gives_what_eager_pytorch_gives():
+    given = {"x": torch.ones(2, 3, 3)}
+    capture(MaskedInATrace(skips=False), given)
+    with pytest.raises(CaptureError, match=r"(?s)eager PyTorch than while it is traced.*attn_implementation='eager'"):
+        capture(MaskedInATrace(skips=True), given)
+    capture(MaskedInATrace(skips=True).to("meta"), {"x": given["x"].to("meta")})  # for a plan: there are no numbers
 
 
 def test_attributes_set_while_tracing_are_put_back():

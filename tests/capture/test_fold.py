@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from pumer_compile.capture.capture import plain_graph_module
 from pumer_compile.capture.fold import fold, fold_written
+from pumer_compile.capture.plain_graph import plain_graph_module
 
 Tensors = dict[str, Tensor]
 

@@ -15,8 +15,9 @@ from transformers import (
 )
 
 from pumer_compile.capture.capture import capture
-from pumer_compile.capture.inputs import describe, load_inputs, make_inputs
+from pumer_compile.capture.inputs import describe
 from pumer_compile.capture.loading import LoadedModel
+from pumer_compile.capture.make_inputs import load_inputs, make_inputs
 from pumer_compile.errors import UsageError
 from tests.support.tiny import image_inputs, text_inputs, tiny_vilt
 

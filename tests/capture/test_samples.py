@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import pumer_compile as pumer
 from pumer_compile.artifacts.profile import Profile
-from pumer_compile.capture.inputs import make_inputs
+from pumer_compile.capture.make_inputs import make_inputs
 from pumer_compile.capture.samples import (
     InputKind,
     Samples,

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 import pumer_compile as pumer
 from pumer_compile.analysis.operators import aten
-from pumer_compile.capture.capture import plain_graph_module
+from pumer_compile.capture.plain_graph import plain_graph_module
 from pumer_compile.exporters.plain_forms import use_plain_forms
 from tests.support.commands import onnx_outputs
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
 from pumer_compile.analysis.operators import aten
-from pumer_compile.capture.capture import plain_graph_module
+from pumer_compile.capture.plain_graph import plain_graph_module
 from pumer_compile.exporters.slice_writes import lower_slice_writes
 
 Body = Callable[[Tensor, Tensor], Tensor]

@@ -21,8 +21,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForVisualQuestionAnswer
 from transformers.models.roberta import modeling_roberta
 
 from pumer_compile import Program, capture
-from pumer_compile.capture.inputs import make_inputs
 from pumer_compile.capture.loading import load_model
+from pumer_compile.capture.make_inputs import make_inputs
 from pumer_compile.errors import CaptureError, PumerError, UsageError
 from pumer_compile.frontends import meter
 from pumer_compile.frontends.meter import (

@@ -24,8 +24,8 @@ import torch
 
 import pumer_compile as pumer
 from pumer_compile import OnnxOptions, Program, Schedule
-from pumer_compile.capture.inputs import load_inputs, make_inputs
 from pumer_compile.capture.loading import load_model
+from pumer_compile.capture.make_inputs import load_inputs, make_inputs
 from pumer_compile.schedule import PRESETS
 from tests.support.crops import crops_inputs, crops_model
 
