@@ -85,7 +85,11 @@ class Recipe:
             count = self.seen
         elif self.is_stock(step):
             count, asked = self.stock_pictures, 1
-        spans = (self.seeing_steps, self.seen), (self.packed_steps, self.pictures), (self.stock_steps, self.stock_pictures)
+        spans = (
+            (self.seeing_steps, self.seen),
+            (self.packed_steps, self.pictures),
+            (self.stock_steps, self.stock_pictures),
+        )
         left, done = step, 0
         for steps, size in spans:
             done += min(left, steps) * size
@@ -261,7 +265,7 @@ def main(
     for losses in _steps(run, train, minutes):
         line: dict[str, Any] = {"step": run.step, "cpu_seconds": round(run.cpu_seconds)}
         line |= {name: round(value, 4) for name, value in losses.items()}
-        if run.step % evaluate == 0 and not recipe.is_seeing(run.step) or run.step == recipe.steps:
+        if (run.step % evaluate == 0 and not recipe.is_seeing(run.step)) or run.step == recipe.steps:
             stock = recipe.is_stock(run.step)
             line |= accuracies(run.model, validation, len(validation) // (4 if stock else 1), stock)
         print(json.dumps(line), flush=True)
