@@ -119,7 +119,7 @@ ImageSize = Annotated[
     typer.Option(
         "--image-size",
         metavar="N or HxW",
-        help="Pixels of random inputs.",
+        help="Pixels of images; position embeddings are interpolated.",
         show_default=False,
         rich_help_panel=SHAPES,
     ),
