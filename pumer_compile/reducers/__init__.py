@@ -1,6 +1,6 @@
 """Token reducers: plain `nn.Module`s without parameters, readable beside the paper."""
 
-from .align import AlignAxis, TokenWeights, UnitWeights
+from .align import AlignAxis, OwnWeights, TokenWeights, UnitWeights
 from .attention import SizeBias, TextRowsAttention
 from .base import ApplyMap, Reducer, Reduction, Signal, forced_decisions, noted_decisions, reducers_of
 from .crops import CropReducer
@@ -32,6 +32,7 @@ __all__ = [
     "MemberVotes",
     "ModalityAwareMerger",
     "NextQueryReducer",
+    "OwnWeights",
     "PublishedMaskedSoftmax",
     "RatedReducer",
     "Reducer",

@@ -18,7 +18,7 @@ from ..analysis.nodes import ancestors, describe, values
 from ..analysis.operators import aten
 from ..analysis.rules import shape
 from ..errors import LocateError, UsageError
-from ..reducers import MeanOfWords, MemberVotes, RowsOfTower, Signal, TextRating, TokenWeights
+from ..reducers import MeanOfWords, MemberVotes, OwnWeights, RowsOfTower, Signal, TextRating
 from .attention_rows import attention_rows
 from .carried_weights import CarriedWeights
 from .epochs import Epochs
@@ -281,13 +281,12 @@ def _received(place: Place, parts: Parts, number: int, votes: Votes) -> fx.Node:
         found, masks = call(aten.slice.Tensor, found, 3, first, first + queries), []
     if not masks or votes.by_class:
         return call(aten.reshape.default, call(aten.mean.dim, found, [-3, -2]), [-1])
-    weights = TokenWeights(0, keys, masks[0].kind)
-    real = place.rewriter.call_module(f"{name}.real", weights, place.rewriter.env[masks[0].node])
-    # Padding has no vote.
+    real = place.rewriter.call_module(f"{name}.real", OwnWeights(masks[0].kind), place.rewriter.env[masks[0].node])
+    # Padding has no vote, and gets none.
     share = call(aten.div.Tensor, real, call(aten.sum.dim_IntList, real, [1], True))
     means = call(aten.mean.dim, found, [1])
     voted = call(aten.sum.dim_IntList, call(aten.mul.Tensor, means, call(aten.unsqueeze.default, share, 2)), [1])
-    return call(aten.reshape.default, voted, [-1])
+    return call(aten.reshape.default, call(aten.mul.Tensor, voted, real), [-1])
 
 
 def _tower_rows(place: Place, mark: Mark) -> fx.Node:

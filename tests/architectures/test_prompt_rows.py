@@ -111,6 +111,23 @@ def test_what_a_model_makes_up_while_it_is_traced(name: str) -> None:
         pumer.capture(model, inputs)
 
 
+def test_learned_positions_counted_anew() -> None:
+    """Florence-2's encoder looks them up by place."""
+    model, make, output, program = captured("florence2")
+    reduced = pumer.reduce(program, Schedule(method="vispruner", budget=BUDGET, positions="compact"))
+    kept = []
+    for seed in (0, 1):
+        inputs = make(seed)
+        old, places = by_hand(model, inputs, BUDGET, placeholders("florence2"))
+        wanted = logits(model, inputs, places, anew=True)
+        with torch.no_grad():
+            found = reduced.module(**inputs)[output]
+        torch.testing.assert_close(found, wanted, atol=1e-5 * float(wanted.abs().max()), rtol=0.0)
+        assert float((wanted - old).abs().max()) > 1e-2 * float(wanted.abs().max())
+        kept.append(places)
+    assert not torch.equal(*kept)
+
+
 def test_patches_that_no_attention_has_seen_have_no_votes() -> None:
     *_, program = captured("fuyu")
     with pytest.raises(LocateError, match=r"what is scattered into the prompt comes from none .*fastv"):
