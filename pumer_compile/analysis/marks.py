@@ -142,6 +142,8 @@ class Mark:
         origin: for each place of it, the number of the token in `node`, or `SEPARATOR`.
         votes: for rows that enter the prompt.
         pinned: places of text within an image that stands in several blocks (marks at the ends of its lines); it stays.
+        early: whether it begins at the token of text in front of the image. The votes are then those of its rows in the
+            order of the tower, from that token on; and the last row is pinned.
         enters: whether these are the rows that enter the prompt, and no features that leave a tower.
         words: of rows that enter the prompt, the text around them; None where it is not looked up in one table.
         tower: of such rows, what they were in the tower; None where they are not one of its tokens each.
@@ -155,6 +157,7 @@ class Mark:
     origin: tuple[int, ...] = ()
     votes: Votes | None = None
     pinned: tuple[int, ...] = ()
+    early: bool = False
     enters: bool = False
     words: Words | None = None
     tower: Tower | None = None

@@ -17,7 +17,7 @@ def use_plain_forms(module: fx.GraphModule) -> None:
     - `squeeze` of a dimension that is not 1 gives its input; ONNX's Squeeze refuses it.
     - a range of floating-point numbers is the constant that PyTorch makes, in double precision: counted in single
       precision it may have another length.
-    - sequences that are padded to one length are padded each and stacked; ONNX writes them into an empty one (a scatter).
+    - sequences that are padded to one length are padded each and stacked; ONNX would write them into an empty tensor.
     """
     for node in list(module.graph.nodes):
         if node.target is aten.squeeze.dim:

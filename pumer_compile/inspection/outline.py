@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from ..analysis.attention import Attention
 from ..analysis.marks import Prompt
 from ..errors import PumerError
-from ..methods.base import ActsOn, Method
+from ..methods.base import ActsOn, Marking, Method
 from ..methods.proposing import Outline
 from ..passes.manager import State
 from ..plan import PromptPlace
@@ -22,9 +22,9 @@ class Looking(Method):
     places: ActsOn | None = None
 
     @property
-    def marks(self) -> tuple[ActsOn, bool] | None:
+    def marks(self) -> Marking | None:
         """See `Method.marks`."""
-        return None if self.places is None else (self.places, False)
+        return None if self.places is None else Marking(self.places, votes=False)
 
 
 @dataclass(frozen=True)

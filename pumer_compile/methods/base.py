@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -29,6 +29,22 @@ TokenOutputs = Literal["refused", "reduced", "restored"]
 ActsOn = Literal["tower", "rows", "layers"]
 """Where image tokens of a prompt are reduced: where features leave the vision tower (as long as each makes one row of
 the prompt, or else these rows), the rows that enter the prompt, or after layers of the language model."""
+
+
+class Marking(NamedTuple):
+    """How image tokens of a prompt are to be marked.
+
+    Attributes:
+        acts_on: where.
+        votes: whether the attention of the vision tower is to be found that votes for them.
+        early: whether, where the tower's tokens vote themselves (it has no class token), the mark is to begin at the
+            token of text in front of an image, and the image's last token to stay; votes then come in the order of the
+            tower.
+    """
+
+    acts_on: ActsOn
+    votes: bool
+    early: bool = False
 
 
 METHODS: dict[str, type[Method]] = {}
@@ -158,10 +174,9 @@ class Method(BaseModel):
         return ()
 
     @property
-    def marks(self) -> tuple[ActsOn, bool] | None:
-        """Where image tokens of a prompt are to be marked, and whether the attention of the tower is to be found that
-        votes for them; None where no prompt is needed."""
-        return (self.acts_on, self.reads_tower) if self.needs_prompt else None
+    def marks(self) -> Marking | None:
+        """How image tokens of a prompt are to be marked; None where no prompt is needed."""
+        return Marking(self.acts_on, self.reads_tower) if self.needs_prompt else None
 
     @property
     def adds(self) -> dict[str, AddedInput]:

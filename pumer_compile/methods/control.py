@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field
 
 from ..errors import LocateError, PlanError
-from .base import ActsOn, Method
+from .base import Marking, Method
 from .image_budget import ImageBudget
 from .proposing import Ask, Outline, at_depths
 
@@ -45,7 +45,7 @@ class Control(ImageBudget):
         return min(max(1, budget), tokens)
 
     @property
-    def marks(self) -> tuple[ActsOn, bool] | None:
+    def marks(self) -> Marking | None:
         """See `Method.marks`."""
         return super().marks if self.at is None else None
 

@@ -64,6 +64,11 @@ class RatedReducer(Reducer):
         weights = torch.ones_like(scores)
         return Choice(kept_alone(kept), one_hot(kept, self.tokens).float(), weights, (scores, rate))
 
+    def ranking(self, choice: Choice) -> Tensor | None:
+        """See `Reducer`: attention from the raters."""
+        scores: Tensor = choice.evidence[0]
+        return scores
+
     def margin(self, own: Choice, among: Choice, forced: Decisions) -> Tensor:
         """See `Reducer`: of the tokens, or of the raters where these are closer, of whom others may have decided."""
         scores, rate = own.evidence
