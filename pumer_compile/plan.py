@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from .shown.tables import Shown, Table, giga
+
 
 @dataclass(frozen=True)
 class SitePlan:
@@ -50,8 +52,8 @@ class PromptPlace:
     stop: int
 
 
-@dataclass(frozen=True)
-class Plan:
+@dataclass(frozen=True, repr=False)
+class Plan(Shown):
     """Sites in execution order and the multiply-adds of one sample, reducers included.
 
     Attributes:
@@ -74,6 +76,16 @@ class Plan:
         """How many times fewer multiply-adds."""
         return self.multiply_adds_before / self.multiply_adds_after
 
+    def tables(self) -> list[Table]:
+        """See `Shown`: a row for each site."""
+        before, after = self.multiply_adds_before, self.multiply_adds_after
+        gain = f"{giga(before)} multiply-adds before, {giga(after)} after, {self.ratio:.2f}x fewer"
+        rows = [
+            (site.name, _counts(site), " -> ".join(map(giga, site.multiply_adds)), site.module) for site in self.sites
+        ]
+        count = f"{len(rows)} site{'' if len(rows) == 1 else 's'}"
+        return [Table(f"Plan of {count}: {gain}", ("site", "tokens", "multiply-adds", "module"), rows)]
+
     def tokens(self) -> dict[str, dict[str, int]]:
         """Tokens by stream after every attention node, by its address."""
         return {site: dict(counts) for site, counts in self.layers.items()}
@@ -91,3 +103,7 @@ class Plan:
                 "ratio": self.ratio,
             },
         }
+
+
+def _counts(site: SitePlan) -> str:
+    return ", ".join(f"{stream} {count} -> {site.after[stream]}" for stream, count in site.before.items())

@@ -15,18 +15,20 @@ from .analysis.nodes import copied
 from .analysis.outputs import output_nodes, set_outputs
 from .capture.added import with_added_inputs
 from .capture.capture import Program
+from .errors import PumerError
 from .methods.lossless import Lossless
 from .passes.manager import History, State, run_passes
-from .passes.pipeline import COUNT, passes_of
+from .passes.pipeline import ANALYSE, COUNT, EXACT, REDUCE, passes_of
 from .plan import Plan
 from .reducers import Reduction, reducers_of
 from .schedule import Schedule, as_trained
+from .shown.tables import Shown, Table
 
 log = logging.getLogger("pumer_compile")
 
 
-@dataclass(frozen=True)
-class Reduced:
+@dataclass(frozen=True, repr=False)
+class Reduced(Shown):
     """A reduced program.
 
     Attributes:
@@ -43,6 +45,12 @@ class Reduced:
     program: Program
     schedule: Schedule
     history: History
+
+    def tables(self) -> list[Table]:
+        """See `Shown`: the program, and its plan."""
+        (program,), nodes = self.program.tables(), len(self.module.graph.nodes)
+        heading = Table(f"Reduced by {self.schedule.described}, to {nodes} nodes")
+        return [heading, Table(program.heading), *self.plan.tables()]
 
 
 def reduce(program: Program, schedule: Schedule | str | os.PathLike[str], *, dump_graph: Path | None = None) -> Reduced:
@@ -65,8 +73,66 @@ def reduce(program: Program, schedule: Schedule | str | os.PathLike[str], *, dum
     program = with_added_inputs(program, schedule.adds)
     state = State(program.module, schedule, dict(program.inputs), dict(program.streams))
     history = run_passes(state, passes_of(schedule) + COUNT, dump=dump_graph, earlier=program.history)
+    return _reduced(state, program, history)
+
+
+def _reduced(state: State, program: Program, history: History) -> Reduced:
     state.reduced.train(program.module.training)
-    return Reduced(state.reduced, state.plan, program, schedule, history)
+    return Reduced(state.reduced, state.plan, program, state.method, history)
+
+
+class Analysed:
+    """A captured program that many schedules reduce: what is found in its graph is found once for all that ask for the
+    same marks. The passes that reduce copy the graph, so that no schedule sees another."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self._found: dict[Any, State | PumerError] = {}
+        self._histories: dict[Any, History] = {}
+
+    def state(self, schedule: Schedule) -> State:
+        """What the analysis finds for a schedule: the graph as its passes would reduce it, attentions, marks.
+
+        Raises:
+            PumerError: see the errors of the passes.
+        """
+        key = schedule.marks
+        if key not in self._found:
+            program = self.program
+            state = State(program.module, schedule, dict(program.inputs), dict(program.streams))
+            try:
+                self._histories[key] = run_passes(state, ANALYSE, earlier=program.history)
+                self._found[key] = state
+            except PumerError as error:
+                self._found[key] = error
+        found = self._found[key]
+        if isinstance(found, PumerError):
+            raise found
+        return found.under(schedule)
+
+    def check(self, schedule: Schedule) -> None:
+        """Whether a schedule can be met: what `reduce` does but for the exact passes and the plan.
+
+        Raises:
+            PumerError: it cannot.
+        """
+        if schedule.exact or schedule.adds:
+            reduce(self.program, schedule)
+        else:
+            run_passes(self.state(schedule), REDUCE)
+
+    def reduce(self, schedule: Schedule) -> Reduced:
+        """See `reduce`, whose result this is.
+
+        Raises:
+            PumerError: see the errors of the passes.
+        """
+        schedule = schedule_for(self.program.model, schedule)
+        if schedule.exact or schedule.adds:  # another graph than the analysed one
+            return reduce(self.program, schedule)
+        state = self.state(schedule)
+        history = run_passes(state, REDUCE + EXACT + COUNT, earlier=self._histories[schedule.marks])
+        return _reduced(state, self.program, history)
 
 
 def dump_captured(program: Program, folder: Path | None) -> History:

@@ -13,7 +13,7 @@ import typer
 
 import pumer_compile
 from pumer_compile import errors
-from pumer_compile.cli import commands as cli
+from pumer_compile.cli import shell
 from pumer_compile.errors import OutputsError, ParityError, PumerError, UsageError, exit_code_of
 
 PACKAGE = Path(pumer_compile.__file__).parent
@@ -86,7 +86,7 @@ def test_the_codes_are_set_in_one_place() -> None:
 
 @pytest.mark.parametrize("kind", [*CLASSES.values(), OSError, MemoryError, KeyError], ids=lambda kind: kind.__name__)
 def test_a_command_exits_with_the_code(kind: type[Exception], capsys: pytest.CaptureFixture[str]) -> None:
-    @cli._readable_errors
+    @shell.readable_errors
     def command() -> None:
         raise kind("what happened")
 

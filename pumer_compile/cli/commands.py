@@ -3,43 +3,21 @@
 from __future__ import annotations
 
 import difflib
-import functools
 import json
-import logging
 import signal
 import sys
-import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.logging import RichHandler
 
-from ..errors import BAD_USAGE, ParityError, PumerError, UsageError, exit_code_of
+from ..errors import BAD_USAGE, ParityError, UsageError
 from . import options as opt
-from .tables import console, gained, print_bench, print_plan, print_report, say, shapes, size, status, summary
+from .capturing import captured, reduced_with, suggested
+from .config_file import ConfigFile
+from .shell import EXAMPLES, app, epilog, readable_errors, say_error, stage
+from .tables import console, gained, print_bench, print_plan, print_report, say, shapes, size, summary
 
-EXAMPLES = """
-Examples. Compile a fine-tuned model to a reduced ONNX model, proved against eager PyTorch before it is written:
-
-    pumer-compile MODEL --schedule vilt-vqa -o model.onnx
-
-Look at the token counts and the arithmetic first:
-
-    pumer-compile plan MODEL --schedule schedule.yaml
-
-Prove an artifact again, on your own inputs:
-
-    pumer-compile parity model.onnx --model MODEL --inputs samples.npz
-
-MODEL is a save_pretrained folder, a torch.export archive, a checkpoint, or the id of a model in the Hugging Face
-Hub's local cache. SCHEDULE is a YAML file, `none`, or a preset: vilt-vqa, vilt-nlvr2, vilt-ve, vilt-irtr, meter-vqa,
-meter-ve, meter-nlvr2, meter-irtr, meter-vqa-tower, meter-ve-tower, lossless.
-
-Exit codes: 0 done, 1 failed, 2 bad usage, 3 parity failed.
-"""
 PARITY_EXAMPLES = """
 Examples. On random samples with padding, on your own inputs, with a tolerance for one output:
 
@@ -85,99 +63,22 @@ Examples. Serve a compiled artifact; or let the compilation do it:
     tritonserver --model-repository models
 """
 LIST_EXAMPLES = """
-Examples. The methods of schedules, and when to use which:
+Examples. The methods of schedules, and when to use which; models that were tried:
 
     pumer-compile list methods
 
-    pumer-compile list presets
+    pumer-compile list models
 """
 
 
-def _epilog(examples: str) -> str:
-    """Paragraphs as typer keeps them apart."""
-    return examples.replace("\n\n", "\n\n\n")
-
-
-app = typer.Typer(
-    name="pumer-compile",
-    help="Make vision-language transformers cheap to serve: reduce tokens at compile time.",
-    epilog=_epilog(EXAMPLES),
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="markdown",
-    context_settings={"help_option_names": ["--help", "-h"]},
-)
-log = logging.getLogger("pumer_compile")
-
-
-def _readable_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """Errors become one paragraph and the documented exit code; `-v` adds the traceback."""
-
-    @functools.wraps(command)
-    def run(*args: Any, **kwargs: Any) -> None:
-        verbose = bool(kwargs.get("verbose"))
-        # Errors go to the other console, in any case.
-        console.quiet = bool(kwargs.get("quiet"))
-        _set_up_logging(verbose, quiet=console.quiet)
-        try:
-            if verbose and console.quiet:
-                raise UsageError("--verbose and --quiet exclude each other; choose one.")
-            command(*args, **kwargs)
-        except PumerError as error:
-            _fail(error, str(error), verbose)
-        except MemoryError as error:
-            _fail(error, "The machine ran out of memory. Try a smaller --batch.", verbose)
-        except OSError as error:
-            _fail(error, f"{error.strerror or error}: {error.filename or ''}".rstrip(": "), verbose)
-        except (typer.Exit, typer.Abort):
-            raise
-        except Exception as error:
-            # A defect of ours: say so, without burying the user in a traceback that -v gives.
-            text = " ".join(str(error).split())[:400]
-            _fail(error, f"Unexpected {type(error).__name__}: {text} (run with -v for a traceback).", verbose)
-
-    return run
-
-
-def _fail(error: BaseException, message: str, verbose: bool) -> None:
-    if verbose:
-        traceback.print_exception(error)
-    _say_error(message)
-    raise typer.Exit(exit_code_of(error))
-
-
-def _say_error(message: str) -> None:
-    status.print(f"error: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
-
-
-def _set_up_logging(verbose: bool, *, quiet: bool) -> None:
-    log.handlers = [RichHandler(console=status, show_path=False, show_time=False)]
-    log.setLevel(logging.INFO if verbose else logging.ERROR if quiet else logging.WARNING)
-    log.propagate = False
-
-
-@contextmanager
-def _stage(text: str) -> Iterator[Callable[[str], None]]:
-    """Say what is going on: a spinner on a terminal, which the yielded function adds to, a line elsewhere."""
-    if console.quiet:
-        yield lambda step: None
-    elif status.is_terminal:
-        with status.status(f"{text} ...") as spinner:
-            yield lambda step: spinner.update(f"{text}: {step} ...")
-    else:
-        status.print(f"{text} ...", markup=False, highlight=False, soft_wrap=True)
-        yield lambda step: None
-
-
-@app.command("compile", epilog=_epilog(EXAMPLES))
-@_readable_errors
+@app.command("compile", epilog=epilog(EXAMPLES))
+@readable_errors
 def compile_(
     model: opt.Model,
-    schedule: opt.ScheduleName,
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="OUT.onnx", help="Artifact to write.", rich_help_panel=opt.SERVING)
     ],
+    schedule: opt.OptionalSchedule = None,
     semantics: opt.SemanticsName = None,
     text_tower: opt.TextTower = None,
     config: opt.Config = None,
@@ -235,6 +136,12 @@ def compile_(
     rtol: opt.Rtol = None,
     report: opt.Report = None,
     dump_graph: opt.DumpGraph = None,
+    config_file: ConfigFile = None,
+    as_json: Annotated[
+        bool,
+        typer.Option("--json", help="Print JSON: what was written, plan, proof.", rich_help_panel=opt.SCREEN),
+    ] = False,
+    log_level: opt.LogLevel = None,
     verbose: opt.Verbose = False,
     quiet: opt.Quiet = False,
 ) -> None:
@@ -242,7 +149,9 @@ def compile_(
     from ..files import check_writable
 
     check_writable(output)
-    chosen = opt.load_schedule(schedule, semantics, text_tower)
+    if schedule is None and (semantics or text_tower):
+        raise UsageError("--semantics and --text-tower go with --schedule, and none was given.")
+    chosen = None if schedule is None else opt.load_schedule(schedule, semantics, text_tower)
     opt.check_component(component, outputs, chosen)
 
     from ..exporters import check_exporter, exporter_options  # loads torch: nobody waits for that with a typo
@@ -276,7 +185,7 @@ def compile_(
         check_writable(report)
     sizes = (batch, text_length, image_size)
     padding = not no_padding
-    program = _captured(
+    program = captured(
         model,
         config,
         allow_pickle,
@@ -289,14 +198,17 @@ def compile_(
         padding=padding,
         schedule=chosen,
     )
-    reduced = _reduced(program, chosen, dump_graph)
+    reduced = suggested(program, dump_graph) if schedule is None else reduced_with(program, chosen, dump_graph)
+    unreduced = schedule is not None and chosen is None
     asked = {"with_decisions": with_decisions or component is not None, "verify": not no_verify, **tolerances}
     done = _exported(reduced, output, report, verbose, options=options, **asked)
-    if chosen is not None and (verbose or report is not None):
+    if not unreduced and (verbose or report is not None):
         print_plan(reduced.plan, reduced.schedule)
-    _say_what_was_written(done, reduced if chosen is not None else None)
+    _say_what_was_written(done, None if unreduced else reduced)
     if triton_repository is not None:
         _write_triton(triton_repository, output.stem, output)
+    if as_json:
+        print(json.dumps(done.to_dict(), indent=2))
 
 
 def _exported(reduced: Any, output: Path, report: Path | None, verbose: bool, **asked: Any) -> Any:
@@ -304,7 +216,7 @@ def _exported(reduced: Any, output: Path, report: Path | None, verbose: bool, **
     from ..exporters import export
     from ..parity.report import save_report
 
-    with _stage("exporting and proving" if asked["verify"] else "exporting") as progress:
+    with stage("exporting and proving" if asked["verify"] else "exporting") as progress:
         try:
             done = export(reduced, output, progress=progress, **asked)
         except ParityError as error:
@@ -339,8 +251,8 @@ def _say_what_was_written(done: Any, reduced: Any) -> None:
     say(f"Next: pumer-compile bench {done.path}")
 
 
-@app.command("parity", epilog=_epilog(PARITY_EXAMPLES))
-@_readable_errors
+@app.command("parity", epilog=epilog(PARITY_EXAMPLES))
+@readable_errors
 def parity_(
     artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Made by pumer-compile.")],
     model: Annotated[Path, typer.Option("--model", "-m", metavar="MODEL", help="What it was compiled from.")],
@@ -353,6 +265,7 @@ def parity_(
     save_inputs: opt.SaveInputs = None,
     save_outputs: opt.SaveOutputs = None,
     report: opt.Report = None,
+    log_level: opt.LogLevel = None,
     verbose: opt.Verbose = False,
     quiet: opt.Quiet = False,
 ) -> None:
@@ -372,10 +285,10 @@ def parity_(
     check_runtime(artifact, manifest, provider=provider)
     if report is not None:
         check_writable(report)
-    with _stage(f"loading {model}"):
+    with stage(f"loading {model}"):
         loaded = load_model(model, config=config, allow_pickle=allow_pickle)
         samples = None if inputs is None else load_inputs(inputs, loaded.source, added_by(manifest))
-    with _stage("comparing"):
+    with stage("comparing"):
         result = parity(
             artifact,
             loaded,
@@ -395,8 +308,8 @@ def parity_(
     say(f"{artifact} agrees with eager PyTorch ({how}; {result.dtype}, {result.provider}): {summary(result)}.")
 
 
-@app.command("plan", epilog=_epilog(PLAN_EXAMPLES))
-@_readable_errors
+@app.command("plan", epilog=epilog(PLAN_EXAMPLES))
+@readable_errors
 def plan_(
     model: opt.Model,
     schedule: opt.ScheduleName,
@@ -413,6 +326,7 @@ def plan_(
     outputs: opt.Outputs = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     dump_graph: opt.DumpGraph = None,
+    log_level: opt.LogLevel = None,
     verbose: opt.Verbose = False,
 ) -> None:
     """Show token counts and multiply-adds of one sample, before and after; write nothing."""
@@ -421,8 +335,8 @@ def plan_(
     sizes = (batch, text_length, image_size)
     chosen = opt.load_schedule(schedule, semantics, text_tower)
     how: dict[str, Any] = {"padding": not no_padding, "schedule": chosen}
-    program = _captured(model, config, allow_pickle, inputs, sizes, False, stream, outputs, **how)
-    reduced = _reduced(program, chosen, dump_graph)
+    program = captured(model, config, allow_pickle, inputs, sizes, False, stream, outputs, **how)
+    reduced = reduced_with(program, chosen, dump_graph)
     if as_json:
         said = reduced.schedule.model_dump(mode="json", exclude_none=True)
         print(json.dumps({"schedule": said, **reduced.plan.to_dict()}, indent=2))
@@ -434,8 +348,8 @@ def plan_(
         say(f"Next: pumer-compile {model} --schedule {schedule}{asked} -o model.onnx")
 
 
-@app.command("bench", epilog=_epilog(BENCH_EXAMPLES))
-@_readable_errors
+@app.command("bench", epilog=epilog(BENCH_EXAMPLES))
+@readable_errors
 def bench_(
     artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Made by pumer-compile.")],
     vs: Annotated[
@@ -455,6 +369,7 @@ def bench_(
         Path | None,
         typer.Option("--json", metavar="OUT.json", help="Write every sample and the machine.", show_default=False),
     ] = None,
+    log_level: opt.LogLevel = None,
     verbose: opt.Verbose = False,
     quiet: opt.Quiet = False,
 ) -> None:
@@ -464,7 +379,7 @@ def bench_(
 
     if json_ is not None:
         check_writable(json_)
-    with _stage("measuring") as progress:
+    with stage("measuring") as progress:
         result = bench(
             [artifact, *(vs or [])],
             batches=batch or [],
@@ -480,8 +395,8 @@ def bench_(
     print_bench(result)
 
 
-@app.command("triton", epilog=_epilog(TRITON_EXAMPLES))
-@_readable_errors
+@app.command("triton", epilog=epilog(TRITON_EXAMPLES))
+@readable_errors
 def triton_(
     artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Made by pumer-compile: ONNX or TensorRT.")],
     repository: Annotated[Path, typer.Argument(metavar="DIR", help="Model repository.")],
@@ -506,85 +421,13 @@ def _write_triton(repository: Path, name: str, artifact: Path, max_batch_size: i
     say(f"Wrote {written} for Triton.")
 
 
-def _captured(
-    model: Path,
-    config: Path | None,
-    allow_pickle: bool,
-    inputs: Path | None,
-    sizes: tuple[int | None, int | None, str | None],
-    dynamic_batch: bool,
-    stream: list[str] | None,
-    outputs: str | None,
-    component: str | None = None,
-    *,
-    padding: bool = True,
-    schedule: Any = None,
-) -> Any:
-    """Load and capture; the schedule was read before, since a typo should not wait for a model to load."""
-    batch, text_length, image_size = sizes
-    if inputs is not None and any(size is not None for size in sizes):
-        raise UsageError("--inputs fixes every shape; leave out --batch, --text-length and --image-size.")
-    pixels = opt.image_pixels(image_size)
-    streams = dict(opt.name_and_value(item, "--stream", "INPUT=NAME") for item in stream or [])
-
-    added = schedule.adds if schedule is not None else {}
-
-    with _stage(f"loading {model}"):
-        from ..capture.added import capture_with
-        from ..capture.loading import load_model
-        from ..capture.make_inputs import load_inputs, make_inputs
-
-        loaded = load_model(model, config=config, allow_pickle=allow_pickle)
-        if inputs is not None:
-            sample = load_inputs(inputs, loaded.source, added)
-        elif component is not None:
-            sample = _image_prompt(loaded.source, batch, text_length, pixels)
-        else:
-            sample = make_inputs(
-                loaded.source, batch=batch, text_length=text_length, image_size=pixels, padding=padding
-            )
-    with _stage("capturing"):
-        wanted = outputs or ("image_hidden_states" if component else "")
-        kept = [name.strip() for name in wanted.split(",") if name.strip()]
-        how: dict[str, Any] = {"dynamic_batch": dynamic_batch, "streams": streams, "outputs": kept, "padding": padding}
-        return capture_with(loaded, sample, added, **how)
-
-
-def _image_prompt(
-    source: Any, batch: int | None, text_length: int | None, pixels: int | tuple[int, int] | None
-) -> dict[str, Any]:
-    from torch.nn import Module
-
-    from ..capture.image_prompt import make_image_prompt
-
-    if text_length is not None or not isinstance(source, Module):
-        raise UsageError(
-            "--component vision has no text (leave out --text-length), and takes a model, not a torch.export archive."
-        )
-    return make_image_prompt(source, batch=batch, image_size=pixels)
-
-
-def _reduced(program: Any, schedule: Any, dump_graph: Path | None) -> Any:
-    from ..reduce import dump_captured, reduce
-
-    if schedule is None:
-        reduced, history = program, dump_captured(program, dump_graph)
-    else:
-        with _stage("reducing"):
-            reduced = reduce(program, schedule, dump_graph=dump_graph)
-        history = reduced.history
-    if history.records and log.isEnabledFor(logging.INFO):
-        status.print(str(history), markup=False, highlight=False)
-    return reduced
-
-
-@app.command("list", epilog=_epilog(LIST_EXAMPLES))
-@_readable_errors
+@app.command("list", epilog=epilog(LIST_EXAMPLES))
+@readable_errors
 def list_(
-    what: Annotated[str, typer.Argument(help="methods, presets or formats.", show_default=False)],
+    what: Annotated[str, typer.Argument(help="methods, models, formats or presets.", show_default=False)],
     verbose: opt.Verbose = False,
 ) -> None:
-    """Show the methods, presets or formats that there are."""
+    """Show the methods, models, formats or presets that there are."""
     from .listing import print_list
 
     print_list(what)
@@ -605,6 +448,10 @@ def _root(
     ] = False,
 ) -> None:
     pass
+
+
+# Commands in files of their own; importing one adds it.
+from . import inspect, search  # noqa: E402, F401
 
 
 def _mistyped(given: list[str], commands: set[str]) -> str | None:
@@ -630,10 +477,11 @@ def main(arguments: list[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     given = list(sys.argv[1:] if arguments is None else arguments)
     commands = {str(command.name) for command in app.registered_commands}
-    if given and given[0] not in commands | {"--help", "-h", "--version"}:
+    of_all = {"--help", "-h", "--version", "--install-completion", "--show-completion"}
+    if given and given[0] not in commands | of_all:
         mistyped = _mistyped(given, commands)
         if mistyped is not None:
-            _say_error(mistyped)
+            say_error(mistyped)
             raise SystemExit(BAD_USAGE)
         given.insert(0, "compile")
     app(args=given, prog_name="pumer-compile")

@@ -171,9 +171,8 @@ def _print_decisions(report: Any) -> None:
     where, names = column_of([row.name for row in report.reducers], 30)
     table = make_table(f"Decisions ({report.samples} samples){where}", ["reducer"], columns)
     for name, row in zip(names, report.reducers, strict=True):
-        verdict = ("pass" if row.judged else "reported") if row.passed else "FAIL"
         figures = (str(row.differ), str(row.near_ties), f"{row.flip_rate:.2%}", f"{row.worst_margin:.1e}")
-        table.add_row(name, *figures, verdict)
+        table.add_row(name, *figures, row.verdict.replace(" ", "\n"))
     console.print(table)
     console.print()
 

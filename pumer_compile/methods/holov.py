@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from ..errors import PlanError
 from .about import About
-from .base import ActsOn, Marking
+from .base import ActsOn, Marking, Method
 from .image_budget import ImageBudget
+from .proposing import Ask, Outline
 
 if TYPE_CHECKING:
     from ..reducers import Reducer
@@ -47,6 +49,13 @@ class HoloV(ImageBudget):
     method: Literal["holov"] = "holov"
     semantics: Literal["reference", "stable"] = "reference"
     crops: Annotated[int, Field(ge=1, strict=True)] = 16
+
+    @classmethod
+    def proposals(cls, outline: Outline, ask: Ask) -> Iterator[Method]:
+        """See `Method.proposals`."""
+        if outline.crops > 1:
+            budget = ask.count("budget", 1, outline.crops - 1, outline.crops // 3)
+            yield from cls.in_either_order(budget=budget, crops=min(16, outline.crops))
 
     @property
     def marks(self) -> Marking | None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
 from ..errors import PlanError
 from .about import About
+from .base import Method
 from .language import InLanguageModel, in_order
+from .proposing import Ask, Outline
 
 if TYPE_CHECKING:
     from ..reducers import Reducer
@@ -62,6 +65,16 @@ class SparseVLM(InLanguageModel):
     raters: Annotated[float, BeforeValidator(_share)] = 0.5
     recycle: Annotated[float, Field(ge=0, le=1, strict=True, allow_inf_nan=False)] = 0.0
     positions: Literal["original"] = "original"
+
+    @classmethod
+    def proposals(cls, outline: Outline, ask: Ask) -> Iterator[Method]:
+        """See `Method.proposals`."""
+        if outline.rows > 1 and outline.layers > 1:
+            shares = cls.falling(outline, ask, 1 / outline.rows)
+            counts = {layer: max(1, int(share * outline.rows)) for layer, share in shares.items()}
+            stages = {n: c for n, c in counts.items() if all(c < other for m, other in counts.items() if m < n)}
+            if stages:
+                yield cls(stages=stages)
 
     def canonical(self) -> dict[str, Any]:
         """See `Method.canonical`."""

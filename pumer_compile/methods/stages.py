@@ -38,6 +38,7 @@ class Stages(Method):
     )
 
     needs_prompt = True
+    wants = "two methods of your choice"
     cache_lengths: ClassVar[Literal["uniform", "by_layer"]] = "by_layer"
 
     method: Literal["stages"] = "stages"

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from ..shown.tables import Shown, Table
+
 
 @dataclass(frozen=True)
 class Tolerance:
@@ -88,6 +90,13 @@ class ReducerReport:
         return not self.failure
 
     @property
+    def verdict(self) -> str:
+        """In words."""
+        if not self.passed:
+            return "FAIL"
+        return "not compared" if self.samples == 0 else "pass" if self.judged else "reported"
+
+    @property
     def flip_rate(self) -> float:
         """Share of what is chosen that differs."""
         return self.flipped / self.chosen if self.chosen else 0.0
@@ -156,6 +165,11 @@ class OutputReport:
             return "not compared"
         return "pass" if self.judged else "reported"
 
+    @property
+    def figures(self) -> tuple[str, str]:
+        """The largest error, and the largest relative to the norm; empty where nothing was compared."""
+        return (f"{self.max_abs:.2e}", f"{self.max_norm:.2e}") if self.samples else ("", "")
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it; without numbers where nothing was compared."""
         figures = ("max_abs", "mean_abs", "max_rel", "mean_rel", "max_norm", "cosine", "top1", "required_atol")
@@ -199,8 +213,11 @@ class OutputReport:
         self.samples += count
 
 
-@dataclass
-class ParityReport:
+_DECISIONS = ("reducer", "differ", "near-ties", "flipped", "verdict")
+
+
+@dataclass(repr=False)
+class ParityReport(Shown):
     """The verdict and what it rests on.
 
     Attributes:
@@ -249,6 +266,18 @@ class ParityReport:
         sizes = bool(failed) and all(row.finite and row.against != "model" for row in failed)
         judged = self.samples > 0 and (self.end_to_end > 0 or not self.end_to_end_required)
         return sizes and judged and not self.faults and all(row.passed for row in self.reducers)
+
+    def tables(self) -> list[Table]:
+        """See `Shown`: the verdict, then a row for each reducer and each output."""
+        verdict = "passed" if self.passed else f"failed: {self.failures()}"
+        heading = Table(f"Parity of {self.artifact} ({self.dtype}, {self.provider}), {self.samples} samples: {verdict}")
+        decisions = [(r.name, str(r.differ), str(r.near_ties), f"{r.flip_rate:.2%}", r.verdict) for r in self.reducers]
+        outputs = [(o.name, o.against.replace("_", " "), *o.figures, o.verdict) for o in self.outputs]
+        tables = [
+            Table(f"decisions ({self.end_to_end} samples end to end)", _DECISIONS, decisions),
+            Table("outputs", ("output", "against", "absolute", "of norm", "verdict"), outputs),
+        ]
+        return [heading, *(table for table in tables if table.rows)]
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as JSON can hold it (NaN and infinities as strings)."""

@@ -49,6 +49,12 @@ class State:
         self.captured, self.method, self.inputs, self.streams = captured, method, inputs, streams
         self._added: dict[type, object] = {}
 
+    def under(self, method: Method) -> State:
+        """What was found so far, for another method; what passes add to it stays apart."""
+        state = State(self.captured, method, self.inputs, self.streams)
+        state._added = dict(self._added)
+        return state
+
     def add(self, value: object) -> None:
         """What a pass gives; an earlier one of the same type is replaced."""
         self._added[type(value)] = value
