@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .parity.report import ParityReport
     from .plan import Plan
     from .reduce import Reduced, reduce
+    from .report.build import Report, report
     from .runtimes.ort import OnnxSession
     from .schedule import Schedule
 
@@ -44,6 +45,7 @@ __all__ = [
     "Program",
     "PumerError",
     "Reduced",
+    "Report",
     "Schedule",
     "Teacher",
     "capture",
@@ -51,6 +53,7 @@ __all__ = [
     "export",
     "parity",
     "reduce",
+    "report",
 ]
 
 # Names are imported when they are first asked for (PEP 562): torch and transformers take seconds to load.
@@ -63,6 +66,7 @@ _MODULES = {
     "Plan": "plan",
     "Program": "capture.capture",
     "Reduced": "reduce",
+    "Report": "report.build",
     "Schedule": "schedule",
     "Teacher": "distill",
     "capture": "capture.capture",
@@ -70,6 +74,7 @@ _MODULES = {
     "export": "exporters",
     "parity": "parity.artifact",
     "reduce": "reduce",
+    "report": "report.build",
 }
 _SUBMODULES = ("exporters",)
 
