@@ -23,6 +23,7 @@ from .errors import PumerError
 if TYPE_CHECKING:
     from .artifacts.engine import Engine
     from .capture.capture import Program, capture
+    from .capture.image_size import resize_images
     from .distill import Teacher, distillation_loss
     from .exporters import Exported, OnnxOptions, export
     from .parity.artifact import parity
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from .runtimes.ort import OnnxSession
     from .schedule import Schedule
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Engine",
@@ -54,6 +55,7 @@ __all__ = [
     "parity",
     "reduce",
     "report",
+    "resize_images",
 ]
 
 # Names are imported when they are first asked for (PEP 562): torch and transformers take seconds to load.
@@ -75,6 +77,7 @@ _MODULES = {
     "parity": "parity.artifact",
     "reduce": "reduce",
     "report": "report.build",
+    "resize_images": "capture.image_size",
 }
 _SUBMODULES = ("exporters",)
 
