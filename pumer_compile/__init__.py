@@ -23,6 +23,7 @@ from .errors import PumerError
 if TYPE_CHECKING:
     from .artifacts.engine import Engine
     from .capture.capture import Program, capture
+    from .capture.image_size import resize_images
     from .distill import Teacher, distillation_loss
     from .exporters import Exported, OnnxOptions, export
     from .parity.artifact import parity
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from .runtimes.ort import OnnxSession
     from .schedule import Schedule
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Engine",
@@ -51,6 +52,7 @@ __all__ = [
     "export",
     "parity",
     "reduce",
+    "resize_images",
 ]
 
 # Names are imported when they are first asked for (PEP 562): torch and transformers take seconds to load.
@@ -70,6 +72,7 @@ _MODULES = {
     "export": "exporters",
     "parity": "parity.artifact",
     "reduce": "reduce",
+    "resize_images": "capture.image_size",
 }
 _SUBMODULES = ("exporters",)
 

@@ -18,6 +18,7 @@ PACKAGE = Path(pumer_compile.__file__).parent
 # From the lowest to the highest; what is not named here is below them all.
 ORDER = (
     "reducers",
+    "distill",
     "analysis",
     "rewrite",
     "methods",

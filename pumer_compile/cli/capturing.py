@@ -40,10 +40,12 @@ def captured(
     with stage(f"loading {model}"):
         from ..capture.added import capture_with
         from ..capture.image_prompt import has_image_token
+        from ..capture.image_size import fit_images
         from ..capture.loading import load_model
         from ..capture.make_inputs import load_inputs, make_inputs
 
         loaded = load_model(model, config=config, allow_pickle=allow_pickle, weights=weights)
+        interpolated = fit_images(loaded.source, pixels)
         if inputs is not None:
             sample = load_inputs(inputs, loaded.source, added)
         elif component is not None or (image_prompt and has_image_token(loaded.source) and text_length is None):
@@ -52,6 +54,10 @@ def captured(
             sample = make_inputs(
                 loaded.source, batch=batch, text_length=text_length, image_size=pixels, padding=padding
             )
+        interpolated = interpolated or fit_images(loaded.source, sample)
+    if interpolated:
+        height, width = sample["pixel_values"].shape[-2:]
+        say(f"Position embeddings of {', '.join(interpolated)} are interpolated for images of {height} x {width}.")
     with stage("capturing"):
         wanted = outputs or ("image_hidden_states" if component else "")
         kept = [name.strip() for name in wanted.split(",") if name.strip()]

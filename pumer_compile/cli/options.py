@@ -119,7 +119,7 @@ ImageSize = Annotated[
     typer.Option(
         "--image-size",
         metavar="N or HxW",
-        help="Pixels of random inputs.",
+        help="Pixels of images; position embeddings are interpolated.",
         show_default=False,
         rich_help_panel=SHAPES,
     ),
@@ -187,6 +187,16 @@ Quiet = Annotated[
         "--quiet",
         "-q",
         help="Print errors only.",
+        rich_help_panel=SCREEN,
+    ),
+]
+LogLevel = Annotated[
+    str | None,
+    typer.Option(
+        "--log-level",
+        metavar="LEVEL",
+        help="debug, info, warning (default) or error; of log lines alone.",
+        show_default=False,
         rich_help_panel=SCREEN,
     ),
 ]

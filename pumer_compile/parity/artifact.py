@@ -24,6 +24,7 @@ from ..artifacts.profile import Profile
 from ..artifacts.session import comparable_decisions, decision_session_of
 from ..capture.added import capture_with
 from ..capture.capture import Program
+from ..capture.image_size import fit_images
 from ..capture.loading import LoadedModel, load_model
 from ..capture.samples import Kinds, Samples, captured_batch, describe_samples, kinds_of, proof_batches, proof_sizes
 from ..capture.weights import check_model
@@ -74,6 +75,7 @@ def parity(
     check_recording(manifest, save_inputs, save_outputs)
     batches, drawn = _batches(samples, manifest)
     check_model(manifest, loaded)
+    fit_images(loaded.source if isinstance(loaded, LoadedModel) else loaded, batches[0])
     engine = Engine(path, provider=provider)
     program = _recaptured(loaded, batches[0], manifest)
     check_model(manifest, program)

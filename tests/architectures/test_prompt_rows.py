@@ -51,6 +51,7 @@ ROWS = {
     "qwen2_5_vl_two": (2, 2),
     "qwen2_5_vl_uneven": (1, 1),
     "qwen2_5_vl_video": (3, 1),
+    "qwen2_5_omni": (1, 1),
     "qwen2_vl": (1, 1),
     "qwen3_5": (1, 1),
     "qwen3_vl": (1, 1),
