@@ -184,20 +184,8 @@ def compile_(
     if report is not None:
         check_writable(report)
     sizes = (batch, text_length, image_size)
-    padding = not no_padding
-    program = captured(
-        model,
-        config,
-        allow_pickle,
-        inputs,
-        sizes,
-        open_batch,
-        stream,
-        outputs,
-        component,
-        padding=padding,
-        schedule=chosen,
-    )
+    how: dict[str, Any] = {"padding": not no_padding, "schedule": chosen}
+    program = captured(model, config, allow_pickle, inputs, sizes, open_batch, stream, outputs, component, **how)
     reduced = suggested(program, dump_graph) if schedule is None else reduced_with(program, chosen, dump_graph)
     unreduced = schedule is not None and chosen is None
     asked = {"with_decisions": with_decisions or component is not None, "verify": not no_verify, **tolerances}
