@@ -59,7 +59,7 @@ def _one_hot(module: fx.GraphModule, node: fx.Node) -> None:
     if zeros.target not in _ZEROS or len(zeros.users) > 1 or not along or not isinstance(sizes[dim], int):
         return
     name = f"_places_{node.name}"
-    places = torch.arange(sizes[dim], device=values(node)[0].device)
+    places = torch.arange(int(sizes[dim]), device=values(node)[0].device)
     module.register_buffer(name, places.view([-1 if i == dim else 1 for i in range(rank)]), persistent=False)
     with node.graph.inserting_before(node):
         constant = node.graph.get_attr(name)
