@@ -2,6 +2,7 @@
 
     python -m benchmarks.methods              # reduce every family by every method (about half an hour), write the page
     python -m benchmarks.methods random dart  # by these methods anew
+    python -m benchmarks.methods --families gemma3,internvl      # these alone
     python -m benchmarks.methods --render     # write the page from the results there are
 
 The families are the small models of `tests/support/prompt_families.py`: whether the numbers are right is for the tests.
@@ -62,14 +63,14 @@ def reduced_by(name: str, program: Any) -> str:
     return "yes" if plan.sites else "nothing was reduced"
 
 
-def run(names: list[str]) -> None:
-    """Reduce every family by some methods, and keep what came of it."""
+def run(names: list[str], families: list[str]) -> None:
+    """Reduce some families (none named: every one) by some methods, and keep what came of it."""
     from pumer_compile.errors import PumerError
     from tests.support.prompt_families import FAMILIES, captured
 
     found: dict[str, dict[str, str]] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     found["versions"] = {package: version(package).partition("+")[0] for package in ("transformers", "torch")}
-    for family in FAMILIES:
+    for family in families or FAMILIES:
         try:
             *_, program = captured(family)
         except PumerError as error:
@@ -151,10 +152,11 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("methods", nargs="*", help="these alone")
+    parser.add_argument("--families", default="", help="these alone, such as gemma3,internvl")
     parser.add_argument("--render", action="store_true", help="reduce nothing")
     asked = parser.parse_args()
     if not asked.render:
-        run(asked.methods or methods())
+        run(asked.methods or methods(), [name for name in asked.families.split(",") if name])
     render()
 
 
