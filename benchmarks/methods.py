@@ -22,6 +22,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks/results/methods.json"
+COSTS = ROOT / "benchmarks/results/selection_cost.json"
 PAGE = ROOT / "docs/methods.md"
 # What a schedule needs beside its method, for prompts with a few image tokens.
 KEYS: dict[str, dict[str, Any]] = {
@@ -135,11 +136,33 @@ def families_table(found: Mapping[str, Mapping[str, str]]) -> str:
     return f"{table(['family', *(f'`{n}`' for n in names)], rows)}\n\n{notes}"
 
 
+def costs_table(found: Mapping[str, Mapping[str, Any]]) -> str:
+    """What the selection of each method costs beside the model, in each setting (`benchmarks/selection_cost.py`)."""
+    head = ["selection"]
+    for setting in found:
+        head += [setting, "of the tower", "of the prefill", "nodes"]
+    names = [name for name, row in next(iter(found.values())).items() if isinstance(row, Mapping) and "of_tower" in row]
+    lines = []
+    for name in names:
+        cells = [f"`{name}`"]
+        for rows in found.values():
+            row = rows[name]
+            cells += [f"{row['ms']:.1f} ms", f"{row['of_tower']:.2%}", f"{row['of_prefill']:.2%}", f"{row['nodes']:,}"]
+        lines.append(cells)
+    whole = [
+        f"{setting}: the tower {rows['tower_ms'] / 1e3:.1f} s, the prefill with it {rows['prefill_ms'] / 1e3:.1f} s"
+        for setting, rows in found.items()
+    ]
+    return f"{table(head, lines)}\n\n{'; '.join(whole)}."
+
+
 def render() -> None:
     """Write the generated parts of the page."""
+    costs = json.loads(COSTS.read_text())
     found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     text = PAGE.read_text(encoding="utf-8")
     parts = {"methods": methods_table(), "papers": papers_table(), "families": families_table(found)}
+    parts["costs"] = costs_table(costs)
     for name, made in parts.items():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
         text, count = pattern.subn(lambda match, made=made: f"{match[1]}\n{made}\n\n{match[2]}", text)
