@@ -21,6 +21,7 @@ faster.collect_garbage_seldom()
 faster.share_provenance()
 faster.name_frames_once()
 faster.write_code_when_called()
+faster.read_sources_once()
 faster.convert_faster()
 faster.trace_nothing()
 # Small models: a second thread costs more than it gives.
