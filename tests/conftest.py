@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from typing import Any
 
 import pytest
 import torch
@@ -35,6 +36,16 @@ def pytest_configure(config: pytest.Config) -> None:
         folder = tempfile.mkdtemp(prefix="pumer-compile-tests-")
         os.environ["PUMER_COMPILE_TESTS"] = folder
         config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Files that share captures go to one process."""
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from tests.support.scheduling import ByCaptures
+
+    return ByCaptures(config, log)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
