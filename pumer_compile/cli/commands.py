@@ -99,18 +99,8 @@ def compile_(
     quantize_mode: opt.QuantizeMode = None,
     calibration: opt.Calibration = None,
     profile: opt.Profiles = None,
-    opset: Annotated[
-        int | None, typer.Option("--opset", help="ONNX opset, 18 or newer (default 20).", rich_help_panel=opt.ONNX)
-    ] = None,
-    target: Annotated[
-        str | None,
-        typer.Option(
-            "--target",
-            help="onnxruntime-cpu or onnxruntime-cuda, for its fused operators; tensorrt, for its forms.",
-            show_default=False,
-            rich_help_panel=opt.ONNX,
-        ),
-    ] = None,
+    opset: opt.Opset = None,
+    target: opt.Target = None,
     onnx_passes: opt.OnnxPasses = None,
     builder: opt.Builder = None,
     compute_capability: opt.ComputeCapability = None,

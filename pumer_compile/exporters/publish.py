@@ -16,6 +16,7 @@ from ..analysis.outputs import artifact_outputs
 from ..artifacts.engine import Engine
 from ..artifacts.formats import FORMATS, find_format, suffixes
 from ..artifacts.manifest import sidecar
+from ..artifacts.options import Options
 from ..artifacts.profile import Profile
 from ..capture.capture import Program
 from ..capture.samples import Samples, captured_batch, describe_samples, proof_batches, proof_sizes, resized_batch
@@ -26,7 +27,7 @@ from ..parity.check import check, check_tolerances
 from ..parity.report import ParityReport
 from ..plan import PromptPlace
 from ..reduce import Reduced
-from .base import Options, Writer
+from .base import Writer
 from .chain import cast, program_of
 from .manifest import make_manifest
 

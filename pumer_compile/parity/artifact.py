@@ -66,19 +66,19 @@ def parity(
         The report; `report.passed` is the verdict.
 
     Raises:
-        UsageError: not an artifact of pumer-compile, one of a schedule that means something else today, inputs that do
-            not fit it, or this machine cannot run it.
+        UsageError: not an artifact of pumer-compile, one of a schedule that means something else today, a tolerance for
+            an output that it lacks, inputs that do not fit it, or this machine cannot run it.
     """
     path, manifest = Path(artifact), read_manifest(Path(artifact))
     _check_revision(path, manifest)
+    check_tolerances([name for name in manifest["outputs"] if name not in manifest["decisions"]], atol, rtol)
     loaded = load_model(Path(model)) if isinstance(model, str | os.PathLike) else model
     check_recording(manifest, save_inputs, save_outputs)
     batches, drawn = _batches(samples, manifest)
     check_model(manifest, loaded)
     fit_images(loaded.source if isinstance(loaded, LoadedModel) else loaded, batches[0])
     engine = Engine(path, provider=provider)
-    program = recaptured(loaded, batches[0], manifest)
-    check_model(manifest, program)
+    check_model(manifest, program := recaptured(loaded, batches[0], manifest))
     if samples is None and "samples" not in manifest:  # an older artifact: now the graph tells more of its inputs
         drawn = Samples(describe_samples(program, _prompts(manifest)), _prompts(manifest))
         batches = proof_batches(drawn, _sizes(manifest, drawn.kinds))
