@@ -145,7 +145,9 @@ def test_where_padding_between_images_is_open() -> None:
 @pytest.mark.parametrize("rows", [(3, 3), (3, 5)])
 def test_other_texts_and_images_than_compiled(rows: tuple[int, int]) -> None:
     longer = two(2, 5, 1) if rows == (3, 3) else two(2, 4, 3, rows)
-    with pytest.raises(UsageError, match=r"5 tokens between its images, .* at most 4|17 tokens, and .* compiled for 15"):
+    with pytest.raises(
+        UsageError, match=r"5 tokens between its images, .* at most 4|17 tokens, and .* compiled for 15"
+    ):
         frame(of_two(), given(longer))
 
 
