@@ -410,10 +410,11 @@ class Rewriter:
 
     def _check_totals(self) -> None:
         """A sum over fewer tokens is smaller. That is right for a sum divided by another one over the same tokens (a
-        weighted mean), and for a count of mask entries; a literal divisor would be the old number of tokens."""
+        weighted mean), for one that the summed values themselves are divided by (weights that come to 1), and for a
+        count of mask entries; a literal divisor would be the old number of tokens."""
         for node, epochs in self._totals.items():
             source = node.all_input_nodes[0]
-            if not any(epochs.values()) or not depends_on_parameter(source):
+            if not any(epochs.values()) or not depends_on_parameter(source) or _only_divides(node, source):
                 continue
             divisors = [_summed(u.args[1]) if u.args[:1] == (node,) else None for u in node.users]
             if not all(d is not None and self._totals.get(d) == epochs for d in divisors):
@@ -572,15 +573,28 @@ def _classes(same: list[Same]) -> list[set[Dim]]:
     return classes
 
 
+_KEEPS_A_DIVISOR = frozenset(overloads("clamp clamp_min unsqueeze expand view reshape to add"))
+
+
 def _summed(node: object) -> fx.Node | None:
     """The sum that a divisor comes from, through operators that keep its meaning."""
     while isinstance(node, fx.Node) and node.op == "call_function":
         if node.target in overloads("sum"):
             return node
-        if node.target not in overloads("clamp clamp_min unsqueeze expand view reshape to add"):
+        if node.target not in _KEEPS_A_DIVISOR:
             return None
         node = node.args[0]
     return None
+
+
+def _only_divides(divisor: fx.Node, value: fx.Node) -> bool:
+    """Whether all that becomes of a sum is that the values it sums are divided by it."""
+    return bool(divisor.users) and all(
+        user.args[0] is value
+        if user.target is aten.div.Tensor and user.args[1] is divisor
+        else user.target in _KEEPS_A_DIVISOR and user.args[0] is divisor and _only_divides(user, value)
+        for user in divisor.users
+    )
 
 
 def inside(path: str, module: str) -> bool:
