@@ -42,7 +42,7 @@ def open_padding(model: nn.Module, keep_open: Callable[[Tensor], None]) -> Itera
 
 def _special(module: nn.Module) -> list[int]:
     """The ids that say where a model of a configuration has what it sees or hears."""
-    config = getattr(module, "config", None)
+    config: Any = getattr(module, "config", None)
     said = config.to_dict() if hasattr(config, "to_dict") else {}
     tokens = {name: value for name, value in said.items() if name.endswith(("_token_id", "_token_index"))}
     return sorted({v for n, v in tokens.items() if isinstance(v, int) and any(part in n for part in _SEEN_OR_HEARD)})
