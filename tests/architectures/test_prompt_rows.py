@@ -86,6 +86,8 @@ def test_the_rows_that_enter_the_prompt(name: str) -> None:
         torch.testing.assert_close(found, wanted, atol=1e-5 * float(wanted.abs().max()), rtol=0.0)
         kept.append(places)
     assert not torch.equal(*kept)  # another picture keeps other rows
+    for place in reduced.plan.prompts:  # which prompts are checked for
+        assert bool((inputs[place.input][:, place.start : place.stop] == place.placeholder).all())
     pictures, images = ROWS[name]
     words = int((~torch.isin(inputs["input_ids"][0], torch.tensor([IMAGE, OTHER]))).sum())
     assert places.shape[1] == words + pictures * BUDGET and len(reducers_of(reduced.module)) == images
