@@ -94,7 +94,7 @@ def reduced_with(program: Any, schedule: Any, dump_graph: Path | None) -> Any:
     return reduced
 
 
-def suggested(program: Any, dump_graph: Path | None) -> Any:
+def suggested(program: Any, dump_graph: Path | None, component: str | None = None) -> Any:
     """Reduce by the schedule that `inspect` suggests, and say so.
 
     Raises:
@@ -107,6 +107,7 @@ def suggested(program: Any, dump_graph: Path | None) -> Any:
     with stage("looking for a schedule"):
         analysed = Analysed(program)
         found = suggest(analysed, look(analysed).outline)
+    opt.check_component(component, None, found.schedule)
     say(f"No schedule was given: taking {found.schedule.described}, {found.why}:")
     console.print(found.schedule.to_yaml(), markup=False, highlight=False, soft_wrap=True)
     return found.reduced if dump_graph is None else reduced_with(program, found.schedule, dump_graph)

@@ -135,7 +135,7 @@ class Judge:
         if wanted > answers.shape[1]:
             raise UsageError(
                 f"The labels know {wanted} answers, and the model's output has {answers.shape[1]}: they belong to "
-                "another model, or --output names another of its outputs."
+                "another model, or --answers names another of its outputs."
             )
         return np.asarray(given == rows if rows.ndim == 1 else rows[np.arange(len(given)), given], dtype=np.float64)
 
@@ -179,7 +179,7 @@ def answers_of(outputs: Mapping[str, Tensor], name: str | None = None) -> Array:
     if name not in outputs:
         raise UsageError(
             f"The model has no output {name}; it gives {', '.join(outputs)}. Say which one holds the scores of answers "
-            "with --output, or judge by a --metric of your own."
+            "with --answers, or judge by a --metric of your own."
         )
     scores = outputs[name].detach().double()
     scores = scores[:, -1] if scores.ndim == 3 else scores.reshape(len(scores), -1)

@@ -21,14 +21,14 @@ class Sensitivity:
     """Of one number, tried alone.
 
     Attributes:
-        method: whose number.
+        form: whose number.
         number: which.
         value: that was tried.
         saved: share of multiply-adds.
         lost: drop, or divergence where nothing dropped.
     """
 
-    method: str
+    form: str
     number: Number
     value: float
     saved: float
@@ -43,11 +43,11 @@ def alone(space: Space) -> Iterable[tuple[str, Number, float]]:
                 yield name, number, round(round(number.most * ALONE / STEP) * STEP, 4)
 
 
-def sensitivity(method: str, number: Number, value: float, result: Result) -> Sensitivity | None:
+def sensitivity(form: str, number: Number, value: float, result: Result) -> Sensitivity | None:
     """What a result says of a number; None where it was not judged."""
     if result.state not in ("done", "hopeless"):
         return None
-    return Sensitivity(method, number, value, 1 - result.multiply_adds, max(result.drop, 0.0))
+    return Sensitivity(form, number, value, 1 - result.multiply_adds, max(result.drop, 0.0))
 
 
 def combined(form: Form, found: Iterable[Sensitivity], allowed: float) -> list[Mapping[str, float]]:

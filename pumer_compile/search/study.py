@@ -206,7 +206,7 @@ class _Run:
                 self.found.sensitivities.append(told)
         allowed = DEFAULT_DROP if self.limits.max_drop is None else self.limits.max_drop
         for name, form in self.space.forms.items():
-            own = [s for s in self.found.sensitivities if s.method == name]
+            own = [s for s in self.found.sensitivities if s.form == name]
             for numbers in combined(form, own, allowed):
                 self._next("combined", self.space.parameters(name, numbers))
 
