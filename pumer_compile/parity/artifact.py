@@ -83,41 +83,43 @@ def parity(
     batches, drawn = _batches(samples, manifest)
     check_model(manifest, loaded)
     fit_images(loaded.source if isinstance(loaded, LoadedModel) else loaded, batches[0])
-    engine = Engine(path, provider=provider)
-    if first_difference and not isinstance(engine.session, Exposing):
-        raise UsageError(
-            f"{path} shows no inner values, so --first-difference cannot look at them; ONNX artifacts do. Compile the "
-            "same model and schedule to .onnx, and look there."
-        )
+    engine = _opened(path, provider, first_difference)
     program = recaptured(loaded, batches[0], manifest)
     check_model(manifest, program)
-    if samples is None and "samples" not in manifest:  # an older artifact: now the graph tells more of its inputs
-        drawn = Samples(describe_samples(program, _prompts(manifest)), _prompts(manifest))
-        batches = proof_batches(drawn, _sizes(manifest, drawn.kinds))
+    if samples is None and "samples" not in manifest:
+        batches, drawn = _batches_of_older(program, manifest)
     exact = cast_program(program, "float32") if program.model is not None else program
     eager = _reduced(exact, manifest)
     recorder = Recorder(engine, manifest) if save_inputs or save_outputs else None
     decisions = comparable_decisions(engine.session, manifest)
-    report = check(
-        *(recorder or engine, eager, exact.module, batches),
-        manifest.get("quantize") or manifest["dtype"],
-        decisions,
-        open_with_decisions=decision_session_of(engine.session, decisions),
-        reopen=partial(Engine, path, provider=provider),
-        more=drawn or (),
-        model=exact.model,
-        added=tuple(program.added),
-        atol=atol,
-        rtol=rtol,
-        coarse=_coarse(program, eager, manifest),
-    )
+    how: dict[str, Any] = {"more": drawn or (), "model": exact.model, "added": tuple(program.added)}
+    how |= {"reopen": partial(Engine, path, provider=provider), "coarse": _coarse(program, eager, manifest)}
+    how |= {"open_with_decisions": decision_session_of(engine.session, decisions), "atol": atol, "rtol": rtol}
+    dtype = manifest.get("quantize") or manifest["dtype"]
+    report = check(recorder or engine, eager, exact.module, batches, dtype, decisions, **how)
     if first_difference:
-        found = _first_difference(path, manifest, provider, eager, batches[0])
-        report.first_difference = str(found)
+        report.first_difference = str(_first_difference(path, manifest, provider, eager, batches[0]))
     if recorder is not None:
         recorder.save(save_inputs, save_outputs)
     report.notes += [*(drawn.notes() if drawn is not None else ()), *_notes(path, manifest, program, decisions)]
     return report
+
+
+def _opened(path: Path, provider: str | None, inside: bool) -> Engine:
+    """The artifact, ready to run; refused where inner values are asked for, and it shows none."""
+    engine = Engine(path, provider=provider)
+    if inside and not isinstance(engine.session, Exposing):
+        raise UsageError(
+            f"{path} shows no inner values, so --first-difference cannot look at them; ONNX artifacts do. Compile the "
+            "same model and schedule to .onnx, and look there."
+        )
+    return engine
+
+
+def _batches_of_older(program: Program, manifest: Mapping[str, Any]) -> tuple[list[dict[str, Tensor]], Samples]:
+    """Of an artifact whose manifest does not describe its samples: now the graph tells more of its inputs."""
+    drawn = Samples(describe_samples(program, _prompts(manifest)), _prompts(manifest))
+    return proof_batches(drawn, _sizes(manifest, drawn.kinds)), drawn
 
 
 def added_by(manifest: Mapping[str, Any]) -> Mapping[str, AddedInput]:

@@ -18,6 +18,7 @@ from ..artifacts.formats import find_format
 from ..artifacts.manifest import read_manifest
 from ..artifacts.session import comparable_decisions, decision_session_of
 from ..capture.added import capture_with
+from ..capture.image_size import fit_images
 from ..capture.loading import LoadedModel, load_model
 from ..capture.make_inputs import load_inputs
 from ..errors import UsageError
@@ -136,6 +137,7 @@ def _of_model(
     loaded = load_model(Path(target)) if isinstance(target, str | os.PathLike) else target
     chosen = Schedule.load(schedule)
     batch = _batch(inputs, loaded, chosen.adds)
+    fit_images(loaded.source if isinstance(loaded, LoadedModel) else loaded, batch)
     progress("capturing and reducing")
     reduced = reduce(capture_with(loaded, batch, chosen.adds), chosen)
     return _of_reduced(reduced, batch, samples, _processor(processor, loaded), progress)
