@@ -70,9 +70,9 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, inputs: bo
     # Of the weights one scale for each output, or for each block of inputs where they alone are rounded.
     if inputs:
         return torch.nn.functional.linear(_rounded_range(x), _rounded(weight, 1), bias)
-    block = BLOCK if weight.shape[1] % BLOCK == 0 else weight.shape[1]
-    blocks = weight.reshape(weight.shape[0], -1, block)
-    return torch.nn.functional.linear(x, _rounded(blocks, 2).reshape(weight.shape), bias)
+    padded = torch.nn.functional.pad(weight, (0, -weight.shape[1] % BLOCK))
+    blocks = _rounded(padded.reshape(len(weight), -1, BLOCK), 2)
+    return torch.nn.functional.linear(x, blocks.reshape(padded.shape)[:, : weight.shape[1]], bias)
 
 
 def _rounded(values: Tensor, dim: int) -> Tensor:

@@ -133,14 +133,21 @@ def _of_model(
     processor: object,
     progress: Callable[[str], None],
 ) -> ReportData:
-    progress("loading")
-    loaded = load_model(Path(target)) if isinstance(target, str | os.PathLike) else target
+    loaded = _loaded(target, progress)
     chosen = Schedule.load(schedule)
     batch = _batch(inputs, loaded, chosen.adds)
     fit_images(loaded.source if isinstance(loaded, LoadedModel) else loaded, batch)
     progress("capturing and reducing")
     reduced = reduce(capture_with(loaded, batch, chosen.adds), chosen)
     return _of_reduced(reduced, batch, samples, _processor(processor, loaded), progress)
+
+
+def _loaded(model: Model, progress: Callable[[str], None]) -> nn.Module | ExportedProgram | LoadedModel:
+    """A model, read where it is a path."""
+    if not isinstance(model, str | os.PathLike):
+        return model
+    progress("loading")
+    return load_model(Path(model))
 
 
 def _batch(inputs: Mapping[str, Tensor] | str | os.PathLike[str], model: Any, added: Any) -> dict[str, Tensor]:
@@ -229,8 +236,7 @@ def _of_artifact(
         raise UsageError(
             f"{path} was compiled without a schedule: nothing in it is pruned or merged, so there is no report."
         )
-    progress("loading")
-    loaded = load_model(Path(model)) if isinstance(model, str | os.PathLike) else model
+    loaded = _loaded(model, progress)
     whole = _batch(inputs, loaded, added_by(manifest))
     check_prompts(manifest, whole)
     batch = without_constants(manifest, whole)
