@@ -96,6 +96,9 @@ def report(
         provider: onnxruntime's, for an artifact.
         progress: told what is going on.
 
+    Returns:
+        The report: it shows itself in a notebook, and `save` writes it.
+
     Raises:
         UsageError: inputs without a picture, or that do not fit; an artifact without its model, or a model without a
             schedule.
