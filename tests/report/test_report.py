@@ -259,6 +259,20 @@ def test_bad_usage_of_the_command(tmp_path: Path) -> None:
     assert not out.exists()
 
 
+@pytest.mark.fast
+def test_the_reports_of_the_docs_stand_alone() -> None:
+    """They are small, hold their pictures, and link to nothing."""
+    pages = sorted((Path(__file__).parents[2] / "docs" / "reports").glob("*.html"))
+    assert [page.stem for page in pages] == ["demo", "meter", "qwen2_5_vl"]
+    for path in pages:
+        assert path.stat().st_size <= 600_000
+        page = Page(path.read_text(encoding="utf-8"))
+        used = {use["href"].removeprefix("#") for use in page.all("use")}
+        assert used and used == {image["id"] for image in page.all("image")}
+        links = [value for _, attributes in page.elements for name, value in attributes.items() if name == "href"]
+        assert all(link.startswith(("data:", "#")) for link in links) and not page.all("script")
+
+
 @pytest.mark.skipif(find_chromium() is None, reason="no Chromium is installed: the page was not looked at in a browser")
 def test_in_a_browser(report: pumer.Report, tmp_path: Path) -> None:
     pytest.importorskip("playwright", reason="playwright is not installed: the page was not looked at in a browser")
