@@ -242,6 +242,14 @@ def parity_(
     provider: opt.Provider = None,
     save_inputs: opt.SaveInputs = None,
     save_outputs: opt.SaveOutputs = None,
+    first_difference: Annotated[
+        bool,
+        typer.Option(
+            "--first-difference",
+            help="Look inside too, and name the first value that differs (ONNX).",
+            rich_help_panel=opt.PROOF,
+        ),
+    ] = False,
     report: opt.Report = None,
     log_level: opt.LogLevel = None,
     verbose: opt.Verbose = False,
@@ -276,10 +284,13 @@ def parity_(
             provider=provider,
             save_inputs=save_inputs,
             save_outputs=save_outputs,
+            first_difference=first_difference,
         )
     if report is not None:
         save_report(result, report)
     print_report(result, whole=verbose or report is not None or not result.passed)
+    if result.first_difference:
+        say(f"Inside: {result.first_difference}.")
     if not result.passed:
         raise ParityError(f"Parity failed: {result.failures()}.")
     how = reduced_by(manifest)
