@@ -440,7 +440,7 @@ def _root(
 
 
 # Commands in files of their own; importing one adds it.
-from . import inspect, search  # noqa: E402, F401
+from . import evaluate, inspect, search  # noqa: E402, F401
 
 
 def _mistyped(given: list[str], commands: set[str]) -> str | None:
