@@ -37,6 +37,7 @@ ORDER = (
     "bench",
     "search",
     "evaluation",
+    "report",
     "cli",
 )
 STAGES = {part: number for number, part in enumerate(ORDER, start=1)}

@@ -81,7 +81,7 @@ class Scatter:
             try:
                 return self._where_published(blocks)
             except AxisError as published:
-                if found is None or not all(found.members):
+                if found is None:  # else what is made of no token separates those that are
                     raise why or published from published
                 del self.prompt.marks[marks:]
         self._check_members(found)

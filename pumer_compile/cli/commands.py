@@ -182,12 +182,11 @@ def compile_(
     if report is not None:
         check_writable(report)
     sizes = (batch, text_length, image_size)
-    where = (model, config, allow_pickle, inputs, sizes, open_batch, stream, outputs, component)
-    program = captured(*where, padding=not no_padding, schedule=chosen)
-    if schedule is None:
-        reduced = suggested(program, dump_graph, component)
-    else:
-        reduced = reduced_with(program, chosen, dump_graph)
+    how: dict[str, Any] = {"padding": not no_padding, "schedule": chosen}
+    program = captured(model, config, allow_pickle, inputs, sizes, open_batch, stream, outputs, component, **how)
+    reduced = (
+        suggested(program, dump_graph, component) if schedule is None else reduced_with(program, chosen, dump_graph)
+    )
     unreduced = schedule is not None and chosen is None
     asked = {"with_decisions": with_decisions or component is not None, "verify": not no_verify, **tolerances}
     done = _exported(reduced, output, report, verbose, options=options, **asked)
@@ -452,6 +451,7 @@ def _root(
 
 # Commands in files of their own; importing one adds it.
 from . import evaluate, inspect, search  # noqa: E402, F401
+from . import report as _report  # noqa: E402, F401
 
 
 def _mistyped(given: list[str], commands: set[str]) -> str | None:

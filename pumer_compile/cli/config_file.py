@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from ..errors import PumerError, UsageError, exit_code_of
 from .options import SCREEN
 from .shell import say_error
-
-if TYPE_CHECKING:
-    from click import Context, Parameter
 
 # What a file cannot ask for.
 _NOT_IN_A_FILE = ("config-file", "help")
@@ -44,7 +41,7 @@ ConfigFile = Annotated[
 ]
 
 
-def defaults(context: Context, path: Path) -> dict[str, Any]:
+def defaults(context: typer.Context, path: Path) -> dict[str, Any]:
     """Values by the names of a command's parameters.
 
     Args:
@@ -77,7 +74,7 @@ def defaults(context: Context, path: Path) -> dict[str, Any]:
     return given
 
 
-def _names(context: Context) -> dict[str, Parameter]:
+def _names(context: typer.Context) -> dict[str, Any]:
     """Parameters by what a file calls them."""
     found = {}
     for parameter in context.command.params:
@@ -88,7 +85,7 @@ def _names(context: Context) -> dict[str, Parameter]:
     return found
 
 
-def _value(parameter: Parameter, key: str, value: Any, path: Path) -> Any:
+def _value(parameter: Any, key: str, value: Any, path: Path) -> Any:
     """A value as the command line's parser takes one."""
     flag = bool(getattr(parameter, "is_flag", False))
     if flag != isinstance(value, bool):

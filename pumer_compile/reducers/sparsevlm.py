@@ -79,11 +79,6 @@ class RatedReducer(Reducer):
         weights = torch.ones_like(scores)
         return Choice(kept_alone(kept), one_hot(kept, self.tokens).float(), weights, (scores, rate))
 
-    def ranking(self, choice: Choice) -> Tensor | None:
-        """See `Reducer`: attention from the raters."""
-        scores: Tensor = choice.evidence[0]
-        return scores
-
     def _clustered(self, tokens: Tensor, kept: Tensor, scores: Tensor) -> Decisions:
         """With what merges into what, numbered among the kept ones."""
         assert self.peaks is not None

@@ -37,7 +37,7 @@ from ..analysis.axes import (
 )
 from ..analysis.dead_code import drop_dead
 from ..analysis.nodes import ancestors, attribute, content_inputs, depends_on_parameter, describe, module_path, values
-from ..analysis.operators import aten, is_mutable, overloads
+from ..analysis.operators import VIEWS, aten, is_mutable, overloads
 from ..analysis.outputs import set_output_names
 from ..analysis.rules import shape
 from ..errors import AxisError, SiteError
@@ -45,6 +45,18 @@ from ..reducers.align import MaskKind
 from .align import Aligner
 from .epochs import Epochs, EpochTable
 from .unmerge import Unmerger, why_not
+
+_PADS = {aten.pad.default, aten.constant_pad_nd.default}
+
+
+def _in_blocks(node: fx.Node) -> str:
+    """A sentence for the error where a sequence is filled up and cut into blocks; '' elsewhere."""
+    if node.target not in _PADS or not any(user.target in VIEWS for user in node.users):
+        return ""
+    return (
+        " Here the sequence is filled up and cut into blocks by place (attention that chooses blocks of keys, say). "
+        "Fewer tokens would make other blocks: nothing in front of it can be reduced."
+    )
 
 
 @dataclass
@@ -377,6 +389,7 @@ class Rewriter:
                     f"{describe(node)} works position by position along the token axis "
                     f"{self.annotation.axis(source)} of {source.node.name}, which a reducer has changed. "
                     f"Move the site behind this operator or leave it out of the schedule.{why_not(self, source)}"
+                    f"{_in_blocks(node)}"
                 )
             case _:
                 pass
@@ -397,10 +410,11 @@ class Rewriter:
 
     def _check_totals(self) -> None:
         """A sum over fewer tokens is smaller. That is right for a sum divided by another one over the same tokens (a
-        weighted mean), and for a count of mask entries; a literal divisor would be the old number of tokens."""
+        weighted mean), for one that the summed values themselves are divided by (weights that come to 1), and for a
+        count of mask entries; a literal divisor would be the old number of tokens."""
         for node, epochs in self._totals.items():
             source = node.all_input_nodes[0]
-            if not any(epochs.values()) or not depends_on_parameter(source):
+            if not any(epochs.values()) or not depends_on_parameter(source) or _only_divides(node, source):
                 continue
             divisors = [_summed(u.args[1]) if u.args[:1] == (node,) else None for u in node.users]
             if not all(d is not None and self._totals.get(d) == epochs for d in divisors):
@@ -559,15 +573,28 @@ def _classes(same: list[Same]) -> list[set[Dim]]:
     return classes
 
 
+_KEEPS_A_DIVISOR = frozenset(overloads("clamp clamp_min unsqueeze expand view reshape to add"))
+
+
 def _summed(node: object) -> fx.Node | None:
     """The sum that a divisor comes from, through operators that keep its meaning."""
     while isinstance(node, fx.Node) and node.op == "call_function":
         if node.target in overloads("sum"):
             return node
-        if node.target not in overloads("clamp clamp_min unsqueeze expand view reshape to add"):
+        if node.target not in _KEEPS_A_DIVISOR:
             return None
         node = node.args[0]
     return None
+
+
+def _only_divides(divisor: fx.Node, value: fx.Node) -> bool:
+    """Whether all that becomes of a sum is that the values it sums are divided by it."""
+    return bool(divisor.users) and all(
+        user.args[0] is value
+        if user.target is aten.div.Tensor and user.args[1] is divisor
+        else user.target in _KEEPS_A_DIVISOR and user.args[0] is divisor and _only_divides(user, value)
+        for user in divisor.users
+    )
 
 
 def inside(path: str, module: str) -> bool:

@@ -23,31 +23,32 @@ class Merged:
 
     Args:
         method: a key of `METHODS`.
-        batch: samples, or frames of them.
-        tokens: before the first merge.
+        sizes: 1 for each token and 0 for padding, `[samples or frames of them][tokens]`.
         learned: class tokens that lead them.
         wrong: the merge of this number, counted from 0, takes its second best target for its last pair.
     """
 
-    def __init__(self, method: str, batch: int, tokens: int, learned: int = 0, wrong: int | None = None) -> None:
+    def __init__(self, method: str, sizes: list[list[float]], learned: int = 0, wrong: int | None = None) -> None:
         self.method, self.learned, self.wrong = method, learned, wrong
-        self.sizes = [[1.0] * tokens for _ in range(batch)]
+        self.sizes = sizes
         self.steps: list[tuple[list[list[list[int]]], list[list[float]]]] = []
-        self.counts = [tokens]
+        self.counts = [len(sizes[0])]
 
     def bias(self) -> Tensor:
-        """Logarithms of the sizes, `[batch, 1, 1, tokens]`: only ToMe counts a merged token as many."""
-        counted = self.method == "tome"
-        logs = [[math.log(size) if counted else 0.0 for size in sample] for sample in self.sizes]
-        return torch.tensor(logs, dtype=torch.float64)[:, None, None]
+        """Logarithms of the sizes, `[batch, 1, 1, tokens]`: only ToMe counts a merged token as many; nobody padding."""
+
+        def log(size: float) -> float:
+            return -1e30 if size == 0 else math.log(size) if self.method == "tome" else 0.0
+
+        return torch.tensor([[log(size) for size in sample] for sample in self.sizes]).double()[:, None, None]
 
     def shrink(self, carrier: Tensor, keys: Tensor, count: int) -> Tensor:
         """`carrier [batch, tokens, width]` with `count` tokens merged away, matched by `keys [batch, heads, tokens,
         size]`."""
         protected = self.learned if self.method == "tome" else max(1, self.learned)
         wrongly, found = self.wrong == len(self.steps), []
-        for own in keys.mean(1).double().numpy():
-            pairs = match(own, count, protected=protected)
+        for own, sizes in zip(keys.mean(1).double().numpy(), self.sizes, strict=True):
+            pairs = match(own, count, protected=protected, real=[size > 0 for size in sizes])
             if wrongly:
                 source, target = pairs[-1]
                 pairs[-1] = (source, target + 2 if target + 2 < len(own) else target - 2)
@@ -84,9 +85,16 @@ def heads(layer: nn.Module, x: Tensor, number: int) -> Tensor:
     return found
 
 
-def attended(attention: Any, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """What an attention with `q_proj`, `k_proj`, `v_proj` and `out_proj` gives of itself, and its keys."""
-    number = attention.num_heads
-    query, keys, values = (heads(p, x, number) for p in (attention.q_proj, attention.k_proj, attention.v_proj))
-    scores = query @ keys.transpose(-1, -2) / math.sqrt(query.shape[-1]) + bias
-    return attention.out_proj((scores.softmax(-1) @ values).transpose(1, 2).flatten(2)), keys
+def attended(attention: Any, x: Tensor, bias: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """What an attention with projections of their own gives of `x`, that reads itself or a `context`; and its keys."""
+    number = next(getattr(attention, n) for n in ("num_heads", "num_attention_heads") if hasattr(attention, n))
+    query, key, value = (
+        next(getattr(attention, n) for n in names if hasattr(attention, n))
+        for names in (("q_proj", "query"), ("k_proj", "key"), ("v_proj", "value"))
+    )
+    outputs = [getattr(attention, n) for n in ("out_proj", "o_proj") if hasattr(attention, n)]
+    read = x if context is None else context
+    queries, keys, values = heads(query, x, number), heads(key, read, number), heads(value, read, number)
+    probabilities = (queries @ keys.transpose(-1, -2) / math.sqrt(queries.shape[-1]) + bias).softmax(-1)
+    found = (probabilities @ values).transpose(1, 2).flatten(2)
+    return (outputs[0](found) if outputs else found), keys

@@ -554,6 +554,40 @@ def qwen2_5_omni() -> Built:
     return hf.Qwen2_5OmniThinkerForConditionalGeneration(config), make
 
 
+@_family
+def video_llama3() -> Built:
+    """Patches of 2 x 2 are averaged by resizing the grid."""
+    vision = {**{n: v for n, v in _TOWER.items() if n != "image_size"}, "patch_size": 4}
+    config = hf.VideoLlama3Config(
+        vision_config={"model_type": "video_llama_3_vision", **vision},
+        text_config={"model_type": "qwen2", **_TEXT},
+        image_token_id=IMAGE,
+        video_token_id=OTHER,
+    )
+    packed = _packed((1, 6, 8), width=48)
+
+    def make(seed: int) -> Tensors:
+        inputs = packed(seed)
+        del inputs["mm_token_type_ids"]
+        return {**inputs, "image_merge_sizes": torch.tensor([2])}
+
+    return hf.VideoLlama3ForConditionalGeneration(config), make
+
+
+@_family
+def hunyuan_vl() -> Built:
+    """Learned rows at both ends of a picture and behind each of its lines."""
+    vision = {**_TOWER, "patch_size": 4, "image_size": 32, "temporal_patch_size": 1, "spatial_merge_size": 2}
+    vision |= {"text_hidden_size": 32, "out_hidden_size": 32, "num_key_value_heads": 4}
+    vision |= {"max_image_size": 32, "min_image_size": 32, "anyres_vit_max_image_size": 32, "max_vit_seq_len": 64}
+    text = {**_TEXT, "head_dim": 8, "rope_parameters": {**_MROPE, "mrope_section": [1, 1, 1, 1]}}
+    config = hf.HunYuanVLConfig(vision_config=vision, text_config=text, image_token_id=IMAGE)
+    rows = [IMAGE] * (3 * (4 + 1) + 2)
+    grid = torch.tensor([[1, 6, 8]])
+    make = _pictures([3, rows, 4], 48, 48, batch=1, image_grid_thw=grid, mm_token_type_ids=_by_type)
+    return hf.HunYuanVLForConditionalGeneration(config), make
+
+
 _GLM_VISION: dict[str, Any] = {
     "depth": 2,
     "hidden_size": 32,
