@@ -9,6 +9,7 @@ picture lie in `build/easy_vqa/`.
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import sys
 import time
@@ -85,11 +86,12 @@ def main(
     start = time.perf_counter()
     line = [sys.executable, "-m", "pumer_compile", "search", *command, "--seed", seed, "-o", found]
     subprocess.run([str(word) for word in line], check=True)
-    seconds = time.perf_counter() - start
+    seconds, used = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
     schedules = {"hand-written": HAND_WRITTEN, "found": found}
     results = {
         "versions": {name: version(name).partition("+")[0] for name in ("torch", "transformers", "optuna")},
         "seconds": round(seconds, 1),
+        "cpu_seconds": round(used.ru_utime + used.ru_stime, 1),
         "trials": trials,
         "seed": seed,
         "schedule": pumer.Schedule.load(found).model_dump(mode="json", exclude_none=True),
