@@ -215,14 +215,7 @@ def bench(
     how = _options(paths, provider=provider, cuda_graph=cuda_graph)
     engines = {path: opened(path, **how[path]) for path in paths}
     fed = {path: {size: _fed(path, manifests, feed) for size, feed in feeds.items()} for path in paths}
-    memory = {}
-    for path, engine in engines.items():
-        for feed in fed[path].values():
-            fitted(feed, engine.input_specs)
-    for path, engine in engines.items():
-        progress(f"memory of {path}")
-        on_gpu = engine.device.type == "cuda"
-        memory[path] = memory_in_a_process(path, how[path], list(fed[path].values()), on_gpu)
+    memory = _memory(engines, how, fed, progress)
     report = BenchReport(
         {"iterations": iterations, "warmup": warmup, "inputs": inputs.name if inputs else "made up", "seed": SEED},
         environment([engine.device for engine in engines.values()]),
@@ -233,11 +226,27 @@ def bench(
         samples = alternate(engines, own, iterations, warmup, progress)
         report.measurements += [Measurement(path, size, samples[path], memory[path][index]) for path in paths]
     if decode is not None:
-        rounds = min(iterations, 5)
-        report.generation = bench_generation(
-            paths, decode, feeds[sizes[0]], tokens=tokens, iterations=rounds, progress=progress
-        )
+        how_long: dict[str, Any] = {"tokens": tokens, "iterations": min(iterations, 5)}
+        report.generation = bench_generation(paths, decode, feeds[sizes[0]], **how_long, progress=progress)
     return report
+
+
+def _memory(
+    engines: Mapping[str, Engine],
+    how: Mapping[str, Mapping[str, Any]],
+    fed: Mapping[str, Mapping[int, Mapping[str, Tensor]]],
+    progress: Callable[[str], None],
+) -> dict[str, list[int | None]]:
+    """Bytes of each artifact by batch size; every batch is looked at before anything is measured."""
+    for path, engine in engines.items():
+        for feed in fed[path].values():
+            fitted(feed, engine.input_specs)
+    found = {}
+    for path, engine in engines.items():
+        progress(f"memory of {path}")
+        on_gpu = engine.device.type == "cuda"
+        found[path] = memory_in_a_process(path, how[path], list(fed[path].values()), on_gpu)
+    return found
 
 
 def _fed(path: str, manifests: Mapping[str, Mapping[str, Any]], feed: Mapping[str, Tensor]) -> dict[str, Tensor]:
