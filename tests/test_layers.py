@@ -36,6 +36,7 @@ ORDER = (
     "parity",
     "bench",
     "search",
+    "evaluation",
     "report",
     "cli",
 )

@@ -343,7 +343,11 @@ def bench_(
     artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Made by pumer-compile.")],
     vs: Annotated[
         list[Path] | None,
-        typer.Option("--vs", metavar="OTHER", help="Alternate with another artifact; may be repeated."),
+        typer.Option(
+            "--vs",
+            metavar="OTHER",
+            help="Alternate with another artifact, or an ONNX model of others; may be repeated.",
+        ),
     ] = None,
     batch: Annotated[
         list[int] | None,
@@ -354,6 +358,11 @@ def bench_(
     inputs: opt.Inputs = None,
     provider: opt.Provider = None,
     cuda_graph: Annotated[bool, typer.Option("--cuda-graph", help="Engines: replay a captured CUDA graph.")] = False,
+    decode: Annotated[
+        Path | None,
+        typer.Option("--decode", metavar="STEP.onnx", help="Generate, too, by this step.", show_default=False),
+    ] = None,
+    tokens: Annotated[int, typer.Option("--tokens", min=2, help="That are generated.")] = 32,
     json_: Annotated[
         Path | None,
         typer.Option("--json", metavar="OUT.json", help="Write every sample and the machine.", show_default=False),
@@ -377,6 +386,8 @@ def bench_(
             inputs=inputs,
             provider=provider,
             cuda_graph=cuda_graph,
+            decode=decode,
+            tokens=tokens,
             progress=progress,
         )
     if json_ is not None:
@@ -440,7 +451,7 @@ def _root(
 
 
 # Commands in files of their own; importing one adds it.
-from . import inspect, search  # noqa: E402, F401
+from . import evaluate, inspect, search  # noqa: E402, F401
 from . import report as _report  # noqa: E402, F401
 
 
