@@ -28,6 +28,7 @@ from . import configurations
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks/results/architectures.json"
 PAGE = ROOT / "docs/architectures.md"
+SHIPPED = ROOT / "pumer_compile/inspection/architectures.json"
 SECONDS = 600
 # Where the paper reduces ViLT's twelve layers (2, 5 and 8), and by how much.
 DEPTHS = (1 / 6, 5 / 12, 2 / 3)
@@ -319,6 +320,19 @@ def render(results: list[Result]) -> str:
     return "\n".join(parts)
 
 
+def shipped(result: Result) -> Result:
+    """What `pumer-compile list models` shows."""
+    done = "multiply_adds" in result
+    return {
+        "name": result["name"],
+        "class": result.get("class", ""),
+        "size": result.get("size", ""),
+        "reduced": result["what"] if done else "",
+        "ratio": round(result["multiply_adds"][0] / result["multiply_adds"][1], 4) if done else 0,
+        "refused": short(result["error"]) if "error" in result else "",
+    }
+
+
 def used(results: list[Result], package: str) -> str:
     """The versions of a package that the results come from."""
     return " and ".join(sorted({r["versions"][package] for r in results}))
@@ -478,7 +492,9 @@ def main() -> None:
         print(f"{name}: {outcome} ({results[name].get('seconds')} s, {results[name].get('peak_gib')} GiB)", flush=True)
         ordered = [results[name] for name in ARCHITECTURES if name in results]
         RESULTS.write_text(json.dumps(ordered, indent=1) + "\n", encoding="utf-8")
-    PAGE.write_text(render([results[name] for name in ARCHITECTURES if name in results]), encoding="utf-8")
+    found = [results[name] for name in ARCHITECTURES if name in results]
+    PAGE.write_text(render(found), encoding="utf-8")
+    SHIPPED.write_text(json.dumps(list(map(shipped, found)), indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

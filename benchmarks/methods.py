@@ -29,13 +29,13 @@ KEYS: dict[str, dict[str, Any]] = {
     "pyramiddrop": {"stages": {1: 0.5}},
     "sparsevlm": {"stages": {1: 3}},
     "visionzip": {"dominant": 2, "contextual": 1},
-    "holov": {"budget": 3, "crops": 2},
+    "holov": {"budget": 3, "crops": 2, "semantics": "stable"},
     "cdpruner": {"budget": 3, "variant": "openvino"},
     "evs": {"keep": 3},
     "vidcom2": {"keep": 3},
 }
 # They act on no prompt, or on what their stages act on.
-OTHERS = ("pumer", "tome", "lossless", "stages")
+OTHERS = ("pumer", "tome", "dynamicvit", "lossless", "stages")
 
 
 def methods() -> list[str]:

@@ -110,6 +110,17 @@ class Analysed:
             raise found
         return found.under(schedule)
 
+    def check(self, schedule: Schedule) -> None:
+        """Whether a schedule can be met: what `reduce` does but for the exact passes and the plan.
+
+        Raises:
+            PumerError: it cannot.
+        """
+        if schedule.exact or schedule.adds:
+            reduce(self.program, schedule)
+        else:
+            run_passes(self.state(schedule), REDUCE)
+
     def reduce(self, schedule: Schedule) -> Reduced:
         """See `reduce`, whose result this is.
 

@@ -18,6 +18,7 @@ PACKAGE = Path(pumer_compile.__file__).parent
 # From the lowest to the highest; what is not named here is below them all.
 ORDER = (
     "reducers",
+    "distill",
     "analysis",
     "rewrite",
     "methods",
@@ -26,6 +27,7 @@ ORDER = (
     "frontends",
     "capture",
     "reduce",
+    "inspection",
     "torch_compile",
     "artifacts",
     "runtimes",
@@ -33,6 +35,8 @@ ORDER = (
     "generation",
     "parity",
     "bench",
+    "search",
+    "report",
     "cli",
 )
 STAGES = {part: number for number, part in enumerate(ORDER, start=1)}

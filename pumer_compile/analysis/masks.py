@@ -32,6 +32,7 @@ from .operators import (
     JOINS,
     KEEPS_VALUES,
     MASKED_FILL,
+    MATMULS,
     STRETCHES,
     TAKES_NUMBERS,
     WHERE,
@@ -229,7 +230,8 @@ class MaskReader:
             if current not in known:
                 args, kwargs = fx.map_arg((current.args, current.kwargs), run)
                 args, kwargs = map_aggregate((args, kwargs), _on_cpu)
-                known[current] = current.target(*args, **kwargs)  # type: ignore[operator]  # a pointwise operator
+                compute: Any = torch.mul if _pairs(current) else current.target  # a pointwise operator
+                known[current] = compute(*args, **kwargs)
             found: Tensor = known[current]
             return found.clone()  # some operators work in place
 
@@ -245,7 +247,7 @@ class MaskReader:
     def _find_leaves(self, node: fx.Node) -> dict[fx.Node, Tensor] | None:
         if not values(node):
             return None
-        pointwise = is_pointwise(node) and bool(node.all_input_nodes) and _draws_nothing(node)
+        pointwise = (is_pointwise(node) and bool(node.all_input_nodes) and _draws_nothing(node)) or _pairs(node)
         held = None if pointwise and depends_on_input(node) else self._numbers(node)
         if held is not None:
             return {node: held}
@@ -338,6 +340,11 @@ def _padded_with(node: fx.Node) -> float | None:
 def _draws_nothing(node: fx.Node) -> bool:
     random = isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
     return not random or draws_nothing(node)
+
+
+def _pairs(node: fx.Node) -> bool:
+    """Whether a product of matrices adds nothing up: `[..., n, 1] @ [..., 1, m]` multiplies number by number."""
+    return node.target in MATMULS and same_size(shape(node.args[0])[-1], 1)  # type: ignore[arg-type]  # nodes
 
 
 def _on_cpu(value: Any) -> Any:

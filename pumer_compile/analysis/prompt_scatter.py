@@ -15,7 +15,7 @@ from ..plan import PromptPlace
 from .arrangement import SEPARATOR, Arrangement, arrangement
 from .constant_places import Block
 from .lineage import Lineage, lineage
-from .marks import ActsOn, Mark, Prompt, Tower, Votes, visual_tokens, with_separators, with_text
+from .marks import ActsOn, Mark, Prompt, Tower, Votes, heard_tokens, visual_tokens, with_separators, with_text
 from .nodes import Emitter, ancestors, constant_value, describe, values
 from .operators import aten
 from .prompt_images import Image, made_of, placeholder, placeholder_blocks, voting
@@ -25,8 +25,10 @@ from .tower_output import check_published, not_by_token, projector_nodes, tower_
 class Scatter:
     """One `masked_scatter` of image features into words."""
 
-    def __init__(self, prompt: Prompt, node: fx.Node, inputs: Mapping[str, Tensor], *, updates: bool) -> None:
-        self.prompt, self.node, self.inputs, self.updates = prompt, node, inputs, updates
+    def __init__(
+        self, prompt: Prompt, node: fx.Node, inputs: Mapping[str, Tensor], *, updates: bool, early: bool = False
+    ) -> None:
+        self.prompt, self.node, self.inputs, self.updates, self.early = prompt, node, inputs, updates, early
         words, mask, source = node.args
         assert isinstance(words, fx.Node) and isinstance(mask, fx.Node) and isinstance(source, fx.Node)
         self.words, self.mask, self.source = words, mask, source
@@ -51,6 +53,20 @@ class Scatter:
                 self.tower = tower_output(self.node, arranged.projected)[0], arranged
         self._mark_images(blocks, found, votes=votes, by_crop=acts_on == "rows")
 
+    def lower_sound(self) -> None:
+        """Let sound stand among the words, where it stays."""
+        blocks, done, parts = self._blocks(), 0, []
+        with self.prompt.module.graph.inserting_before(self.node):
+            whole = self.emit(aten.reshape.default, self.source, [self.batch, -1, self.width])
+            for start, stop in blocks:
+                sound = self.emit(aten.slice.Tensor, whole, 1, done, done + stop - start)
+                words = self.emit(aten.slice.Tensor, self.words, 1, start, stop)
+                parts.append(self.emit(heard_tokens, sound, words))
+                done += stop - start
+            self._join(parts, blocks)
+        self.prompt.sound.extend(blocks)
+        self.prompt.module.graph.erase_node(self.node)
+
     def _lower_features(self, blocks: list[Block]) -> None:
         """Mark the features: where they leave their tower, if each row of the prompt is one of its tokens (the
         published place); or else the rows that enter the prompt, with the tokens that they are made of."""
@@ -65,7 +81,7 @@ class Scatter:
             try:
                 return self._where_published(blocks)
             except AxisError as published:
-                if found is None or not all(found.members):
+                if found is None:  # else what is made of no token separates those that are
                     raise why or published from published
                 del self.prompt.marks[marks:]
         self._check_members(found)
@@ -125,14 +141,19 @@ class Scatter:
 
     def _mark_images(self, blocks: list[Block], found: Lineage | None, *, votes: bool, by_crop: bool) -> None:
         """Mark the rows of every image: by crop or as a whole, with the tokens that vote for them or without."""
-        images, marked = self._images(blocks, found), []
+        images, marked, spans = self._images(blocks, found), [], list[Block]()
         with self.prompt.module.graph.inserting_before(self.node):
             whole = self.emit(aten.reshape.default, self.source, [self.batch, -1, self.width])
             for image in images:
                 rows = self._span(whole, image)
                 crops, members = ((image.places,), None) if found is None else self._voting(image, found)
+                spans.append(image.span)
                 if not by_crop:
                     crops = (image.places,)
+                elif members is not None and self._may_begin_early(image, blocks, crops, members):
+                    marked.append(self._from_text(image, rows, members))
+                    spans[-1] = image.span[0] - 1, image.span[1]
+                    continue
                 elif separators := self._separators(image, found):
                     marked.append(self._without_separators(image, rows, separators, crops, members if votes else None))
                     continue
@@ -140,10 +161,29 @@ class Scatter:
                 about: dict[str, Any] = {"votes": members if votes else None, "tower": self._in_tower(image)}
                 self.prompt.marks.append(Mark(mark, rows, None, crops, pinned=image.pinned, enters=True, **about))
                 marked.append(mark)
-            spans = [image.span for image in images]
             self._join(marked, spans)
         self.prompt.blocks.extend(spans)
         self.prompt.module.graph.erase_node(self.node)
+
+    def _may_begin_early(
+        self, image: Image, blocks: list[Block], crops: tuple[tuple[int, ...], ...], votes: Votes
+    ) -> bool:
+        """Whether the mark of an image is to begin at the text in front of it, and can: each token is a row of the one
+        crop, and what stands in front is no other image."""
+        start, whole = image.span[0], crops == (tuple(range(image.length)),)
+        return self.early and not votes.by_class and whole and start > 0 and start not in {stop for _, stop in blocks}
+
+    def _from_text(self, image: Image, rows: fx.Node, votes: Votes) -> fx.Node:
+        """Mark the rows of an image from the text in front of it on (`Mark.early`)."""
+        start = image.span[0]
+        rows = self.emit(with_text, self.emit(aten.slice.Tensor, self.words, 1, start - 1, start), rows)
+        mark = self.emit(visual_tokens, rows, f"prompt{self._suffix()}")
+        members = tuple((*sorted(prompt), prompt[-1]) for prompt in votes.members)
+        votes, crop = replace(votes, members=members), tuple(range(image.length))
+        self.prompt.marks.append(
+            Mark(mark, rows, None, (crop,), votes=votes, pinned=(image.length,), early=True, enters=True)
+        )
+        return mark
 
     def _separators(self, image: Image, found: Lineage | None) -> list[int]:
         """Places of an image's span that hold rows which are made of no token (learned marks at the ends of lines)."""

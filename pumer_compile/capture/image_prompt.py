@@ -38,8 +38,7 @@ def make_image_prompt(
     """
     config: Any = getattr(model, "config", None)
     accepted = forward_inputs(model)
-    token = getattr(config, "image_token_id", None)
-    if token is None or not hasattr(model, "get_image_features"):
+    if not has_image_token(model):
         raise _no_image(model, "has no image token in its config")
     vision = config.vision_config
     size = vision.image_size if image_size is None else image_size
@@ -48,11 +47,18 @@ def make_image_prompt(
     shape = (batch or 1, getattr(vision, "num_channels", 3), height, width)
     pixels = torch.randn(shape, generator=generator).to(float_dtype(model))
     ids = torch.ones(batch or 1, _tokens(model, pixels[:1]) + WORDS, dtype=torch.int64)
-    ids[:, :-WORDS] = token
+    ids[:, :-WORDS] = config.image_token_id
     made = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
     if "token_type_ids" in accepted:
         made["token_type_ids"] = torch.zeros_like(ids)
     return check_inputs(model, {key: made[key] for key in accepted if key in made})
+
+
+def has_image_token(model: Any) -> bool:
+    """Whether a model puts images into prompts, and says so in its config."""
+    return getattr(getattr(model, "config", None), "image_token_id", None) is not None and hasattr(
+        model, "get_image_features"
+    )
 
 
 def _no_image(model: nn.Module, why: str) -> UsageError:

@@ -8,7 +8,7 @@ the model itself refused it (`explain_inputs`), because a rule that one model br
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Mapping, Set
 from typing import Any
 
 import numpy as np
@@ -238,31 +238,25 @@ _CONSTANT = {
 }
 
 
-def constant_inputs(
-    model: nn.Module, sample: Mapping[str, Tensor], check: Callable[[Mapping[str, Tensor]], None] | None = None
-) -> dict[str, int]:
+def constant_inputs(model: nn.Module, sample: Mapping[str, Tensor], eager: Mapping[str, Tensor]) -> dict[str, int]:
     """Inputs that the model takes and the sample lacks, with the value that, everywhere in them, changes nothing.
 
-    The model shows it: it runs in eager PyTorch without each and with it. Nothing is found on the meta device.
+    The model shows it: it runs in eager PyTorch with each. Nothing is found on the meta device.
 
     Args:
         model: in eval mode.
         sample: its inputs.
-        check: is given what the model gives without them, where it is run: what a model makes up for an input that is
-            left out may be something else while it is traced.
+        eager: what the model gives for these (`eager_outputs`).
     """
+    if not eager:
+        return {}
     taken = forward_inputs(model).keys() | _handed_on(model)
     shapes = {name: shape for name in _CONSTANT if name in taken and (shape := _shape(name, sample))}
-    if not shapes or any(tensor.is_meta for tensor in sample.values()):
-        return {}
-    without = _eager(model, sample)
-    if check is not None and without:
-        check(without)
     found: dict[str, int] = {}
     for name, shape in shapes.items():
         for value in _CONSTANT[name][2]:
             given = torch.full(shape, value, device=next(iter(sample.values())).device)
-            if name not in found and without and _alike(without, _eager(model, {**sample, name: given})):
+            if name not in found and _alike(eager, eager_outputs(model, {**sample, name: given})):
                 found[name] = value
     return found
 
@@ -279,8 +273,11 @@ def _shape(name: str, sample: Mapping[str, Tensor]) -> list[int]:
     return shape
 
 
-def _eager(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What a model gives for inputs, by name; nothing where it refuses them. A random order is always the same."""
+def eager_outputs(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a model gives for inputs in eager PyTorch, by name; nothing where it refuses them, or on the meta device. A
+    random order is always the same."""
+    if any(tensor.is_meta for tensor in inputs.values()):
+        return {}
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         try:

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.export import _trace as export_trace
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
 
 from ..errors import CaptureError, PumerError, UsageError
@@ -40,6 +41,7 @@ from . import archive
 
 log = logging.getLogger("pumer_compile")
 
+SMALL = 1 << 16
 _ACCEPTED = (
     "a save_pretrained folder, a torch.export archive, a checkpoint holding {'config', 'state_dict'}, or "
     "a state dict (torch.save or safetensors) with --config"
@@ -69,10 +71,13 @@ class LoadedModel:
         return source
 
 
-def load_model(path: str | Path, *, config: str | Path | None = None, allow_pickle: bool = False) -> LoadedModel:
+def load_model(
+    path: str | Path, *, config: str | Path | None = None, allow_pickle: bool = False, weights: bool = True
+) -> LoadedModel:
     """Load the model at `path`; `config` is a config.json, or a folder with one, for weights that come without.
 
-    A `path` that is not there may be the id of a model in the local cache of the Hugging Face Hub.
+    A `path` that is not there may be the id of a model in the local cache of the Hugging Face Hub. Without `weights`
+    those of a folder are not read, and need not be there: parameters are zero.
     Raises UsageError for a path or option that does not fit, CaptureError for content that cannot be loaded.
     """
     path = Path(path)
@@ -84,7 +89,7 @@ def load_model(path: str | Path, *, config: str | Path | None = None, allow_pick
                 raise UsageError(
                     f"--config goes with a bare state dict, but {path} is a folder with its own config.json."
                 )
-            return _load_folder(path)
+            return _load_folder(path) if weights else _without_weights(path)
         try:
             return _load_file(path, None if config is None else Path(config), allow_pickle)
         except PermissionError as error:
@@ -136,6 +141,24 @@ def _load_folder(path: Path) -> LoadedModel:
     model = _complete(loaded, path)
     _say_attention(refused, model, path)
     return LoadedModel(path, "folder", _sha256([path / "config.json", *weights]), model)
+
+
+def _without_weights(path: Path) -> LoadedModel:
+    """The model of a folder's config. Its parameters are memory that nothing writes to, but for small ones: what was in
+    memory before could be no number."""
+    values = _read_config(path)
+    model_class = _architecture(values, path)
+    _drop_attention(values)
+    try:
+        with no_init_weights():
+            model = model_class(_config_of(model_class, values))
+    except Exception as error:
+        raise CaptureError(f"The model of {path / 'config.json'} cannot be built: {first_line(error)}.") from error
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.numel() < SMALL:
+                parameter.zero_()
+    return LoadedModel(path, "folder", _sha256([path / "config.json"]), model.eval())
 
 
 def _from_pretrained(model_class: type[PreTrainedModel], *args: Any, **options: Any) -> Any:

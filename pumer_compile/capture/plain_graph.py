@@ -39,6 +39,9 @@ def plain_graph_module(exported: ExportedProgram) -> fx.GraphModule:
     inline_blocks(unlifted)
     gated_delta_rule.plainly(unlifted)
     for node in list(unlifted.graph.nodes):
+        if node.target is torch.ops.aten.arange.start and node.args[0] == 0:
+            # The same numbers; with their count alone they follow the tokens that are left.
+            node.target, node.args = torch.ops.aten.arange.default, node.args[1:]
         if node.target in _CHECKS or (node.op == "call_module" and node.target == "_guards_fn"):
             _erase(node)
     module = fx.GraphModule(unlifted, unlifted.graph)

@@ -9,7 +9,7 @@ from typing import Any
 from ..errors import UsageError
 from . import options as opt
 from .shell import log, stage
-from .tables import status
+from .tables import console, say, status
 
 
 def captured(
@@ -25,6 +25,8 @@ def captured(
     *,
     padding: bool = True,
     schedule: Any = None,
+    weights: bool = True,
+    image_prompt: bool = False,
 ) -> Any:
     """Load and capture; the schedule was read before, since a typo should not wait for a model to load."""
     batch, text_length, image_size = sizes
@@ -37,18 +39,25 @@ def captured(
 
     with stage(f"loading {model}"):
         from ..capture.added import capture_with
+        from ..capture.image_prompt import has_image_token
+        from ..capture.image_size import fit_images
         from ..capture.loading import load_model
         from ..capture.make_inputs import load_inputs, make_inputs
 
-        loaded = load_model(model, config=config, allow_pickle=allow_pickle)
+        loaded = load_model(model, config=config, allow_pickle=allow_pickle, weights=weights)
+        interpolated = fit_images(loaded.source, pixels)
         if inputs is not None:
             sample = load_inputs(inputs, loaded.source, added)
-        elif component is not None:
+        elif component is not None or (image_prompt and has_image_token(loaded.source) and text_length is None):
             sample = _image_prompt(loaded.source, batch, text_length, pixels)
         else:
             sample = make_inputs(
                 loaded.source, batch=batch, text_length=text_length, image_size=pixels, padding=padding
             )
+        interpolated = interpolated or fit_images(loaded.source, sample)
+    if interpolated:
+        height, width = sample["pixel_values"].shape[-2:]
+        say(f"Position embeddings of {', '.join(interpolated)} are interpolated for images of {height} x {width}.")
     with stage("capturing"):
         wanted = outputs or ("image_hidden_states" if component else "")
         kept = [name.strip() for name in wanted.split(",") if name.strip()]
@@ -83,3 +92,22 @@ def reduced_with(program: Any, schedule: Any, dump_graph: Path | None) -> Any:
     if history.records and log.isEnabledFor(logging.INFO):
         status.print(str(history), markup=False, highlight=False)
     return reduced
+
+
+def suggested(program: Any, dump_graph: Path | None, component: str | None = None) -> Any:
+    """Reduce by the schedule that `inspect` suggests, and say so.
+
+    Raises:
+        UsageError: none is.
+    """
+    from ..inspection.outline import look
+    from ..inspection.suggest import suggest
+    from ..reduce import Analysed
+
+    with stage("looking for a schedule"):
+        analysed = Analysed(program)
+        found = suggest(analysed, look(analysed).outline)
+    opt.check_component(component, None, found.schedule)
+    say(f"No schedule was given: taking {found.schedule.described}, {found.why}:")
+    console.print(found.schedule.to_yaml(), markup=False, highlight=False, soft_wrap=True)
+    return found.reduced if dump_graph is None else reduced_with(program, found.schedule, dump_graph)

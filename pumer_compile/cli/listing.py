@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ..errors import UsageError
+from ..inspection.architectures import architectures
 from ..methods import METHODS, PRESETS
 from .tables import console, make_table, say
 
@@ -48,4 +49,21 @@ def _formats() -> None:
     console.print(table)
 
 
-LISTS: dict[str, Callable[[], None]] = {"methods": _methods, "presets": _presets, "formats": _formats}
+def _models() -> None:
+    table = make_table("Models: what was tried (docs/architectures.md)", ["model", "reduced"], ["fewer"])
+    for row in architectures():
+        fewer = f"{row['ratio']:.2f}x" if row["ratio"] else "no"
+        table.add_row(row["name"], row["reduced"] or f"not reduced: {row['refused']}", fewer)
+    console.print(table)
+    say(
+        "Fewer multiply-adds, of the whole model, by a schedule that nobody tuned. No list is complete: what is not in "
+        "it may fit all the same (pumer-compile inspect MODEL)."
+    )
+
+
+LISTS: dict[str, Callable[[], None]] = {
+    "methods": _methods,
+    "models": _models,
+    "formats": _formats,
+    "presets": _presets,
+}

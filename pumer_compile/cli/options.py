@@ -46,6 +46,17 @@ SemanticsName = Annotated[
         rich_help_panel=WHAT,
     ),
 ]
+OptionalSchedule = Annotated[
+    str | None,
+    typer.Option(
+        "--schedule",
+        "-s",
+        metavar="SCHEDULE",
+        help="YAML file, `none`, or a preset (pumer-compile list presets); without it the one that `inspect` suggests.",
+        show_default=False,
+        rich_help_panel=WHAT,
+    ),
+]
 TextTower = Annotated[
     Path | None,
     typer.Option(
@@ -108,7 +119,7 @@ ImageSize = Annotated[
     typer.Option(
         "--image-size",
         metavar="N or HxW",
-        help="Pixels of random inputs.",
+        help="Pixels of images; position embeddings are interpolated.",
         show_default=False,
         rich_help_panel=SHAPES,
     ),
@@ -176,6 +187,16 @@ Quiet = Annotated[
         "--quiet",
         "-q",
         help="Print errors only.",
+        rich_help_panel=SCREEN,
+    ),
+]
+LogLevel = Annotated[
+    str | None,
+    typer.Option(
+        "--log-level",
+        metavar="LEVEL",
+        help="debug, info, warning (default) or error; of log lines alone.",
+        show_default=False,
         rich_help_panel=SCREEN,
     ),
 ]
@@ -378,8 +399,12 @@ TritonRepository = Annotated[
 ]
 
 
-def load_schedule(name: str, semantics: str | None, text_tower: Path | None = None) -> Schedule | None:
-    """The schedule of a file or a preset; None for `none`."""
+def load_schedule(name: str | None, semantics: str | None, text_tower: Path | None = None) -> Schedule | None:
+    """The schedule of a file or a preset; None for `none`, and where there is no name."""
+    if name is None:
+        if semantics or text_tower:
+            raise UsageError("--semantics and --text-tower go with --schedule, and none was given.")
+        return None
     from ..methods.reading import read_yaml
     from ..schedule import PRESETS, Schedule
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from ..analysis.axes import same_size
 from ..analysis.nodes import Emitter, values
@@ -21,6 +21,7 @@ def use_plain_forms(module: fx.GraphModule) -> None:
     - `squeeze` of a dimension that is not 1 gives its input; ONNX's Squeeze refuses it.
     - a range of floating-point numbers is the constant that PyTorch makes, in double precision: counted in single
       precision it may have another length.
+    - sequences that are padded to one length are padded each and stacked; ONNX would write them into an empty tensor.
     - one number that is written into zeros, at one place along a dimension (the one-hot rows of an argmax), is a
       comparison with the numbers of the places; scatters are slow in some runtimes and refused by others.
     """
@@ -29,6 +30,8 @@ def use_plain_forms(module: fx.GraphModule) -> None:
             _squeeze(node)
         elif node.target in _RANGES and any(isinstance(x, float) for x in node.args):
             _range(module, node)
+        elif node.target is aten.pad_sequence.default:
+            node.target = _padded
         elif node.target in _ONE_NUMBER:
             _one_hot(module, node)
     module.graph.lint()
@@ -56,7 +59,7 @@ def _one_hot(module: fx.GraphModule, node: fx.Node) -> None:
     if zeros.target not in _ZEROS or len(zeros.users) > 1 or not along or not isinstance(sizes[dim], int):
         return
     name = f"_places_{node.name}"
-    places = torch.arange(sizes[dim], device=values(node)[0].device)
+    places = torch.arange(int(sizes[dim]), device=values(node)[0].device)
     module.register_buffer(name, places.view([-1 if i == dim else 1 for i in range(rank)]), persistent=False)
     with node.graph.inserting_before(node):
         constant = node.graph.get_attr(name)
@@ -81,3 +84,18 @@ def _range(module: fx.GraphModule, node: fx.Node) -> None:
     constant.meta = dict(node.meta)
     node.replace_all_uses_with(constant)
     node.graph.erase_node(node)
+
+
+def _padded(
+    sequences: list[Tensor], batch_first: bool = False, padding_value: float = 0.0, padding_side: str = "right"
+) -> Tensor:
+    """`pad_sequence`: `[length, ...]` each to `[sequences, longest, ...]`, or `[longest, sequences, ...]`."""
+    longest = max(sequence.shape[0] for sequence in sequences)
+    ends = [longest - sequence.shape[0] for sequence in sequences]
+    rest = [0] * (2 * sequences[0].dim() - 2)
+    sides = [[0, end] if padding_side == "right" else [end, 0] for end in ends]
+    padded = [
+        torch.nn.functional.pad(sequence, [*rest, *side], value=padding_value)
+        for sequence, side in zip(sequences, sides, strict=True)
+    ]
+    return torch.stack(padded, 0 if batch_first else 1)

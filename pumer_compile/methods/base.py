@@ -9,15 +9,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ..added_inputs import AddedInput
 from ..errors import ScheduleError
 from .about import About
+from .proposing import Ask, Outline
 from .reading import class_of, explain, read_yaml
 
 if TYPE_CHECKING:
@@ -28,6 +29,22 @@ TokenOutputs = Literal["refused", "reduced", "restored"]
 ActsOn = Literal["tower", "rows", "layers"]
 """Where image tokens of a prompt are reduced: where features leave the vision tower (as long as each makes one row of
 the prompt, or else these rows), the rows that enter the prompt, or after layers of the language model."""
+
+
+class Marking(NamedTuple):
+    """How image tokens of a prompt are to be marked.
+
+    Attributes:
+        acts_on: where.
+        votes: whether the attention of the vision tower is to be found that votes for them.
+        early: whether, where the tower's tokens vote themselves (it has no class token), the mark is to begin at the
+            token of text in front of an image, and the image's last token to stay; votes then come in the order of the
+            tower.
+    """
+
+    acts_on: ActsOn
+    votes: bool
+    early: bool = False
 
 
 METHODS: dict[str, type[Method]] = {}
@@ -74,6 +91,12 @@ class Method(BaseModel):
     """Its semantics are those that a model was fine-tuned with, where its configuration says so."""
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """Schedules by name: their keys."""
+    wants: ClassVar[str] = ""
+    """What a model must have for it to propose a schedule; with `needs_prompt` an image in a prompt."""
+    control: ClassVar[bool] = False
+    """It looks at nothing: other methods are compared with it."""
+    suggested: ClassVar[int] = 0
+    """How early it is suggested for a model that was trained with no schedule: the largest first; 0: never."""
 
     method: str = "pumer"
     semantics: str = "reference"
@@ -127,6 +150,18 @@ class Method(BaseModel):
         """Counts what the same keys have meant so far, from 1: an artifact made before means what they meant then."""
         return 1
 
+    def giving(self, outputs: TokenOutputs) -> Method:
+        """The same schedule, with this for outputs that have an entry for each token."""
+        return self.model_copy(update={"outputs": outputs})
+
+    def to_yaml(self) -> str:
+        """As a user would write it."""
+        import yaml
+
+        keys = self.model_dump(mode="json", exclude_defaults=True, exclude_none=True)
+        keys = {"method": self.method, "semantics": self.semantics, **keys}
+        return str(yaml.safe_dump(keys, sort_keys=False, default_flow_style=None, width=76)).rstrip()
+
     def with_semantics(self, semantics: str) -> Method:
         """The same schedule under semantics that it need not name itself.
 
@@ -151,15 +186,37 @@ class Method(BaseModel):
         return ()
 
     @property
-    def marks(self) -> tuple[ActsOn, bool] | None:
-        """Where image tokens of a prompt are to be marked, and whether the attention of the tower is to be found that
-        votes for them; None where no prompt is needed."""
-        return (self.acts_on, self.reads_tower) if self.needs_prompt else None
+    def marks(self) -> Marking | None:
+        """How image tokens of a prompt are to be marked; None where no prompt is needed."""
+        return Marking(self.acts_on, self.reads_tower) if self.needs_prompt else None
 
     @property
     def adds(self) -> dict[str, AddedInput]:
         """Inputs that it adds to those of the model, by name; `Signal` has one of the same name for each."""
         return {}
+
+    # --- what it proposes ---------------------------------------------------------------------------------------------
+
+    @classmethod
+    def proposals(cls, outline: Outline, ask: Ask) -> Iterator[Method]:
+        """Its schedules for a model that nobody has chosen one for, the preferred one first: a later one is for a graph
+        that refuses those before it. None where the model has nothing that it acts on.
+
+        Args:
+            outline: the model.
+            ask: chooses the numbers; which are asked for depends on the outline alone.
+        """
+        yield from ()
+
+    @classmethod
+    def in_either_order(cls, **keys: Any) -> Iterator[Method]:
+        """With positions that are counted anew, or else the original ones, where there is a choice; results that do not
+        hang on near-ties where it has those."""
+        if "stable" in get_args(cls.model_fields["semantics"].annotation):
+            keys = {"semantics": "stable", **keys}
+        choices = get_args(cls.model_fields["positions"].annotation) if "positions" in cls.model_fields else ()
+        for positions in choices if len(choices) > 1 else (None,):
+            yield cls(**keys, **({} if positions is None else {"positions": positions}))
 
     # --- what it does -------------------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictFloat,
 
 from ..errors import LocateError, PlanError
 from .base import Method
+from .proposing import Ask
 
 if TYPE_CHECKING:
     from ..analysis.attention import Attention
@@ -102,6 +103,28 @@ class Budgeted(Method):
         """See `Method.addresses`."""
         return tuple(site.at for site in self.resolve())
 
+    @classmethod
+    def chosen(
+        cls, places: Sequence[str], usual: Sequence[str], ask: Ask, *, text: bool = False, prunes: bool = False
+    ) -> tuple[SiteBudget, ...]:
+        """Budgets of some places, those of the paper where they are `usual`; places without any are left out.
+
+        Args:
+            places: addresses.
+            usual: of these.
+            ask: chooses.
+            text: whether text may merge.
+            prunes: whether text chooses among image tokens.
+        """
+        found = []
+        for at in places:
+            here = at in usual
+            image = ask.share(f"{at}.merge.image", 0.5, 0.3 * here)
+            words = ask.share(f"{at}.merge.text", 0.5, 0.2 * here) if text else 0.0
+            prune = ask.share(f"{at}.prune", 0.5, 0.1 * here) if prunes else 0.0
+            found.append(SiteBudget(at=at, prune=prune, merge=Merge(image=image, text=words)))
+        return tuple(site for site in found if site.reduces)
+
     def find_sites(self, graph: LocatedGraph) -> list[Site]:
         """See `Method.find_sites`: the attention nodes that the schedule names; the carrier of each is reduced."""
         from ..rewrite.sites import Site
@@ -181,6 +204,16 @@ def check_site(graph: LocatedGraph, attention: Attention, budget: SiteBudget) ->
             f"Site {budget.at} prunes image tokens by the attention of the text, but its attention is over "
             f"{attention.query_axis} alone. Merge there instead, or prune at a cross-modal site."
         )
+
+
+def in_short(sites: Sequence[SiteBudget]) -> dict[str, Any]:
+    """The keys of a schedule: `layers`, where all sites are cross-modal and have the same budgets, else `sites`."""
+    budgets = {(site.prune, site.merge) for site in sites}
+    numbers = [site.at.removeprefix("cross_modal.") for site in sites]
+    if len(budgets) > 1 or not all(number.isdecimal() for number in numbers):
+        return {"sites": tuple(sites)}
+    ((prune, merge),) = budgets
+    return {"layers": tuple(map(int, numbers)), "prune": prune, "merge": merge}
 
 
 def merge_limit(tokens: int, protected: int) -> int:

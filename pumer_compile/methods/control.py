@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
 from ..errors import LocateError, PlanError
-from .base import ActsOn
+from .base import Marking, Method
 from .image_budget import ImageBudget
+from .proposing import Ask, Outline, at_depths
 
 if TYPE_CHECKING:
     from ..reducers import Reducer
@@ -27,8 +28,24 @@ class Control(ImageBudget):
 
     at: Annotated[str, Field(pattern=r"^[a-z_]+\.\d+$")] | None = None
 
+    control = True
+
+    @classmethod
+    def proposals(cls, outline: Outline, ask: Ask) -> Iterator[Method]:
+        """See `Method.proposals`: of a model without a prompt at the first place of the paper."""
+        if outline.crops > 1:
+            budget = ask.count("budget", 1, outline.crops - 1, outline.crops // 3)
+            yield from cls.in_either_order(budget=cls.near(budget, outline.crops))
+        elif outline.fuses and (image := outline.streams.get("image", 0) - outline.learned) > 1:
+            yield cls(at=at_depths(outline.informed)[0], budget=cls.near(image // 3, image), outputs="refused")
+
+    @classmethod
+    def near(cls, budget: int, tokens: int) -> int:
+        """The largest budget up to one that an image of so many tokens can have."""
+        return min(max(1, budget), tokens)
+
     @property
-    def marks(self) -> tuple[ActsOn, bool] | None:
+    def marks(self) -> Marking | None:
         """See `Method.marks`."""
         return super().marks if self.at is None else None
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..errors import PlanError
 from .about import About
+from .base import Method
 from .language import InLanguageModel
+from .proposing import Ask, Outline
 
 if TYPE_CHECKING:
     from ..reducers import Reducer
@@ -54,6 +57,14 @@ class Dart(InLanguageModel):
     budget: Annotated[int, Field(ge=1, strict=True, description="the image tokens to keep, such as 64")]
     pivots: Pivots = Pivots()
     positions: Literal["original"] = "original"
+
+    @classmethod
+    def proposals(cls, outline: Outline, ask: Ask) -> Iterator[Method]:
+        """See `Method.proposals`: with fewer pivots where tokens, or the text behind the image, are few."""
+        for schedule in super().proposals(outline, ask):
+            for pivots in (4, 1):
+                if pivots <= getattr(schedule, "budget", 0):
+                    yield cls(**{**schedule.model_dump(), "pivots": {"image": pivots, "text": pivots}})
 
     def canonical(self) -> dict[str, Any]:
         """See `Method.canonical`."""

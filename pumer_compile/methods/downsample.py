@@ -34,6 +34,11 @@ class Downsample(Control):
     method: Literal["downsample"] = "downsample"
     grid: tuple[Side, Side] | None = None
 
+    @classmethod
+    def near(cls, budget: int, tokens: int) -> int:
+        """See `Control.near`: of a square picture, a square."""
+        return max(1, math.isqrt(min(budget, tokens))) ** 2
+
     def groups(self, stream: Stream) -> list[list[int]]:
         """See `Control.groups`."""
         from ..reducers.fixed import cells, pooled_grid

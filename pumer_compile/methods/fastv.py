@@ -38,6 +38,7 @@ class FastV(InLanguageModel):
         held="published vectors",
     )
 
+    suggested = 2
     method: Literal["fastv"] = "fastv"
     semantics: Literal["reference"] = "reference"
     budget: Annotated[int | None, Field(ge=1, strict=True)] = None
@@ -81,15 +82,14 @@ class FastV(InLanguageModel):
 
     def canonical(self) -> dict[str, Any]:
         """See `Method.canonical`."""
-        keys = {"budget": self.budget, "layer": self.layer} if self.stages is None else {"stages": self.stages}
-        return {**super().canonical(), **keys}
+        keys = ("budget", "layer") if self.stages is None else ("stages",)
+        return {**super().canonical(), **{key: getattr(self, key) for key in keys}}
 
     def find_sites(self, graph: LocatedGraph) -> list[Site]:
         """See `Method.find_sites`: the attentions of the layers after which there are fewer tokens, with all images."""
         from ..rewrite.sites import Site
 
-        layers, sites = self.layers_of(graph, reading=True), []
-        key = "layer" if self.stages is None else "stages"
+        layers, sites, key = self.layers_of(graph, reading=True), [], "layer" if self.stages is None else "stages"
         for layer, budget in (self.stages or {self.layer or 0: self.budget or 0}).items():
             self.check_layer(layers, layer, key)
             one, images = layers[layer - 1], graph.prompt_images()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from ..errors import PlanError
 from .base import ActsOn, Method, TokenOutputs
+from .proposing import Ask, Outline
 
 if TYPE_CHECKING:
     from ..reducers import Reducer
@@ -26,12 +27,21 @@ class Film(Method):
     """
 
     needs_prompt = True
+    wants = "a film, of two frames and more, in a prompt"
     acts_on: ClassVar[ActsOn] = "rows"
     before_prompt = True
 
     outputs: TokenOutputs = "reduced"
     keep: Annotated[int, Field(ge=1, strict=True, description="the tokens to keep of a film, such as 512")]
     positions: Literal["compact", "original"] = "original"
+
+    @classmethod
+    def proposals(cls, outline: Outline, ask: Ask) -> Iterator[Method]:
+        """See `Method.proposals`: a third of the film, and at least a frame."""
+        if outline.frames > 1:
+            yield from cls.in_either_order(
+                keep=ask.count("keep", outline.crops, outline.rows - 1, max(outline.crops, outline.rows // 3))
+            )
 
     def canonical(self) -> dict[str, Any]:
         """See `Method.canonical`."""

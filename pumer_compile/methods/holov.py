@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from ..errors import PlanError
 from .about import About
-from .base import ActsOn
+from .base import ActsOn, Marking, Method
 from .image_budget import ImageBudget
+from .proposing import Ask, Outline
 
 if TYPE_CHECKING:
     from ..reducers import Reducer
@@ -24,6 +26,10 @@ class HoloV(ImageBudget):
     Args:
         semantics: `reference`, the default, is what the published code computes: what exceeds a run is lost, and the
             prompt is filled up with zeros at the end of the image; `stable` gives it to the others, in raster order.
+            For a tower without a class token the published code is another (Qwen2.5-VL's): its window begins one token
+            early, at the token of text in front of the image, which competes; the image's last token always stays,
+            beside the budget; and votes are in the order of the tower's windows, so that a token has another one's.
+            `reference` is that there, and `stable` the same as elsewhere.
         budget, positions, outputs: see `ImageBudget`; `compact` positions are the published ones.
         crops: runs of neighbours in raster order that an image is cut into (a tile or frame, where it has several).
     """
@@ -44,6 +50,18 @@ class HoloV(ImageBudget):
     semantics: Literal["reference", "stable"] = "reference"
     crops: Annotated[int, Field(ge=1, strict=True)] = 16
 
+    @classmethod
+    def proposals(cls, outline: Outline, ask: Ask) -> Iterator[Method]:
+        """See `Method.proposals`."""
+        if outline.crops > 1:
+            budget = ask.count("budget", 1, outline.crops - 1, outline.crops // 3)
+            yield from cls.in_either_order(budget=budget, crops=min(16, outline.crops))
+
+    @property
+    def marks(self) -> Marking | None:
+        """See `Method.marks`."""
+        return Marking(self.acts_on, self.reads_tower, early=self.semantics == "reference")
+
     def chooser(self, stream: Stream) -> Reducer:
         """See `ImageBudget.chooser`."""
         from ..reducers import HoloVReducer
@@ -53,9 +71,16 @@ class HoloV(ImageBudget):
             raise PlanError(
                 f"`crops: {self.crops}` would cut an image of {least} tokens into more runs than it has. Choose fewer."
             )
-        if stream.pinned and self.semantics == "reference":
+        if stream.pinned and not stream.early and self.semantics == "reference":
             raise PlanError(
                 f"The image has text between its lines, and `semantics: {self.semantics}` of `method: holov` puts its "
                 "tokens into an order in which these have no place. Choose `semantics: stable`."
+            )
+        if self.semantics == "reference" and not (stream.by_class or stream.early):
+            raise PlanError(
+                f"The vision tower has no class token, and `semantics: {self.semantics}` of `method: holov` is there "
+                f"what was published for Qwen2.5-VL: an image in one piece behind a token of text. {stream.name} is "
+                "none (tiles, frames or ends of lines, no text in front, or features added by later layers). Choose "
+                "`semantics: stable`."
             )
         return HoloVReducer(stream.crops, self.budget, self.crops, order=self.semantics, pinned=stream.pinned)

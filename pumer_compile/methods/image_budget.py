@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from ..errors import PlanError
 from .base import ActsOn, Method, TokenOutputs
+from .proposing import Ask, Outline
 
 if TYPE_CHECKING:
     from ..reducers import Reducer
@@ -29,12 +30,19 @@ class ImageBudget(Method):
     """
 
     needs_prompt = True
+    wants = "an image of two tokens and more in a prompt"
     acts_on: ClassVar[ActsOn] = "rows"
     before_prompt = True
 
     outputs: TokenOutputs = "reduced"
     budget: Annotated[int, Field(ge=1, strict=True, description="the image tokens to keep, such as 64")]
     positions: Literal["compact", "original"] = "compact"
+
+    @classmethod
+    def proposals(cls, outline: Outline, ask: Ask) -> Iterator[Method]:
+        """See `Method.proposals`: a third of the tokens, with which papers lose next to nothing."""
+        if outline.crops > 1:
+            yield from cls.in_either_order(budget=ask.count("budget", 1, outline.crops - 1, outline.crops // 3))
 
     def canonical(self) -> dict[str, Any]:
         """See `Method.canonical`."""

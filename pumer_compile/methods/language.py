@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ..errors import LocateError, PlanError
 from .base import Method, TokenOutputs
+from .proposing import Ask, Outline
 
 if TYPE_CHECKING:
     from torch import fx
@@ -23,9 +24,38 @@ class InLanguageModel(Method):
     """
 
     needs_prompt = True
+    wants = "an image in a prompt, and two language layers and more that see it"
     cache_lengths: ClassVar[Literal["uniform", "by_layer"]] = "by_layer"
 
     outputs: TokenOutputs = "reduced"
+
+    @classmethod
+    def proposals(cls, outline: Outline, ask: Ask) -> Iterator[Method]:
+        """See `Method.proposals`: half of the tokens after the second layer, as FastV has it."""
+        if outline.rows > 1 and outline.layers > 1 and "layer" in cls.model_fields:
+            layer = ask.count("layer", 1, outline.layers - 1, 2)
+            yield from cls.in_either_order(
+                layer=layer, budget=ask.count("budget", 1, outline.rows - 1, outline.rows // 2)
+            )
+
+    @classmethod
+    def falling(cls, outline: Outline, ask: Ask, least: float) -> dict[int, float]:
+        """After a quarter, half and three quarters of the language layers: the share that stays, each smaller than the
+        one before; as PyramidDrop has them, a half at each.
+
+        Args:
+            outline: with at least two layers.
+            ask: chooses.
+            least: share that may stay at the end.
+        """
+        places = sorted({max(1, outline.layers * quarter // 4) for quarter in (1, 2, 3)})
+        found: dict[int, float] = {}
+        left = 1.0
+        for place in places:
+            left = round(max(least, left * (1 - ask.share(f"after {place}", 0.8, 0.5))), 4)
+            if left < min(found.values(), default=1.0):
+                found[place] = left
+        return found
 
     def layers_of(self, graph: LocatedGraph, *, reading: bool = False) -> list[Attention]:
         """The attentions of the language model over a prompt with all its images, in order.

@@ -20,6 +20,7 @@ class Lossless(Method):
     )
 
     exact = True
+    wants = "nothing: no token goes"
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"lossless": {}}
 
     method: Literal["lossless"] = "lossless"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from ..errors import PlanError
 from .about import About
-from .budgets import Budgeted, SiteBudget, merge_count
+from .base import Method
+from .budgets import Budgeted, Merge, SiteBudget, in_short, merge_count
+from .proposing import Ask, Outline, at_depths
 
 if TYPE_CHECKING:
     from ..reducers import Reducer
@@ -95,6 +97,8 @@ class Pumer(Budgeted):
     )
 
     trained_semantics = True
+    suggested = 4
+    wants = "attention from text to an image that stands in no language model's prompt"
     # Table 6 of the paper; and for METER, where that leaves most of the arithmetic alone, with the tower (`-tower`),
     # whose accuracy nobody has measured.
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
@@ -112,6 +116,19 @@ class Pumer(Budgeted):
 
     method: Literal["pumer"] = "pumer"
     semantics: Name = "safe"
+
+    @classmethod
+    def proposals(cls, outline: Outline, ask: Ask) -> Iterator[Method]:
+        """See `Method.proposals`: at the depths of the paper; a text that is causal does not merge."""
+        if not outline.fuses:
+            return
+        found = cls.chosen(outline.informed, at_depths(outline.informed), ask, text=True, prunes=True)
+        tower = cls.chosen(outline.tower, (), ask)
+        alone = (SiteBudget(at=site.at, prune=site.prune, merge=Merge(image=site.merge.image)) for site in found)
+        image = tuple(site for site in alone if site.reduces)
+        for sites in dict.fromkeys((tower + found, tower + image)):
+            if sites:
+                yield cls(**in_short(sites))
 
     @property
     def revision(self) -> int:

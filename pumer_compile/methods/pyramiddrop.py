@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
 from ..errors import LocateError, PlanError
 from .about import About
+from .base import Method
 from .language import InLanguageModel, in_order
+from .proposing import Ask, Outline
 
 if TYPE_CHECKING:
     from ..analysis.attention import Attention
@@ -52,6 +54,14 @@ class PyramidDrop(InLanguageModel):
         Field(description=f"after so many layers: the share of the image tokens that stays, such as {EXAMPLE}"),
     ]
     positions: Literal["compact", "original"] = "compact"
+
+    @classmethod
+    def proposals(cls, outline: Outline, ask: Ask) -> Iterator[Method]:
+        """See `Method.proposals`."""
+        if outline.rows > 1 and outline.layers > 1:
+            stages = cls.falling(outline, ask, 1 / outline.rows)
+            if stages:
+                yield from cls.in_either_order(stages=stages)
 
     def canonical(self) -> dict[str, Any]:
         """See `Method.canonical`."""

@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Field, SerializeAsAny, field_validator
 from ..added_inputs import AddedInput
 from ..errors import PlanError, ScheduleError
 from .about import About
-from .base import ActsOn, Method, TokenOutputs
+from .base import Marking, Method, TokenOutputs
 
 if TYPE_CHECKING:
     from ..reducers import Reducer
@@ -38,6 +38,7 @@ class Stages(Method):
     )
 
     needs_prompt = True
+    wants = "two methods of your choice"
     cache_lengths: ClassVar[Literal["uniform", "by_layer"]] = "by_layer"
 
     method: Literal["stages"] = "stages"
@@ -88,7 +89,7 @@ class Stages(Method):
         return {name: added for stage in self.stages for name, added in stage.adds.items()}
 
     @property
-    def marks(self) -> tuple[ActsOn, bool] | None:
+    def marks(self) -> Marking | None:
         """See `Method.marks`."""
         return self.stages[0].marks
 
@@ -107,8 +108,8 @@ class Stages(Method):
             sites = stage.find_sites(graph)
             if found and any(mark.pinned for mark in graph.marks):
                 raise PlanError(
-                    "An image of this prompt has text between its lines, whose places are not known once a stage has "
-                    "reduced it. Choose one of the methods."
+                    "An image of this prompt has tokens among its own that stay whatever is chosen (text between its "
+                    "lines, say), whose places are not known once a stage has reduced it. Choose one of the methods."
                 )
             for site in sites:
                 site.method = stage

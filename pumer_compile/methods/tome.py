@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import model_validator
 
 from .about import About
+from .base import Method
 from .budgets import Budgeted, merge_count
+from .proposing import Ask, Outline, at_depths
 
 if TYPE_CHECKING:
     from ..reducers import Reducer
@@ -34,8 +36,19 @@ class ToMe(Budgeted):
         held="published vectors",
     )
 
+    suggested = 1
+    wants = "attention among image tokens, outside a language model"
+
     method: Literal["tome"] = "tome"
     semantics: Literal["reference", "safe"] = "reference"
+
+    @classmethod
+    def proposals(cls, outline: Outline, ask: Ask) -> Iterator[Method]:
+        """See `Method.proposals`: in the vision tower, or where text and image meet."""
+        for places in (outline.tower, outline.informed if outline.fuses else ()):
+            found = cls.chosen(places, at_depths(places), ask)
+            if found:
+                yield cls(sites=found, semantics="safe")
 
     @model_validator(mode="after")
     def _prunes_nothing(self) -> ToMe:

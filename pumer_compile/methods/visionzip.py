@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -10,6 +10,7 @@ from pydantic import Field
 from ..errors import PlanError
 from .about import About
 from .base import ActsOn, Method, TokenOutputs
+from .proposing import Ask, Outline
 
 if TYPE_CHECKING:
     from ..reducers import Reducer
@@ -45,6 +46,7 @@ class VisionZip(Method):
     )
 
     needs_prompt = True
+    wants = "an image of four tokens and more in a prompt"
     acts_on: ClassVar[ActsOn] = "tower"
     reads_tower = True
     before_prompt = True
@@ -55,6 +57,14 @@ class VisionZip(Method):
     dominant: Annotated[int, Field(ge=2, strict=True, description="the image tokens that stay, such as 54")]
     contextual: Annotated[int, Field(ge=1, strict=True, description="those that others are merged into, such as 10")]
     positions: Literal["compact", "original"] = "compact"
+
+    @classmethod
+    def proposals(cls, outline: Outline, ask: Ask) -> Iterator[Method]:
+        """See `Method.proposals`: in the published proportion of 54 to 10."""
+        if outline.crops > 3:
+            whole = ask.count("budget", 3, outline.crops - 1, outline.crops // 3)
+            contextual = max(1, round(whole * 10 / 64))
+            yield from cls.in_either_order(dominant=whole - contextual, contextual=contextual)
 
     def canonical(self) -> dict[str, Any]:
         """See `Method.canonical`."""

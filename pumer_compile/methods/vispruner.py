@@ -39,6 +39,7 @@ class VisPruner(ImageBudget):
 
     acts_on: ClassVar[ActsOn] = "tower"
     reads_tower = True
+    suggested = 3
 
     method: Literal["vispruner"] = "vispruner"
     semantics: Literal["reference", "stable"] = "reference"

@@ -463,6 +463,12 @@ def _of(tolerance: float | Mapping[str, float] | None, name: str, default: float
 # --- Decisions --------------------------------------------------------------------------------------------------------
 
 
+def decisions_by_reducer(module: nn.Module, chosen: Arrays) -> dict[str, Decisions]:
+    """The decisions of an artifact, which are arrays `[batch, count]` by name, for the reducers of a module."""
+    rows = len(next(iter(chosen.values())))
+    return {name: _decisions_of(name, reducer, chosen, rows) for name, reducer in reducers_of(module).items()}
+
+
 def _decisions_of(name: str, reducer: Reducer, chosen: Arrays, rows: int) -> Decisions:
     def index(decision: str, default: Tensor) -> Tensor:
         found = chosen.get(f"{name}.{decision}")

@@ -44,8 +44,7 @@ def plan_insertions(graph: LocatedGraph, method: Method) -> Insertions:
     """
     if method.marks is not None and not graph.marks:
         scattered = any(node.target is aten.masked_scatter.default for node in graph.annotation.constraints)
-        _, votes = method.marks
-        if votes and scattered:
+        if method.marks.votes and scattered:
             raise LocateError(
                 f"`method: {method.method}` reads the attention of a vision tower, and what is scattered into the "
                 "prompt comes from none (patches that are projected straight into it, a convolutional tower). "

@@ -17,8 +17,8 @@ class MarkPrompt(Pass):
         """See `Pass`; counts blocks of image tokens."""
         if state.method.marks is None:
             return 0
-        acts_on, votes = state.method.marks
-        prompt = lower_masked_scatter(state.captured, state.inputs, acts_on, votes=votes)
+        acts_on, votes, early = state.method.marks
+        prompt = lower_masked_scatter(state.captured, state.inputs, acts_on, votes=votes, early=early)
         if prompt is None:
             prompt = mark_read_images(state.captured, acts_on, votes=votes)
         if prompt is None:

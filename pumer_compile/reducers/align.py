@@ -114,6 +114,28 @@ class TokenWeights(nn.Module):
         return (keys if self.kind == "keep" else ~keys).float().amax((1, 2))
 
 
+class OwnWeights(nn.Module):
+    """The weight of every token of a self-attention from its mask: 1 is a real token, which sees itself; 0 is padding.
+    In a mask of pairs padding may be hidden from padding alone (Mllama's).
+
+    Args:
+        kind: see `TokenWeights`.
+    """
+
+    def __init__(self, kind: MaskKind = "additive") -> None:
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, mask: Tensor) -> Tensor:
+        """`[batch, tokens]` float32 from a mask `[batch, heads or 1, tokens or 1, tokens]`."""
+        tokens = mask.shape[3]
+        # The diagonal, as a slice: every so many numbers of all rows.
+        own = mask.flatten(2)[..., :: tokens + 1] if mask.shape[2] > 1 else mask.flatten(2)
+        if self.kind == "additive":
+            return own.float().exp().amax(1)
+        return (own if self.kind == "keep" else ~own).float().amax(1)
+
+
 class UnitWeights(nn.Module):
     """The weights of tokens that no mask covers: all 1.
 

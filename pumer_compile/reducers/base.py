@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -140,7 +140,8 @@ class Choice:
         decisions: as indices.
         assigned: see `Reduction`.
         weights: carried weights of the tokens before, `[batch, before]`.
-        evidence: what it was chosen by, for `Reducer.margin`.
+        evidence: what it was chosen by, for `Reducer.margin`; of several values the first is what tokens were ranked
+            by (`Reducer.ranking`).
         map: see `Reduction`; None: the means that `assigned` says.
         rows: what combines the tokens themselves where that is not the map, `[batch, after, before]`, float32.
         added: what is added to that, `[batch, after, width]`: tokens that come from elsewhere.
@@ -244,6 +245,17 @@ class Reducer(nn.Module):
             kept: of one that prunes and then merges: take these as the kept tokens, and choose what merges.
         """
         raise NotImplementedError
+
+    def ranking(self, choice: Choice) -> Tensor | None:
+        """What the tokens before were ranked by, the more the likelier to stay, `[batch, before]`; None where no one
+        score of each says it (for reports)."""
+        evidence = choice.evidence
+        if is_dataclass(evidence):
+            evidence = getattr(evidence, fields(evidence)[0].name)
+        elif isinstance(evidence, tuple):
+            evidence = evidence[0]
+        of_tokens = isinstance(evidence, Tensor) and evidence.ndim == 2 and evidence.shape[1] == self.tokens
+        return evidence if of_tokens else None
 
     def margin(self, own: Choice, among: Choice, forced: Decisions) -> Tensor:
         """How far the scores of differing choices are apart, `[batch]`; NaN where they have none.
@@ -403,6 +415,50 @@ def noted_decisions(module: nn.Module) -> Iterator[dict[str, Decisions]]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@dataclass
+class Noted:
+    """What a reducer did in a forward pass.
+
+    Attributes:
+        choice: what it chose, also where it was made to follow another.
+        reduction: what it gave.
+    """
+
+    choice: Choice
+    reduction: Reduction
+
+
+@contextmanager
+def noted_reductions(module: nn.Module) -> Iterator[dict[str, Noted]]:
+    """Note what the reducers inside `module` choose and give in a forward pass within the block, by module path.
+
+    Yields the notes, which a forward pass fills in. Eager PyTorch only.
+    """
+    noted: dict[str, Noted] = {}
+    chosen: dict[str, Choice] = {}
+    reducers = reducers_of(module)
+
+    def choosing(name: str, choose: Any, *args: Any, **named: Any) -> Choice:
+        made: Choice = choose(*args, **named)
+        if not (named.get("kept") is not None and name in chosen):  # asked once more, among forced tokens
+            chosen[name] = made
+        return made
+
+    def note(name: str, reducer: nn.Module, given: Any, result: Reduction) -> None:
+        noted[name] = Noted(chosen[name], result)
+
+    hooks = [reducer.register_forward_hook(partial(note, name)) for name, reducer in reducers.items()]
+    for name, reducer in reducers.items():
+        vars(reducer)["choose"] = partial(choosing, name, reducer.choose)
+    try:
+        yield noted
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for reducer in reducers.values():
+            del vars(reducer)["choose"]
 
 
 @contextmanager

@@ -28,11 +28,11 @@ class HoloVReducer(CropReducer):
 
     - `reference`, as published: what exceeds a run is lost, and as many tokens of zeros stand at the end of the crop.
       Crop by crop and run by run stand the kept ones, inside a run the one with the most votes first; a run that is
-      kept whole stays in raster order.
+      kept whole stays in raster order. Pinned tokens must stand behind all crops, and do so afterwards.
     - `stable`: what exceeds a run goes to those with room, round by round, the heaviest first. Raster order.
 
     Args:
-        crops, budget, pinned: see `CropReducer`; `reference` has no place for pinned tokens.
+        crops, budget, pinned: see `CropReducer`.
         runs: how many each crop is cut into, 1 to its length.
     """
 
@@ -58,6 +58,9 @@ class HoloVReducer(CropReducer):
             for place in crop:
                 self.first[place] = len(self.last)
             self.last += [max(crop)] * min(budget, len(crop))
+        for place in pinned:  # `_keeps` gives 1 for each of these
+            self.first[place] = len(self.last) - 1
+            self.last.append(place)
 
     @property
     def decisions(self) -> tuple[Decision, ...]:

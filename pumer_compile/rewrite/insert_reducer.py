@@ -158,7 +158,18 @@ class InsertReducer:
         attention = self.site.attention
         class_token = attention is not None and has_class_token(self.graph, attention, mark)
         modality, learned = annotation.modality[name], annotation.learned[name]
-        stream = Stream(name, modality, count, learned, mark.crops, row, mark.pinned, class_token)
+        stream = Stream(
+            name,
+            modality,
+            count,
+            learned,
+            mark.crops,
+            row,
+            mark.pinned,
+            class_token,
+            by_class=class_token if mark.votes is None else mark.votes.by_class,
+            early=mark.early,
+        )
         made = self._made(place, [stream])
         if not made:
             return None

@@ -37,7 +37,7 @@ from ..analysis.axes import (
 )
 from ..analysis.dead_code import drop_dead
 from ..analysis.nodes import ancestors, attribute, content_inputs, depends_on_parameter, describe, module_path, values
-from ..analysis.operators import aten, is_mutable, overloads
+from ..analysis.operators import VIEWS, aten, is_mutable, overloads
 from ..analysis.outputs import set_output_names
 from ..analysis.rules import shape
 from ..errors import AxisError, SiteError
@@ -45,6 +45,18 @@ from ..reducers.align import MaskKind
 from .align import Aligner
 from .epochs import Epochs, EpochTable
 from .unmerge import Unmerger, why_not
+
+_PADS = {aten.pad.default, aten.constant_pad_nd.default}
+
+
+def _in_blocks(node: fx.Node) -> str:
+    """A sentence for the error where a sequence is filled up and cut into blocks; '' elsewhere."""
+    if node.target not in _PADS or not any(user.target in VIEWS for user in node.users):
+        return ""
+    return (
+        " Here the sequence is filled up and cut into blocks by place (attention that chooses blocks of keys, say). "
+        "Fewer tokens would make other blocks: nothing in front of it can be reduced."
+    )
 
 
 @dataclass
@@ -377,6 +389,7 @@ class Rewriter:
                     f"{describe(node)} works position by position along the token axis "
                     f"{self.annotation.axis(source)} of {source.node.name}, which a reducer has changed. "
                     f"Move the site behind this operator or leave it out of the schedule.{why_not(self, source)}"
+                    f"{_in_blocks(node)}"
                 )
             case _:
                 pass

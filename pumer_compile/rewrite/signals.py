@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -18,7 +18,7 @@ from ..analysis.nodes import ancestors, describe, values
 from ..analysis.operators import aten
 from ..analysis.rules import shape
 from ..errors import LocateError, UsageError
-from ..reducers import MeanOfWords, MemberVotes, RowsOfTower, Signal, TextRating, TokenWeights
+from ..reducers import MeanOfWords, MemberVotes, OwnWeights, RowsOfTower, Signal, TextRating
 from .attention_rows import attention_rows
 from .carried_weights import CarriedWeights
 from .epochs import Epochs
@@ -175,9 +175,16 @@ def _all_normed(place: Place) -> tuple[fx.Node, Tokens]:
 
 def _weights(place: Place, stream: str) -> fx.Node | None:
     """By the masks of this attention, then of those before it, the nearest first."""
-    position = place.graph.attentions.index(place.attention)
+    position, rewriter, after = place.graph.attentions.index(place.attention), place.rewriter, place.site.after
     readers = [place.attention, *reversed(place.graph.attentions[:position])]
-    return place.carried.of(place.rewriter, stream, place.epoch(stream), readers)
+    early = ExitStack()
+    if place.site.enters and after is not None and place.carried.known(stream, place.epoch(stream)) is None:
+        # What enters the first layer may be computed before the masks are.
+        for mask in place.attention.masks:
+            if mask.of_input and mask.node not in rewriter.env:
+                early.enter_context(rewriter.ahead(mask.node, after, after))
+    with early:
+        return place.carried.of(rewriter, stream, place.epoch(stream), readers)
 
 
 def _text_weights(place: Place, stream: str) -> fx.Node | None:
@@ -217,7 +224,7 @@ def _next_query(place: Place, stream: str) -> fx.Node:
 
 
 def _behind_to_image(place: Place, stream: str) -> fx.Node:
-    attention, rewriter, found = place.attention, place.rewriter, list[fx.Node]()
+    attention, rewriter, found = place.site.keys or place.attention, place.rewriter, list[fx.Node]()
     for rows in _behind(place, attention.query_axis, stream):
         key = f"rows.{rows[0]}"
         if key not in place.read:
@@ -281,13 +288,12 @@ def _received(place: Place, parts: Parts, number: int, votes: Votes) -> fx.Node:
         found, masks = call(aten.slice.Tensor, found, 3, first, first + queries), []
     if not masks or votes.by_class:
         return call(aten.reshape.default, call(aten.mean.dim, found, [-3, -2]), [-1])
-    weights = TokenWeights(0, keys, masks[0].kind)
-    real = place.rewriter.call_module(f"{name}.real", weights, place.rewriter.env[masks[0].node])
-    # Padding has no vote.
+    real = place.rewriter.call_module(f"{name}.real", OwnWeights(masks[0].kind), place.rewriter.env[masks[0].node])
+    # Padding has no vote, and gets none.
     share = call(aten.div.Tensor, real, call(aten.sum.dim_IntList, real, [1], True))
     means = call(aten.mean.dim, found, [1])
     voted = call(aten.sum.dim_IntList, call(aten.mul.Tensor, means, call(aten.unsqueeze.default, share, 2)), [1])
-    return call(aten.reshape.default, voted, [-1])
+    return call(aten.reshape.default, call(aten.mul.Tensor, voted, real), [-1])
 
 
 def _tower_rows(place: Place, mark: Mark) -> fx.Node:

@@ -46,6 +46,8 @@ class Stream:
         row: and how many tokens the tower gives for one crop.
         pinned: places of tokens among an image's that stay (text at the ends of its lines).
         class_token: whether the tower has a class token for each crop, which leaves it beside these tokens.
+        by_class: whether votes are those of class tokens, and not of all tokens of the tower.
+        early: whether the tokens begin with one of text in front of the image (`Mark.early`).
     """
 
     name: str
@@ -56,6 +58,8 @@ class Stream:
     row: int = 0
     pinned: tuple[int, ...] = ()
     class_token: bool = False
+    by_class: bool = False
+    early: bool = False
 
     @property
     def rows(self) -> int:
@@ -74,7 +78,7 @@ class Site:
         instead: where image tokens leave the tower, for each block of a prompt.
         streams: that may be reduced.
         budget: of the schedule, where it has one for each site.
-        keys: whose keys are read, where these are not the attention's.
+        keys: whose keys or rows are read, where these are not the attention's.
         recounts: whether positions are counted anew behind it, where it stands between two layers.
         keep: tokens of each stream to leave, or the share of those before `first`, where it is one of several stages.
         first: the first stage of these.

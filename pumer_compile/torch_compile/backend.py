@@ -22,6 +22,7 @@ from ..analysis.annotate import Annotation, annotate
 from ..analysis.attention import choose
 from ..errors import LocateError, PlanError, UsageError, VerifyError
 from ..frontends import install_for_dynamo
+from ..methods.proposing import at_depths
 from ..passes.manager import State, run_passes
 from ..passes.pipeline import ANALYSE, EXACT, EXACT_ALONE, REDUCE
 from ..rewrite.rewriter import Rewriter
@@ -360,8 +361,7 @@ def default_schedule(layers: Sequence[int]) -> Schedule:
     Args:
         layers: cross-modal attention nodes at which the text can choose among image tokens, at least one.
     """
-    chosen = sorted({layers[depth * len(layers) // 12] for depth in (2, 5, 8)})
-    return Schedule(semantics="safe", layers=tuple(chosen), prune=0.1, merge=Merge(image=0.3, text=0.2))
+    return Schedule(semantics="safe", layers=tuple(at_depths(layers)), prune=0.1, merge=Merge(image=0.3, text=0.2))
 
 
 def _default(state: State) -> Schedule:

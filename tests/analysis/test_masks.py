@@ -291,6 +291,22 @@ def test_zeros_of_a_sample_prove_no_mask() -> None:
     assert reader.addends(bias).unknown == "bias" and [m.node for m in reader.addends(mask).masks] == [mask]
 
 
+@pytest.mark.parametrize(("columns", "known"), [(1, True), (2, False)])
+def test_a_mask_of_pairs(columns: int, known: bool) -> None:
+    """A product of one column with one row multiplies number by number; with more of them it adds up."""
+
+    class Pairs(nn.Module):
+        def forward(self, mask: Tensor) -> Tensor:
+            padding = (1 - mask.float()).unflatten(1, (-1, columns))
+            return padding @ padding.transpose(1, 2) * torch.finfo(torch.float32).min
+
+    given = {"mask": torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]])}
+    graph = capture(Pairs(), given).module.graph
+    (result,) = graph.output_node().all_input_nodes
+    found = MaskReader(given).addends(result)
+    assert [mask.node for mask in found.masks] == ([result] if known else []) and bool(found.unknown) != known
+
+
 def test_an_integer_input_may_be_1_where_the_sample_is_0() -> None:
     attention = addends(lambda m, mask, given: wide(mask) * 3.0, mask=torch.zeros(2, 13, dtype=torch.int64))
     assert not attention.masks and "no known mask" in attention.unusual

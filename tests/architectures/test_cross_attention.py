@@ -14,6 +14,7 @@ from torch import Tensor
 import pumer_compile as pumer
 from pumer_compile import Schedule
 from pumer_compile.errors import PlanError
+from tests.support.visual import select
 
 LAYERS, READING, BUDGET, WORDS = 5, (1, 3), 4, 10
 
@@ -55,38 +56,77 @@ def mllama() -> Any:
     return model.eval()
 
 
-def make(seed: int, batch: int = 2) -> dict[str, Tensor]:
-    """Prompts of one image in two tiles; the first words of the first prompt do not see the second tile."""
+def make(seed: int, batch: int = 2, *, one_tile: bool = False) -> dict[str, Tensor]:
+    """Prompts of one image in two tiles; the first words of the first prompt do not see the second tile. With
+    `one_tile` the second tile of the first prompt is padding, and no word sees it."""
     generator = torch.Generator().manual_seed(seed)
     seen = torch.ones(batch, WORDS, 1, 2, dtype=torch.int64)
     seen[0, :6, 0, 1] = 0
     ids = torch.randint(1, 98, (batch, WORDS), generator=generator)
+    tiles = torch.ones(batch, 1, 2, dtype=torch.int64)
+    if one_tile:
+        seen[0, :, 0, 1] = tiles[0, 0, 1] = 0
     return {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
         "pixel_values": torch.randn(batch, 1, 2, 3, 32, 32, generator=generator),
         "aspect_ratio_ids": torch.full((batch, 1), 2),
-        "aspect_ratio_mask": torch.ones(batch, 1, 2, dtype=torch.int64),
+        "aspect_ratio_mask": tiles,
         "cross_attention_mask": seen,
     }
+
+
+def _only(places: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What layers are given, with these tokens of every prompt's image alone."""
+    states, mask = kwargs["cross_attention_states"], kwargs["cross_attention_mask"]
+    rows = states.reshape(len(places), -1, states.shape[-1])
+    states = torch.stack([one[index] for one, index in zip(rows, places, strict=True)])
+    mask = torch.stack([one[..., index] for one, index in zip(mask, places, strict=True)])
+    return {**kwargs, "cross_attention_states": states, "cross_attention_mask": mask}
+
+
+def by_vispruner(inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Logits where all layers have the `BUDGET` image tokens that VisPruner keeps, and which."""
+    model, seen = mllama(), {}
+    tiles, batch = inputs["aspect_ratio_mask"][:, 0], len(inputs["input_ids"])
+    patches = 16 + 1  # with a class token; the model pads a tile to 24
+
+    def votes(module: Any, args: Any, result: Any) -> None:
+        weights = result[1].mean(1).unflatten(1, (2, 24)).unflatten(3, (2, 24))  # [batch, tile, token, tile, token]
+        voters = [weights[b, tiles[b] > 0, :patches].flatten(0, 1) for b in range(batch)]
+        given = torch.stack([v.mean(0) for v in voters])[..., :patches]
+        seen["votes"] = (given * tiles[:, :, None]).flatten(1)
+
+    def fewer(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        rows = kwargs["cross_attention_states"].reshape(batch, 2 * patches, -1)
+        seen["kept"] = select(rows, seen["votes"], BUDGET, 0.5)
+        return args, _only(seen["kept"], kwargs)
+
+    last = model.model.vision_model.global_transformer.layers[-1].self_attn
+    handles = [
+        last.register_forward_hook(votes),
+        model.model.language_model.register_forward_pre_hook(fewer, with_kwargs=True),
+    ]
+    model.set_attn_implementation("eager")
+    try:
+        with torch.no_grad():
+            return model(**inputs).logits, seen["kept"]
+    finally:
+        model.set_attn_implementation("sdpa")
+        for handle in handles:
+            handle.remove()
 
 
 def by_hand(inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Logits where the second reading layer has `BUDGET` image tokens alone, and which."""
     model, seen = mllama(), {}
     layers = model.model.language_model.layers
-    batch = len(inputs["input_ids"])
 
     def votes(module: Any, args: Any, result: Any) -> None:
         seen["kept"] = result[1].mean(1)[:, -1].topk(BUDGET).indices.sort(-1).values
 
     def fewer(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        states, mask = kwargs["cross_attention_states"], kwargs["cross_attention_mask"]
-        rows = states.reshape(batch, -1, states.shape[-1])
-        index = seen["kept"]
-        states = torch.stack([one[places] for one, places in zip(rows, index, strict=True)])
-        mask = torch.stack([one[..., places] for one, places in zip(mask, index, strict=True)])
-        return args, {**kwargs, "cross_attention_states": states, "cross_attention_mask": mask}
+        return args, _only(seen["kept"], kwargs)
 
     handles = [
         layers[READING[0]].cross_attn.register_forward_hook(votes),
@@ -104,9 +144,27 @@ def by_hand(inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
 
 
 @functools.cache
+def program() -> pumer.Program:
+    return pumer.capture(mllama(), make(0), outputs=["logits"])
+
+
+@functools.cache
 def reduced() -> pumer.Reduced:
-    program = pumer.capture(mllama(), make(0), outputs=["logits"])
-    return pumer.reduce(program, Schedule(method="fastv", layer=1, budget=BUDGET))
+    return pumer.reduce(program(), Schedule(method="fastv", layer=1, budget=BUDGET))
+
+
+def test_vispruner_with_padding_that_only_padding_does_not_see() -> None:
+    """Its tower hides padding from padding alone, and lets every other token see it."""
+    found = pumer.reduce(program(), Schedule(method="vispruner", budget=BUDGET, positions="original"))
+    kept = []
+    for inputs in (make(0), make(1), make(0, one_tile=True)):
+        wanted, own = by_vispruner(inputs)
+        with torch.no_grad():
+            logits = found.module(**inputs)["logits"]
+        torch.testing.assert_close(logits, wanted, atol=1e-5 * float(wanted.abs().max()), rtol=0.0)
+        kept.append(own)
+    assert not torch.equal(kept[0], kept[1]) and not torch.equal(kept[0], kept[2])
+    assert found.plan.tokens()["cross_modal.0"] == {"text": WORDS, "prompt_image": BUDGET}
 
 
 def test_later_layers_read_the_tokens_that_the_last_word_looks_at() -> None:

@@ -32,6 +32,7 @@ ROWS = {
     "glm4v": (1, 1),
     "got_ocr2": (1, 1),
     "granite4_vision": (2, 1),
+    "hunyuan_vl": (1, 1),
     "idefics2": (1, 1),
     "idefics3": (1, 1),
     "instructblip": (1, 1),
@@ -52,6 +53,7 @@ ROWS = {
     "qwen2_5_vl_two": (2, 2),
     "qwen2_5_vl_uneven": (1, 1),
     "qwen2_5_vl_video": (3, 1),
+    "qwen2_5_omni": (1, 1),
     "qwen2_vl": (1, 1),
     "qwen3_5": (1, 1),
     "qwen3_vl": (1, 1),
@@ -60,6 +62,7 @@ ROWS = {
     "smolvlm": (1, 1),
     "smolvlm_split": (3, 3),
     "video_llava": (3, 2),
+    "video_llama3": (1, 1),
     "vipllava": (1, 1),
 }
 
@@ -110,6 +113,23 @@ def test_what_a_model_makes_up_while_it_is_traced(name: str) -> None:
     inputs = {key: value for key, value in make(0).items() if key != "token_type_ids"}
     with pytest.raises(CaptureError, match=r"eager PyTorch than while it is traced.*token_type_ids"):
         pumer.capture(model, inputs)
+
+
+def test_learned_positions_counted_anew() -> None:
+    """Florence-2's encoder looks them up by place."""
+    model, make, output, program = captured("florence2")
+    reduced = pumer.reduce(program, Schedule(method="vispruner", budget=BUDGET, positions="compact"))
+    kept = []
+    for seed in (0, 1):
+        inputs = make(seed)
+        old, places = by_hand(model, inputs, BUDGET, placeholders("florence2"))
+        wanted = logits(model, inputs, places, anew=True)
+        with torch.no_grad():
+            found = reduced.module(**inputs)[output]
+        torch.testing.assert_close(found, wanted, atol=1e-5 * float(wanted.abs().max()), rtol=0.0)
+        assert float((wanted - old).abs().max()) > 1e-2 * float(wanted.abs().max())
+        kept.append(places)
+    assert not torch.equal(*kept)
 
 
 def test_patches_that_no_attention_has_seen_have_no_votes() -> None:

@@ -371,6 +371,27 @@ class Stateful(nn.Module):
         return self.last
 
 
+class MaskedInATrace(nn.Module):
+    """Skips a mask in eager PyTorch where it looks needless, as attention of transformers does."""
+
+    def __init__(self, skips):
+        super().__init__()
+        self.linear, self.skips = nn.Linear(3, 3), skips
+
+    def forward(self, x):
+        if self.skips and not torch.compiler.is_exporting():
+            return self.linear(x)
+        return self.linear(x).cumsum(1)
+
+
+def test_a_graph_gives_what_eager_pytorch_gives():
+    given = {"x": torch.ones(2, 3, 3)}
+    capture(MaskedInATrace(skips=False), given)
+    with pytest.raises(CaptureError, match=r"(?s)eager PyTorch than while it is traced.*attn_implementation='eager'"):
+        capture(MaskedInATrace(skips=True), given)
+    capture(MaskedInATrace(skips=True).to("meta"), {"x": given["x"].to("meta")})  # for a plan: there are no numbers
+
+
 def test_attributes_set_while_tracing_are_put_back():
     model = Stateful(fail=True).train()
     with pytest.raises(UsageError, match="RuntimeError: on purpose"):

@@ -27,9 +27,11 @@ from tests.support.prompt_families import captured, placeholders
 from tests.support.prompt_oracle import kept_places, logits, look
 
 FOLDER = Path(__file__).parent.parent / "oracle" / "prompt-tiny"
+QWEN = FOLDER.parent / "qwen-tiny"
 CASES: dict[str, dict[str, Any]] = json.loads((FOLDER / "cases_holov.json").read_text(encoding="utf-8"))
 EXPECTED = dict(np.load(FOLDER / "expected_holov.npz"))
 ONE = "T72-p16"
+WINDOWS: dict[str, dict[str, Any]] = json.loads((QWEN / "cases_holov.json").read_text(encoding="utf-8"))
 
 
 @functools.cache
@@ -191,6 +193,46 @@ def test_through_the_command_line(tmp_path: Path) -> None:
     (tmp_path / "many.yaml").write_text("method: holov\nbudget: 32\ncrops: 145\n", encoding="utf-8")
     arguments = ("--schedule", tmp_path / "many.yaml", "--inputs", tmp_path / "inputs.npz", "-o", tmp_path / "x.onnx")
     assert "`crops: 145` would cut an image of 144 tokens" in refused(2, FOLDER, *arguments)
+
+
+# --- published for Qwen2.5-VL: a tower without a class token ----------------------------------------------------------
+
+
+def qwen_inputs(case: str, rows: slice = slice(None)) -> dict[str, Tensor]:
+    given, spec = np.load(QWEN / "inputs.npz"), WINDOWS[case]
+    ids = torch.from_numpy(given[f"input_ids_{spec['prompt']}"])[rows]
+    pixels = torch.from_numpy(given["pixel_values"])[spec["images"]][rows].float()
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "mm_token_type_ids": (ids == 199).int(),
+        "pixel_values": pixels.flatten(0, 1),
+        "image_grid_thw": torch.from_numpy(given["image_grid_thw"]).expand(len(ids), -1).contiguous(),
+    }
+
+
+@functools.cache
+def qwen_program(prompt: str) -> Program:
+    case = next(name for name, spec in WINDOWS.items() if spec["prompt"] == prompt)
+    return pumer.capture(load_model(QWEN).source.eval(), qwen_inputs(case), outputs=["logits"])
+
+
+def windowed(case: str, **more: Any) -> Schedule:
+    spec = WINDOWS[case]
+    return Schedule(method="holov", budget=spec["kept"], crops=spec["crops"], positions="original", **more)
+
+
+@pytest.mark.parametrize("case", [name for name, spec in WINDOWS.items() if "kept" in spec])
+def test_the_published_window_begins_in_the_text(case: str) -> None:
+    """Place 0 is the token in front of the image; the last token stays; votes are those of the tower's windows."""
+    expected, spec = np.load(QWEN / "expected_holov.npz"), WINDOWS[case]
+    found, chosen = run(reduce_graph(qwen_program(spec["prompt"]), windowed(case)), qwen_inputs(case))
+    start = int((qwen_inputs(case)["input_ids"][0] == 199).nonzero()[0]) - 1
+    kept = np.where(chosen.kept.numpy() < 0, -1, chosen.kept.numpy() + start)
+    whole = expected[f"{case}.sequence_index"]
+    np.testing.assert_array_equal(kept, whole[:, start : start + spec["kept"] + 1])
+    assert bool((chosen.kept[:, -1] == 144).all())
+    assert np.abs(found[:, -1].numpy() - expected[f"{case}.logits_last"]).max() <= 1e-4
 
 
 # --- other families ---------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pumer_compile.reducers import AlignAxis, TokenWeights
+from pumer_compile.reducers import AlignAxis, OwnWeights, TokenWeights
 from tests.support.helpers import data_dependent
 
 pytestmark = pytest.mark.fast
@@ -222,3 +222,13 @@ def test_a_key_is_real_when_any_query_of_any_head_sees_it(kind: str) -> None:
 def test_weights_of_a_soft_mask_are_its_exponentials() -> None:
     mask = torch.tensor([0.5, 1.0, 0.25]).log().view(1, 1, 1, 3)
     torch.testing.assert_close(TokenWeights(0, 3)(mask), torch.tensor([[0.5, 1.0, 0.25]]))
+
+
+@pytest.mark.parametrize("kind", ["keep", "drop", "additive"])
+def test_a_token_is_real_when_it_sees_itself(kind: str) -> None:
+    """In the first prompt padding sees real tokens, and they see it; in the second all do."""
+    mask = torch.ones(2, 1, 3, 3, dtype=torch.bool)
+    mask[0, 0, 1, 1] = False
+    given = {"keep": mask, "drop": ~mask, "additive": torch.where(mask, 0.0, -1e9)}[kind]
+    assert OwnWeights(kind)(given).tolist() == [[1, 0, 1], [1, 1, 1]]
+    assert OwnWeights(kind)(given[:, :, 1:2]).tolist() == [[1, 0, 1], [1, 1, 1]]  # one row for all queries

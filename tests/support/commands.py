@@ -22,6 +22,7 @@ import onnxruntime
 import torch
 
 from pumer_compile.cli import commands as cli
+from pumer_compile.cli.tables import console, status
 from pumer_compile.exporters.tensorrt import unsupported
 from pumer_compile.runtimes.tensorrt_library import load_library
 from tests.support.tiny import tiny_vilt
@@ -44,7 +45,7 @@ class Result:
 def run(*arguments: Any) -> Result:
     """Run `pumer-compile` with these arguments, on a screen of 80 columns."""
     out, err = io.StringIO(), io.StringIO()
-    cli.console.width = cli.status.width = 80
+    console.width = status.width = 80
     with (
         _process_as_found(),
         mock.patch.dict(os.environ, COLUMNS="80"),

@@ -356,17 +356,26 @@ class _Spread:
         return output
 
 
-def logits(model: nn.Module, inputs: Tensors, places: Tensor, rows: list[int] | None = None, of: int = 0) -> Tensor:
+def logits(
+    model: nn.Module,
+    inputs: Tensors,
+    places: Tensor,
+    rows: list[int] | None = None,
+    of: int = 0,
+    *,
+    anew: bool = False,
+) -> Tensor:
     """Logits of the prompts' places, the others left out before the language model.
 
     Args:
         rows: which of the rows are kept, and `of` how many; for features that are added in later layers.
+        anew: learned positions are counted over what is left.
     """
     decoder = decoder_of(model)
     reading = _Reading(None, torch.isin(torch.arange(of), torch.tensor(rows or [])))
     handles = [decoder.register_forward_pre_hook(reading.prompt, with_kwargs=True)]
     handles += [layer.register_forward_pre_hook(reading.layer, with_kwargs=True) for layer in layers_of(model)]
-    tables = [m for path, m in decoder.named_modules() if path.split(".")[-1] == "embed_positions"]
+    tables = [m for path, m in decoder.named_modules() if path.split(".")[-1] == "embed_positions" and not anew]
     handles += [table.register_forward_hook(reading.table) for table in tables]
     try:
         with eagerly(model), torch.no_grad():
