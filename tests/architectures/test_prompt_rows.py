@@ -31,6 +31,7 @@ ROWS = {
     "gemma4": (1, 1),
     "glm46v": (1, 1),
     "glm4v": (1, 1),
+    "got_ocr2": (1, 1),
     "granite4_vision": (2, 1),
     "hunyuan_vl": (1, 1),
     "idefics2": (1, 1),
