@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 import torch
 import typer
@@ -113,6 +113,19 @@ def _order(seed: int, epoch: int, size: int) -> list[int]:
         draw = torch.Generator().manual_seed(7919 * seed + epoch)
         _ORDERS[key] = torch.randperm(size, generator=draw).tolist()
     return _ORDERS[key]
+
+
+class Training(Protocol):
+    """What `advancing` goes on with."""
+
+    recipe: Recipe
+    step: int
+
+    def advance(self, split: Split) -> dict[str, float]:
+        """One step; its losses."""
+
+    def save(self) -> None:
+        """Write a checkpoint whole, or leave the last one."""
 
 
 class Run:
@@ -222,7 +235,7 @@ def save_folder(model: ViltForQuestionAnswering, tokenizer: PreTrainedTokenizerB
     staging.rename(folder)
 
 
-def _steps(run: Run, split: Split, minutes: float) -> Iterator[dict[str, float]]:
+def advancing(run: Training, split: Split, minutes: float) -> Iterator[dict[str, float]]:
     """Means of a hundred steps' losses; saves every few minutes, and when the process is asked to end."""
     asked: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))
@@ -262,7 +275,7 @@ def main(
     train, validation = (load_split(data, name, tokenizer) for name in ("train", "validation"))
     run = Run(folder, recipe, len(tokenizer))
     print(f"{len(train)} pictures; at step {run.step} of {recipe.steps}", flush=True)
-    for losses in _steps(run, train, minutes):
+    for losses in advancing(run, train, minutes):
         line: dict[str, Any] = {"step": run.step, "cpu_seconds": round(run.cpu_seconds)}
         line |= {name: round(value, 4) for name, value in losses.items()}
         if (run.step % evaluate == 0 and not recipe.is_seeing(run.step)) or run.step == recipe.steps:
