@@ -14,7 +14,7 @@ BENCHMARK ?= benchmarks.performance
 JOBS ?= auto
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-newest lint bench clean
+.PHONY: help demo test test-fast test-newest lint docs dist bench clean
 
 help:
 	@echo "make demo   compile a fine-tuned ViLT to a reduced ONNX model, run it and prove it"
@@ -22,6 +22,8 @@ help:
 	@echo "make test-fast  those that neither capture nor export a model (a minute)"
 	@echo "make test-newest  a few of them on the newest versions that pip finds"
 	@echo "make lint   ruff and mypy"
+	@echo "make docs   build the documentation in build/site: warnings are errors, links are checked"
+	@echo "make dist   build wheel and source archive in dist, and check them"
 	@echo "make bench  measure full-size ViLT-B/32 and METER beside their peers (about an hour)"
 	@echo "make clean  remove .venv and everything generated"
 
@@ -48,6 +50,19 @@ lint: $(STAMP)
 	@$(BIN)/ruff format --check .
 	@echo "==> mypy"
 	@$(BIN)/mypy
+
+docs: $(STAMP)
+	@PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install -qq --disable-pip-version-check -e ".[docs]"
+	@echo "==> mkdocs build"
+	@$(BIN)/python -m mkdocs build --strict --quiet --site-dir build/site
+
+dist: $(STAMP)
+	@PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install -qq --disable-pip-version-check -e ".[release]"
+	@rm -rf dist
+	@echo "==> build"
+	@PIP_CONSTRAINT=constraints.txt $(BIN)/python -m build --outdir dist . > /dev/null
+	@$(BIN)/python -m twine check --strict dist/*
+	@$(BIN)/check-wheel-contents dist/*.whl
 
 bench: $(STAMP)
 	@PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install -qq --disable-pip-version-check -e ".[plots]"

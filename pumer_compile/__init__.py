@@ -30,10 +30,11 @@ if TYPE_CHECKING:
     from .parity.report import ParityReport
     from .plan import Plan
     from .reduce import Reduced, reduce
+    from .report.build import Report, report
     from .runtimes.ort import OnnxSession
     from .schedule import Schedule
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Engine",
@@ -45,6 +46,7 @@ __all__ = [
     "Program",
     "PumerError",
     "Reduced",
+    "Report",
     "Schedule",
     "Teacher",
     "capture",
@@ -52,6 +54,7 @@ __all__ = [
     "export",
     "parity",
     "reduce",
+    "report",
     "resize_images",
 ]
 
@@ -65,6 +68,7 @@ _MODULES = {
     "Plan": "plan",
     "Program": "capture.capture",
     "Reduced": "reduce",
+    "Report": "report.build",
     "Schedule": "schedule",
     "Teacher": "distill",
     "capture": "capture.capture",
@@ -72,6 +76,7 @@ _MODULES = {
     "export": "exporters",
     "parity": "parity.artifact",
     "reduce": "reduce",
+    "report": "report.build",
     "resize_images": "capture.image_size",
 }
 _SUBMODULES = ("exporters",)

@@ -36,6 +36,7 @@ ORDER = (
     "parity",
     "bench",
     "search",
+    "report",
     "cli",
 )
 STAGES = {part: number for number, part in enumerate(ORDER, start=1)}

@@ -6,8 +6,6 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..errors import UsageError
 from . import options as opt
 from .shell import log, stage
@@ -96,7 +94,7 @@ def reduced_with(program: Any, schedule: Any, dump_graph: Path | None) -> Any:
     return reduced
 
 
-def suggested(program: Any, dump_graph: Path | None) -> Any:
+def suggested(program: Any, dump_graph: Path | None, component: str | None = None) -> Any:
     """Reduce by the schedule that `inspect` suggests, and say so.
 
     Raises:
@@ -109,13 +107,7 @@ def suggested(program: Any, dump_graph: Path | None) -> Any:
     with stage("looking for a schedule"):
         analysed = Analysed(program)
         found = suggest(analysed, look(analysed).outline)
+    opt.check_component(component, None, found.schedule)
     say(f"No schedule was given: taking {found.schedule.described}, {found.why}:")
-    console.print(as_yaml(found.schedule), markup=False, highlight=False, soft_wrap=True)
+    console.print(found.schedule.to_yaml(), markup=False, highlight=False, soft_wrap=True)
     return found.reduced if dump_graph is None else reduced_with(program, found.schedule, dump_graph)
-
-
-def as_yaml(schedule: Any) -> str:
-    """A schedule as a user would write it."""
-    keys = schedule.model_dump(mode="json", exclude_defaults=True, exclude_none=True)
-    keys = {"method": schedule.method, "semantics": schedule.semantics, **keys}
-    return str(yaml.safe_dump(keys, sort_keys=False, default_flow_style=None, width=76)).rstrip()

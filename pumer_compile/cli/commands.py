@@ -14,6 +14,7 @@ import typer
 from ..errors import BAD_USAGE, ParityError, UsageError
 from . import options as opt
 from .capturing import captured, reduced_with, suggested
+from .config_file import ConfigFile
 from .shell import EXAMPLES, app, epilog, readable_errors, say_error, stage
 from .tables import console, gained, print_bench, print_plan, print_report, say, shapes, size, summary
 
@@ -135,6 +136,12 @@ def compile_(
     rtol: opt.Rtol = None,
     report: opt.Report = None,
     dump_graph: opt.DumpGraph = None,
+    config_file: ConfigFile = None,
+    as_json: Annotated[
+        bool,
+        typer.Option("--json", help="Print JSON: what was written, plan, proof.", rich_help_panel=opt.SCREEN),
+    ] = False,
+    log_level: opt.LogLevel = None,
     verbose: opt.Verbose = False,
     quiet: opt.Quiet = False,
 ) -> None:
@@ -142,9 +149,7 @@ def compile_(
     from ..files import check_writable
 
     check_writable(output)
-    if schedule is None and (semantics or text_tower):
-        raise UsageError("--semantics and --text-tower go with --schedule, and none was given.")
-    chosen = None if schedule is None else opt.load_schedule(schedule, semantics, text_tower)
+    chosen = opt.load_schedule(schedule, semantics, text_tower)
     opt.check_component(component, outputs, chosen)
 
     from ..exporters import check_exporter, exporter_options  # loads torch: nobody waits for that with a typo
@@ -177,21 +182,11 @@ def compile_(
     if report is not None:
         check_writable(report)
     sizes = (batch, text_length, image_size)
-    padding = not no_padding
-    program = captured(
-        model,
-        config,
-        allow_pickle,
-        inputs,
-        sizes,
-        open_batch,
-        stream,
-        outputs,
-        component,
-        padding=padding,
-        schedule=chosen,
+    how: dict[str, Any] = {"padding": not no_padding, "schedule": chosen}
+    program = captured(model, config, allow_pickle, inputs, sizes, open_batch, stream, outputs, component, **how)
+    reduced = (
+        suggested(program, dump_graph, component) if schedule is None else reduced_with(program, chosen, dump_graph)
     )
-    reduced = suggested(program, dump_graph) if schedule is None else reduced_with(program, chosen, dump_graph)
     unreduced = schedule is not None and chosen is None
     asked = {"with_decisions": with_decisions or component is not None, "verify": not no_verify, **tolerances}
     done = _exported(reduced, output, report, verbose, options=options, **asked)
@@ -200,6 +195,8 @@ def compile_(
     _say_what_was_written(done, None if unreduced else reduced)
     if triton_repository is not None:
         _write_triton(triton_repository, output.stem, output)
+    if as_json:
+        print(json.dumps(done.to_dict(), indent=2))
 
 
 def _exported(reduced: Any, output: Path, report: Path | None, verbose: bool, **asked: Any) -> Any:
@@ -256,6 +253,7 @@ def parity_(
     save_inputs: opt.SaveInputs = None,
     save_outputs: opt.SaveOutputs = None,
     report: opt.Report = None,
+    log_level: opt.LogLevel = None,
     verbose: opt.Verbose = False,
     quiet: opt.Quiet = False,
 ) -> None:
@@ -316,6 +314,7 @@ def plan_(
     outputs: opt.Outputs = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     dump_graph: opt.DumpGraph = None,
+    log_level: opt.LogLevel = None,
     verbose: opt.Verbose = False,
 ) -> None:
     """Show token counts and multiply-adds of one sample, before and after; write nothing."""
@@ -358,6 +357,7 @@ def bench_(
         Path | None,
         typer.Option("--json", metavar="OUT.json", help="Write every sample and the machine.", show_default=False),
     ] = None,
+    log_level: opt.LogLevel = None,
     verbose: opt.Verbose = False,
     quiet: opt.Quiet = False,
 ) -> None:
@@ -439,7 +439,8 @@ def _root(
 
 
 # Commands in files of their own; importing one adds it.
-from . import inspect  # noqa: E402, F401
+from . import inspect, search  # noqa: E402, F401
+from . import report as _report  # noqa: E402, F401
 
 
 def _mistyped(given: list[str], commands: set[str]) -> str | None:
@@ -465,7 +466,8 @@ def main(arguments: list[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     given = list(sys.argv[1:] if arguments is None else arguments)
     commands = {str(command.name) for command in app.registered_commands}
-    if given and given[0] not in commands | {"--help", "-h", "--version"}:
+    of_all = {"--help", "-h", "--version", "--install-completion", "--show-completion"}
+    if given and given[0] not in commands | of_all:
         mistyped = _mistyped(given, commands)
         if mistyped is not None:
             say_error(mistyped)

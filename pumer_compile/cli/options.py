@@ -190,6 +190,16 @@ Quiet = Annotated[
         rich_help_panel=SCREEN,
     ),
 ]
+LogLevel = Annotated[
+    str | None,
+    typer.Option(
+        "--log-level",
+        metavar="LEVEL",
+        help="debug, info, warning (default) or error; of log lines alone.",
+        show_default=False,
+        rich_help_panel=SCREEN,
+    ),
+]
 Dtype = Annotated[
     str | None,
     typer.Option(
@@ -389,8 +399,12 @@ TritonRepository = Annotated[
 ]
 
 
-def load_schedule(name: str, semantics: str | None, text_tower: Path | None = None) -> Schedule | None:
-    """The schedule of a file or a preset; None for `none`."""
+def load_schedule(name: str | None, semantics: str | None, text_tower: Path | None = None) -> Schedule | None:
+    """The schedule of a file or a preset; None for `none`, and where there is no name."""
+    if name is None:
+        if semantics or text_tower:
+            raise UsageError("--semantics and --text-tower go with --schedule, and none was given.")
+        return None
     from ..methods.reading import read_yaml
     from ..schedule import PRESETS, Schedule
 

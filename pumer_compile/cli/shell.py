@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import logging
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import typer
@@ -46,12 +48,14 @@ app = typer.Typer(
     help="Make vision-language transformers cheap to serve: reduce tokens at compile time.",
     epilog=epilog(EXAMPLES),
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["--help", "-h"]},
 )
 log = logging.getLogger("pumer_compile")
+LOG_LEVELS = ("debug", "info", "warning", "error")
+# How many stages the commands have that take long: of these, and not of the time, is the share that is shown.
+STAGES = {"compile_": 4, "plan_": 3, "parity_": 2}
 
 
 def readable_errors(command: Callable[..., None]) -> Callable[..., None]:
@@ -62,8 +66,11 @@ def readable_errors(command: Callable[..., None]) -> Callable[..., None]:
         verbose = bool(kwargs.get("verbose"))
         # Errors go to the other console, in any case.
         console.quiet = bool(kwargs.get("quiet"))
-        _set_up_logging(verbose, quiet=console.quiet)
+        # Where JSON is asked for, nothing else is on standard output.
+        console.stderr = bool(kwargs.get("as_json"))
+        _clock.begin(STAGES.get(command.__name__, 0))
         try:
+            _set_up_logging(verbose, kwargs.get("log_level"), quiet=console.quiet)
             if verbose and console.quiet:
                 raise UsageError("--verbose and --quiet exclude each other; choose one.")
             command(*args, **kwargs)
@@ -95,10 +102,47 @@ def say_error(message: str) -> None:
     status.print(f"error: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
 
 
-def _set_up_logging(verbose: bool, *, quiet: bool) -> None:
-    log.handlers = [RichHandler(console=status, show_path=False, show_time=False)]
-    log.setLevel(logging.INFO if verbose else logging.ERROR if quiet else logging.WARNING)
+def _set_up_logging(verbose: bool, level: str | None, *, quiet: bool) -> None:
+    """Log lines go to standard error; where that is no terminal, each begins with the seconds since the start."""
+    if level is not None and level not in LOG_LEVELS:
+        raise UsageError(f"No log level {level!r}: choose {', '.join(LOG_LEVELS)}.")
+    handler = RichHandler(console=status, show_path=False, show_time=False)
+    if not status.is_terminal:
+        handler.setFormatter(_Elapsed())
+    log.handlers = [handler]
+    usual = "info" if verbose else "error" if quiet else "warning"
+    log.setLevel((level or usual).upper())
     log.propagate = False
+
+
+class _Elapsed(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return f"[{_clock.seconds:.1f} s] {super().format(record)}"
+
+
+@dataclass
+class _Clock:
+    """How long a command has been running, and how many of its stages have begun."""
+
+    began: float = field(default_factory=time.monotonic)
+    stages: int = 0
+    begun: int = 0
+
+    def begin(self, stages: int) -> None:
+        self.began, self.stages, self.begun = time.monotonic(), stages, 0
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.began
+
+    def next(self) -> str:
+        """What a line of progress begins with: the share of the stages that are done, and the time."""
+        done, self.begun = self.begun, self.begun + 1
+        share = f"{min(done / self.stages, 1):.0%}, " if self.stages else ""
+        return f"[{share}{self.seconds:.1f} s]"
+
+
+_clock = _Clock()
 
 
 @contextmanager
@@ -110,5 +154,9 @@ def stage(text: str) -> Iterator[Callable[[str], None]]:
         with status.status(f"{text} ...") as spinner:
             yield lambda step: spinner.update(f"{text}: {step} ...")
     else:
-        status.print(f"{text} ...", markup=False, highlight=False, soft_wrap=True)
-        yield lambda step: None
+        _progress(f"{_clock.next()} {text} ...")
+        yield lambda step: _progress(f"[{_clock.seconds:.1f} s] {text}: {step} ...")
+
+
+def _progress(line: str) -> None:
+    status.print(line, markup=False, highlight=False, soft_wrap=True)

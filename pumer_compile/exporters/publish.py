@@ -47,6 +47,10 @@ class Exported:
     manifest: dict[str, Any]
     report: ParityReport | None
 
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as JSON holds it; the proof is in the manifest (`parity`)."""
+        return {"path": str(self.path), "manifest_path": str(self.manifest_path), "manifest": self.manifest}
+
 
 def export(
     reduced: Reduced | Program,

@@ -77,7 +77,7 @@ def parity(
     check_model(manifest, loaded)
     fit_images(loaded.source if isinstance(loaded, LoadedModel) else loaded, batches[0])
     engine = Engine(path, provider=provider)
-    program = _recaptured(loaded, batches[0], manifest)
+    program = recaptured(loaded, batches[0], manifest)
     check_model(manifest, program)
     if samples is None and "samples" not in manifest:  # an older artifact: now the graph tells more of its inputs
         drawn = Samples(describe_samples(program, _prompts(manifest)), _prompts(manifest))
@@ -144,7 +144,7 @@ def _notes(path: Path, manifest: Mapping[str, Any], program: Program, decisions:
         yield "the artifact was compiled from another checkpoint (its hash differs)"
 
 
-def _recaptured(
+def recaptured(
     model: nn.Module | ExportedProgram | LoadedModel, inputs: Mapping[str, Tensor], manifest: Mapping[str, Any]
 ) -> Program:
     """The model captured as the artifact was."""

@@ -224,7 +224,7 @@ def _next_query(place: Place, stream: str) -> fx.Node:
 
 
 def _behind_to_image(place: Place, stream: str) -> fx.Node:
-    attention, rewriter, found = place.attention, place.rewriter, list[fx.Node]()
+    attention, rewriter, found = place.site.keys or place.attention, place.rewriter, list[fx.Node]()
     for rows in _behind(place, attention.query_axis, stream):
         key = f"rows.{rows[0]}"
         if key not in place.read:
