@@ -50,7 +50,7 @@ class Recipe:
     decay_steps: int
     seen: int = 24
     pictures: int = 16
-    questions: int = 8
+    questions: int = 12
     stock_pictures: int = 48
     learning_rate: float = 1e-3
     warmup_steps: int = 200

@@ -10,7 +10,7 @@ import torch
 from examples.scenes.data import NOT, Split, build_tokenizer, load_split
 from examples.scenes.finetune import FineTuning, Settings
 from examples.scenes.generate import write_shard
-from examples.scenes.measure import batch_of
+from examples.scenes.rows import TRAINED, Row
 from examples.scenes.train import Recipe, Run, save_folder
 from examples.scenes.vilt import answer_logits, build_vilt, packed, see
 
@@ -75,16 +75,15 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(split: Split, tmp_
 def test_fine_tuning_goes_on_as_well_and_trains_the_model_that_is_saved(split: Split, tmp_path: Path) -> None:
     torch.manual_seed(0)
     save_folder(build_vilt(len(TOKENIZER), width=64, layers=2, inner=64).eval(), TOKENIZER, tmp_path / "base")
-    sample = batch_of(split, torch.arange(2), None)
     recipe = Recipe(0, 0, 2, 2, stock_pictures=2, warmup_steps=1)
-    schedule = {"method": "dynamicvit", "layers": (1,), "keep": 0.5, "training": True}
-    settings = Settings(schedule, 0.5, recipe)
-    tuning = FineTuning(tmp_path, tmp_path / "base", settings, sample)
+    keys = {"method": "dynamicvit", "layers": (1,), "keep": 0.5}
+    settings = Settings(Row("", "", TRAINED, seed=0), keys, 0.5, recipe)
+    tuning = FineTuning(tmp_path, tmp_path / "base", settings, split)
     before = tuning.student.classifier[3].weight.detach().clone()
     assert set(tuning.advance(split)) == {"ratio", "distillation", "answers"}
     tuning.save()
     losses = tuning.advance(split)
-    again = FineTuning(tmp_path, tmp_path / "base", settings, sample)
+    again = FineTuning(tmp_path, tmp_path / "base", settings, split)
     assert again.step == 1 and again.advance(split) == losses
     weights = again.student.classifier[3].weight
     assert torch.equal(weights, tuning.student.classifier[3].weight) and not torch.equal(weights, before)
