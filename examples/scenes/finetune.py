@@ -59,7 +59,7 @@ class Settings:
     def schedule(self) -> pumer.Schedule:
         """What is trained with: predictors mask tokens, and the rest reduces as it will."""
         if not self.keys:
-            return pumer.Schedule.load("none")
+            return pumer.Schedule.load("lossless")
         return pumer.Schedule(**self.keys, **({"training": True} if self.dynamic else {}))
 
 

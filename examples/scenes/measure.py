@@ -73,6 +73,8 @@ def schedule_at(program: pumer.Program, row: Row, **more: Any) -> dict[str, Any]
     """
     if not row.family:
         return {}
+    # What the exact passes save, they save for the unreduced model as well.
+    whole = pumer.reduce(program, pumer.Schedule.load("lossless")).plan.multiply_adds_after
     analysed, meeting = Analysed(program), {**dict(row.extra), **more}
     if row.like:
         meeting["layers"] = row.like
@@ -82,7 +84,7 @@ def schedule_at(program: pumer.Program, row: Row, **more: Any) -> dict[str, Any]
             plan = analysed.reduce(pumer.Schedule(**{**FAMILIES[row.family](share), **meeting})).plan
         except PumerError:
             return None
-        return plan.multiply_adds_before / plan.multiply_adds_after
+        return whole / plan.multiply_adds_after
 
     keys = {**FAMILIES[row.family](nearest_share(ratio_at, row.ratio)), **dict(row.extra), **more}
     return {key: value for key, value in keys.items() if key != row.without}
@@ -123,7 +125,7 @@ def captured(model: ViltForQuestionAnswering, split: Split, row: Row) -> pumer.P
 
 def result_of(program: pumer.Program, keys: dict[str, Any], split: Split, row: Row, pictures: int) -> dict[str, Any]:
     """What a result file holds of one row: a program reduced by the keys of a schedule, or not at all."""
-    reduced = pumer.reduce(program, pumer.Schedule(**keys) if keys else pumer.Schedule.load("none"))
+    reduced = pumer.reduce(program, pumer.Schedule(**keys) if keys else pumer.Schedule.load("lossless"))
     right = answered(reduced.module, split, pictures, row.image_size)
     told = {name: value for name, value in keys.items() if name != "predictors"}
     return {

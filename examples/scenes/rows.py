@@ -57,7 +57,8 @@ class Row:
         name: of its result file.
         label: in tables.
         family: one of `FAMILIES`; '' reduces nothing.
-        ratio: how many times fewer multiply-adds it shall have, before `without`.
+        ratio: how many times fewer multiply-adds it shall have than the unreduced model with the exact passes, before
+            `without`.
         image_size: pixels, where the picture is made smaller first.
         extra: keys of the schedule beside those of the family.
         without: keys of the schedule that are left out once the ratio is met (`prune`, `merge`).
