@@ -7,9 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from examples.scenes import llava
 from examples.scenes.data import NOT, Split, build_tokenizer, load_split
 from examples.scenes.finetune import FineTuning, Settings
 from examples.scenes.generate import write_shard
+from examples.scenes.learners import Kind
+from examples.scenes.llava import Vocabulary, build_llava
+from examples.scenes.questions import ANSWERS
 from examples.scenes.rows import TRAINED, Row
 from examples.scenes.train import Recipe, Run, save_folder
 from examples.scenes.vilt import answer_logits, build_vilt, packed, see
@@ -55,16 +59,17 @@ def test_packed_questions_do_not_see_each_other_and_stock_is_the_models_own_forw
         next(packed(model, pixels, ids, True))
 
 
-def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(split: Split, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["vilt", "llava"])
+def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(split: Split, tmp_path: Path, kind: Kind) -> None:
     """Through all three kinds of steps."""
     recipe = Recipe(1, 2, 2, 2, seen=2, pictures=2, questions=2, stock_pictures=2)
-    whole = Run(tmp_path / "whole", recipe, len(TOKENIZER))
+    whole = Run(tmp_path / "whole", recipe, kind)
     losses = [whole.advance(split) for _ in range(5)]
     assert [set(loss) for loss in losses] == [{"cells"}, *[{"cells", "phrases", "answers"}] * 4]
     (tmp_path / "parts").mkdir()
     found = []
     for steps in (1, 2, 2):
-        run = Run(tmp_path / "parts", recipe, len(TOKENIZER))
+        run = Run(tmp_path / "parts", recipe, kind)
         found += [run.advance(split) for _ in range(steps)]
         run.save()
     assert found == losses and run.step == 5
@@ -87,3 +92,21 @@ def test_fine_tuning_goes_on_as_well_and_trains_the_model_that_is_saved(split: S
     assert again.step == 1 and again.advance(split) == losses
     weights = again.student.classifier[3].weight
     assert torch.equal(weights, tuning.student.classifier[3].weight) and not torch.equal(weights, before)
+
+
+def test_a_llava_with_packed_questions_is_the_stock_one(split: Split) -> None:
+    torch.manual_seed(0)
+    vocabulary = Vocabulary.made()
+    model = build_llava(vocabulary, width=64, seen=1, layers=2).eval()
+    pixels, ids = split.pixels(torch.arange(2)), split.input_ids[:2, :3]
+    assert len(set(vocabulary.answers.tolist())) == len(ANSWERS) and vocabulary.tokenizer.unk_token_id not in ids
+    with torch.no_grad():
+        found, _, features = llava.packed(model, pixels, ids)
+        for number in range(3):
+            prompts = vocabulary.prompts(ids[:, number])
+            stock = model(input_ids=prompts, pixel_values=pixels, attention_mask=(prompts != 0).long()).logits
+            real = ids[:, number, 1:] != 0
+            torch.testing.assert_close(found[:, number][real], stock[:, llava.PREFIX :][real], atol=1e-4, rtol=0)
+    assert features.shape == (2, 196, 64)
+    places = llava.answer_places(ids)
+    assert (ids[..., 1:].gather(2, places[..., None]) == vocabulary.tokenizer.sep_token_id).all()
