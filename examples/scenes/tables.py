@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import statistics
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,9 +28,10 @@ Result = dict[str, Any]
 
 
 def load_results(folder: Path) -> dict[str, Result]:
-    """Every result of a folder by the name of its row."""
-    found = (json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json")))
-    return {result["name"]: result for result in found}
+    """Every result of a folder by the name of its row, with `milliseconds` where the row was timed."""
+    found = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
+    timed = found.pop("latency", {"samples": {}})["samples"]
+    return {name: {**result, "milliseconds": timed.get(name)} for name, result in found.items()}
 
 
 # --- figures ----------------------------------------------------------------------------------------------------------
@@ -68,8 +70,8 @@ def lost(results: list[Result], unreduced: Result) -> tuple[float, float]:
 def rows_table(rows: list[Row], found: Mapping[str, Result]) -> str:
     """Rows in Markdown, those of several seeds as one; losses are to the unreduced model off the shelf."""
     lines = [
-        "| reduction | fewer multiply-adds | image tokens | accuracy | lost, points | of seeds |",
-        "| --- | ---: | --- | ---: | ---: | --- |",
+        "| reduction | fewer multiply-adds | ms a batch | image tokens | accuracy | lost, points | of seeds |",
+        "| --- | ---: | ---: | --- | ---: | ---: | --- |",
     ]
     unreduced = found.get("unreduced")
     if unreduced is None:
@@ -81,7 +83,7 @@ def rows_table(rows: list[Row], found: Mapping[str, Result]) -> str:
         there = [result for result in results if result is not None]
         if len(there) < len(results):
             of = f", {len(there)} of {len(results)} seeds" if there else ""
-            lines.append(f"| {label} | {ratio:.1f}x asked | | not measured yet{of} | | |")
+            lines.append(f"| {label} | {ratio:.1f}x asked | | | not measured yet{of} | | |")
             continue
         mean, half = mean_and_half_width(pooled(there))
         fewer = unreduced["multiply_adds"] / there[0]["multiply_adds"]
@@ -90,7 +92,9 @@ def rows_table(rows: list[Row], found: Mapping[str, Result]) -> str:
         loss = "" if there[0] is unreduced else f"{points:+.1f} ± {width:.1f}"
         each = [100 * sum(by_picture(result)) / result["pictures"] for result in there]
         spread = f"{len(there)}: {min(each):.1f} to {max(each):.1f}" if len(there) > 1 else ""
-        cells = [label, f"{fewer:.2f}x", tokens, f"{100 * mean:.1f} ± {100 * half:.1f}", loss, spread]
+        timed = there[0].get("milliseconds")
+        took = f"{statistics.median(timed):.1f}" if timed else ""
+        cells = [label, f"{fewer:.2f}x", took, tokens, f"{100 * mean:.1f} ± {100 * half:.1f}", loss, spread]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
