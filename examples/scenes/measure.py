@@ -21,14 +21,16 @@ import torch
 import typer
 from PIL import Image
 from torch import Tensor
-from transformers import AutoTokenizer, ViltForQuestionAnswering
+from transformers import AutoTokenizer, LlavaForConditionalGeneration, PreTrainedModel
 
 import pumer_compile as pumer
+from pumer_compile.capture.loading import load_model
 from pumer_compile.errors import PumerError
 from pumer_compile.reduce import Analysed
 
-from .data import Split, load_split
-from .rows import FAMILIES, Row, shelf_rows
+from .data import KINDS, Split, load_split
+from .llava import Vocabulary
+from .rows import FAMILIES, PROMPT, Row, prompt_rows, shelf_rows
 
 PACKAGES = ("torch", "transformers", "numpy", "pillow")
 BATCH = 48
@@ -73,6 +75,8 @@ def schedule_at(program: pumer.Program, row: Row, **more: Any) -> dict[str, Any]
     """
     if not row.family:
         return {}
+    if row.family == PROMPT:
+        return dict(row.extra)
     # What the exact passes save, they save for the unreduced model as well.
     whole = pumer.reduce(program, pumer.Schedule.load("lossless")).plan.multiply_adds_after
     analysed, meeting = Analysed(program), {**dict(row.extra), **more}
@@ -99,6 +103,14 @@ def smaller(pixels: Tensor, size: int) -> Tensor:
     return torch.stack(made).float() / 127.5 - 1
 
 
+def prompt_batch(split: Split, questions: Tensor, vocabulary: Vocabulary) -> dict[str, Tensor]:
+    """A LLaVA's inputs for some questions, padded in front."""
+    ids = split.input_ids.flatten(0, 1)[questions]
+    prompts = vocabulary.prompts(ids, in_front=True)
+    pixels = split.pixels(questions // split.labels.shape[1])
+    return {"input_ids": prompts, "attention_mask": (prompts != 0).long(), "pixel_values": pixels}
+
+
 def batch_of(split: Split, questions: Tensor, image_size: int | None) -> dict[str, Tensor]:
     """The model's inputs for some questions."""
     batch = split.batch(questions)
@@ -109,24 +121,47 @@ def batch_of(split: Split, questions: Tensor, image_size: int | None) -> dict[st
 
 
 @torch.no_grad()
-def answered(module: Callable[..., Any], split: Split, pictures: int, image_size: int | None) -> Tensor:
-    """Which questions about the first pictures are answered rightly, bool [pictures, questions]."""
+def answered(
+    module: Callable[..., Any],
+    split: Split,
+    pictures: int,
+    image_size: int | None,
+    vocabulary: Vocabulary | None = None,
+) -> Tensor:
+    """Which questions about the first pictures are answered rightly, bool [pictures, questions]; by the next word of a
+    prompt, of all its words, where there is a vocabulary."""
     per_picture, right = split.labels.shape[1], []
     for questions in torch.arange(pictures * per_picture).split(BATCH):
-        given = module(**batch_of(split, questions, image_size)).logits.argmax(-1)
-        right.append(given == split.labels.flatten()[questions])
+        labels = split.labels.flatten()[questions]
+        if vocabulary is None:
+            given = module(**batch_of(split, questions, image_size)).logits.argmax(-1)
+        else:
+            labels = vocabulary.answers[labels]
+            given = module(**prompt_batch(split, questions, vocabulary)).logits[:, -1].argmax(-1)
+        right.append(given == labels)
     return torch.cat(right).view(pictures, per_picture)
 
 
-def captured(model: ViltForQuestionAnswering, split: Split, row: Row) -> pumer.Program:
+def captured(model: PreTrainedModel, split: Split, row: Row, vocabulary: Vocabulary | None = None) -> pumer.Program:
     """The model as a row's pictures go through it, for any batch."""
+    if vocabulary is not None:
+        sample = prompt_batch(split, torch.arange(2), vocabulary)
+        return pumer.capture(model, sample, dynamic_batch=True, outputs=["logits"])
     return pumer.capture(model, batch_of(split, torch.arange(2), row.image_size), dynamic_batch=True)
 
 
-def result_of(program: pumer.Program, keys: dict[str, Any], split: Split, row: Row, pictures: int) -> dict[str, Any]:
+def result_of(
+    program: pumer.Program,
+    keys: dict[str, Any],
+    split: Split,
+    row: Row,
+    pictures: int,
+    vocabulary: Vocabulary | None = None,
+) -> dict[str, Any]:
     """What a result file holds of one row: a program reduced by the keys of a schedule, or not at all."""
     reduced = pumer.reduce(program, pumer.Schedule(**keys) if keys else pumer.Schedule.load("lossless"))
-    right = answered(reduced.module, split, pictures, row.image_size)
+    right = answered(reduced.module, split, pictures, row.image_size, vocabulary)
+    kinds = split.kinds[:pictures]
     told = {name: value for name, value in keys.items() if name != "predictors"}
     return {
         "name": row.name,
@@ -139,6 +174,9 @@ def result_of(program: pumer.Program, keys: dict[str, Any], split: Split, row: R
         "tokens": [dict(site.after) for site in reduced.plan.sites],
         "right": right.flatten().int().tolist(),
         "pictures": pictures,
+        "by_kind": {
+            name: [int(right[kinds == number].sum()), int((kinds == number).sum())] for number, name in enumerate(KINDS)
+        },
         **surroundings(),
     }
 
@@ -169,13 +207,15 @@ def main(
     torch.set_num_threads(1)
     results.mkdir(parents=True, exist_ok=True)
     test = load_split(data, "test", AutoTokenizer.from_pretrained(model_folder))
-    model = ViltForQuestionAnswering.from_pretrained(model_folder).eval()
-    for row in shelf_rows():
+    model = load_model(model_folder).model
+    assert isinstance(model, PreTrainedModel)
+    vocabulary = Vocabulary.made() if isinstance(model, LlavaForConditionalGeneration) else None
+    for row in shelf_rows() if vocabulary is None else prompt_rows():
         path = results / f"{row.name}.json"
         if path.exists() or not row.name.startswith(only):
             continue
-        program = captured(model, test, row)
-        result = result_of(program, schedule_at(program, row), test, row, pictures)
+        program = captured(model, test, row, vocabulary)
+        result = result_of(program, schedule_at(program, row), test, row, pictures, vocabulary)
         write_result(path, {**result, "model": model_folder.parent.name})
         print(f"{row.name}: {sum(result['right']) / len(result['right']):.4f}", flush=True)
 
