@@ -55,18 +55,14 @@ class Vocabulary:
         """The token of each answer, int64 [answers]."""
         return torch.tensor(self.tokenizer.convert_tokens_to_ids(list(ANSWERS)))
 
-    def prompts(self, ids: Tensor, in_front: bool = False) -> Tensor:
-        """int64 [batch, PREFIX + TEXT_LENGTH - 1]: [CLS], the image, the question, [SEP]; padding behind, or in front.
+    def prompts(self, ids: Tensor) -> Tensor:
+        """int64 [batch, PREFIX + TEXT_LENGTH - 1]: [CLS], the image, the question, [SEP], and padding behind.
 
         Args:
             ids: of questions, int64 [batch, TEXT_LENGTH], as `data.Split` has them: [CLS], words, [SEP], padding.
-            in_front: padding; the last token is then [SEP], behind which the answer comes.
         """
         image = torch.full((len(ids), IMAGE_TOKENS), self.image)
-        made = torch.cat([ids[:, :1], image, ids[:, 1:]], dim=1)
-        if not in_front:
-            return made
-        return torch.stack([row.roll(int((row == 0).sum())) for row in made])
+        return torch.cat([ids[:, :1], image, ids[:, 1:]], dim=1)
 
 
 def build_llava(

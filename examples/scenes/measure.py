@@ -21,16 +21,14 @@ import torch
 import typer
 from PIL import Image
 from torch import Tensor
-from transformers import AutoTokenizer, LlavaForConditionalGeneration, PreTrainedModel
+from transformers import AutoTokenizer, ViltForQuestionAnswering
 
 import pumer_compile as pumer
-from pumer_compile.capture.loading import load_model
 from pumer_compile.errors import PumerError
 from pumer_compile.reduce import Analysed
 
-from .data import KINDS, Split, load_split
-from .llava import Vocabulary
-from .rows import FAMILIES, PROMPT, Row, prompt_rows, shelf_rows
+from .data import Split, load_split
+from .rows import FAMILIES, Row, shelf_rows
 
 PACKAGES = ("torch", "transformers", "numpy", "pillow")
 BATCH = 48
@@ -75,8 +73,6 @@ def schedule_at(program: pumer.Program, row: Row, **more: Any) -> dict[str, Any]
     """
     if not row.family:
         return {}
-    if row.family == PROMPT:
-        return dict(row.extra)
     # What the exact passes save, they save for the unreduced model as well.
     whole = pumer.reduce(program, pumer.Schedule.load("lossless")).plan.multiply_adds_after
     analysed, meeting = Analysed(program), {**dict(row.extra), **more}
@@ -103,14 +99,6 @@ def smaller(pixels: Tensor, size: int) -> Tensor:
     return torch.stack(made).float() / 127.5 - 1
 
 
-def prompt_batch(split: Split, questions: Tensor, vocabulary: Vocabulary) -> dict[str, Tensor]:
-    """A LLaVA's inputs for some questions, padded in front."""
-    ids = split.input_ids.flatten(0, 1)[questions]
-    prompts = vocabulary.prompts(ids, in_front=True)
-    pixels = split.pixels(questions // split.labels.shape[1])
-    return {"input_ids": prompts, "attention_mask": (prompts != 0).long(), "pixel_values": pixels}
-
-
 def batch_of(split: Split, questions: Tensor, image_size: int | None) -> dict[str, Tensor]:
     """The model's inputs for some questions."""
     batch = split.batch(questions)
@@ -121,47 +109,24 @@ def batch_of(split: Split, questions: Tensor, image_size: int | None) -> dict[st
 
 
 @torch.no_grad()
-def answered(
-    module: Callable[..., Any],
-    split: Split,
-    pictures: int,
-    image_size: int | None,
-    vocabulary: Vocabulary | None = None,
-) -> Tensor:
-    """Which questions about the first pictures are answered rightly, bool [pictures, questions]; by the next word of a
-    prompt, of all its words, where there is a vocabulary."""
+def answered(module: Callable[..., Any], split: Split, pictures: int, image_size: int | None) -> Tensor:
+    """Which questions about the first pictures are answered rightly, bool [pictures, questions]."""
     per_picture, right = split.labels.shape[1], []
     for questions in torch.arange(pictures * per_picture).split(BATCH):
-        labels = split.labels.flatten()[questions]
-        if vocabulary is None:
-            given = module(**batch_of(split, questions, image_size)).logits.argmax(-1)
-        else:
-            labels = vocabulary.answers[labels]
-            given = module(**prompt_batch(split, questions, vocabulary)).logits[:, -1].argmax(-1)
-        right.append(given == labels)
+        given = module(**batch_of(split, questions, image_size)).logits.argmax(-1)
+        right.append(given == split.labels.flatten()[questions])
     return torch.cat(right).view(pictures, per_picture)
 
 
-def captured(model: PreTrainedModel, split: Split, row: Row, vocabulary: Vocabulary | None = None) -> pumer.Program:
+def captured(model: ViltForQuestionAnswering, split: Split, row: Row) -> pumer.Program:
     """The model as a row's pictures go through it, for any batch."""
-    if vocabulary is not None:
-        sample = prompt_batch(split, torch.arange(2), vocabulary)
-        return pumer.capture(model, sample, dynamic_batch=True, outputs=["logits"])
     return pumer.capture(model, batch_of(split, torch.arange(2), row.image_size), dynamic_batch=True)
 
 
-def result_of(
-    program: pumer.Program,
-    keys: dict[str, Any],
-    split: Split,
-    row: Row,
-    pictures: int,
-    vocabulary: Vocabulary | None = None,
-) -> dict[str, Any]:
+def result_of(program: pumer.Program, keys: dict[str, Any], split: Split, row: Row, pictures: int) -> dict[str, Any]:
     """What a result file holds of one row: a program reduced by the keys of a schedule, or not at all."""
     reduced = pumer.reduce(program, pumer.Schedule(**keys) if keys else pumer.Schedule.load("lossless"))
-    right = answered(reduced.module, split, pictures, row.image_size, vocabulary)
-    kinds = split.kinds[:pictures]
+    right = answered(reduced.module, split, pictures, row.image_size)
     told = {name: value for name, value in keys.items() if name != "predictors"}
     return {
         "name": row.name,
@@ -174,9 +139,6 @@ def result_of(
         "tokens": [dict(site.after) for site in reduced.plan.sites],
         "right": right.flatten().int().tolist(),
         "pictures": pictures,
-        "by_kind": {
-            name: [int(right[kinds == number].sum()), int((kinds == number).sum())] for number, name in enumerate(KINDS)
-        },
         **surroundings(),
     }
 
@@ -207,15 +169,13 @@ def main(
     torch.set_num_threads(1)
     results.mkdir(parents=True, exist_ok=True)
     test = load_split(data, "test", AutoTokenizer.from_pretrained(model_folder))
-    model = load_model(model_folder).model
-    assert isinstance(model, PreTrainedModel)
-    vocabulary = Vocabulary.made() if isinstance(model, LlavaForConditionalGeneration) else None
-    for row in shelf_rows() if vocabulary is None else prompt_rows():
+    model = ViltForQuestionAnswering.from_pretrained(model_folder).eval()
+    for row in shelf_rows():
         path = results / f"{row.name}.json"
         if path.exists() or not row.name.startswith(only):
             continue
-        program = captured(model, test, row, vocabulary)
-        result = result_of(program, schedule_at(program, row), test, row, pictures, vocabulary)
+        program = captured(model, test, row)
+        result = result_of(program, schedule_at(program, row), test, row, pictures)
         write_result(path, {**result, "model": model_folder.parent.name})
         print(f"{row.name}: {sum(result['right']) / len(result['right']):.4f}", flush=True)
 

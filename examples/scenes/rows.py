@@ -45,8 +45,6 @@ FAMILIES: dict[str, Callable[[float], dict[str, Any]]] = {
 """Schedules by how much they reduce, a share from 0 to 1; multiply-adds fall with it."""
 TRAINED = "dynamicvit"
 """The family whose predictors have to be trained."""
-PROMPT = "prompt"
-"""The family of rows whose schedule is `extra` and whose ratio is a budget."""
 RECIPE = "pumer, reference"
 """What the paper's recipe fine-tunes with."""
 
@@ -84,47 +82,6 @@ class Row:
     def group(self) -> tuple[str, float, int | None]:
         """What rows of several seeds have in common."""
         return self.label, self.ratio, self.image_size
-
-
-BUDGETS = (98, 49, 22)
-"""Of the 196 image tokens of a prompt: 50, 25 and 11%."""
-
-
-def _visionzip(budget: int) -> dict[str, Any]:
-    contextual = max(1, round(budget * 10 / 64))  # the published share
-    return {"dominant": budget - contextual, "contextual": contextual}
-
-
-PROMPT_FAMILIES: dict[str, Callable[[int], dict[str, Any]]] = {
-    "fastv": lambda budget: {"layer": 1, "budget": budget},
-    "pyramiddrop": lambda budget: {"stages": {1: (budget + 0.5) / PATCHES}},
-    "sparsevlm": lambda budget: {"stages": {1: budget}},
-    "dart": lambda budget: {"layer": 1, "budget": budget},
-    "visionzip": _visionzip,
-    "vispruner": lambda budget: {"budget": budget},
-    "fastervlm": lambda budget: {"budget": budget},
-    "holov": lambda budget: {"budget": budget, "semantics": "stable"},
-    "divprune": lambda budget: {"budget": budget},
-    "cdpruner": lambda budget: {"budget": budget, "variant": "openvino"},
-    "random": lambda budget: {"budget": budget},
-    "uniform": lambda budget: {"budget": budget},
-    # A grid that is about square: 14 x 7, 7 x 7, 5 x 5.
-    "downsample": lambda budget: {"budget": 25 if budget == 22 else budget},
-}
-"""Keys of the methods that reduce the image in a prompt, by how many of its tokens stay."""
-
-
-def prompt_rows() -> list[Row]:
-    """Of the small LLaVA: every method at every budget, without any training."""
-    rows = [Row("unreduced", "unreduced")]
-    for budget in BUDGETS:
-        for method, keys in PROMPT_FAMILIES.items():
-            for seed in CONTROL_SEEDS if method == "random" else (None,):
-                drawn = {} if seed is None else {"seed": seed}
-                suffix = "" if seed is None else f"-{seed}"
-                extra = tuple({"method": method, **keys(budget), **drawn}.items())
-                rows.append(Row(f"{method}-{budget}{suffix}", method, PROMPT, budget, extra=extra))
-    return rows
 
 
 def shelf_rows() -> list[Row]:

@@ -12,7 +12,7 @@ import typer
 
 from examples.scenes import tables
 from examples.scenes.measure import nearest_share
-from examples.scenes.rows import FAMILIES, PROMPT_FAMILIES, TRAINED, prompt_rows, shelf_rows, tuned_rows
+from examples.scenes.rows import FAMILIES, TRAINED, shelf_rows, tuned_rows
 from pumer_compile import Schedule
 
 pytestmark = pytest.mark.fast
@@ -89,12 +89,6 @@ def test_schedules_of_the_rows_are_valid() -> None:
         if row.family:
             training = {"training": True} if row.family == TRAINED else {}
             Schedule(**{**FAMILIES[row.family](0.4), **dict(row.extra), **training})
-
-
-def test_schedules_of_prompts_are_valid() -> None:
-    rows = prompt_rows()
-    assert len({row.name for row in rows}) == len(rows) == 1 + 3 * (12 + 5)
-    assert {Schedule(**dict(row.extra)).method for row in rows if row.extra} == set(PROMPT_FAMILIES)
 
 
 @pytest.mark.parametrize(("wanted", "power"), [(1.4, 1.0), (1.8, 3.0), (2.5, 0.5)])
