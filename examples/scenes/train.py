@@ -230,22 +230,24 @@ def save_folder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fold
 
 
 def advancing(run: Training, split: Split, minutes: float) -> Iterator[dict[str, float]]:
-    """Means of a hundred steps' losses; saves every few minutes, and when the process is asked to end."""
+    """Mean losses every hundred steps; saves every few minutes, and when the process is asked to end."""
     asked: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))
     sums: dict[str, float] = {}
+    steps = 0  # since the last line, or since the run went on
     saved = time.monotonic()
     while run.step < run.recipe.steps:
         for name, value in run.advance(split).items():
-            sums[name] = sums.get(name, 0.0) + value / 100
+            sums[name] = sums.get(name, 0.0) + value
+        steps += 1
         if asked or time.monotonic() - saved > 60 * minutes:
             run.save()
             saved = time.monotonic()
         if asked:
             raise SystemExit(f"stopped at step {run.step}, saved")
         if run.step % 100 == 0:
-            yield sums
-            sums = {}
+            yield {name: value / steps for name, value in sums.items()}
+            sums, steps = {}, 0
 
 
 def main(
