@@ -35,7 +35,7 @@ KEYS: dict[str, dict[str, Any]] = {
     "vidcom2": {"keep": 3},
 }
 # They act on no prompt, or on what their stages act on.
-OTHERS = ("pumer", "tome", "lossless", "stages")
+OTHERS = ("pumer", "tome", "dynamicvit", "lossless", "stages")
 
 
 def methods() -> list[str]:

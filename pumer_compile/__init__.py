@@ -23,12 +23,14 @@ from .errors import PumerError
 if TYPE_CHECKING:
     from .artifacts.engine import Engine
     from .capture.capture import Program, capture
+    from .capture.image_size import resize_images
     from .distill import Teacher, distillation_loss
     from .exporters import Exported, OnnxOptions, export
     from .parity.artifact import parity
     from .parity.report import ParityReport
     from .plan import Plan
     from .reduce import Reduced, reduce
+    from .report.build import Report, report
     from .runtimes.ort import OnnxSession
     from .schedule import Schedule
 
@@ -44,6 +46,7 @@ __all__ = [
     "Program",
     "PumerError",
     "Reduced",
+    "Report",
     "Schedule",
     "Teacher",
     "capture",
@@ -51,6 +54,8 @@ __all__ = [
     "export",
     "parity",
     "reduce",
+    "report",
+    "resize_images",
 ]
 
 # Names are imported when they are first asked for (PEP 562): torch and transformers take seconds to load.
@@ -63,6 +68,7 @@ _MODULES = {
     "Plan": "plan",
     "Program": "capture.capture",
     "Reduced": "reduce",
+    "Report": "report.build",
     "Schedule": "schedule",
     "Teacher": "distill",
     "capture": "capture.capture",
@@ -70,6 +76,8 @@ _MODULES = {
     "export": "exporters",
     "parity": "parity.artifact",
     "reduce": "reduce",
+    "report": "report.build",
+    "resize_images": "capture.image_size",
 }
 _SUBMODULES = ("exporters",)
 

@@ -4,19 +4,38 @@
 teacher = Teacher(model)                     # a frozen copy, before training changes the weights
 loss = task_loss + teacher.loss(outputs.logits, batch)
 ```
+
+and the losses of DynamicViT, whose predictors learn with the model (`method: dynamicvit`, `training: true`):
+
+```python
+reduced.module.train()                       # masks are drawn; in eval mode they are what the predictors are surest of
+with noted_masks(reduced.module) as masks:
+    outputs = reduced.module(**batch)
+loss = task_loss + 2 * keep_ratio_loss(masks.values()) + teacher.loss(outputs.logits, batch)
+save_predictors(reduced.module, "predictors.safetensors")
+```
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from typing import Any
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from .errors import UsageError
+from .files import atomic_path
+
+if TYPE_CHECKING:
+    from .reducers import MaskingReducer, Reduction
 
 
 def distillation_loss(logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
@@ -84,3 +103,105 @@ class Teacher:
     def loss(self, logits: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
         """The weighted distillation loss of a student's logits on a batch, a scalar."""
         return self.weight * distillation_loss(logits, self.logits(inputs), self.temperature)
+
+
+# --- DynamicViT -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class KeptMask:
+    """What a predictor decided about a batch.
+
+    Attributes:
+        mask: 1 where a token is kept, else 0, `[batch, tokens]` float32, without learned tokens; with gradient.
+        share: of the tokens that shall be kept.
+    """
+
+    mask: Tensor
+    share: float
+
+
+@contextmanager
+def noted_masks(module: nn.Module) -> Iterator[dict[str, KeptMask]]:
+    """Note what the predictors inside a module decide in a forward pass within the block, by module path.
+
+    Yields the masks, which a forward pass fills in.
+
+    Raises:
+        UsageError: there is no predictor that is being trained.
+    """
+    noted: dict[str, KeptMask] = {}
+
+    def note(name: str, reducer: MaskingReducer, given: Any, result: Reduction) -> None:
+        noted[name] = KeptMask(result.weights[:, reducer.learned :], reducer.share)
+
+    hooks = [reducer.register_forward_hook(partial(note, name)) for name, reducer in _predicting(module).items()]
+    try:
+        yield noted
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def keep_ratio_loss(masks: Iterable[KeptMask]) -> Tensor:
+    """Mean over stages and samples of the squared difference of the kept share from what it shall be (DynamicViT,
+    equation 12), a scalar.
+
+    Raises:
+        UsageError: no masks; the forward pass ran outside of `noted_masks`.
+    """
+    found = [((kept.mask.float().mean(1) - kept.share) ** 2).mean() for kept in masks]
+    if not found:
+        raise UsageError("No masks were noted: run the reduced module within noted_masks, and take its masks then.")
+    return torch.stack(found).mean()
+
+
+def token_distillation_loss(tokens: Tensor, teacher_tokens: Tensor, mask: Tensor) -> Tensor:
+    """Mean squared difference of the kept tokens from the teacher's, over tokens and features (DynamicViT, equation
+    10), a scalar; 0 where none is kept.
+
+    Args:
+        tokens: what leaves the student's last layer, `[batch, tokens, width]`.
+        teacher_tokens: the same of the teacher; no gradient reaches them.
+        mask: of the last stage, `[batch, tokens]`.
+
+    Raises:
+        UsageError: shapes that differ.
+    """
+    if tokens.shape != teacher_tokens.shape or tokens.shape[:2] != mask.shape:
+        raise UsageError(
+            f"Tokens of the student are {list(tokens.shape)}, of the teacher {list(teacher_tokens.shape)}, and the "
+            f"mask is {list(mask.shape)}: the same tokens are compared, without learned ones."
+        )
+    kept = (mask.detach() > 0.5).to(tokens.dtype)
+    difference = ((tokens - teacher_tokens.detach()) ** 2).mean(-1)
+    return (difference * kept).sum() / kept.sum().clamp(min=1)
+
+
+def save_predictors(module: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write the weights of the predictors inside a reduced module, for `predictors:` of a schedule (safetensors).
+
+    Raises:
+        UsageError: there is no predictor that is being trained.
+    """
+    from safetensors.torch import save_file
+
+    weights = {
+        f"{name.removeprefix('reducer.')}.{key}": value.detach().contiguous()
+        for name, reducer in _predicting(module).items()
+        for key, value in reducer.predictor.state_dict().items()
+    }
+    with atomic_path(Path(path)) as staging:
+        save_file(weights, staging)
+
+
+def _predicting(module: nn.Module) -> dict[str, MaskingReducer]:
+    from .reducers import MaskingReducer, reducers_of
+
+    found = {name: reducer for name, reducer in reducers_of(module).items() if isinstance(reducer, MaskingReducer)}
+    if not found:
+        raise UsageError(
+            "The module has no predictors that are being trained: reduce the model with `method: dynamicvit` and "
+            "`training: true`."
+        )
+    return found

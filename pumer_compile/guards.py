@@ -131,8 +131,8 @@ def _check_places(name: str, ids: Tensor, placeholder: int, places: list[tuple[i
     if not there or int(found.sum()) != total * ids.shape[0]:
         positions = " and ".join(f"{start} to {stop - 1}" for start, stop in places)
         raise UsageError(
-            f"The artifact has the image at positions {positions} of every prompt, and these {name} do not have its "
-            f"placeholders (id {placeholder}) just there. Compile it for prompts of this form."
+            f"The artifact has the image (or sound) at positions {positions} of every prompt, and these {name} do not "
+            f"have its placeholders (id {placeholder}) just there. Compile it for prompts of this form."
         )
 
 

@@ -20,6 +20,7 @@ torch.manual_seed(0)
 faster.collect_garbage_seldom()
 faster.share_provenance()
 faster.name_frames_once()
+faster.write_code_when_called()
 faster.convert_faster()
 faster.trace_nothing()
 # Small models: a second thread costs more than it gives.

@@ -18,6 +18,7 @@ PACKAGE = Path(pumer_compile.__file__).parent
 # From the lowest to the highest; what is not named here is below them all.
 ORDER = (
     "reducers",
+    "distill",
     "analysis",
     "rewrite",
     "methods",
@@ -35,6 +36,7 @@ ORDER = (
     "parity",
     "bench",
     "search",
+    "report",
     "cli",
 )
 STAGES = {part: number for number, part in enumerate(ORDER, start=1)}

@@ -28,7 +28,7 @@ from .data import KINDS, Split, build_tokenizer, load_split
 from .draw import CELL
 from .hints import CELL_LAYER, PHRASE_LAYER, Hints
 from .scene import SIDE
-from .vilt import answer_logits, build_vilt, packed
+from .vilt import answer_logits, build_vilt, packed, see
 
 
 @dataclass(frozen=True)
@@ -36,16 +36,19 @@ class Recipe:
     """AdamW: linear warm-up, a constant rate, and a linear decay to zero over the last steps.
 
     Attributes:
-        packed_steps, stock_steps: with several questions a picture, then with stock attention.
-        decay_steps: the last of them, over which the rate falls.
-        pictures: of a step with several questions each.
-        questions: about each of those pictures.
-        stock_pictures: of a step with stock attention, a question each.
+        seeing_steps: of the first layers alone, on pictures without a question: what cells show (`hints`).
+        packed_steps: then with several questions a picture.
+        stock_steps: then with stock attention.
+        decay_steps: the last of all, over which the rate falls.
+        seen, pictures, stock_pictures: of a step of each kind.
+        questions: about each picture of a step with several.
     """
 
+    seeing_steps: int
     packed_steps: int
     stock_steps: int
     decay_steps: int
+    seen: int = 24
     pictures: int = 16
     questions: int = 8
     stock_pictures: int = 48
@@ -59,7 +62,15 @@ class Recipe:
     @property
     def steps(self) -> int:
         """In all."""
-        return self.packed_steps + self.stock_steps
+        return self.seeing_steps + self.packed_steps + self.stock_steps
+
+    def is_seeing(self, step: int) -> bool:
+        """Whether a step has no questions."""
+        return step < self.seeing_steps
+
+    def is_stock(self, step: int) -> bool:
+        """Whether a step has stock attention."""
+        return step >= self.seeing_steps + self.packed_steps
 
     def rate(self, step: int) -> float:
         """The learning rate at a step."""
@@ -69,8 +80,20 @@ class Recipe:
 
     def samples(self, step: int, split: Split) -> tuple[Tensor, Tensor]:
         """Pictures, int64 [pictures], and questions about each, int64 [pictures, questions]."""
-        done = min(step, self.packed_steps) * self.pictures + max(0, step - self.packed_steps) * self.stock_pictures
-        count, asked = (self.pictures, self.questions) if step < self.packed_steps else (self.stock_pictures, 1)
+        count, asked = self.pictures, self.questions
+        if self.is_seeing(step):
+            count = self.seen
+        elif self.is_stock(step):
+            count, asked = self.stock_pictures, 1
+        spans = (
+            (self.seeing_steps, self.seen),
+            (self.packed_steps, self.pictures),
+            (self.stock_steps, self.stock_pictures),
+        )
+        left, done = step, 0
+        for steps, size in spans:
+            done += min(left, steps) * size
+            left = max(0, left - steps)
         places = range(done, done + count)
         pictures = torch.tensor(
             [_order(self.seed, place // len(split), len(split))[place % len(split)] for place in places]
@@ -132,9 +155,13 @@ class Run:
         """Of the present step's samples."""
         pictures, questions = self.recipe.samples(self.step, split)
         rows = pictures[:, None]
-        stock = self.step >= self.recipe.packed_steps
+        stock = self.recipe.is_stock(self.step)
         attributes, centres = split.attributes[pictures], split.centres[pictures]
         losses = {}
+        if self.recipe.is_seeing(self.step):
+            with torch.autocast("cpu", torch.bfloat16):
+                image = see(self.model, split.pixels(pictures), CELL_LAYER + 1)
+                return {"cells": self.hints.cell_loss(image, split.owners[pictures], attributes, centres)}
         with torch.autocast("cpu", torch.bfloat16):
             tokens = packed(self.model, split.pixels(pictures), split.input_ids[rows, questions], stock)
             for layer, (text, image) in enumerate(tokens):
@@ -154,7 +181,8 @@ class Run:
         started = time.process_time()
         self.model.train()
         losses = self.losses(split)
-        loss = losses["answers"] + self.recipe.cells * losses["cells"] + self.recipe.phrases * losses["phrases"]
+        weights = {"answers": 1.0, "cells": self.recipe.cells, "phrases": self.recipe.phrases}
+        loss = torch.stack([weights[name] * value for name, value in losses.items()]).sum()
         self.optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
@@ -163,7 +191,7 @@ class Run:
         self.optimizer.step()
         self.step += 1
         self.cpu_seconds += time.process_time() - started
-        return {name: float(value) for name, value in losses.items()}
+        return {name: value.item() for name, value in losses.items()}
 
 
 @torch.no_grad()
@@ -216,6 +244,7 @@ def _steps(run: Run, split: Split, minutes: float) -> Iterator[dict[str, float]]
 def main(
     data: Path,
     folder: Path,
+    seeing_steps: int = 3500,
     packed_steps: int = 6000,
     stock_steps: int = 3000,
     decay_steps: int = 2500,
@@ -228,7 +257,7 @@ def main(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "PID").write_text(f"{os.getpid()}\n")
     tokenizer = build_tokenizer()
-    recipe = Recipe(packed_steps, stock_steps, decay_steps, seed=seed)
+    recipe = Recipe(seeing_steps, packed_steps, stock_steps, decay_steps, seed=seed)
     (folder / "recipe.json").write_text(json.dumps(asdict(recipe), indent=1) + "\n")
     train, validation = (load_split(data, name, tokenizer) for name in ("train", "validation"))
     run = Run(folder, recipe, len(tokenizer))
@@ -236,8 +265,8 @@ def main(
     for losses in _steps(run, train, minutes):
         line: dict[str, Any] = {"step": run.step, "cpu_seconds": round(run.cpu_seconds)}
         line |= {name: round(value, 4) for name, value in losses.items()}
-        if run.step % evaluate == 0 or run.step == recipe.steps:
-            stock = run.step >= recipe.packed_steps
+        if (run.step % evaluate == 0 and not recipe.is_seeing(run.step)) or run.step == recipe.steps:
+            stock = recipe.is_stock(run.step)
             line |= accuracies(run.model, validation, len(validation) // (4 if stock else 1), stock)
         print(json.dumps(line), flush=True)
         with (folder / "log.jsonl").open("a") as log:

@@ -114,7 +114,16 @@ def packed(
         yield hidden[:, :length].unflatten(1, (questions, tokens)), hidden[:, length:]
 
 
-def _attend(layer: nn.Module, hidden: Tensor, mask: Tensor, length: int, heads: int, stock: bool) -> Tensor:
+def see(model: ViltForQuestionAnswering, pixels: Tensor, layers: int) -> Tensor:
+    """Image tokens after some layers, float [batch, 197, width]: those of `packed`, which know no question."""
+    hidden = embed_image(model, pixels)
+    for layer in model.vilt.encoder.layer[:layers]:
+        hidden = hidden + _attend(layer, hidden, None, 0, model.config.num_attention_heads, True)
+        hidden = hidden + layer.output.dense(layer.intermediate(layer.layernorm_after(hidden)))
+    return hidden
+
+
+def _attend(layer: nn.Module, hidden: Tensor, mask: Tensor | None, length: int, heads: int, stock: bool) -> Tensor:
     """What attention adds to the tokens."""
     attention = layer.attention.attention
     parts = (attention.query, attention.key, attention.value)

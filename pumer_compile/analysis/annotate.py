@@ -358,11 +358,12 @@ def _joins_learned(annotation: Annotation, node: fx.Node, concat: Concat) -> boo
 
 
 def _adopt_learned(annotation: Annotation, concat: Concat) -> None:
+    """Learned tokens that lead a stream (class tokens, registers) belong to it; those behind it (group tokens, prompts)
+    are a segment of no stream, and stay what they are."""
     leaves = annotation._axes[concat.result].leaves()
-    stream = next(leaf.stream for leaf in leaves if leaf.stream)
-    for leaf in leaves:
-        if leaf.stream is None:
-            leaf.stream, leaf.learned = stream, True
+    first = next(i for i, leaf in enumerate(leaves) if leaf.stream)
+    for leaf in leaves[:first]:
+        leaf.stream, leaf.learned = leaves[first].stream, True
 
 
 def _derived(annotation: Annotation, node: fx.Node, stream: str) -> bool:

@@ -35,6 +35,7 @@ _NORMS = frozenset(overloads("layer_norm rms_norm"))
 _OVER = frozenset(overloads("mean sum amax amin var std"))
 _POOLS = frozenset(overloads("avg_pool2d max_pool2d"))
 _ADAPTIVE = frozenset(overloads("adaptive_avg_pool2d adaptive_avg_pool1d"))
+_RESIZES = frozenset(overloads("upsample_bilinear2d upsample_bicubic2d upsample_nearest2d _upsample_bilinear2d_aa"))
 _CONVOLUTIONS = frozenset(overloads("conv2d conv1d"))
 EMPTY = 0
 
@@ -340,6 +341,21 @@ class _Run:
             raise AxisError(f"{describe(node)} pools image tokens in windows of several sizes, which is not supported.")
         return self._windows(node, ids, kernel, kernel, [0, 0]).reshape(_size(node))
 
+    def _interpolated(self, node: fx.Node) -> Tensor:
+        """Each place takes the tokens that have a share in it, along the height and along the width."""
+        ids, rest = self._given(node.all_input_nodes[0]), node.args[1:]
+        for dim in (-1, -2):
+            size = ids.shape[dim]
+            # Of rows (or columns) that are one of them each: what the operator makes is each one's share.
+            apart = torch.eye(size)[None, :, :, None] if dim == -2 else torch.eye(size)[None, :, None]
+            apart = apart.expand(1, size, *(size if d == dim else ids.shape[d] for d in (-2, -1)))
+            shares = node.target(apart, *rest, **node.kwargs)[0]  # type: ignore[operator]  # [size, height, width]
+            shares = (shares[:, :, 0] if dim == -2 else shares[:, 0]).T
+            tokens = ids.movedim(dim, -1).unsqueeze(-2)
+            taken = torch.where(shares.abs() > 1e-6, tokens, EMPTY)
+            ids = self.sets.union(taken, [-1]).squeeze(-1).movedim(-1, dim)
+        return ids
+
     def _windows(
         self, node: fx.Node, ids: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]
     ) -> Tensor:
@@ -381,6 +397,7 @@ _STEPS: dict[Any, Callable[[_Run, fx.Node], Tensor]] = {
     **dict.fromkeys(_POOLS, _Run._pooled),
     **dict.fromkeys(_ADAPTIVE, _Run._resized),
     aten.im2col.default: _Run._unfolded,
+    **dict.fromkeys(_RESIZES, _Run._interpolated),
     **dict.fromkeys(_CONVOLUTIONS, _Run._convolved),
 }
 

@@ -34,6 +34,12 @@ def with_text(*parts: Tensor) -> Tensor:
     return torch.cat(parts, 1)
 
 
+def heard_tokens(sound: Tensor, words: Tensor) -> Tensor:
+    """A mark in the graph: `sound`, `[batch, tokens, width]`, stands in a prompt in the place of as many `words`. It is
+    no image, and stays as words do."""
+    return sound
+
+
 def with_separators(image: Tensor, whole: Tensor, place: str = "prompt") -> Tensor:
     """A mark in the graph: `whole`, `[batch, tokens, width]`, is `image` with learned separators between its tokens."""
     return whole
@@ -55,6 +61,13 @@ def _with_text(node: fx.Node) -> list[Constraint]:
     parts = node.all_input_nodes
     same = [Same(Dim(node, dim), Dim(part, dim)) for part in parts for dim in (0, 2)]
     return [*same, *(ByPosition(Dim(part, 1)) for part in parts)]
+
+
+@rule(heard_tokens)
+def _heard_tokens(node: fx.Node) -> list[Constraint]:
+    sound, words = node.all_input_nodes
+    given = [Same(Dim(node, dim), Dim(sound, dim)) for dim in (0, 2)]
+    return [*given, *(Same(Dim(node, dim), Dim(words, dim)) for dim in range(3)), ByPosition(Dim(sound, 1))]
 
 
 @rule(with_separators)
@@ -167,11 +180,13 @@ class Prompt:
     Attributes:
         module: a copy of the captured graph; parameters are shared.
         marks: where image tokens leave the tower, for each block of a prompt.
-        places: where the images stand, for those whose placeholder is an id.
+        places: where the images (and sound) stand, for those whose placeholder is an id.
         blocks: where each mark's block stands.
+        sound: where what was heard stands, which is not marked.
     """
 
     module: fx.GraphModule
     marks: list[Mark]
     places: list[PromptPlace]
     blocks: list[Block] = field(default_factory=list)
+    sound: list[Block] = field(default_factory=list)

@@ -15,7 +15,7 @@ from ..plan import PromptPlace
 from .arrangement import SEPARATOR, Arrangement, arrangement
 from .constant_places import Block
 from .lineage import Lineage, lineage
-from .marks import ActsOn, Mark, Prompt, Tower, Votes, visual_tokens, with_separators, with_text
+from .marks import ActsOn, Mark, Prompt, Tower, Votes, heard_tokens, visual_tokens, with_separators, with_text
 from .nodes import Emitter, ancestors, constant_value, describe, values
 from .operators import aten
 from .prompt_images import Image, made_of, placeholder, placeholder_blocks, voting
@@ -53,6 +53,20 @@ class Scatter:
                 self.tower = tower_output(self.node, arranged.projected)[0], arranged
         self._mark_images(blocks, found, votes=votes, by_crop=acts_on == "rows")
 
+    def lower_sound(self) -> None:
+        """Let sound stand among the words, where it stays."""
+        blocks, done, parts = self._blocks(), 0, []
+        with self.prompt.module.graph.inserting_before(self.node):
+            whole = self.emit(aten.reshape.default, self.source, [self.batch, -1, self.width])
+            for start, stop in blocks:
+                sound = self.emit(aten.slice.Tensor, whole, 1, done, done + stop - start)
+                words = self.emit(aten.slice.Tensor, self.words, 1, start, stop)
+                parts.append(self.emit(heard_tokens, sound, words))
+                done += stop - start
+            self._join(parts, blocks)
+        self.prompt.sound.extend(blocks)
+        self.prompt.module.graph.erase_node(self.node)
+
     def _lower_features(self, blocks: list[Block]) -> None:
         """Mark the features: where they leave their tower, if each row of the prompt is one of its tokens (the
         published place); or else the rows that enter the prompt, with the tokens that they are made of."""
@@ -67,7 +81,7 @@ class Scatter:
             try:
                 return self._where_published(blocks)
             except AxisError as published:
-                if found is None or not all(found.members):
+                if found is None:  # else what is made of no token separates those that are
                     raise why or published from published
                 del self.prompt.marks[marks:]
         self._check_members(found)

@@ -8,7 +8,8 @@ vision tower for the projector, as streams of their own (`visual_tokens`), one f
 
 Where several rows of the tower's output make one prompt (images, or the crops of one), or tokens are rearranged on the
 way (`arrangement.py`), the tokens are brought into the prompt's order before the projector, which looks at each token
-alone. Learned separators between them (the end of a picture's row) are kept until a reducer drops them.
+alone. Learned separators between them (the end of a picture's row) are kept until a reducer drops them. Sound that is
+scattered into a prompt stands there as words do: it is not marked, and stays.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from .prompt_scatter import Scatter
 
 _SCATTER = aten.masked_scatter.default
 _ATTENTION = SOFTMAX | {ATTENTION}
+_SOUND = ("audio", "input_features", "input_values", "sound", "speech", "waveform")
 
 
 def lower_masked_scatter(
@@ -58,26 +60,8 @@ def lower_masked_scatter(
     graph = copied(captured.graph)
     module = fx.GraphModule(captured, graph)
     keep_parameters(captured, module)
-    prompt = Prompt(module, [], [])
-    words: set[fx.Node] = set()
-    updates = masked_updates(graph)
-    for node in [n for n in graph.nodes if n.target is _SCATTER]:
-        behind = ancestors(node)
-        if node in updates and behind & {mark.node for mark in prompt.marks}:
-            continue  # it adds to an image that is in the prompt already
-        if node in updates and after_attention(node.args[0]):
-            raise AxisError(
-                f"{describe(node)} adds image features to places of a prompt that layers have read before an image was "
-                "there; an image is reduced as it enters the prompt, in front of the first layer."
-            )
-        words |= lookups_of_words(node.args[0])
-        needed = any(n.target in _ATTENTION for n in behind)  # the output of a tower
-        if not votes:
-            needed = any(n.op == "placeholder" and values(n)[0].is_floating_point() for n in behind)
-        if needed:
-            # Features that later layers add to an image have no row for the token of text.
-            scatter = Scatter(prompt, node, inputs, updates=node in updates, early=early and not updates)
-            scatter.lower(acts_on, votes)
+    prompt, updates = Prompt(module, [], []), masked_updates(graph)
+    words = _lower_scatters(prompt, inputs, set(updates), acts_on, votes=votes, early=early)
     graph.eliminate_dead_code()
     names = [mark.place for mark in prompt.marks]
     images = dict(zip(prompt.blocks, names, strict=True))
@@ -96,13 +80,47 @@ def lower_masked_scatter(
     return prompt if prompt.marks else None
 
 
+def _is_sound(features: fx.Node) -> bool:
+    """Whether what is scattered comes from sound, by the names that processors give it, and from no picture."""
+    given = [n for n in ancestors(features) if n.op == "placeholder" and values(n)[0].is_floating_point()]
+    return bool(given) and all(any(part in str(n.target) for part in _SOUND) for n in given)
+
+
+def _lower_scatters(
+    prompt: Prompt, inputs: Mapping[str, Tensor], updates: set[fx.Node], acts_on: ActsOn, *, votes: bool, early: bool
+) -> set[fx.Node]:
+    """Every scatter of image features as a `cat`; gives the lookups of the words around them."""
+    words: set[fx.Node] = set()
+    for node in [n for n in prompt.module.graph.nodes if n.target is _SCATTER]:
+        behind = ancestors(node)
+        if node in updates and behind & {mark.node for mark in prompt.marks}:
+            continue  # it adds to an image that is in the prompt already
+        if node in updates and after_attention(node.args[0]):
+            raise AxisError(
+                f"{describe(node)} adds image features to places of a prompt that layers have read before an image was "
+                "there; an image is reduced as it enters the prompt, in front of the first layer."
+            )
+        words |= lookups_of_words(node.args[0])
+        if _is_sound(node.args[2]):
+            Scatter(prompt, node, inputs, updates=False).lower_sound()
+            continue
+        needed = any(n.target in _ATTENTION for n in behind)  # the output of a tower
+        if not votes:
+            needed = any(n.op == "placeholder" and values(n)[0].is_floating_point() for n in behind)
+        if needed:
+            # Features that later layers add to an image have no row for the token of text.
+            scatter = Scatter(prompt, node, inputs, updates=node in updates, early=early and not updates)
+            scatter.lower(acts_on, votes)
+    return words
+
+
 def _words(prompt: Prompt, lookups: set[fx.Node]) -> Words | None:
     """The text of a prompt; None where it is not looked up in one table."""
     there = set(prompt.module.graph.nodes)
     found = [node for node in lookups if node in there and values(node)[0].dim() == 3]
     if len(found) != 1:
         return None
-    beside = {place for start, stop in prompt.blocks for place in range(start - 1, stop + 1)}
+    beside = {place for start, stop in [*prompt.blocks, *prompt.sound] for place in range(start - 1, stop + 1)}
     return Words(found[0], tuple(p for p in range(int(values(found[0])[0].shape[1])) if p not in beside))
 
 

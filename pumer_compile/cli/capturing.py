@@ -6,8 +6,6 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..errors import UsageError
 from . import options as opt
 from .shell import log, stage
@@ -42,10 +40,12 @@ def captured(
     with stage(f"loading {model}"):
         from ..capture.added import capture_with
         from ..capture.image_prompt import has_image_token
+        from ..capture.image_size import fit_images
         from ..capture.loading import load_model
         from ..capture.make_inputs import load_inputs, make_inputs
 
         loaded = load_model(model, config=config, allow_pickle=allow_pickle, weights=weights)
+        interpolated = fit_images(loaded.source, pixels)
         if inputs is not None:
             sample = load_inputs(inputs, loaded.source, added)
         elif component is not None or (image_prompt and has_image_token(loaded.source) and text_length is None):
@@ -54,6 +54,10 @@ def captured(
             sample = make_inputs(
                 loaded.source, batch=batch, text_length=text_length, image_size=pixels, padding=padding
             )
+        interpolated = interpolated or fit_images(loaded.source, sample)
+    if interpolated:
+        height, width = sample["pixel_values"].shape[-2:]
+        say(f"Position embeddings of {', '.join(interpolated)} are interpolated for images of {height} x {width}.")
     with stage("capturing"):
         wanted = outputs or ("image_hidden_states" if component else "")
         kept = [name.strip() for name in wanted.split(",") if name.strip()]
@@ -90,7 +94,7 @@ def reduced_with(program: Any, schedule: Any, dump_graph: Path | None) -> Any:
     return reduced
 
 
-def suggested(program: Any, dump_graph: Path | None) -> Any:
+def suggested(program: Any, dump_graph: Path | None, component: str | None = None) -> Any:
     """Reduce by the schedule that `inspect` suggests, and say so.
 
     Raises:
@@ -103,13 +107,7 @@ def suggested(program: Any, dump_graph: Path | None) -> Any:
     with stage("looking for a schedule"):
         analysed = Analysed(program)
         found = suggest(analysed, look(analysed).outline)
+    opt.check_component(component, None, found.schedule)
     say(f"No schedule was given: taking {found.schedule.described}, {found.why}:")
-    console.print(as_yaml(found.schedule), markup=False, highlight=False, soft_wrap=True)
+    console.print(found.schedule.to_yaml(), markup=False, highlight=False, soft_wrap=True)
     return found.reduced if dump_graph is None else reduced_with(program, found.schedule, dump_graph)
-
-
-def as_yaml(schedule: Any) -> str:
-    """A schedule as a user would write it."""
-    keys = schedule.model_dump(mode="json", exclude_defaults=True, exclude_none=True)
-    keys = {"method": schedule.method, "semantics": schedule.semantics, **keys}
-    return str(yaml.safe_dump(keys, sort_keys=False, default_flow_style=None, width=76)).rstrip()

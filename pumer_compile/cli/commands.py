@@ -149,9 +149,7 @@ def compile_(
     from ..files import check_writable
 
     check_writable(output)
-    if schedule is None and (semantics or text_tower):
-        raise UsageError("--semantics and --text-tower go with --schedule, and none was given.")
-    chosen = None if schedule is None else opt.load_schedule(schedule, semantics, text_tower)
+    chosen = opt.load_schedule(schedule, semantics, text_tower)
     opt.check_component(component, outputs, chosen)
 
     from ..exporters import check_exporter, exporter_options  # loads torch: nobody waits for that with a typo
@@ -186,7 +184,9 @@ def compile_(
     sizes = (batch, text_length, image_size)
     how: dict[str, Any] = {"padding": not no_padding, "schedule": chosen}
     program = captured(model, config, allow_pickle, inputs, sizes, open_batch, stream, outputs, component, **how)
-    reduced = suggested(program, dump_graph) if schedule is None else reduced_with(program, chosen, dump_graph)
+    reduced = (
+        suggested(program, dump_graph, component) if schedule is None else reduced_with(program, chosen, dump_graph)
+    )
     unreduced = schedule is not None and chosen is None
     asked = {"with_decisions": with_decisions or component is not None, "verify": not no_verify, **tolerances}
     done = _exported(reduced, output, report, verbose, options=options, **asked)
@@ -439,7 +439,8 @@ def _root(
 
 
 # Commands in files of their own; importing one adds it.
-from . import inspect  # noqa: E402, F401
+from . import inspect, search  # noqa: E402, F401
+from . import report as _report  # noqa: E402, F401
 
 
 def _mistyped(given: list[str], commands: set[str]) -> str | None:

@@ -10,7 +10,7 @@ import typer
 
 from ..errors import CaptureError
 from . import options as opt
-from .capturing import as_yaml, captured
+from .capturing import captured
 from .shell import app, epilog, readable_errors, stage
 from .tables import console, gained, make_table, say, shapes, wrapped
 
@@ -82,7 +82,7 @@ def print_inspection(found: Inspection, model: Path, program: Any, *, verbose: b
     _print_methods(found, verbose)
     if found.suggestion is not None:
         say(f"Suggested schedule ({found.suggestion.why}):")
-        console.print(as_yaml(found.suggestion.schedule), markup=False, highlight=False, soft_wrap=True)
+        console.print(found.suggestion.schedule.to_yaml(), markup=False, highlight=False, soft_wrap=True)
         say(f"Package: {found.package()}.")
         say(
             f"Next: pumer-compile {model} -o model.onnx (compiles by the suggestion), or search for a better one: "

@@ -119,7 +119,7 @@ ImageSize = Annotated[
     typer.Option(
         "--image-size",
         metavar="N or HxW",
-        help="Pixels of random inputs.",
+        help="Pixels of images; position embeddings are interpolated.",
         show_default=False,
         rich_help_panel=SHAPES,
     ),
@@ -399,8 +399,12 @@ TritonRepository = Annotated[
 ]
 
 
-def load_schedule(name: str, semantics: str | None, text_tower: Path | None = None) -> Schedule | None:
-    """The schedule of a file or a preset; None for `none`."""
+def load_schedule(name: str | None, semantics: str | None, text_tower: Path | None = None) -> Schedule | None:
+    """The schedule of a file or a preset; None for `none`, and where there is no name."""
+    if name is None:
+        if semantics or text_tower:
+            raise UsageError("--semantics and --text-tower go with --schedule, and none was given.")
+        return None
     from ..methods.reading import read_yaml
     from ..schedule import PRESETS, Schedule
 

@@ -66,7 +66,7 @@ class Inspection:
         if self.suggestion is None:
             return ""
         schedule, plan = self.suggestion.schedule, self.suggestion.reduced.plan
-        if not self.outline.rows:
+        if not schedule.needs_prompt:
             inputs = ", ".join(f"{name} {shape}" for name, shape in self.inputs.items())
             return f"one model (.onnx, .engine or .xml) that takes {inputs} and gives what this model gives"
         if schedule.before_prompt:

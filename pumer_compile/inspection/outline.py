@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ..analysis.attention import Attention
 from ..analysis.marks import Prompt
@@ -95,6 +95,9 @@ def _prompt(layers: State, rows: State | None, plain: State | None, errors: list
         frames=len(smallest.crops),
         layers=len(graph.prompt_layers() or graph.reading_layers()),
     )
+    read = not prompt.blocks
+    if read and plain is not None:
+        outline = replace(outline, informed=_informed(plain.get(LocatedGraph)), read=True)
     streams = dict(layers.annotation.streams)
     return Found(outline, tuple(graph.attentions), streams, tuple(prompt.places), tuple(errors))
 

@@ -56,7 +56,7 @@ def first_that_fits(analysed: Analysed, schedules: Iterable[Method]) -> tuple[Me
     each token are given for those that are left, where the schedule alone would be refused for them."""
     first: PumerError | None = None
     for schedule in schedules:
-        for tried in (schedule, type(schedule)(**{**schedule.model_dump(), "outputs": "reduced"})):
+        for tried in (schedule, schedule.giving("reduced")):
             try:
                 analysed.check(tried)
             except OutputsError as error:

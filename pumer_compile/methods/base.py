@@ -150,6 +150,18 @@ class Method(BaseModel):
         """Counts what the same keys have meant so far, from 1: an artifact made before means what they meant then."""
         return 1
 
+    def giving(self, outputs: TokenOutputs) -> Method:
+        """The same schedule, with this for outputs that have an entry for each token."""
+        return self.model_copy(update={"outputs": outputs})
+
+    def to_yaml(self) -> str:
+        """As a user would write it."""
+        import yaml
+
+        keys = self.model_dump(mode="json", exclude_defaults=True, exclude_none=True)
+        keys = {"method": self.method, "semantics": self.semantics, **keys}
+        return str(yaml.safe_dump(keys, sort_keys=False, default_flow_style=None, width=76)).rstrip()
+
     def with_semantics(self, semantics: str) -> Method:
         """The same schedule under semantics that it need not name itself.
 

@@ -36,7 +36,7 @@ class Control(ImageBudget):
         if outline.crops > 1:
             budget = ask.count("budget", 1, outline.crops - 1, outline.crops // 3)
             yield from cls.in_either_order(budget=cls.near(budget, outline.crops))
-        elif outline.informed and (image := outline.streams.get("image", 0) - outline.learned) > 1:
+        elif outline.fuses and (image := outline.streams.get("image", 0) - outline.learned) > 1:
             yield cls(at=at_depths(outline.informed)[0], budget=cls.near(image // 3, image), outputs="refused")
 
     @classmethod

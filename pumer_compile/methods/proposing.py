@@ -28,6 +28,7 @@ class Outline:
         rows: tokens of the smallest image in a prompt, all its crops together.
         frames: crops of that image.
         layers: language layers that see the prompt with its images.
+        read: whether the image stands in no prompt after all, and text reads it by cross-attention.
         learned: class tokens that lead an image which stands in no prompt.
     """
 
@@ -38,7 +39,13 @@ class Outline:
     rows: int = 0
     frames: int = 1
     layers: int = 0
+    read: bool = False
     learned: int = 0
+
+    @property
+    def fuses(self) -> bool:
+        """Whether text and image meet in attention, outside a language model's prompt."""
+        return bool(self.informed) and (self.read or not self.rows)
 
 
 class Ask(Protocol):

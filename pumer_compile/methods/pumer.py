@@ -120,7 +120,7 @@ class Pumer(Budgeted):
     @classmethod
     def proposals(cls, outline: Outline, ask: Ask) -> Iterator[Method]:
         """See `Method.proposals`: at the depths of the paper; a text that is causal does not merge."""
-        if outline.rows or not outline.informed:
+        if not outline.fuses:
             return
         found = cls.chosen(outline.informed, at_depths(outline.informed), ask, text=True, prunes=True)
         tower = cls.chosen(outline.tower, (), ask)

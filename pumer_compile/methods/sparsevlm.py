@@ -37,10 +37,12 @@ class SparseVLM(InLanguageModel):
     of both as they enter the language model. The attention of the last layer before a stage decides.
 
     Args:
-        semantics: `stable`: as published, how many rate depends on the text, and what goes is merged in part by
-            clusters that begin with noise; here a share rates, and nothing is merged.
+        semantics: `stable`: as published, how many rate depends on the text, and clusters begin with noise; here a
+            share rates, and of equally dense tokens the lowest index comes first.
         stages: after so many language layers: the tokens of each image that stay.
         raters: the share of the text behind the image that rates, the same tokens at every stage.
+        recycle: of the tokens that go, the share with the most attention that is merged into a tenth as many, which
+            stay beside those that `stages` says. 0, the default, is the published version 2.0; 0.3 is version 1.
         positions: `original`: of tokens that layers before a stage have counted already.
         outputs: `reduced` by default: logits have an entry for each token that is left.
     """
@@ -61,6 +63,7 @@ class SparseVLM(InLanguageModel):
         Field(description=f"after so many layers: the tokens of each image that stay, such as {EXAMPLE}"),
     ]
     raters: Annotated[float, BeforeValidator(_share)] = 0.5
+    recycle: Annotated[float, Field(ge=0, le=1, strict=True, allow_inf_nan=False)] = 0.0
     positions: Literal["original"] = "original"
 
     @classmethod
@@ -75,7 +78,8 @@ class SparseVLM(InLanguageModel):
 
     def canonical(self) -> dict[str, Any]:
         """See `Method.canonical`."""
-        return {**super().canonical(), "stages": self.stages, "raters": self.raters}
+        recycle = {"recycle": self.recycle} if self.recycle else {}
+        return {**super().canonical(), "stages": self.stages, "raters": self.raters, **recycle}
 
     def find_sites(self, graph: LocatedGraph) -> list[Site]:
         """See `Method.find_sites`: the attentions of the layers after which there are fewer tokens, with all images."""
@@ -89,16 +93,22 @@ class SparseVLM(InLanguageModel):
             self.check_prompt(graph, attention, "lets the text behind the image rate its tokens")
             # Whatever the last token sees of an image, the text between sees as well.
             self.check_seen(graph, layers, number, {i: f"stages: {i}" for i in range(1, len(layers))})
-            sites.append(Site(attention, attention.carrier, streams=graph.prompt_images(), keep=budget))
+            images, site = graph.prompt_images(), Site(attention, attention.carrier, keep=budget)
+            if self.recycle:  # tokens are merged as they leave the layer, and not before its feed-forward part
+                site = Site(layers[number], self.entering(layers[number]), keep=budget, keys=attention)
+            site.streams = images
+            sites.append(site)
         return sites
 
     def reducer(self, site: Site, stream: Stream) -> Reducer | None:
         """See `Method.reducer`."""
-        from ..reducers import RatedReducer
+        from ..reducers.sparsevlm import RatedReducer, recycled
 
-        if not site.keep < stream.rows:
+        merged = recycled(stream.rows - int(site.keep), self.recycle)[1]
+        if not site.keep + merged < stream.rows:
+            more = f" and {merged} merged ones" if merged else ""
             raise PlanError(
-                f"`stages` leaves {site.keep} tokens of {stream.name} at {site.described}, where it has {stream.rows}: "
-                "a stage leaves fewer than there are. Choose a smaller number, or compile with `none`."
+                f"`stages` leaves {site.keep} tokens{more} of {stream.name} at {site.described}, where it has "
+                f"{stream.rows}: a stage leaves fewer than there are. Choose a smaller number, or compile with `none`."
             )
-        return RatedReducer(stream.tokens, int(site.keep), self.raters, stream.pinned)
+        return RatedReducer(stream.tokens, int(site.keep), self.raters, stream.pinned, self.recycle)

@@ -45,7 +45,7 @@ class ToMe(Budgeted):
     @classmethod
     def proposals(cls, outline: Outline, ask: Ask) -> Iterator[Method]:
         """See `Method.proposals`: in the vision tower, or where text and image meet."""
-        for places in (outline.tower, () if outline.rows else outline.informed):
+        for places in (outline.tower, outline.informed if outline.fuses else ()):
             found = cls.chosen(places, at_depths(places), ask)
             if found:
                 yield cls(sites=found, semantics="safe")

@@ -24,6 +24,7 @@ from ..artifacts.profile import Profile
 from ..artifacts.session import comparable_decisions, decision_session_of
 from ..capture.added import capture_with
 from ..capture.capture import Program
+from ..capture.image_size import fit_images
 from ..capture.loading import LoadedModel, load_model
 from ..capture.samples import Kinds, Samples, captured_batch, describe_samples, kinds_of, proof_batches, proof_sizes
 from ..capture.weights import check_model
@@ -74,8 +75,9 @@ def parity(
     check_recording(manifest, save_inputs, save_outputs)
     batches, drawn = _batches(samples, manifest)
     check_model(manifest, loaded)
+    fit_images(loaded.source if isinstance(loaded, LoadedModel) else loaded, batches[0])
     engine = Engine(path, provider=provider)
-    program = _recaptured(loaded, batches[0], manifest)
+    program = recaptured(loaded, batches[0], manifest)
     check_model(manifest, program)
     if samples is None and "samples" not in manifest:  # an older artifact: now the graph tells more of its inputs
         drawn = Samples(describe_samples(program, _prompts(manifest)), _prompts(manifest))
@@ -142,7 +144,7 @@ def _notes(path: Path, manifest: Mapping[str, Any], program: Program, decisions:
         yield "the artifact was compiled from another checkpoint (its hash differs)"
 
 
-def _recaptured(
+def recaptured(
     model: nn.Module | ExportedProgram | LoadedModel, inputs: Mapping[str, Tensor], manifest: Mapping[str, Any]
 ) -> Program:
     """The model captured as the artifact was."""

@@ -193,6 +193,12 @@ def _rows(batch: Mapping[str, Tensor]) -> int:
     return next((int(batch[name].shape[0]) for name in batched), 1)
 
 
+def _samples(run: _EagerRun) -> int:
+    """Of how many samples the choices of a run can be told apart: a video has several images that are reduced, and an
+    image may be asked for by several texts."""
+    return math.gcd(_rows(run.batch), *(len(made.kept) for made in run.decisions.values()))
+
+
 def _eager_leaves(module: nn.Module, batch: Mapping[str, Tensor]) -> list[np.ndarray[Any, Any]]:
     """Output tensors of a graph module, in order; in the dtypes that it gives, but bfloat16 as float32."""
     leaves = get_leaf_tensors(module(**_in_its_dtype(module, batch))).values()
@@ -281,14 +287,14 @@ class _Comparison:
 
     def add(self, run: _EagerRun, artifact: Arrays, chosen: Arrays) -> None:
         """Take in one batch, what the artifact gives for it, and its decisions."""
-        size = _rows(run.batch)
+        size = _samples(run)
         agree = np.ones(size, dtype=bool)
         artifact = self._fitting(artifact, run.outputs)
         # Choices among NaN scores mean nothing; the outputs fail in any case.
         if self.decisions and _numbers(artifact) and _numbers(run.outputs):
-            wanted = self._wanted({name: chosen[name] for name in self.decisions}, size)
+            wanted = self._wanted({name: chosen[name] for name in self.decisions}, run)
             if not any(row.fault for row in self.report.reducers):
-                forced, compared = self._followed(run, wanted, size)
+                forced, compared = self._followed(run, wanted)
                 agree = self._decisions(compared, size)
                 self._outputs("forced", True, artifact, forced)
         self._outputs("end_to_end", True, artifact, run.outputs, agree)
@@ -322,23 +328,21 @@ class _Comparison:
             return f"output {name} is {given.dtype}, and {wanted.dtype} in eager PyTorch"
         return ""
 
-    def _followed(
-        self, run: _EagerRun, wanted: dict[str, Decisions], size: int
-    ) -> tuple[Arrays, dict[str, Comparison]]:
+    def _followed(self, run: _EagerRun, wanted: dict[str, Decisions]) -> tuple[Arrays, dict[str, Comparison]]:
         """Eager outputs with these decisions, and its own beside them."""
         if all(map(_same, run.decisions.values(), (wanted[name] for name in run.decisions))):
             # Left alone it chooses the same; made to, it would compute the same once more.
-            return run.outputs, {name: _no_difference(choice, size) for name, choice in run.decisions.items()}
+            return run.outputs, {name: _no_difference(choice) for name, choice in run.decisions.items()}
         with forced_decisions(self.eager, wanted) as forcings:
             leaves = _eager_leaves(self.eager, run.batch)
         compared = {name: f.comparison for name, f in forcings.items() if f.comparison is not None}
         return dict(zip(run.outputs, leaves, strict=True)), compared
 
-    def _wanted(self, chosen: Arrays, size: int) -> dict[str, Decisions]:
+    def _wanted(self, chosen: Arrays, run: _EagerRun) -> dict[str, Decisions]:
         """The artifact's decisions by reducer; a row's `fault` says where they cannot be."""
         wanted = {}
         for name, reducer in reducers_of(self.eager).items():
-            wanted[name] = _decisions_of(name, reducer, chosen, size)
+            wanted[name] = _decisions_of(name, reducer, chosen, len(run.decisions[name].kept))
             row = self._row(name)
             row.fault = row.fault or _fault(reducer, wanted[name])
         return wanted
@@ -356,16 +360,18 @@ class _Comparison:
         for name, result in compared.items():
             row, prunes = self._row(name), reducers_of(self.eager)[name].prunes
             differs, margin = result.differs.numpy(), result.margin.numpy()
+            apart = differs & ~(margin <= self.default.tie)  # also where no margin was measured
+            one, far = (rows.reshape(size, -1).any(1) for rows in (differs, apart))
             row.samples += size
-            row.differ += int(differs.sum())
-            row.near_ties += int((differs & (margin <= self.default.tie)).sum())  # false where none was measured
+            row.differ += int(one.sum())
+            row.near_ties += int((one & ~far).sum())
             measured = margin[differs & ~np.isnan(margin)]
             row.worst_margin = max(row.worst_margin, float(measured.max(initial=0.0)))
-            for index in range(size):
+            for index in range(len(differs)):
                 chosen, flipped = _flips(result.own, result.forced, index, prunes)
                 row.chosen += chosen
                 row.flipped += 0 if margin[index] <= EQUAL else flipped
-            agree &= ~differs
+            agree &= ~one
         return agree
 
     def _unreduced(self, batch: Mapping[str, Tensor], artifact: Arrays) -> None:
@@ -457,6 +463,12 @@ def _of(tolerance: float | Mapping[str, float] | None, name: str, default: float
 # --- Decisions --------------------------------------------------------------------------------------------------------
 
 
+def decisions_by_reducer(module: nn.Module, chosen: Arrays) -> dict[str, Decisions]:
+    """The decisions of an artifact, which are arrays `[batch, count]` by name, for the reducers of a module."""
+    rows = len(next(iter(chosen.values())))
+    return {name: _decisions_of(name, reducer, chosen, rows) for name, reducer in reducers_of(module).items()}
+
+
 def _decisions_of(name: str, reducer: Reducer, chosen: Arrays, rows: int) -> Decisions:
     def index(decision: str, default: Tensor) -> Tensor:
         found = chosen.get(f"{name}.{decision}")
@@ -471,7 +483,8 @@ def _same(one: Decisions, other: Decisions) -> bool:
     return all(a.equal(b) for a, b in zip(one, other, strict=True))
 
 
-def _no_difference(decisions: Decisions, rows: int) -> Comparison:
+def _no_difference(decisions: Decisions) -> Comparison:
+    rows = len(decisions.kept)
     return Comparison(decisions, decisions, torch.zeros(rows, dtype=torch.bool), torch.zeros(rows))
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from ..analysis.attention import Attention
 from ..analysis.marks import Prompt
 from ..analysis.nodes import ancestors
-from ..analysis.propagate import count_multiply_adds
+from ..analysis.propagate import ModuleRuns, count_multiply_adds
 from ..plan import Plan
 from ..reducers import Reducer
 from ..rewrite.rewriter import Rewriter
@@ -41,7 +41,7 @@ class Count(Pass):
             state.add(Plan((), sum(before) // batch, sum(after) // batch))
             return 1
         layers = tokens_after_layers(state.attentions, insertions, state.rewriter)
-        plan = count_plan(state.captured, state.reduced, insertions, state.inputs, layers)
+        plan = count_plan(state.captured, state.reduced, insertions, state.inputs, layers, state.find(ModuleRuns))
         read = {signal.value for m in state.reduced.modules() if isinstance(m, Reducer) for signal in m.reads}
         places = tuple(prompt.places) if prompt else ()
         state.add(dataclasses.replace(plan, prompts=places, signals=tuple(sorted(read))))
@@ -76,6 +76,7 @@ def count_plan(
     insertions: Insertions,
     inputs: dict[str, Tensor],
     layers: dict[str, dict[str, int]],
+    runs: ModuleRuns | None = None,
 ) -> Plan:
     """The plan with one sample's multiply-adds before and after, in total and from each site to the next."""
     batch = next(iter(inputs.values())).shape[0]
@@ -83,7 +84,7 @@ def count_plan(
     prefixes = tuple(f"reducer.{site.name}." for site, _ in insertions.done)
     counted = _counted_once(captured, inputs)
     before = _sections(captured, counted, len(carriers), lambda node: carriers.index(node) if node in carriers else -1)
-    counted = count_multiply_adds(reduced, inputs)
+    counted = count_multiply_adds(reduced, inputs, runs)
     after = _sections(reduced, counted, len(carriers), lambda node: _site_of(node, prefixes))
     sites = [
         dataclasses.replace(plan, multiply_adds=(before[i + 1] // batch, after[i + 1] // batch))

@@ -35,7 +35,7 @@ from ..analysis.narrow import (
 )
 from ..analysis.nodes import describe, values
 from ..analysis.operators import CATS, NEW, PIECES, VIEWS, WORK, aten
-from ..analysis.propagate import propagate
+from ..analysis.propagate import ModuleRuns, propagate
 from ..analysis.rules import shape
 from ..errors import PlanError, VerifyError
 from ..rewrite.rewriter import keep_buffers_transient
@@ -47,11 +47,12 @@ log = logging.getLogger("pumer_compile")
 Plans = dict[fx.Node, Narrow]
 
 
-def eliminate(module: fx.GraphModule) -> int:
+def eliminate(module: fx.GraphModule, runs: ModuleRuns | None = None) -> int:
     """Remove what nothing reads from a graph, in place: dead nodes, and dead positions of what is left.
 
     Args:
         module: whose nodes know their values (`meta["val"]`), as after capture or `verify`.
+        runs: what its modules gave for values of these shapes, if that is known.
 
     Returns:
         How many nodes were narrowed, and how many matrix products, attentions and convolutions removed.
@@ -66,7 +67,7 @@ def eliminate(module: fx.GraphModule) -> int:
         before = [(node.name, values(node)) for node in _outputs(module)]
         _emit(module.graph, plans)
         drop_dead(module.graph)
-        _check(module, before)
+        _check(module, before, runs)
         narrowed += len(plans)
     for name in reducers - _called(module):
         module.delete_submodule(name)
@@ -257,10 +258,10 @@ def _shift(node: fx.Node, born: Range, have: Range) -> bool:
     return born == have and read.step == 1
 
 
-def _check(module: fx.GraphModule, before: list[tuple[str, Sequence[Tensor]]]) -> None:
+def _check(module: fx.GraphModule, before: list[tuple[str, Sequence[Tensor]]], runs: ModuleRuns | None) -> None:
     """Propagate shapes through the result, note them, and compare the outputs."""
     inputs = {str(n.target): values(n)[0] for n in module.graph.nodes if n.op == "placeholder" and values(n)}
-    found = propagate(module, inputs)
+    found = propagate(module, inputs, runs)
     for node, value in found.items():
         if isinstance(value, Tensor) or (node.op == "call_function" and isinstance(value, list | tuple)):
             node.meta["val"] = value
@@ -289,7 +290,7 @@ class Eliminate(Pass):
 
     def run(self, state: State) -> int:
         """See `Pass`; counts narrowed and removed nodes."""
-        matches = eliminate(state.reduced)
+        matches = eliminate(state.reduced, state.find(ModuleRuns))
         called = _called(state.reduced)
         for site, _ in state.insertions.done:
             if not any(name.startswith(f"reducer.{site.name}.") for name in called):

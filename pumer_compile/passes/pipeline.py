@@ -15,11 +15,12 @@ from .lower_einsum import LowerEinsum
 from .manager import Pass
 from .prompt import MarkPrompt
 from .rewrite import Rewrite
+from .unfold_heads import UnfoldHeads
 from .verify import Verify
 
 UNPADDED: tuple[Pass, ...] = (FoldMasks(),)
 """At capture, of a sample without padding: masks of ones are written into the graph."""
-ANALYSE: tuple[Pass, ...] = (JoinWrites(), LowerEinsum(), MarkPrompt(), Annotate(), Locate())
+ANALYSE: tuple[Pass, ...] = (JoinWrites(), LowerEinsum(), UnfoldHeads(), MarkPrompt(), Annotate(), Locate())
 """What is there: tokens, attentions, prompts."""
 REDUCE: tuple[Pass, ...] = (Insert(), Rewrite(), Verify())
 """Reducers go in, and every size follows."""

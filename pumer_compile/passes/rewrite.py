@@ -43,7 +43,13 @@ class Rewrite(Pass):
             raise PlanError("Every site of the schedule rounds to nothing pruned. Raise `prune`.")
         _check_alive(insertions, reduced)
         _check_one_pass(insertions)
-        log.info("rewrite: %d literals changed, %d values aligned", rewriter.literals, rewriter.aligner.count)
+        aligned, brought_back = rewriter.aligner.count, rewriter.unmerger.count
+        log.info(
+            "rewrite: %d literals changed, %d values aligned, %d brought back to their old places",
+            rewriter.literals,
+            aligned,
+            brought_back,
+        )
         return sum(len(site.reducers) for site, _ in insertions.done)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from ..analysis.axes import Dim, same_size
 from ..analysis.nodes import describe, values
 from ..analysis.operators import aten
-from ..analysis.propagate import propagate
+from ..analysis.propagate import ModuleRuns, propagate
 from ..errors import VerifyError
 from ..rewrite.rewriter import Rewriter
 from ..rewrite.token_outputs import check_outputs
@@ -30,7 +30,7 @@ FORBIDDEN = {
 """Data-dependent shapes, and scatters that export to wrong values without an error."""
 
 
-def verify(module: fx.GraphModule, rewriter: Rewriter) -> int:
+def verify(module: fx.GraphModule, rewriter: Rewriter, runs: ModuleRuns | None = None) -> int:
     """Check the rewritten graph against the rewriter that made it, and record fake values on its nodes.
 
     Returns:
@@ -44,7 +44,7 @@ def verify(module: fx.GraphModule, rewriter: Rewriter) -> int:
         if isinstance(node.target, torch._ops.OpOverload) and node.target.overloadpacket in FORBIDDEN:
             raise VerifyError(f"{describe(node)} has a data-dependent shape or exports to wrong values.")
     inputs = {str(n.target): values(n)[0] for n in rewriter.source.graph.nodes if n.op == "placeholder" and values(n)}
-    found = propagate(module, inputs)
+    found = propagate(module, inputs, runs)
     for node, value in found.items():
         if isinstance(value, Tensor):
             node.meta["val"] = value
@@ -76,9 +76,11 @@ class Verify(Pass):
 
     name = "verify"
     requires = (Rewriter, ReducedGraph)
+    ensures = (ModuleRuns,)
 
     def run(self, state: State) -> int:
         """See `Pass`; counts values past a reducer."""
         if state.method.outputs == "refused":
             check_outputs(state.rewriter)
-        return verify(state.reduced, state.rewriter)
+        state.add(runs := ModuleRuns())
+        return verify(state.reduced, state.rewriter, runs)

@@ -1,4 +1,4 @@
-"""Token reducers: plain `nn.Module`s without parameters, readable beside the paper."""
+"""Token reducers: plain `nn.Module`s, readable beside the paper; without parameters, but for those that learn."""
 
 from .align import AlignAxis, OwnWeights, TokenWeights, UnitWeights
 from .attention import SizeBias, TextRowsAttention
@@ -8,6 +8,7 @@ from .dart import DartReducer
 from .fastervlm import VotesReducer
 from .holov import HoloVReducer
 from .last_query import LastQueryPruner, LastQueryReducer, NextQueryReducer
+from .learned import KeepPredictor, LearnedReducer, MaskingReducer
 from .masked_softmax import PublishedMaskedSoftmax
 from .merger import ModalityAwareMerger
 from .prune_merge import StreamReducer
@@ -26,8 +27,11 @@ __all__ = [
     "CropReducer",
     "DartReducer",
     "HoloVReducer",
+    "KeepPredictor",
     "LastQueryPruner",
     "LastQueryReducer",
+    "LearnedReducer",
+    "MaskingReducer",
     "MeanOfWords",
     "MemberVotes",
     "ModalityAwareMerger",

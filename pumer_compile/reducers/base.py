@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -140,7 +140,8 @@ class Choice:
         decisions: as indices.
         assigned: see `Reduction`.
         weights: carried weights of the tokens before, `[batch, before]`.
-        evidence: what it was chosen by, for `Reducer.margin`.
+        evidence: what it was chosen by, for `Reducer.margin`; of several values the first is what tokens were ranked
+            by (`Reducer.ranking`).
         map: see `Reduction`; None: the means that `assigned` says.
         rows: what combines the tokens themselves where that is not the map, `[batch, after, before]`, float32.
         added: what is added to that, `[batch, after, width]`: tokens that come from elsewhere.
@@ -249,6 +250,10 @@ class Reducer(nn.Module):
         """What the tokens before were ranked by, the more the likelier to stay, `[batch, before]`; None where no one
         score of each says it (for reports)."""
         evidence = choice.evidence
+        if is_dataclass(evidence):
+            evidence = getattr(evidence, fields(evidence)[0].name)
+        elif isinstance(evidence, tuple):
+            evidence = evidence[0]
         of_tokens = isinstance(evidence, Tensor) and evidence.ndim == 2 and evidence.shape[1] == self.tokens
         return evidence if of_tokens else None
 

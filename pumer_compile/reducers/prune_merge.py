@@ -134,11 +134,6 @@ class StreamReducer(Reducer):
             matching = self.merger.forced(matching, forced.source, forced.target)
         return self._assigned(self._given_rows(forced.kept), matching)
 
-    def ranking(self, choice: Choice) -> Tensor | None:
-        """See `Reducer`: the saliency."""
-        saliency: Tensor | None = choice.evidence.saliency
-        return saliency
-
     def margin(self, own: Choice, among: Choice, forced: Decisions) -> Tensor:
         """See `Reducer`."""
         kept, saliency, matching = own.decisions.kept, own.evidence.saliency, among.evidence.matching

@@ -136,11 +136,6 @@ class VisionZipReducer(CropReducer):
         joined = targets @ target.transpose(1, 2) @ source
         return self._made(forced, dominant, targets, joined, among.evidence)
 
-    def ranking(self, choice: Choice) -> Tensor | None:
-        """See `Reducer`: the votes."""
-        votes: Tensor = choice.evidence.votes
-        return votes
-
     def margin(self, own: Choice, among: Choice, forced: Decisions) -> Tensor:
         """See `Reducer`; of cosines the difference."""
         gap = super().margin(replace(own, evidence=own.evidence.votes), among, forced)

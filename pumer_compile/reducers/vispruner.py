@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .greedy import repeated
 from .ranking import descending_rank, indices, one_hot
 
 Order = Literal["reference", "stable"]
@@ -54,8 +55,9 @@ class VisPruner(nn.Module):
     token number comes first; of equally similar ones `stable` removes the last in its order, so that what is left of an
     even surface is spread over it.
 
-    The steps depend on sizes alone and are unrolled when traced. Tokens do not move: numbers beside them say where they
-    stand, and all steps read one similarity matrix. Decisions are made in float32 whatever the dtype.
+    The steps depend on sizes alone; traced, they are one loop (`greedy.repeated`). Tokens do not move: numbers beside
+    them say where they stand, and all steps read one similarity matrix. Decisions are made in float32 whatever the
+    dtype.
 
     Args:
         budget: tokens to keep, at least 1.
@@ -127,14 +129,19 @@ def _distinct_published(similarity: Tensor, place: Tensor, steps: list[tuple[int
     tokens]`, float32, negative for those outside it.
     """
     earlier = _smaller(torch.arange(place.shape[1], device=place.device))
-    for length, remove in steps:
+    # What a step removes, and how many even ones it leaves.
+    counts = torch.tensor([[remove, (length + 1) // 2 - remove] for length, remove in steps]).to(place)
+
+    def step(number: Tensor, place: Tensor, similarity: Tensor, earlier: Tensor, counts: Tensor) -> tuple[Tensor]:
+        remove, left = _of_step(counts, number).unbind()
         half = (place * 0.5).floor()
         listed = place >= 0
         even, odd = listed & (place == 2 * half), listed & (place > 2 * half)
         rank = descending_rank(torch.where(even, _best(similarity, odd), NONE), earlier)
         # The even ones have the ranks from 0; those removed get places below 0.
-        left = (length + 1) // 2 - remove
-        place = torch.where(even, rank - remove, torch.where(odd, half + left, -1.0))
+        return (torch.where(even, rank - remove, torch.where(odd, half + left, -1.0)),)
+
+    (place,) = repeated(step, len(steps), [place], similarity, earlier, counts)
     return place >= 0
 
 
@@ -144,12 +151,21 @@ def _distinct_stable(similarity: Tensor, place: Tensor, steps: list[tuple[int, i
     order = torch.arange(tokens, device=place.device) * leap(tokens) % tokens
     precedes, follows = _smaller(order), _smaller(-order)
     similarity = torch.where(precedes, similarity, NONE)
-    listed = place >= 0
-    for _, remove in steps:
+    counts = torch.tensor([[remove] for _, remove in steps]).to(place)
+
+    def step(number: Tensor, listed: Tensor, similarity: Tensor, follows: Tensor, counts: Tensor) -> tuple[Tensor]:
         # The first of the order has none to look at: it is beaten by all others, and stays.
         rank = descending_rank(torch.where(listed, _best(similarity, listed), NONE), follows)
-        listed = listed & (rank >= remove)
+        return (listed & (rank >= _of_step(counts, number)),)
+
+    (listed,) = repeated(step, len(steps), [place >= 0], similarity, follows, counts)
     return listed
+
+
+def _of_step(counts: Tensor, number: Tensor) -> Tensor:
+    """The row of a step in a table of all."""
+    steps = torch.arange(counts.shape[0], device=counts.device)
+    return torch.where((steps == number).unsqueeze(-1), counts, 0.0).sum(0)
 
 
 def leap(tokens: int) -> int:

@@ -112,7 +112,7 @@ class Aligner:
             if new != old:
                 maps.append(self._map(rewriter, segment.stream or "", old, new, where))
         self.count += 1
-        module = AlignAxis(index, tuple(segments), mode, fold=self._fold(rewriter, source) or 1)
+        module = AlignAxis(index, tuple(segments), mode, fold=self.fold(rewriter, source) or 1)
         return rewriter.call_module(f"reducer.align.{source.name}_{self.count}", module, value, *maps)
 
     def _counted_anew(self, rewriter: Rewriter, dim: Dim, have: Epochs, target: Epochs) -> Epochs:
@@ -140,9 +140,7 @@ class Aligner:
             AxisError: they are cut, the axis is flattened, or does not come after the batch.
         """
         source, kind = dim.node, rewriter.annotation.axis(dim)
-        assert rewriter.batch is not None, "a reducer names the batch"
-        whole = isinstance(kind, Tokens) and all(s.whole for s in kind.segments if s.stream in streams)
-        if isinstance(kind, Tokens) and whole and dim.index > 0 and self._fold(rewriter, source) is not None:
+        if isinstance(kind, Tokens) and self.takes_maps(rewriter, dim, streams):
             return kind
         raise AxisError(
             f"{describe(node)} needs {source.name} at the tokens after a reducer, but its axis {kind} "
@@ -150,7 +148,15 @@ class Aligner:
             "it takes whole streams behind a dimension that is the batch or 1."
         )
 
-    def _fold(self, rewriter: Rewriter, source: fx.Node) -> int | None:
+    def takes_maps(self, rewriter: Rewriter, dim: Dim, streams: Collection[str]) -> bool:
+        """Whether the maps of some streams can be applied to a dimension: it has them whole, and comes after the
+        batch."""
+        assert rewriter.batch is not None, "a reducer names the batch"
+        kind = rewriter.annotation.axis(dim)
+        whole = isinstance(kind, Tokens) and all(s.whole for s in kind.segments if s.stream in streams)
+        return whole and dim.index > 0 and self.fold(rewriter, dim.node) is not None
+
+    def fold(self, rewriter: Rewriter, source: fx.Node) -> int | None:
         """How many rows of a value belong to each sample (heads folded into the batch, say); None where its first
         dimension is not the batch."""
         assert rewriter.batch is not None

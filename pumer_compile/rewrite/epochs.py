@@ -34,6 +34,7 @@ class Step:
         in_order: whether those that are left are some of the old ones, in their order.
         place: node that says where each new token stands, like `map`; None where the map does, or nothing.
         recounts: whether positions are counted anew over the tokens that are left.
+        covers: whether every old token went into a new one, as none was pruned.
     """
 
     parent: int
@@ -45,6 +46,7 @@ class Step:
     in_order: bool = False
     place: fx.Node | None = None
     recounts: bool = False
+    covers: bool = False
 
 
 @dataclass

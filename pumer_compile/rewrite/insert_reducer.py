@@ -233,7 +233,8 @@ class InsertReducer:
         stands = rewriter.field(result, Reduction, "place") if reducer.tells_place else None
         parent, after = place.epoch(stream), reducer.tokens_after
         anew = self.site.recounts
-        step = Step(parent, map_, assigned, after, merged, reducer.first_stays, in_order, stands, anew)
+        covers = not reducer.prunes
+        step = Step(parent, map_, assigned, after, merged, reducer.first_stays, in_order, stands, anew, covers)
         epoch = rewriter.epochs.add_step(stream, step)
         # Means of ones are ones, and need not be carried.
         if signals.get(Signal.WEIGHTS) is not None or reducer.carried == "sum":

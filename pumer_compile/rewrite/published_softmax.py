@@ -26,11 +26,19 @@ def published_softmaxes(graph: LocatedGraph) -> Replacements:
     return {a.probabilities or a.context: _PublishedSoftmax(a) for a in chosen}
 
 
+def masked_softmaxes(graph: LocatedGraph, first: Attention, streams: set[str]) -> Replacements:
+    """The same softmax for every attention to some streams, from one on: tokens that carry the weight 0 are hidden, and
+    the gradient goes through the weights."""
+    later = [a for a in graph.attentions_from(first) if streams & set(a.key_axis.streams)]
+    remedy = "Train it with layers whose attention hides padding alone"
+    return {a.probabilities or a.context: _PublishedSoftmax(a, remedy) for a in later}
+
+
 class _PublishedSoftmax:
     """Emits the published masked softmax in place of a softmax (or of a fused attention)."""
 
-    def __init__(self, attention: Attention) -> None:
-        self.attention = attention
+    def __init__(self, attention: Attention, remedy: str = "Use semantics `paper` or `safe`") -> None:
+        self.attention, self.remedy = attention, remedy
 
     def __call__(self, rewriter: Rewriter, carried: CarriedWeights) -> fx.Node:
         attention = self.attention
@@ -86,13 +94,12 @@ class _PublishedSoftmax:
         why = attention.unusual or (f"its mask {by_query[0]} differs from query to query" if by_query else "")
         if why:
             raise LocateError(
-                f"The attention {attention.described} cannot have the published softmax, because {why}. Use semantics "
-                "`paper` or `safe`."
+                f"The attention {attention.described} cannot have the published softmax, because {why}. {self.remedy}."
             )
         if len(shape(attention.query)) != 4:
             raise LocateError(
                 f"The attention {attention.described} has queries of shape {list(shape(attention.query))}; the "
-                "published softmax needs [batch, heads, tokens, head size]. Use semantics `paper` or `safe`."
+                f"published softmax needs [batch, heads, tokens, head size]. {self.remedy}."
             )
 
     def _weights(self, rewriter: Rewriter, carried: CarriedWeights, stream: str, epoch: int) -> fx.Node | None:

@@ -3,14 +3,15 @@
 The rewriter copies node after node. At the sites the inserted reducers replace the carrier, so whatever comes
 later sees the reduced stream and whatever came earlier saw the old one: each value is at an epoch of each
 stream (`epochs.py`). Literals that bake a token count get the new one; an input left at an older epoch than the
-others is aligned (`align.py`). What no rule aligns is an error.
+others is aligned (`align.py`), and where an operator goes by the old places, merged tokens are brought back to them
+(`unmerge.py`). What no rule aligns is an error.
 """
 
 from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,13 +37,26 @@ from ..analysis.axes import (
 )
 from ..analysis.dead_code import drop_dead
 from ..analysis.nodes import ancestors, attribute, content_inputs, depends_on_parameter, describe, module_path, values
-from ..analysis.operators import aten, is_mutable, overloads
+from ..analysis.operators import VIEWS, aten, is_mutable, overloads
 from ..analysis.outputs import set_output_names
 from ..analysis.rules import shape
 from ..errors import AxisError, SiteError
 from ..reducers.align import MaskKind
 from .align import Aligner
 from .epochs import Epochs, EpochTable
+from .unmerge import Unmerger, why_not
+
+_PADS = {aten.pad.default, aten.constant_pad_nd.default}
+
+
+def _in_blocks(node: fx.Node) -> str:
+    """A sentence for the error where a sequence is filled up and cut into blocks; '' elsewhere."""
+    if node.target not in _PADS or not any(user.target in VIEWS for user in node.users):
+        return ""
+    return (
+        " Here the sequence is filled up and cut into blocks by place (attention that chooses blocks of keys, say). "
+        "Fewer tokens would make other blocks: nothing in front of it can be reduced."
+    )
 
 
 @dataclass
@@ -57,6 +71,7 @@ class Rewriter:
         env: newest new node of each captured node.
         epochs: the reducers so far, and which of them each value has seen.
         aligner: brings values from before a reducer to the tokens after it.
+        unmerger: brings values from after it back to the places before it.
         used: new node that a captured node read for an input (aligned where needed).
         layers: paths of the modules in whose uses a promised value is reduced (`reduce_later_uses`).
         probabilities: of fused attentions that were written out.
@@ -72,6 +87,7 @@ class Rewriter:
     env: dict[fx.Node, fx.Node] = field(default_factory=dict)
     epochs: EpochTable = field(init=False)
     aligner: Aligner = field(default_factory=Aligner)
+    unmerger: Unmerger = field(default_factory=Unmerger)
     used: dict[tuple[fx.Node, fx.Node], fx.Node] = field(default_factory=dict)
     layers: frozenset[str] = frozenset()
     probabilities: dict[fx.Node, fx.Node] = field(default_factory=dict)
@@ -263,13 +279,18 @@ class Rewriter:
         if not promised or not self._in_layers(node):
             self._visit(node)
             return
-        at = self.epochs.at
-        before = {n: (self.env[n], {Dim(n, i): at(Dim(n, i)) for i in self._pending[n]}) for n in promised}
-        for source in promised:
-            self.env[source] = self.aligner.value(self, node, source, self._pending[source])
-            for index, epochs in self._pending[source].items():
-                self.epochs.record(Dim(source, index), epochs)
-        self._visit(node)
+        with self._for_one_use({n: self._pending[n] for n in promised}):
+            for source in promised:
+                self.env[source] = self.aligner.value(self, node, source, self._pending[source])
+                for index, epochs in self._pending[source].items():
+                    self.epochs.record(Dim(source, index), epochs)
+            self._visit(node)
+
+    @contextmanager
+    def _for_one_use(self, dims: Mapping[fx.Node, Iterable[int]]) -> Iterator[None]:
+        """Within the block, values may be at other epochs of some dimensions; behind it, they are as they were."""
+        before = {n: (self.env[n], {d: self.epochs.at(d) for d in (Dim(n, i) for i in dims[n])}) for n in dims}
+        yield
         for source, (value, epochs_of) in before.items():
             self.env[source] = value
             for dim, epochs in epochs_of.items():
@@ -283,6 +304,16 @@ class Rewriter:
         if node.op != "call_function" or not any(map(self._reduced, node.all_input_nodes)):
             self.env[node] = self.graph.node_copy(node, lambda n: self.env[n])
             return
+        places = self.unmerger.wanted(self, constraints)
+        with self._for_one_use(places):
+            for source, dims in places.items():
+                self.env[source] = self.unmerger.value(self, node, source, dims)
+                for index in dims:
+                    self.epochs.restore(Dim(source, index), {})
+            self._copy(node, constraints)
+
+    def _copy(self, node: fx.Node, constraints: list[Constraint]) -> None:
+        """Copy a node that reads values from after a reducer."""
         inputs = self._spread(node, [c for c in constraints if isinstance(c, Same)])
         for constraint in constraints:
             self._follow(node, constraint)
@@ -345,10 +376,10 @@ class Rewriter:
                 self._check_in_order(node, source)
                 self.epochs.record(result, self.epochs.at(source))
             case Slice(source, result, start, stop):
-                if self.epochs.at(source) and not self._first_token(source, start, stop):
+                if self.epochs.at(source) and not self.first_token(source, start, stop):
                     for stream, epoch in self.epochs.at(source).items():
                         if epoch:
-                            self._check_whole(node, result, stream)
+                            self._check_whole(node, result, stream, source)
                     streams = self.epochs.streams(result)
                     self.epochs.record(result, {s: e for s, e in self.epochs.at(source).items() if s in streams})
             case Summed(source):
@@ -357,27 +388,33 @@ class Rewriter:
                 raise SiteError(
                     f"{describe(node)} works position by position along the token axis "
                     f"{self.annotation.axis(source)} of {source.node.name}, which a reducer has changed. "
-                    "Move the site behind this operator or leave it out of the schedule."
+                    f"Move the site behind this operator or leave it out of the schedule.{why_not(self, source)}"
+                    f"{_in_blocks(node)}"
                 )
             case _:
                 pass
 
     def _check_in_order(self, node: fx.Node, source: Dim) -> None:
         """What looks back takes fewer tokens as they come, if they are some of the old ones, in their order."""
-        for stream, epoch in self.epochs.at(source).items():
-            if not all(step.in_order for step in self.epochs.lineage(stream, epoch)):
+        for stream in self.epochs.at(source):
+            if not self.in_order(source, stream):
                 raise SiteError(
                     f"{describe(node)} mixes each token with those before it, and a reducer has merged the {stream} "
                     "tokens, or brought them into another order. Use a method that keeps some of them in their order, "
                     "or move the site behind it."
                 )
 
+    def in_order(self, dim: Dim, stream: str) -> bool:
+        """Whether the tokens of a stream that are left are some of the old ones, in their order."""
+        return all(step.in_order for step in self.epochs.lineage(stream, self.epochs.at(dim).get(stream, 0)))
+
     def _check_totals(self) -> None:
         """A sum over fewer tokens is smaller. That is right for a sum divided by another one over the same tokens (a
-        weighted mean), and for a count of mask entries; a literal divisor would be the old number of tokens."""
+        weighted mean), for one that the summed values themselves are divided by (weights that come to 1), and for a
+        count of mask entries; a literal divisor would be the old number of tokens."""
         for node, epochs in self._totals.items():
             source = node.all_input_nodes[0]
-            if not any(epochs.values()) or not depends_on_parameter(source):
+            if not any(epochs.values()) or not depends_on_parameter(source) or _only_divides(node, source):
                 continue
             divisors = [_summed(u.args[1]) if u.args[:1] == (node,) else None for u in node.users]
             if not all(d is not None and self._totals.get(d) == epochs for d in divisors):
@@ -405,24 +442,35 @@ class Rewriter:
             for stream, epoch in self.epochs.at(source).items():
                 epochs[stream] = self.epochs.newer(node, stream, epoch, epochs.get(stream, 0))
         for stream, epoch in ((s, e) for s, e in epochs.items() if e):
-            holders = [r for r in results if stream in self.epochs.streams(r)]
-            if len(holders) != 1:
+            holder = self.holder(results, stream)
+            if holder is None:
                 raise SiteError(
                     f"{describe(node)} reshapes the {stream} tokens, which a reducer has changed, into "
                     f"{[str(self.annotation.axis(r)) for r in results]}; their grid is gone. Move the site "
-                    "behind it."
+                    f"behind it.{why_not(self, *sources)}"
                 )
-            self._check_whole(node, holders[0], stream)
-            self.epochs.record(holders[0], {**self.epochs.at(holders[0]), stream: epoch})
+            self.epochs.record(holder, {**self.epochs.at(holder), stream: epoch})
 
-    def _check_whole(self, node: fx.Node, dim: Dim, stream: str) -> None:
+    def holder(self, results: tuple[Dim, ...], stream: str) -> Dim | None:
+        """The one dimension of a reshaped value that has all tokens of a stream; None where none has, or several do."""
+        holders = [r for r in results if stream in self.epochs.streams(r)]
+        return holders[0] if len(holders) == 1 and not self.cut(holders[0], stream) else None
+
+    def cut(self, dim: Dim, stream: str) -> int:
+        """How many tokens of a stream a dimension has that has only a part of them, cut out by position; else 0."""
         kind = self.annotation.axis(dim)
-        parts = [s for s in kind.segments if s.stream == stream and not s.whole] if isinstance(kind, Tokens) else []
-        if parts:
+        return (
+            sum(s.length for s in kind.segments if s.stream == stream and not s.whole)
+            if isinstance(kind, Tokens)
+            else 0
+        )
+
+    def _check_whole(self, node: fx.Node, dim: Dim, stream: str, source: Dim) -> None:
+        part = self.cut(dim, stream)
+        if part:
             raise SiteError(
-                f"{describe(node)} takes {parts[0].length} of the "
-                f"{self.annotation.streams[parts[0].stream or '']} {parts[0].stream} tokens by position, "
-                "after a reducer has changed them. Move the site behind it."
+                f"{describe(node)} takes {part} of the {self.annotation.streams[stream]} {stream} tokens by position, "
+                f"after a reducer has changed them. Move the site behind it.{why_not(self, source)}"
             )
 
     # --- literals -------------------------------------------------------------------------------------------
@@ -439,7 +487,7 @@ class Rewriter:
                 sizes[item] = size if isinstance(size, int) else -1
                 self._set_arg(new, arg, sizes)
             case Slice(source, _, start, stop, start_arg, stop_arg) if self.epochs.at(source):
-                first = self._first_token(source, start, stop)
+                first = self.first_token(source, start, stop)
                 moved = self._moved(node, source, start, first_token=first)
                 self._set_arg(new, start_arg, moved)
                 self._set_arg(new, stop_arg, moved + 1 if first else self._moved(node, source, stop))
@@ -458,7 +506,19 @@ class Rewriter:
         new.args = tuple(arguments)
 
     def _moved(self, node: fx.Node, source: Dim, position: int, first_token: bool = False) -> int:
-        """Where a captured position is now: a border between segments, or the first token of one."""
+        found = self.moved_to(source, position, first_token)
+        if found is None:
+            raise SiteError(
+                f"{describe(node)} takes position {position} of the token axis {self.annotation.axis(source)}, which a "
+                "reducer has changed; only the first token of a stream keeps its place, and where pruning sorts the "
+                "tokens (`paper`) not even that one. Move the site behind it, or leave this output out."
+                f"{why_not(self, source)}"
+            )
+        return found
+
+    def moved_to(self, source: Dim, position: int, first_token: bool = False) -> int | None:
+        """Where a captured position is now: a border between segments, or the first token of one; None where nobody
+        can tell."""
         kind, epochs = self.annotation.axis(source), self.epochs.at(source)
         assert isinstance(kind, Tokens)
         before = now = 0
@@ -472,16 +532,9 @@ class Rewriter:
             if inside or position == before:
                 break
             before, now = before + segment.length, now + self.epochs.length(segment, epochs)
-        if position == kind.size and not first_token:
-            return now
-        raise SiteError(
-            f"{describe(node)} takes position {position} of the token axis {kind}, which a reducer has "
-            "changed; only the first token of a stream keeps its place, and where pruning sorts the "
-            "tokens (`paper`) not even that one. Move the site behind it, or leave "
-            "this output out."
-        )
+        return now if position == kind.size and not first_token else None
 
-    def _first_token(self, source: Dim, start: int, stop: int) -> bool:
+    def first_token(self, source: Dim, start: int, stop: int) -> bool:
         """Whether a slice is the first token alone of a stream that a reducer has changed."""
         kind, position = self.annotation.axis(source), 0
         assert isinstance(kind, Tokens)
@@ -520,15 +573,28 @@ def _classes(same: list[Same]) -> list[set[Dim]]:
     return classes
 
 
+_KEEPS_A_DIVISOR = frozenset(overloads("clamp clamp_min unsqueeze expand view reshape to add"))
+
+
 def _summed(node: object) -> fx.Node | None:
     """The sum that a divisor comes from, through operators that keep its meaning."""
     while isinstance(node, fx.Node) and node.op == "call_function":
         if node.target in overloads("sum"):
             return node
-        if node.target not in overloads("clamp clamp_min unsqueeze expand view reshape to add"):
+        if node.target not in _KEEPS_A_DIVISOR:
             return None
         node = node.args[0]
     return None
+
+
+def _only_divides(divisor: fx.Node, value: fx.Node) -> bool:
+    """Whether all that becomes of a sum is that the values it sums are divided by it."""
+    return bool(divisor.users) and all(
+        user.args[0] is value
+        if user.target is aten.div.Tensor and user.args[1] is divisor
+        else user.target in _KEEPS_A_DIVISOR and user.args[0] is divisor and _only_divides(user, value)
+        for user in divisor.users
+    )
 
 
 def inside(path: str, module: str) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -175,9 +175,16 @@ def _all_normed(place: Place) -> tuple[fx.Node, Tokens]:
 
 def _weights(place: Place, stream: str) -> fx.Node | None:
     """By the masks of this attention, then of those before it, the nearest first."""
-    position = place.graph.attentions.index(place.attention)
+    position, rewriter, after = place.graph.attentions.index(place.attention), place.rewriter, place.site.after
     readers = [place.attention, *reversed(place.graph.attentions[:position])]
-    return place.carried.of(place.rewriter, stream, place.epoch(stream), readers)
+    early = ExitStack()
+    if place.site.enters and after is not None and place.carried.known(stream, place.epoch(stream)) is None:
+        # What enters the first layer may be computed before the masks are.
+        for mask in place.attention.masks:
+            if mask.of_input and mask.node not in rewriter.env:
+                early.enter_context(rewriter.ahead(mask.node, after, after))
+    with early:
+        return place.carried.of(rewriter, stream, place.epoch(stream), readers)
 
 
 def _text_weights(place: Place, stream: str) -> fx.Node | None:
@@ -217,7 +224,7 @@ def _next_query(place: Place, stream: str) -> fx.Node:
 
 
 def _behind_to_image(place: Place, stream: str) -> fx.Node:
-    attention, rewriter, found = place.attention, place.rewriter, list[fx.Node]()
+    attention, rewriter, found = place.site.keys or place.attention, place.rewriter, list[fx.Node]()
     for rows in _behind(place, attention.query_axis, stream):
         key = f"rows.{rows[0]}"
         if key not in place.read:

@@ -78,7 +78,7 @@ class Site:
         instead: where image tokens leave the tower, for each block of a prompt.
         streams: that may be reduced.
         budget: of the schedule, where it has one for each site.
-        keys: whose keys are read, where these are not the attention's.
+        keys: whose keys or rows are read, where these are not the attention's.
         recounts: whether positions are counted anew behind it, where it stands between two layers.
         keep: tokens of each stream to leave, or the share of those before `first`, where it is one of several stages.
         first: the first stage of these.

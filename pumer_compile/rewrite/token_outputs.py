@@ -16,6 +16,7 @@ from ..errors import OutputsError
 from ..reducers import AlignAxis, UnitWeights
 from ..reducers.align import AlignMode
 from .rewriter import Rewriter
+from .unmerge import old_places
 
 
 def reduced_dims(rewriter: Rewriter, node: fx.Node) -> list[Dim]:
@@ -64,7 +65,7 @@ def _restore(rewriter: Rewriter) -> fx.Node:
     for position, (name, node) in enumerate(output_nodes(rewriter.source).items()):
         value = rewriter.env[node]
         for number, dim in enumerate(reduced_dims(rewriter, node)):
-            segments, maps = _inverse(rewriter, dim)
+            segments, maps = old_places(rewriter, dim, rewriter.source.graph.output_node())
             scope = f"reducer.restore.output_{position}_{dim.index}"
             value = rewriter.call_module(f"{scope}.tokens", AlignAxis(dim.index, segments, _mode(node)), value, *maps)
             ones = rewriter.call_module(f"{scope}.ones", UnitWeights(sum(n for n, _ in segments)), maps[0])
@@ -75,25 +76,6 @@ def _restore(rewriter: Rewriter) -> fx.Node:
     rewriter.name_outputs(list(named))
     result: fx.Node = rewriter.graph.output(tuple(named.values()))
     return result
-
-
-def _inverse(rewriter: Rewriter, dim: Dim) -> tuple[tuple[tuple[int, bool], ...], list[fx.Node]]:
-    """Lengths of the reduced segments, and for each the old position of every token, `[batch, before, after]`."""
-    epochs = rewriter.epochs.at(dim)
-    kind = rewriter.aligner.whole_streams(
-        rewriter, dim, rewriter.source.graph.output_node(), [s for s, epoch in epochs.items() if epoch]
-    )
-    segments, maps = [], []
-    for segment in kind.segments:
-        stream = segment.stream or ""
-        steps = rewriter.epochs.lineage(stream, epochs.get(stream, 0))
-        segments.append((rewriter.epochs.length(segment, epochs), bool(steps)))
-        if steps:
-            assigned = steps[0].assigned
-            for step in steps[1:]:
-                assigned = rewriter.call(aten.matmul.default, step.assigned, assigned)
-            maps.append(rewriter.call(aten.transpose.int, assigned, 1, 2))
-    return tuple(segments), maps
 
 
 def _mode(node: fx.Node) -> AlignMode:

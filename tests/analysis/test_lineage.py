@@ -194,6 +194,27 @@ def test_convolutions() -> None:
     assert found is not None and list(found.members) == [(i,) for i in range(16)]
 
 
+RESIZED: dict[str, tuple[int, int, dict[str, object]]] = {
+    "halved": (2, 3, {"mode": "bilinear"}),
+    "an odd share": (3, 2, {"mode": "bilinear"}),
+    "smoothed": (2, 2, {"mode": "bilinear", "antialias": True}),
+    "larger": (5, 8, {"mode": "nearest"}),
+    "cubic": (3, 4, {"mode": "bicubic"}),
+}
+
+
+@pytest.mark.parametrize("name", RESIZED)
+def test_a_grid_that_is_resized(name: str) -> None:
+    height, across, how = RESIZED[name]
+
+    def resize(x: Tensor) -> Tensor:
+        grid = x.transpose(1, 2).unflatten(2, (4, 6))
+        return functional.interpolate(grid, size=(height, across), **how).flatten(2).transpose(1, 2)  # type: ignore[arg-type]
+
+    found = lineage_of(resize, 2, 24, WIDTH)
+    assert found is not None and list(found.members) == by_gradient(resize, 2, 24, WIDTH)
+
+
 def test_a_patch_merger_of_windows() -> None:
     def unfold(x: Tensor) -> Tensor:
         patches = functional.unfold(x.transpose(1, 2).unflatten(2, (4, 4)), 2, stride=2)

@@ -13,12 +13,8 @@ import pumer_compile as pumer
 from pumer_compile import Schedule
 from pumer_compile.errors import PlanError
 from pumer_compile.reducers import reducers_of
-from tests.support.fastv_families import BUDGET, LAYER, by_hand, images_of
+from tests.support.fastv_families import BUDGET, FEWER_FROM, LAYER, by_hand, images_of
 from tests.support.prompt_families import FAMILIES, captured
-
-# Where not every layer attends: the first that the first attention leaves fewer tokens.
-FEWER_FROM = {"lfm2_vl": 2, "qwen3_5": 2}
-
 
 # What `fastv` does not reduce yet, and issue 17 asks for.
 OPEN = {"mllama"}

@@ -31,6 +31,7 @@ ROWS = {
     "glm46v": (1, 1),
     "glm4v": (1, 1),
     "granite4_vision": (2, 1),
+    "hunyuan_vl": (1, 1),
     "idefics2": (1, 1),
     "idefics3": (1, 1),
     "instructblip": (1, 1),
@@ -51,6 +52,7 @@ ROWS = {
     "qwen2_5_vl_two": (2, 2),
     "qwen2_5_vl_uneven": (1, 1),
     "qwen2_5_vl_video": (3, 1),
+    "qwen2_5_omni": (1, 1),
     "qwen2_vl": (1, 1),
     "qwen3_5": (1, 1),
     "qwen3_vl": (1, 1),
@@ -59,6 +61,7 @@ ROWS = {
     "smolvlm": (1, 1),
     "smolvlm_split": (3, 3),
     "video_llava": (3, 2),
+    "video_llama3": (1, 1),
     "vipllava": (1, 1),
 }
 

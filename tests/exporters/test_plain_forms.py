@@ -66,6 +66,15 @@ def test_ranges_of_integers_are_counted() -> None:
     assert count(module, aten.arange.default) == 1 and not list(module.buffers())
 
 
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_sequences_of_several_lengths(first: bool, side: str) -> None:
+    def body(x: Tensor) -> Tensor:
+        return nn.utils.rnn.pad_sequence([x[0], x[1, :2], x[0, 1:2] + 1], first, 0.5, side)
+
+    assert count(plain(body), aten.pad_sequence.default) == 0
+
+
 def test_in_onnx(tmp_path: Path) -> None:
     model = Forms(lambda x: (x.squeeze(1) + 1).sum() * torch.arange(1 / 6, 1.0, 1 / 6))
     pumer.export(pumer.capture(model, {"x": sample(0)}), tmp_path / "model.onnx", verify=False)

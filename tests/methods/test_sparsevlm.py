@@ -13,9 +13,10 @@ import pumer_compile as pumer
 from pumer_compile import Schedule
 from pumer_compile.errors import LocateError, PlanError, ScheduleError
 from pumer_compile.reducers import RatedReducer, TextRating, forced_decisions
-from pumer_compile.reducers.base import Decisions
+from pumer_compile.reducers.base import Decisions, Forcing
 from tests.support import llava
-from tests.support.commands import done, inner_manifest, onnx_outputs, refused
+from tests.support.clusters import clusters_of
+from tests.support.commands import done, inner_manifest, onnx_outputs, refused, tensorrt_refuses
 from tests.support.prompt_families import Tensors, captured
 from tests.support.published import kept_and_logits
 from tests.support.stages import Staged, by_hand
@@ -77,10 +78,36 @@ class Rated(Staged):
         return states.gather(1, index[..., None].expand(-1, -1, states.shape[-1]))
 
 
+class Recycled(Rated):
+    """Merges some of those that go."""
+
+    recycle = 0.3
+
+    def _choose(self, states: Tensor, budget: int) -> Tensor:
+        assert self.places is not None
+        image, rows, left = self.images[0], states.clone(), []
+        for row, places in enumerate(self.places.tolist()):
+            words = [place for place in range(image[-1], self.length) if place not in image]
+            raters = raters_of(self.entered[row], image, words, round(len(words) * self.share))
+            seen = self.attention[row][[places.index(word) for word in raters]].mean(0).tolist()
+            there = [number for number, place in enumerate(places) if place in image]
+            order = sorted(there, key=lambda number, seen=seen: (-seen[number], number))  # type: ignore[misc]
+            again = sorted(order[budget : budget + int((len(there) - budget) * self.recycle) + 1])
+            found = clusters_of([states[row, number].double() for number in again], len(again) // 10 + 1)
+            for center, members in found.items():
+                rows[row, again[center]] = states[row, [again[i] for i in members]].mean(0)
+            gone = set(order[budget:]) - {again[center] for center in found}
+            left.append([number for number in range(len(places)) if number not in gone])
+        index = torch.tensor(left)
+        self.places = self.places.gather(1, index)
+        self.kept.append(self.places)
+        return rows.gather(1, index[..., None].expand(-1, -1, states.shape[-1]))
+
+
 def rated_by_hand(
-    model: Any, inputs: Tensors, stages: Mapping[int, int], share: float, placeholder: int = 0
+    model: Any, inputs: Tensors, stages: Mapping[int, int], share: float, placeholder: int = 0, recycle: float = 0
 ) -> tuple[Tensor, list[Tensor]]:
-    kind = type("Of", (Rated,), {"share": share})
+    kind = type("Of", (Recycled if recycle else Rated,), {"share": share, "recycle": recycle})
     return by_hand(model, inputs, stages, "own", placeholder=placeholder, kind=kind)
 
 
@@ -101,6 +128,27 @@ def test_its_layers_given_fewer_tokens(stages: dict[int, int], raters: float) ->
         assert torch.equal(own + BEFORE, left[:, BEFORE : BEFORE + own.shape[1]])
         assert not torch.equal(own[0], own[1])
     torch.testing.assert_close(logits, wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_each_prompt_recycles_its_own() -> None:
+    made = reduced({1: 60}, recycle=0.3)
+    with torch.no_grad():
+        together = made.module(**llava.tensors())["logits"]
+        turned = made.module(**{name: value.flip(0) for name, value in llava.tensors().items()})["logits"]
+    torch.testing.assert_close(turned.flip(0), together, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("stages", "recycle"), [({1: 60, 2: 21}, 0.3), ({1: 4}, 1.0)])
+def test_what_goes_is_recycled(stages: dict[int, int], recycle: float) -> None:
+    """Clusters by loops; a merged token stands where its center stood, and is there at the next stage."""
+    wanted, places = rated_by_hand(llava.model(), llava.tensors(), stages, 0.5, PLACEHOLDER, recycle)
+    made = reduced(stages, recycle=recycle)
+    with torch.no_grad():
+        logits = made.module(**llava.tensors())["logits"]
+    assert [site.after["prompt_image"] for site in made.plan.sites] == [p.shape[1] - BEFORE - WORDS for p in places]
+    torch.testing.assert_close(logits, wanted, atol=1e-4, rtol=1e-4)
+    plain, _ = rated_by_hand(llava.model(), llava.tensors(), stages, 0.5, PLACEHOLDER)
+    assert float((logits[:, -1] - plain[:, -1]).abs().max()) > 1e-3
 
 
 def test_raters_decide() -> None:
@@ -162,6 +210,12 @@ def test_the_command_line(tmp_path: Any) -> None:
     wanted, _ = rated_by_hand(llava.model(), llava.tensors(), {1: 60, 2: 21}, 0.34, PLACEHOLDER)
     found = onnx_outputs(path, {name: value.numpy() for name, value in llava.tensors().items()})["logits"]
     torch.testing.assert_close(torch.as_tensor(found), wanted, atol=1e-4, rtol=1e-4)
+    file.write_text("method: sparsevlm\nstages: {1: 60, 2: 21}\nrecycle: 0.3\n", encoding="utf-8")
+    done(llava.FOLDER, *options, "-o", path)
+    assert inner_manifest(path)["parity"]["passed"] and tensorrt_refuses(path) == []
+    wanted, _ = rated_by_hand(llava.model(), llava.tensors(), {1: 60, 2: 21}, 0.5, PLACEHOLDER, 0.3)
+    found = onnx_outputs(path, {name: value.numpy() for name, value in llava.tensors().items()})["logits"]
+    torch.testing.assert_close(torch.as_tensor(found), wanted, atol=1e-4, rtol=1e-4)
     file.write_text("method: sparsevlm\nstages: {3: 21}\n", encoding="utf-8")
     assert "this model has 3: choose 1 to 2" in refused(2, "plan", llava.FOLDER, *options)
 
@@ -197,6 +251,21 @@ def test_a_near_tie_is_told_from_a_wrong_choice() -> None:
     assert margin(close, 4, 3) == 1 and margin(certain, 1, 1) == 1
 
 
+def test_forced_merges_are_followed() -> None:
+    """Places are numbered among the tokens that stay or merge."""
+    reducer = RatedReducer(8, 2, 1.0, recycle=0.5)
+    tokens, rows = torch.randn(1, 8, 3, generator=torch.Generator().manual_seed(0)), torch.arange(8.0).view(1, 1, 1, 8)
+    own = reducer(tokens, rows, torch.ones(1, 1))
+    assert own.kept.tolist() == [[2, 3, 4, 5, 6, 7]] and own.source.shape == (1, 3) and not reducer.judged
+    forced = Decisions(torch.tensor([[0, 1, 4, 5, 6, 7]]), torch.tensor([[0, 1, 2]]), torch.tensor([[3, 3, 3]]))
+    reducer.forcing = Forcing(forced)
+    found = reducer(tokens, rows, torch.ones(1, 1))
+    wanted = torch.stack([tokens[0, [0, 1, 4, 5]].mean(0), tokens[0, 6], tokens[0, 7]])
+    torch.testing.assert_close(found.tokens[0], wanted)
+    assert found.place[0].argmax(-1).tolist() == [5, 6, 7]
+    assert reducer.forcing.comparison is not None and bool(reducer.forcing.comparison.margin.isnan())
+
+
 def test_ties_go_to_the_lowest_index_and_pinned_tokens_stay() -> None:
     tokens, rows = torch.zeros(1, 6, 3), torch.full((1, 2, 3, 6), 0.1)
     rows[:, :, 0, 4] = 0.5
@@ -221,7 +290,7 @@ def test_ties_go_to_the_lowest_index_and_pinned_tokens_stay() -> None:
         ({"stages": {1: 30}, "raters": True}, "got True"),
         ({"stages": {1: 30}, "positions": "compact"}, "leave out `positions`"),
         ({"stages": {1: 30}, "semantics": "reference"}, "leave out `semantics`"),
-        ({"stages": {1: 30}, "recycle": 0.3}, "unknown key"),
+        ({"stages": {1: 30}, "recycle": 1.5}, "recycle: .* at most 1"),
     ],
 )
 def test_schedules_that_are_refused(keys: dict[str, Any], words: str) -> None:

@@ -100,6 +100,13 @@ def largest(x: Tensor, text: int) -> Tensor:
     return x.topk(3, 1).values.amax(1)
 
 
+def in_blocks(x: Tensor, text: int) -> Tensor:
+    """The best token of each of two blocks, as attention that chooses blocks of keys finds it."""
+    block = x.shape[1] - 1
+    filled = F.pad(x, (0, 0, 0, block - 1), value=-torch.inf)
+    return filled.view(x.shape[0], 2, block, x.shape[2]).amax(2)[:, 0]
+
+
 def padded(x: Tensor, text: int) -> Tensor:
     return F.pad(x, (0, 0, 1, 1)).amax(1)
 
@@ -161,6 +168,7 @@ REFUSED: dict[Head, tuple[str, str]] = {
     ranked: ("sort", "position by position"),
     largest: ("topk", "position by position"),
     padded: ("pad", "position by position"),
+    in_blocks: ("pad", "nothing in front of it can be reduced"),
     pooled_by_twos: ("avg_pool1d", "position by position"),
     convolved: ("conv1d", "position by position"),
     triangle: ("tril", "position by position"),

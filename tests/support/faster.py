@@ -10,14 +10,19 @@ import copy
 import functools
 import gc
 import logging
+import sys
 import traceback
 import types
+import weakref
+from pathlib import Path
 from typing import Any
 
 import torch._logging._internal as torch_logging
 import torch.fx.traceback
 import torch.onnx
 import torch.utils._traceback as tracebacks
+from torch.fx.proxy import _STACK_TRACE_ANCHORS
+from torch.utils._traceback import CapturedTraceback
 
 
 def collect_garbage_seldom() -> None:
@@ -91,8 +96,8 @@ def share_provenance() -> None:
 
 
 def name_frames_once() -> None:
-    """Each node of a traced graph gets the stack of calls it came from, of a hundred frames that are the same again and
-    again; a summary of one is not changed, and reads its line of source once."""
+    """Each node of a traced graph gets the stack of calls it came from, of two hundred frames, pytest's among them, of
+    which it keeps those of `forward`: only these are read here, and each line of source once."""
     frame = functools.lru_cache(100_000)(traceback.FrameSummary)
 
     def symbolized(found: Any, skip: int) -> traceback.StackSummary:
@@ -101,6 +106,88 @@ def name_frames_once() -> None:
         return stack
 
     tracebacks._extract_symbolized_tb = symbolized
+
+    class Frames(CapturedTraceback):
+        """The frames that a tracer keeps which keeps those of `forward` alone."""
+
+        @staticmethod
+        def extract(*, script: bool = False, cpp: bool = False, skip: int = 0) -> CapturedTraceback:
+            caller = sys._getframe(1)
+            if getattr(caller.f_locals.get("self"), "_record_forward_stack_traces_only", False):
+                return Frames(caller)
+            return CapturedTraceback.extract(script=script, cpp=cpp, skip=skip + 1)
+
+        def summary(self) -> traceback.StackSummary:
+            stack, found = traceback.StackSummary(), self.tb
+            while found is not None:
+                file, name = found.f_code.co_filename, found.f_code.co_name
+                if name == "forward" or file.endswith("torch/__init__.py") or (file, name) in _STACK_TRACE_ANCHORS:
+                    stack.append(frame(file, found.f_lineno, name))
+                found = found.f_back
+            stack.reverse()
+            return stack
+
+    torch.fx.proxy.CapturedTraceback = Frames  # type: ignore[misc]
+
+
+def write_code_when_called() -> None:
+    """`torch.export` writes the Python of a graph anew after each of a dozen steps, and most of it is called by nobody:
+    here it is written when somebody calls or reads it. The graphs that others make, this package's among them, are
+    written at once as ever: one that is changed after that and not written again must show in a test."""
+    recompile = torch.fx.GraphModule.recompile
+    folder = Path(torch.__file__).parent
+    lazy = tuple(f"{folder}/{part}" for part in ("export/", "_export/", "fx/passes/split", "fx/experimental/proxy_"))
+    inside = {f"{folder}/{part}.py" for part in ("fx/graph_module", "fx/_lazy_graph_module", "nn/modules/module")}
+
+    def write(module: torch.fx.GraphModule) -> Any:
+        if isinstance(vars(type(module)).get("forward"), Unwritten):
+            del type(module).forward
+        return recompile(module)
+
+    class Unwritten:
+        """`forward` of a graph module (each has a class of its own) whose code is not yet written."""
+
+        def __init__(self, module: torch.fx.GraphModule) -> None:
+            self.module = weakref.ref(module)
+
+        def __get__(self, instance: torch.fx.GraphModule | None, owner: type[torch.fx.GraphModule]) -> Any:
+            module = instance or self.module()
+            assert module is not None
+            write(module)
+            return owner.forward if instance is None else instance.forward
+
+    class Written:
+        """An attribute that is set as code is written."""
+
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __get__(self, instance: torch.fx.GraphModule | None, owner: type) -> Any:
+            if instance is None:
+                return self
+            if isinstance(vars(type(instance)).get("forward"), Unwritten):
+                write(instance)
+            if self.name not in vars(instance):
+                raise AttributeError(self.name)
+            return vars(instance)[self.name]
+
+        def __set__(self, instance: torch.fx.GraphModule, value: Any) -> None:
+            vars(instance)[self.name] = value
+
+    def recompile_later(self: torch.fx.GraphModule) -> Any:
+        caller = sys._getframe(1)
+        while caller.f_code.co_filename in inside and caller.f_back is not None:
+            caller = caller.f_back
+        if not caller.f_code.co_filename.startswith(lazy):
+            return write(self)
+        if isinstance(codegen := self._graph._codegen, torch.fx.graph._PyTreeCodeGen):
+            self._in_spec, self._out_spec = codegen.pytree_info.in_spec, codegen.pytree_info.out_spec
+        type(self).forward = Unwritten(self)  # type: ignore[assignment]
+        return None
+
+    for name in ("_code", "_lineno_map", "_prologue_start"):
+        setattr(torch.fx.GraphModule, name, Written(name))
+    torch.fx.GraphModule.recompile = recompile_later  # type: ignore[method-assign]
 
 
 def trace_nothing() -> None:

@@ -502,6 +502,92 @@ def qwen3_5() -> Built:
     )
 
 
+@_family
+def qwen2_5_omni() -> Built:
+    """Sound in front of a picture, as many tokens as that has rows: it stays."""
+    sound, ends = 93, [92, 91]
+    vision = {
+        "depth": 2,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_heads": 4,
+        "patch_size": 4,
+        "window_size": 16,
+        "out_hidden_size": 32,
+        "fullatt_block_indexes": [1],
+    }
+    config = hf.Qwen2_5OmniThinkerConfig(
+        audio_config={
+            "d_model": 32,
+            "encoder_attention_heads": 4,
+            "encoder_ffn_dim": 48,
+            "encoder_layers": 1,
+            "num_mel_bins": 20,
+            "output_dim": 32,
+        },
+        vision_config=vision,
+        text_config={**_TEXT, "rope_parameters": _MROPE},
+        audio_token_index=sound,
+        image_token_index=IMAGE,
+        video_token_index=OTHER,
+        audio_start_token_id=ends[0],
+        audio_end_token_id=ends[1],
+        vision_start_token_id=START,
+        vision_end_token_id=END,
+    )
+    packed = _packed((1, 6, 8), width=_PATCH)
+
+    def make(seed: int) -> Tensors:
+        inputs, generator = packed(seed), torch.Generator().manual_seed(seed)
+        ids = inputs["input_ids"]
+        heard = torch.tensor([[ends[0], *[sound] * 12, ends[1]]])
+        ids = torch.cat([ids[:, :2], heard, ids[:, 2:]], 1)
+        return {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "input_features": torch.randn(1, 20, 48, generator=generator),
+            "feature_attention_mask": torch.ones(1, 48, dtype=torch.int64),
+            "pixel_values": inputs["pixel_values"],
+            "image_grid_thw": inputs["image_grid_thw"],
+        }
+
+    return hf.Qwen2_5OmniThinkerForConditionalGeneration(config), make
+
+
+@_family
+def video_llama3() -> Built:
+    """Patches of 2 x 2 are averaged by resizing the grid."""
+    vision = {**{n: v for n, v in _TOWER.items() if n != "image_size"}, "patch_size": 4}
+    config = hf.VideoLlama3Config(
+        vision_config={"model_type": "video_llama_3_vision", **vision},
+        text_config={"model_type": "qwen2", **_TEXT},
+        image_token_id=IMAGE,
+        video_token_id=OTHER,
+    )
+    packed = _packed((1, 6, 8), width=48)
+
+    def make(seed: int) -> Tensors:
+        inputs = packed(seed)
+        del inputs["mm_token_type_ids"]
+        return {**inputs, "image_merge_sizes": torch.tensor([2])}
+
+    return hf.VideoLlama3ForConditionalGeneration(config), make
+
+
+@_family
+def hunyuan_vl() -> Built:
+    """Learned rows at both ends of a picture and behind each of its lines."""
+    vision = {**_TOWER, "patch_size": 4, "image_size": 32, "temporal_patch_size": 1, "spatial_merge_size": 2}
+    vision |= {"text_hidden_size": 32, "out_hidden_size": 32, "num_key_value_heads": 4}
+    vision |= {"max_image_size": 32, "min_image_size": 32, "anyres_vit_max_image_size": 32, "max_vit_seq_len": 64}
+    text = {**_TEXT, "head_dim": 8, "rope_parameters": {**_MROPE, "mrope_section": [1, 1, 1, 1]}}
+    config = hf.HunYuanVLConfig(vision_config=vision, text_config=text, image_token_id=IMAGE)
+    rows = [IMAGE] * (3 * (4 + 1) + 2)
+    grid = torch.tensor([[1, 6, 8]])
+    make = _pictures([3, rows, 4], 48, 48, batch=1, image_grid_thw=grid, mm_token_type_ids=_by_type)
+    return hf.HunYuanVLForConditionalGeneration(config), make
+
+
 _GLM_VISION: dict[str, Any] = {
     "depth": 2,
     "hidden_size": 32,
