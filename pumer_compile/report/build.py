@@ -95,6 +95,9 @@ def report(
         provider: onnxruntime's, for an artifact.
         progress: told what is going on.
 
+    Returns:
+        The page and what it shows.
+
     Raises:
         UsageError: inputs without a picture, or that do not fit; an artifact without its model, or a model without a
             schedule.
