@@ -214,7 +214,7 @@ def test_public_names_say_what_they_take_give_and_refuse(name: str) -> None:
 
 def check_function(function: Any) -> None:
     said = inspect.getdoc(function) or ""
-    sections = dict(re.findall(r"^(Args|Returns|Raises):\n((?:[ \n].*\n?)+)", said + "\n", re.MULTILINE))
+    sections = dict(re.findall(r"^(Args|Returns|Raises):\n((?: {4}.*\n|\n)+)", said + "\n", re.MULTILINE))
     signature = inspect.signature(function)
     described = re.findall(r"^ {4}(\w+): ", sections["Args"], re.MULTILINE)
     assert described == list(signature.parameters), function.__name__
