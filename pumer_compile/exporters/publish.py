@@ -80,8 +80,12 @@ def export(
         with_decisions: keep every reducer's decisions as extra outputs.
         verify: prove the artifact before publishing it.
         samples: batches for the proof besides the captured inputs; None makes random ones where it can.
-        atol, rtol: tolerances of the proof; defaults follow the dtype.
+        atol: absolute tolerance of the proof, for all outputs or by output; None follows the dtype.
+        rtol: relative tolerance, in the same way.
         progress: told what is going on.
+
+    Returns:
+        Where it was written, its manifest, and the report of its proof.
 
     Raises:
         UsageError: an unknown suffix, a path that cannot be written, a tolerance for an output that there is not, or

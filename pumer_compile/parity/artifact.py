@@ -63,9 +63,11 @@ def parity(
         artifact: made by pumer-compile; its manifest says which schedule it was reduced by.
         model: the model it was compiled from, or its file.
         samples: inputs by name, one batch or several; None makes random batches with padding.
-        atol, rtol: tolerances, for all outputs or by output name; defaults follow the artifact's dtype.
+        atol: absolute tolerance, for all outputs or by output name; None follows the artifact's dtype.
+        rtol: relative tolerance, in the same way.
         provider: onnxruntime's execution provider (`cpu`, `cuda`, `tensorrt`), for ONNX.
-        save_inputs, save_outputs: write what the artifact was given and gave in Polygraphy's format, failed or not.
+        save_inputs: JSON file for what the artifact was given, in Polygraphy's format, failed or not.
+        save_outputs: JSON file for what it gave, in the same format.
         first_difference: look inside the artifact too, on the first batch, and say which value of eager PyTorch is the
             first that it does not have (`report.first_difference`); ONNX alone shows inner values.
 
