@@ -24,6 +24,7 @@ from ..errors import ParityError, UsageError
 from ..files import publish, sha256_file
 from ..guards import check_prompts, without_constants
 from ..parity.check import check, check_tolerances
+from ..parity.noise import coarse_of
 from ..parity.report import ParityReport
 from ..plan import PromptPlace
 from ..reduce import Reduced
@@ -189,6 +190,13 @@ def _prove(
         added=tuple(program.added),
         atol=atol,
         rtol=rtol,
+        coarse=coarse_of(
+            program,
+            reduced.schedule if isinstance(reduced, Reduced) else None,
+            eager,
+            writer.options.tolerance,
+            getattr(writer.options, "quantize_mode", None),
+        ),
     )
     report.stand_in = evidence.stand_in
     if evidence.stand_in:

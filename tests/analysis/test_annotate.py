@@ -112,6 +112,26 @@ def test_learned_tokens_joined_to_several_streams_are_their_own_segment() -> Non
     assert annotation.learned == {"text": 0, "image": 1}
 
 
+class Trailing(Prompted):
+    """Learned tokens behind those of the image."""
+
+    def embed(self, input_ids: Tensor, pixel_values: Tensor) -> Tensor:
+        x = Fusion.embed(self, input_ids, pixel_values)
+        text, image = x[:, : input_ids.shape[1]], x[:, input_ids.shape[1] :]
+        return torch.cat([text, torch.cat([image, self.prompt.expand(x.shape[0], -1, -1)], 1)], 1)
+
+
+def test_learned_tokens_behind_a_stream_are_no_part_of_it() -> None:
+    """Group tokens, which a reducer would merge with patches."""
+    config = Config(mask="none", layers=1)
+    module = capture(Trailing(config).eval(), inputs_for(config)).module
+    annotation = annotate(module)
+    (node,) = nodes(module, aten.softmax.int)
+    expected = Tokens((Segment("text", 7), Segment("image", 25), Segment(None, 3)))
+    assert annotation.axis(Dim(node, 3)) == expected
+    assert annotation.learned == {"text": 0, "image": 1}
+
+
 def test_annotation_changes_nothing() -> None:
     module = program(Config()).module
     code, count = module.code, len(module.graph.nodes)

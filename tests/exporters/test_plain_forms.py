@@ -66,6 +66,29 @@ def test_ranges_of_integers_are_counted() -> None:
     assert count(module, aten.arange.default) == 1 and not list(module.buffers())
 
 
+def one_hot(x: Tensor, dim: int = 1, number: float = 1.0) -> Tensor:
+    return torch.zeros_like(x).scatter_(dim, x.max(dim, keepdim=True)[1], number)
+
+
+@pytest.mark.parametrize(("dim", "number"), [(1, 1.0), (-2, 2.5), (0, 1.0)])
+def test_one_hot_rows_are_compared(dim: int, number: float) -> None:
+    """GroupViT's groups: one at the largest place, zeros elsewhere."""
+    module = plain(lambda x: one_hot(x, dim, number) + 1)
+    assert count(module, aten.scatter_.value) == 0 and count(module, aten.eq.Tensor) == 1
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        lambda x: x.clone().scatter_(1, x.max(1, keepdim=True)[1], 1.0),  # into something else than zeros
+        lambda x: torch.zeros_like(x).scatter_(1, x.topk(2, 1)[1], 1.0),  # at two places
+    ],
+    ids=["values", "two places"],
+)
+def test_other_scatters_stay(body: Body) -> None:
+    assert count(plain(body), aten.scatter_.value) == 1
+
+
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_sequences_of_several_lengths(first: bool, side: str) -> None:

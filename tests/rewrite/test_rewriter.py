@@ -151,9 +151,17 @@ def counted_mean(x: Tensor, text: int) -> Tensor:
     return x.sum(1) / torch.ones_like(x).sum(1)
 
 
+def own_shares(x: Tensor, text: int) -> Tensor:
+    """Weights that are divided by their own sum, and so come to 1 for any number of tokens."""
+    weights = x.mean(-1).sigmoid()
+    weights = weights / (weights.sum(1, keepdim=True) + 1e-6)
+    return (weights.unsqueeze(1) @ x).squeeze(1)
+
+
 HEADS: tuple[Head, ...] = (
     summed_features,
     counted_mean,
+    own_shares,
     view_heads,
     batch_and_heads,
     parts,

@@ -79,6 +79,12 @@ def total(x: Tensor, text: int) -> Tensor:
     return x.sum(1)
 
 
+def shares_of_others(x: Tensor, text: int) -> Tensor:
+    """Divided by a sum over other numbers than these."""
+    weights = x.mean(-1).sigmoid()
+    return ((weights.tanh() / weights.sum(1, keepdim=True)).unsqueeze(1) @ x).squeeze(1)
+
+
 def rolled(x: Tensor, text: int) -> Tensor:
     return (x * x.roll(1, 1)).amax(1)
 
@@ -162,6 +168,7 @@ REFUSED: dict[Head, tuple[str, str]] = {
     split_by_position: ("split", "position by position"),
     weighted_sum: ("matmul", "Nothing aligns a sum over tokens"),
     total: ("sum", "sums over the token axis"),
+    shares_of_others: ("sum", "sums over the token axis"),
     rolled: ("roll", "position by position"),
     rolled_in_a_row: ("roll", "position by position"),
     turned: ("flip", "position by position"),

@@ -72,15 +72,24 @@ class _Attentions(TorchFunctionMode):
         first = args[0] if args and isinstance(args[0], Tensor) else None
         if name == "softmax":
             # Weights say how much; a token is made of values.
-            result = result.detach() if result.dim() > 3 else result
+            result = result.detach() if result.dim() > 3 or self._folded(result) else result
             self._same(result, result)
         elif name == "conv2d":
             return _by_centre(args, kwargs or {}, result)
         elif name in ("dropout", "to", "type", "type_as", "contiguous") and id(first) in self.weights:
             self._same(result, self.weights[id(first)])
         elif name in ("matmul", "__matmul__", "bmm") and id(first) in self.weights and args[1].dim() == first.dim():
-            self.found.append(Attention(self.inside[-1] if self.inside else None, first, result))
+            heads = self._folded(first)
+            apart = result.unflatten(0, (-1, heads)) if heads else result
+            weights = first.unflatten(0, (-1, heads)) if heads else first
+            self.found.append(Attention(self.inside[-1] if self.inside else None, weights, apart))
+            return apart.flatten(0, 1) if heads else result
         return result
+
+    def _folded(self, weights: Tensor) -> int:
+        """How many heads are folded into the batch of an attention's weights; 0 where they have their own dimension."""
+        heads = getattr(self.inside[-1], "num_attention_heads", 0) if self.inside and weights.dim() == 3 else 0
+        return heads if heads and weights.shape[0] % heads == 0 else 0
 
     def _same(self, value: Tensor, weights: Tensor) -> None:
         self.weights[id(value)] = weights
