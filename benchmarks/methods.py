@@ -33,9 +33,11 @@ KEYS: dict[str, dict[str, Any]] = {
     "visionzip": {"dominant": 2, "contextual": 1},
     "holov": {"budget": 3, "crops": 2, "semantics": "stable"},
     "cdpruner": {"budget": 3, "variant": "openvino"},
-    "evs": {"keep": 3},
+    "evs": {"keep": 9},
     "vidcom2": {"keep": 3},
 }
+# Grids of the families whose images are no squares.
+GRIDS: tuple[list[int] | None, ...] = (None, [3, 4], [4, 3], [4, 5], [5, 4], [3, 5], [5, 3])
 # They act on no prompt, or on what their stages act on.
 OTHERS = ("pumer", "tome", "dynamicvit", "lossless", "stages")
 
@@ -47,9 +49,9 @@ def methods() -> list[str]:
     return [name for name in METHODS if name not in OTHERS]
 
 
-def reduced_by(name: str, program: Any) -> str:
-    """What comes of a method and a family: `yes`, or why not."""
-    from pumer_compile import Schedule, reduce
+def reduced_by(name: str, analysed: Any) -> str:
+    """What comes of a method and a family (`reduce.Analysed`): `yes`, or why not."""
+    from pumer_compile import Schedule
     from pumer_compile.errors import PumerError
     from pumer_compile.methods import METHODS
 
@@ -57,16 +59,21 @@ def reduced_by(name: str, program: Any) -> str:
     # Positions that are counted anew are refused where they are constants of the graph.
     if "positions" in METHODS[name].model_fields:
         keys = {**keys, "positions": "original"}
-    try:
-        plan = reduce(program, Schedule(method=name, **keys)).plan
-    except PumerError as error:
-        return f"{type(error).__name__}: {error}"
-    return "yes" if plan.sites else "nothing was reduced"
+    said = ""
+    for more in [{"grid": grid, "budget": 4} for grid in GRIDS] if "grid" in METHODS[name].model_fields else [{}]:
+        try:
+            plan = analysed.reduce(Schedule(method=name, **{**keys, **more})).plan
+        except PumerError as error:
+            said = said or f"{type(error).__name__}: {error}"
+        else:
+            return "yes" if plan.sites else "nothing was reduced"
+    return said
 
 
 def run(names: list[str], families: list[str]) -> None:
     """Reduce some families (none named: every one) by some methods, and keep what came of it."""
     from pumer_compile.errors import PumerError
+    from pumer_compile.reduce import Analysed
     from tests.support.prompt_families import FAMILIES, captured
 
     found: dict[str, dict[str, str]] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
@@ -78,7 +85,8 @@ def run(names: list[str], families: list[str]) -> None:
             found[family] = dict.fromkeys(methods(), f"not captured: {error}")
             continue
         own = found.setdefault(family, {})
-        own.update({name: reduced_by(name, program) for name in names})
+        analysed = Analysed(program)
+        own.update({name: reduced_by(name, analysed) for name in names})
         captured.cache_clear()
         print(family, *(f"{name}={said[:3]}" for name, said in own.items()), flush=True)
         RESULTS.write_text(json.dumps(found, indent=1) + "\n")
