@@ -54,7 +54,7 @@ lint: $(STAMP)
 docs: $(STAMP)
 	@PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install -qq --disable-pip-version-check -e ".[docs]"
 	@echo "==> mkdocs build"
-	@$(BIN)/python -m mkdocs build --strict --quiet --site-dir build/site
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet --site-dir build/site
 
 dist: $(STAMP)
 	@PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install -qq --disable-pip-version-check -e ".[release]"

@@ -2,6 +2,7 @@
 
     python -m benchmarks.methods              # reduce every family by every method (about half an hour), write the page
     python -m benchmarks.methods random dart  # by these methods anew
+    python -m benchmarks.methods --families gemma3,internvl      # these alone
     python -m benchmarks.methods --render     # write the page from the results there are
 
 The families are the small models of `tests/support/prompt_families.py`: whether the numbers are right is for the tests.
@@ -21,6 +22,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks/results/methods.json"
+COSTS = ROOT / "benchmarks/results/selection_cost.json"
 PAGE = ROOT / "docs/methods.md"
 # What a schedule needs beside its method, for prompts with a few image tokens.
 KEYS: dict[str, dict[str, Any]] = {
@@ -62,14 +64,14 @@ def reduced_by(name: str, program: Any) -> str:
     return "yes" if plan.sites else "nothing was reduced"
 
 
-def run(names: list[str]) -> None:
-    """Reduce every family by some methods, and keep what came of it."""
+def run(names: list[str], families: list[str]) -> None:
+    """Reduce some families (none named: every one) by some methods, and keep what came of it."""
     from pumer_compile.errors import PumerError
     from tests.support.prompt_families import FAMILIES, captured
 
     found: dict[str, dict[str, str]] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     found["versions"] = {package: version(package).partition("+")[0] for package in ("transformers", "torch")}
-    for family in FAMILIES:
+    for family in families or FAMILIES:
         try:
             *_, program = captured(family)
         except PumerError as error:
@@ -134,11 +136,33 @@ def families_table(found: Mapping[str, Mapping[str, str]]) -> str:
     return f"{table(['family', *(f'`{n}`' for n in names)], rows)}\n\n{notes}"
 
 
+def costs_table(found: Mapping[str, Mapping[str, Any]]) -> str:
+    """What the selection of each method costs beside the model, in each setting (`benchmarks/selection_cost.py`)."""
+    head = ["selection"]
+    for setting in found:
+        head += [setting, "of the tower", "of the prefill", "nodes"]
+    names = [name for name, row in next(iter(found.values())).items() if isinstance(row, Mapping) and "of_tower" in row]
+    lines = []
+    for name in names:
+        cells = [f"`{name}`"]
+        for rows in found.values():
+            row = rows[name]
+            cells += [f"{row['ms']:.1f} ms", f"{row['of_tower']:.2%}", f"{row['of_prefill']:.2%}", f"{row['nodes']:,}"]
+        lines.append(cells)
+    whole = [
+        f"{setting}: the tower {rows['tower_ms'] / 1e3:.1f} s, the prefill with it {rows['prefill_ms'] / 1e3:.1f} s"
+        for setting, rows in found.items()
+    ]
+    return f"{table(head, lines)}\n\n{'; '.join(whole)}."
+
+
 def render() -> None:
     """Write the generated parts of the page."""
+    costs = json.loads(COSTS.read_text())
     found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     text = PAGE.read_text(encoding="utf-8")
     parts = {"methods": methods_table(), "papers": papers_table(), "families": families_table(found)}
+    parts["costs"] = costs_table(costs)
     for name, made in parts.items():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
         text, count = pattern.subn(lambda match, made=made: f"{match[1]}\n{made}\n\n{match[2]}", text)
@@ -151,10 +175,11 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("methods", nargs="*", help="these alone")
+    parser.add_argument("--families", default="", help="these alone, such as gemma3,internvl")
     parser.add_argument("--render", action="store_true", help="reduce nothing")
     asked = parser.parse_args()
     if not asked.render:
-        run(asked.methods or methods())
+        run(asked.methods or methods(), [name for name in asked.families.split(",") if name])
     render()
 
 

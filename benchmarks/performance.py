@@ -40,8 +40,9 @@ from transformers import PreTrainedModel
 import pumer_compile as pumer
 from benchmarks.common import machine, published
 from benchmarks.torch_compile import traceable
+from pumer_compile.artifacts.options import OnnxOptions, Target
 from pumer_compile.capture.make_inputs import make_inputs
-from pumer_compile.exporters.onnx import OnnxOptions, Target, torch_onnx
+from pumer_compile.exporters.onnx import torch_onnx
 from pumer_compile.files import atomic_path
 from pumer_compile.frontends.meter import MeterConfig, MeterForQuestionAnswering
 

@@ -22,10 +22,11 @@ from .errors import PumerError
 
 if TYPE_CHECKING:
     from .artifacts.engine import Engine
+    from .artifacts.options import OnnxOptions
     from .capture.capture import Program, capture
     from .capture.image_size import resize_images
     from .distill import Teacher, distillation_loss
-    from .exporters import Exported, OnnxOptions, export
+    from .exporters import Exported, export
     from .parity.artifact import parity
     from .parity.report import ParityReport
     from .plan import Plan
@@ -62,7 +63,7 @@ __all__ = [
 _MODULES = {
     "Engine": "artifacts.engine",
     "Exported": "exporters",
-    "OnnxOptions": "exporters",
+    "OnnxOptions": "artifacts.options",
     "OnnxSession": "runtimes.ort",
     "ParityReport": "parity.report",
     "Plan": "plan",

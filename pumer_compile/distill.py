@@ -49,6 +49,9 @@ def distillation_loss(logits: Tensor, teacher_logits: Tensor, temperature: float
         teacher_logits: of the teacher, the same shape; no gradient reaches them.
         temperature: above 1 softens both.
 
+    Returns:
+        A scalar, in nats per sample; float64 where a student's logits are, else float32.
+
     Raises:
         UsageError: shapes that differ, or a temperature that is not above 0.
     """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ faster.collect_garbage_seldom()
 faster.share_provenance()
 faster.name_frames_once()
 faster.write_code_when_called()
+faster.read_sources_once()
 faster.convert_faster()
 faster.trace_nothing()
 # Small models: a second thread costs more than it gives.
@@ -34,6 +36,16 @@ def pytest_configure(config: pytest.Config) -> None:
         folder = tempfile.mkdtemp(prefix="pumer-compile-tests-")
         os.environ["PUMER_COMPILE_TESTS"] = folder
         config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Files that share captures go to one process."""
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from tests.support.scheduling import ByCaptures
+
+    return ByCaptures(config, log)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

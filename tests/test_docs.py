@@ -1,7 +1,8 @@
-"""The code in docs/ runs as it is printed."""
+"""The code in docs/ and the README runs as it is printed, and their figures and links are what they should be."""
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,14 +12,18 @@ import pytest
 import torch
 
 import pumer_compile as pumer
+from benchmarks import plans, readme
 from pumer_compile.analysis import rules
 from pumer_compile.errors import NoRuleError, ScheduleError
 from pumer_compile.methods import METHODS
+from tests.support.commands import done
 from tests.support.llava import model, program, tensors
 from tests.support.models import Config, inputs_for
 from tests.support.visual import logits_by_hand, visual_cues
 
-DOCS = Path(__file__).parents[1] / "docs"
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted(DOCS.rglob("*.md"))]
 FLIP = torch.ops.aten.flip.default
 
 
@@ -101,3 +106,136 @@ def test_a_wrong_key_of_the_method_on_the_page_is_refused(method: dict[str, Any]
         pumer.Schedule(method="longest")
     with pytest.raises(ValueError, match=r"`method: fastv` is .* already"):
         type("Other", (METHODS["fastv"],), {})
+
+
+# --- Tutorials, the first page, figures, links ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["fusion", "schedule", "training"])
+def test_tutorials_run(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their own assertions hold; each is read from the top, in the root of a checkout."""
+    monkeypatch.chdir(ROOT)
+    blocks = code_in(f"tutorials/{name}.md")
+    assert blocks
+    names: dict[str, Any] = {"__name__": name}
+    for block in blocks:
+        exec(compile(block, f"{name}.md", "exec", dont_inherit=True), names)
+
+
+def test_the_first_page_is_short_and_shows_what_is_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(page.splitlines()) <= 160
+    shown = re.search(r"^\$ pumer-compile (plan .*)\n((?:.+\n)+)", page, re.MULTILINE)
+    assert shown
+    monkeypatch.chdir(ROOT)
+    printed = [line.rstrip() for line in done(*shown[1].split()).out.splitlines()]
+    # The page leaves out what the next command is.
+    expected = shown[2].splitlines()
+    assert printed[: len(expected)] == expected
+    assert printed[len(expected)].startswith("Fixed shapes:")
+    ratio = re.search(r"([\d.]+)x fewer", " ".join(expected))
+    assert ratio and ratio[1] + "x" == readme.demo_fewer()
+
+
+@pytest.mark.parametrize("page", list(readme.SECTIONS))
+def test_figures_are_those_of_the_results(page: str) -> None:
+    """`python -m benchmarks.readme` changes nothing; a figure that somebody typed would go."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert readme.filled(page) == text
+    row = next(line for line in text.splitlines() if re.match(r"\| .*\d\.\d", line))
+    assert readme.filled(page) != text.replace(row, "| typed |")
+
+
+def test_the_figure_is_drawn_from_the_plans() -> None:
+    found = readme.planned()
+    assert plans.FIGURE.read_text(encoding="utf-8") == plans.figure(found)
+    before, layers = plans.counts(found["ViLT-B/32"]["vilt-vqa"])
+    assert before == (145, 40) and layers[0] == (145, 40) and layers[2] == (87, 32) and layers[-1] == (31, 21)
+
+
+def test_a_ratio_is_the_same_on_every_page() -> None:
+    """Of a schedule that has a name of its own: beside it stands today's ratio, wherever it stands in a table."""
+    ratios = {
+        name: f"{plan['multiply_adds']['ratio']:.2f}x" for p in readme.planned().values() for name, plan in p.items()
+    }
+    seen = 0
+    for path in (ROOT / "README.md", DOCS / "results.md"):
+        header: list[str] = []
+        for line in path.read_text(encoding="utf-8").splitlines():
+            cells = [cell.strip() for cell in line.strip("|").split("|")]
+            if "Fewer multiply-adds" in cells or "Fewer" in cells:
+                header = cells
+            elif header and line.startswith("|") and not line.startswith("| ---"):
+                words = set(re.findall(r"[\w-]+", " ".join(cells[:3])))
+                named = [name for name in ratios if name in words]
+                column = header.index("Fewer multiply-adds" if "Fewer multiply-adds" in header else "Fewer")
+                if named:
+                    seen += 1
+                    assert cells[column] == ratios[named[0]], line
+            elif not line.startswith("|"):
+                header = []
+    assert seen > 15
+
+
+def anchors(path: Path) -> set[str]:
+    titles = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.S), re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    prose = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)
+    for target in re.findall(r"\]\(([^()\s]+)\)", prose):
+        path, _, anchor = target.partition("#")
+        if "://" in target:
+            continue
+        found = (page.parent / path).resolve() if path else page
+        assert found.exists(), target
+        assert not anchor or anchor in anchors(found), target
+
+
+# --- Docstrings -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", pumer.__all__)
+def test_public_names_say_what_they_take_give_and_refuse(name: str) -> None:
+    """Functions: every argument, what they give, what they raise. Classes: what they hold or take, and every method."""
+    thing = getattr(pumer, name)
+    if inspect.isfunction(thing):
+        check_function(thing)
+        return
+    assert inspect.getdoc(thing)
+    if not issubclass(thing, Exception):
+        assert re.search(r"^(Args|Attributes):$", inspect.getdoc(thing) or "", re.MULTILINE)
+    for method, function in inspect.getmembers(thing, inspect.isfunction):
+        if not method.startswith("_") and function.__module__.startswith("pumer_compile"):
+            assert inspect.getdoc(function), f"{name}.{method}"
+
+
+def check_function(function: Any) -> None:
+    said = inspect.getdoc(function) or ""
+    sections = dict(re.findall(r"^(Args|Returns|Raises):\n((?: {4}.*\n|\n)+)", said + "\n", re.MULTILINE))
+    signature = inspect.signature(function)
+    described = re.findall(r"^ {4}(\w+): ", sections["Args"], re.MULTILINE)
+    assert described == list(signature.parameters), function.__name__
+    assert "Returns" in sections or signature.return_annotation in (None, "None")
+    assert "Error: " in sections["Raises"]
+
+
+def test_a_docstring_without_an_argument_is_seen() -> None:
+    def bad(first: int, second: int) -> int:
+        """Do it.
+
+        Args:
+            first: is here.
+
+        Returns:
+            A number.
+
+        Raises:
+            UsageError: never.
+        """
+        return first + second
+
+    with pytest.raises(AssertionError):
+        check_function(bad)

@@ -28,6 +28,7 @@ PLAIN = {
     "_NothingReduced",
     "Exit",
     "SystemExit",
+    "Hopeless",
     "TypeError",
 }
 

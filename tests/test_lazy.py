@@ -49,6 +49,7 @@ def loaded(code: str, *arguments: str) -> tuple[int, list[str]]:
         (("plan", "--help"), 0),
         (("parity", "--help"), 0),
         (("bench", "--help"), 0),
+        (("report", "--help"), 0),
         (("triton", "--help"), 0),
         (("pariti", "model.onnx"), BAD_USAGE),
         (("model", "--schedule", "vilt-vqaa", "-o", "m.onnx"), BAD_USAGE),

@@ -2,8 +2,8 @@
 
 A small model that gets answers alone stays blind to shapes for a long time. These two losses say, from the scene's
 description, what each image token should know after the third layer and what the last word of a phrase should know
-after the fifth. Their heads are not part of the model that is saved. No loss touches attention: where a model looks is
-its own.
+after the fifth (of ViLT; `learners.py` says where else). Their heads are not part of the model that is saved. No loss
+touches attention: where a model looks is its own.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .draw import CELL
 from .scene import SIDE, VALUES
 
 CELL_LAYER, PHRASE_LAYER = 2, 4
-"""After which layers the heads read."""
+"""After which layers of ViLT the heads read."""
 _COUNTS = [len(values) for values in VALUES.values()]
 _PLACES = SIDE // CELL
 _DISTANCE = 0.1
@@ -32,21 +32,21 @@ class Hints(nn.Module):
         self.cells = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 1 + 2 + sum(_COUNTS)))
         self.phrases = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * _PLACES + sum(_COUNTS)))
 
-    def cell_loss(self, image: Tensor, owners: Tensor, attributes: Tensor, centres: Tensor) -> Tensor:
-        """Of image tokens, class token first: is there an object, which attributes has it, how far is its centre?
+    def cell_loss(self, cells: Tensor, owners: Tensor, attributes: Tensor, centres: Tensor) -> Tensor:
+        """Of image tokens: is there an object, which attributes has it, how far is its centre?
 
         Args:
-            image: float [batch, 197, width].
+            cells: float [batch, 196, width].
             owners, attributes, centres: as in `data.Split`, of these pictures.
         """
         there = owned(owners)
-        found, offsets, logits = self.cells(image[:, 1:]).float().split([1, 2, sum(_COUNTS)], dim=-1)
+        found, offsets, logits = self.cells(cells).float().split([1, 2, sum(_COUNTS)], dim=-1)
         loss = functional.binary_cross_entropy_with_logits(found.squeeze(-1), there.float())
         which = owners.long()[there]
         row = torch.arange(len(owners))[:, None].expand_as(owners)[there]
         loss = loss + _attribute_loss(logits[there], attributes[row, which])
-        cells = torch.arange(_PLACES * _PLACES)
-        middle = (torch.stack([cells % _PLACES, cells // _PLACES], dim=1) + 0.5) / _PLACES
+        place = torch.arange(_PLACES * _PLACES)
+        middle = (torch.stack([place % _PLACES, place // _PLACES], dim=1) + 0.5) / _PLACES
         away = centres[row, which] - middle.expand(len(owners), -1, -1)[there]
         return loss + functional.smooth_l1_loss(offsets[there], away / _DISTANCE)
 

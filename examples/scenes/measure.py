@@ -65,23 +65,29 @@ def nearest_share(ratio_at: Callable[[float], float | None], wanted: float) -> f
     return best[0]
 
 
-def at_ratio(analysed: Analysed, row: Row) -> pumer.Reduced:
-    """The reduction of a row's family that comes nearest to its ratio of multiply-adds.
+def schedule_at(program: pumer.Program, row: Row, **more: Any) -> dict[str, Any]:
+    """Keys of the schedule of a row, with `more`; empty for one that reduces nothing.
 
     Raises:
-        ValueError: the family does not reduce by so much.
+        ValueError: the family does not come near the ratio.
     """
-    tried: dict[float, pumer.Reduced] = {}
+    if not row.family:
+        return {}
+    # What the exact passes save, they save for the unreduced model as well.
+    whole = pumer.reduce(program, pumer.Schedule.load("lossless")).plan.multiply_adds_after
+    analysed, meeting = Analysed(program), {**dict(row.extra), **more}
+    if row.like:
+        meeting["layers"] = row.like
 
     def ratio_at(share: float) -> float | None:
         try:
-            reduced = analysed.reduce(pumer.Schedule(**FAMILIES[row.family](share), **dict(row.extra)))
+            plan = analysed.reduce(pumer.Schedule(**{**FAMILIES[row.family](share), **meeting})).plan
         except PumerError:
             return None
-        tried[share] = reduced
-        return reduced.plan.multiply_adds_before / reduced.plan.multiply_adds_after
+        return whole / plan.multiply_adds_after
 
-    return tried[nearest_share(ratio_at, row.ratio)]
+    keys = {**FAMILIES[row.family](nearest_share(ratio_at, row.ratio)), **dict(row.extra), **more}
+    return {key: value for key, value in keys.items() if key != row.without}
 
 
 def smaller(pixels: Tensor, size: int) -> Tensor:
@@ -112,25 +118,28 @@ def answered(module: Callable[..., Any], split: Split, pictures: int, image_size
     return torch.cat(right).view(pictures, per_picture)
 
 
-def measure(model: ViltForQuestionAnswering, split: Split, row: Row, pictures: int) -> dict[str, Any]:
-    """What a result file holds of one row."""
-    sample = batch_of(split, torch.arange(2), row.image_size)
-    program = pumer.capture(model, sample, dynamic_batch=True)
-    if row.family:
-        reduced = at_ratio(Analysed(program), row)
-    else:
-        reduced = pumer.reduce(program, pumer.Schedule.load("none"))
+def captured(model: ViltForQuestionAnswering, split: Split, row: Row) -> pumer.Program:
+    """The model as a row's pictures go through it, for any batch."""
+    return pumer.capture(model, batch_of(split, torch.arange(2), row.image_size), dynamic_batch=True)
+
+
+def result_of(program: pumer.Program, keys: dict[str, Any], split: Split, row: Row, pictures: int) -> dict[str, Any]:
+    """What a result file holds of one row: a program reduced by the keys of a schedule, or not at all."""
+    reduced = pumer.reduce(program, pumer.Schedule(**keys) if keys else pumer.Schedule.load("lossless"))
     right = answered(reduced.module, split, pictures, row.image_size)
+    told = {name: value for name, value in keys.items() if name != "predictors"}
     return {
         "name": row.name,
         "label": row.label,
         "ratio": row.ratio,
         "image_size": row.image_size,
-        "schedule": reduced.schedule.model_dump(mode="json", exclude_none=True) if row.family else None,
+        "seed": row.seed,
+        "schedule": told,
         "multiply_adds": reduced.plan.multiply_adds_after,
         "tokens": [dict(site.after) for site in reduced.plan.sites],
         "right": right.flatten().int().tolist(),
         "pictures": pictures,
+        **surroundings(),
     }
 
 
@@ -165,8 +174,9 @@ def main(
         path = results / f"{row.name}.json"
         if path.exists() or not row.name.startswith(only):
             continue
-        result = measure(model, test, row, pictures)
-        write_result(path, {**result, **surroundings(), "model": model_folder.parent.name})
+        program = captured(model, test, row)
+        result = result_of(program, schedule_at(program, row), test, row, pictures)
+        write_result(path, {**result, "model": model_folder.parent.name})
         print(f"{row.name}: {sum(result['right']) / len(result['right']):.4f}", flush=True)
 
 

@@ -11,13 +11,14 @@ from __future__ import annotations
 import json
 import math
 import re
+import statistics
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from .rows import RATIOS, shelf_rows
+from .rows import RATIOS, Row, shelf_rows, tuned_rows
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -27,9 +28,10 @@ Result = dict[str, Any]
 
 
 def load_results(folder: Path) -> dict[str, Result]:
-    """Every result of a folder by the name of its row."""
-    found = (json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json")))
-    return {result["name"]: result for result in found}
+    """Every result of a folder by the name of its row, with `milliseconds` where the row was timed."""
+    found = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
+    timed = found.pop("latency", {"samples": {}})["samples"]
+    return {name: {**result, "milliseconds": timed.get(name)} for name, result in found.items()}
 
 
 # --- figures ----------------------------------------------------------------------------------------------------------
@@ -65,52 +67,57 @@ def lost(results: list[Result], unreduced: Result) -> tuple[float, float]:
 # --- tables -----------------------------------------------------------------------------------------------------------
 
 
-def shelf_table(found: Mapping[str, Result]) -> str:
-    """Reduction without training, at several shares of the multiply-adds."""
+def rows_table(rows: list[Row], found: Mapping[str, Result]) -> str:
+    """Rows in Markdown, those of several seeds as one; losses are to the unreduced model off the shelf."""
     lines = [
-        "| reduction | fewer multiply-adds | image tokens | accuracy | lost, points |",
-        "| --- | ---: | --- | ---: | ---: |",
+        "| reduction | fewer multiply-adds | ms a batch | image tokens | accuracy | lost, points | of seeds |",
+        "| --- | ---: | ---: | --- | ---: | ---: | --- |",
     ]
     unreduced = found.get("unreduced")
     if unreduced is None:
         return "Not measured yet: the unreduced model."
     groups: dict[tuple[str, float, int | None], list[Result | None]] = {}
-    for row in shelf_rows():
-        groups.setdefault((row.label, row.ratio, row.image_size), []).append(found.get(row.name))
+    for row in rows:
+        groups.setdefault(row.group, []).append(found.get(row.name))
     for (label, ratio, _), results in groups.items():
         there = [result for result in results if result is not None]
         if len(there) < len(results):
-            lines.append(f"| {label} | {ratio:.1f}x asked | | not measured yet | |")
+            of = f", {len(there)} of {len(results)} seeds" if there else ""
+            lines.append(f"| {label} | {ratio:.1f}x asked | | | not measured yet{of} | | |")
             continue
         mean, half = mean_and_half_width(pooled(there))
         fewer = unreduced["multiply_adds"] / there[0]["multiply_adds"]
         tokens = " → ".join(str(site["image"]) for site in there[0]["tokens"])
-        seeds = f" ({len(there)} seeds)" if len(there) > 1 else ""
         points, width = lost(there, unreduced)
         loss = "" if there[0] is unreduced else f"{points:+.1f} ± {width:.1f}"
-        lines.append(f"| {label}{seeds} | {fewer:.2f}x | {tokens} | {100 * mean:.1f} ± {100 * half:.1f} | {loss} |")
+        each = [100 * sum(by_picture(result)) / result["pictures"] for result in there]
+        spread = f"{len(there)}: {min(each):.1f} to {max(each):.1f}" if len(there) > 1 else ""
+        timed = there[0].get("milliseconds")
+        took = f"{statistics.median(timed):.1f}" if timed else ""
+        cells = [label, f"{fewer:.2f}x", took, tokens, f"{100 * mean:.1f} ± {100 * half:.1f}", loss, spread]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-MISSING = {
-    1: "Loss at 1.8x and 2.0x with the paper's recipe, three seeds",
-    2: "Smaller resolution against reduction against both, each fine-tuned",
-    3: "Without pruning, without merging, without distillation",
-    4: "Layers, ratios, locations",
+TITLES = {
+    1: "What is lost with the paper's recipe, three seeds",
+    2: "Smaller pictures, reduction, and both",
+    3: "Without each part of the recipe",
+    4: "Layers, ratios, places",
+    5: "Accuracy by multiply-adds, each retrained by the same recipe (the paper's Figure 5)",
 }
 
 
 def table(number: int, found: Mapping[str, Result]) -> str:
-    """One table in Markdown; 5 is the data of the figure, off the shelf.
+    """One table in Markdown; 0 is off the shelf, 5 the data of the figure.
 
     Raises:
         typer.BadParameter: there is no such table.
     """
-    if number in MISSING:
-        return f"{MISSING[number]}: not measured yet (it needs fine-tuning)."
-    if number != 5:
-        raise typer.BadParameter(f"there is no table {number}: choose one of {', '.join(map(str, [*MISSING, 5]))}")
-    return shelf_table(found)
+    tables = {0: shelf_rows(), **tuned_rows()}
+    if number not in tables:
+        raise typer.BadParameter(f"there is no table {number}: choose one of {', '.join(map(str, tables))}")
+    return rows_table(tables[number], found)
 
 
 def compared(found: Mapping[str, Result]) -> str:
@@ -144,13 +151,15 @@ def page(found: Mapping[str, Result]) -> str:
             f"{len(anyone['right']) // anyone['pictures']} questions each; commit {anyone['commit']}; {versions}. "
             "Intervals are 95%, over pictures; losses are paired, question by question."
         )
-    missing = "\n".join(f"- Table {number}: {what}." for number, what in MISSING.items())
-    parts = {"how": how, "shelf": shelf_table(found), "compared": compared(found), "missing": missing}
+    tuned = {number: rows for number, rows in tuned_rows().items() if any(row.name in found for row in rows)}
+    shown = "\n\n".join(f"### Table {n}. {TITLES[n]}\n\n{rows_table(rows, found)}" for n, rows in tuned.items())
+    missing = "\n".join(f"- Table {number}. {title}." for number, title in TITLES.items() if number not in tuned)
+    parts = {"how": how, "shelf": table(0, found), "compared": compared(found), "tuned": shown, "missing": missing}
     return (HERE / "page.md").read_text(encoding="utf-8").format(**parts)
 
 
 def main(
-    number: Annotated[int | None, typer.Option("--table", help="Print one table: 1 to 5.")] = None,
+    number: Annotated[int | None, typer.Option("--table", help="Print one table: 1 to 5, 0 off the shelf.")] = None,
     results: Annotated[Path, typer.Option(help="Folder of one model's results.")] = RESULTS / "vilt-0",
 ) -> None:
     """Write docs/accuracy.md, or print one table."""

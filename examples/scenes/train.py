@@ -1,9 +1,9 @@
-"""Train the small ViLT; the same command goes on after an interruption.
+"""Train a small ViLT or LLaVA; the same command goes on after an interruption.
 
     python -m examples.scenes.train DATA RUN
 
 RUN gets `state.pt` (parameters, moments, step) every few minutes and at SIGTERM, a line of `log.jsonl` every hundred
-steps, `model/` (a stock ViLT with its tokenizer) at the end, and the process in `PID`. The order of samples depends on
+steps, `model/` (a stock model with its tokenizer) at the end, and the process in `PID`. The order of samples depends on
 the seed and the step alone.
 """
 
@@ -16,19 +16,19 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 import torch
 import typer
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import PreTrainedTokenizerBase, ViltForQuestionAnswering, ViltImageProcessor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ViltImageProcessor
 
-from .data import KINDS, Split, build_tokenizer, load_split
+from .data import KINDS, Split, load_split
 from .draw import CELL
-from .hints import CELL_LAYER, PHRASE_LAYER, Hints
+from .hints import Hints
+from .learners import Kind, Learner, make_learner
 from .scene import SIDE
-from .vilt import answer_logits, build_vilt, packed, see
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Recipe:
     decay_steps: int
     seen: int = 24
     pictures: int = 16
-    questions: int = 8
+    questions: int = 12
     stock_pictures: int = 48
     learning_rate: float = 1e-3
     warmup_steps: int = 200
@@ -115,14 +115,27 @@ def _order(seed: int, epoch: int, size: int) -> list[int]:
     return _ORDERS[key]
 
 
+class Training(Protocol):
+    """What `advancing` goes on with."""
+
+    recipe: Recipe
+    step: int
+
+    def advance(self, split: Split) -> dict[str, float]:
+        """One step; its losses."""
+
+    def save(self) -> None:
+        """Write a checkpoint whole, or leave the last one."""
+
+
 class Run:
     """A training: its model, heads, optimizer and step, in a folder."""
 
-    def __init__(self, folder: Path, recipe: Recipe, vocab_size: int) -> None:
-        torch.manual_seed(recipe.seed)
+    def __init__(self, folder: Path, recipe: Recipe, kind: Kind = "vilt") -> None:
         self.folder, self.recipe, self.step, self.cpu_seconds = folder, recipe, 0, 0.0
-        self.model: ViltForQuestionAnswering = build_vilt(vocab_size)
-        self.hints = Hints(self.model.config.hidden_size)
+        self.learner = make_learner(kind, recipe.seed)
+        self.model = self.learner.model
+        self.hints = Hints(self.learner.width)
         named = [*self.model.parameters(), *self.hints.parameters()]
         groups = [
             {"params": [p for p in named if p.squeeze().dim() >= 2], "weight_decay": recipe.weight_decay},
@@ -160,20 +173,15 @@ class Run:
         losses = {}
         if self.recipe.is_seeing(self.step):
             with torch.autocast("cpu", torch.bfloat16):
-                image = see(self.model, split.pixels(pictures), CELL_LAYER + 1)
-                return {"cells": self.hints.cell_loss(image, split.owners[pictures], attributes, centres)}
+                cells = self.learner.cells(split.pixels(pictures))
+                return {"cells": self.hints.cell_loss(cells, split.owners[pictures], attributes, centres)}
         with torch.autocast("cpu", torch.bfloat16):
-            tokens = packed(self.model, split.pixels(pictures), split.input_ids[rows, questions], stock)
-            for layer, (text, image) in enumerate(tokens):
-                if layer == CELL_LAYER:
-                    losses["cells"] = self.hints.cell_loss(image, split.owners[pictures], attributes, centres)
-                if layer == PHRASE_LAYER:
-                    mentions = split.mentions[rows, questions]
-                    losses["phrases"] = self.hints.phrase_loss(text, mentions, attributes, centres)
-            logits = answer_logits(self.model, text)
-        losses["answers"] = functional.cross_entropy(
-            logits.float().flatten(0, 1), split.labels[rows, questions].flatten()
-        )
+            seen = self.learner.answered(split.pixels(pictures), split.input_ids[rows, questions], stock)
+            losses["cells"] = self.hints.cell_loss(seen.cells, split.owners[pictures], attributes, centres)
+            mentions = split.mentions[rows, questions]
+            losses["phrases"] = self.hints.phrase_loss(seen.words, mentions, attributes, centres)
+        targets = self.learner.targets(split.labels[rows, questions].flatten())
+        losses["answers"] = functional.cross_entropy(seen.logits.float().flatten(0, 1), targets)
         return losses
 
     def advance(self, split: Split) -> dict[str, float]:
@@ -195,9 +203,9 @@ class Run:
 
 
 @torch.no_grad()
-def accuracies(model: ViltForQuestionAnswering, split: Split, pictures: int, stock: bool) -> dict[str, float]:
+def accuracies(learner: Learner, split: Split, pictures: int, stock: bool) -> dict[str, float]:
     """Share of right answers by kind of question, and of `all`, about the first pictures."""
-    model.eval()
+    learner.model.eval()
     right = []
     for rows in torch.arange(pictures).split(20):
         ids = split.input_ids[rows]
@@ -205,15 +213,14 @@ def accuracies(model: ViltForQuestionAnswering, split: Split, pictures: int, sto
         if stock:
             pixels, ids = pixels.repeat_interleave(ids.shape[1], dim=0), ids.flatten(0, 1)[:, None]
         with torch.autocast("cpu", torch.bfloat16):
-            *_, (text, _) = packed(model, pixels, ids, stock)
-            given = answer_logits(model, text).argmax(-1)
-        right.append(given.view(len(rows), -1) == split.labels[rows])
+            given = learner.answered(pixels, ids, stock).logits.argmax(-1)
+        right.append(given.view(len(rows), -1) == learner.targets(split.labels[rows]))
     correct, kinds = torch.cat(right).float(), split.kinds[:pictures]
     by_kind = {name: float(correct[kinds == number].mean()) for number, name in enumerate(KINDS)}
     return {"all": float(correct.mean())} | {name: round(value, 3) for name, value in by_kind.items()}
 
 
-def save_folder(model: ViltForQuestionAnswering, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def save_folder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write model, tokenizer and image preprocessing to a folder that is not there yet."""
     staging = folder.with_name(folder.name + ".new")
     model.save_pretrained(staging)
@@ -222,28 +229,31 @@ def save_folder(model: ViltForQuestionAnswering, tokenizer: PreTrainedTokenizerB
     staging.rename(folder)
 
 
-def _steps(run: Run, split: Split, minutes: float) -> Iterator[dict[str, float]]:
-    """Means of a hundred steps' losses; saves every few minutes, and when the process is asked to end."""
+def advancing(run: Training, split: Split, minutes: float) -> Iterator[dict[str, float]]:
+    """Mean losses every hundred steps; saves every few minutes, and when the process is asked to end."""
     asked: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))
     sums: dict[str, float] = {}
+    steps = 0  # since the last line, or since the run went on
     saved = time.monotonic()
     while run.step < run.recipe.steps:
         for name, value in run.advance(split).items():
-            sums[name] = sums.get(name, 0.0) + value / 100
+            sums[name] = sums.get(name, 0.0) + value
+        steps += 1
         if asked or time.monotonic() - saved > 60 * minutes:
             run.save()
             saved = time.monotonic()
         if asked:
             raise SystemExit(f"stopped at step {run.step}, saved")
         if run.step % 100 == 0:
-            yield sums
-            sums = {}
+            yield {name: value / steps for name, value in sums.items()}
+            sums, steps = {}, 0
 
 
 def main(
     data: Path,
     folder: Path,
+    kind: Kind = "vilt",
     seeing_steps: int = 3500,
     packed_steps: int = 6000,
     stock_steps: int = 3000,
@@ -256,24 +266,23 @@ def main(
     torch.set_num_threads(1)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "PID").write_text(f"{os.getpid()}\n")
-    tokenizer = build_tokenizer()
     recipe = Recipe(seeing_steps, packed_steps, stock_steps, decay_steps, seed=seed)
     (folder / "recipe.json").write_text(json.dumps(asdict(recipe), indent=1) + "\n")
-    train, validation = (load_split(data, name, tokenizer) for name in ("train", "validation"))
-    run = Run(folder, recipe, len(tokenizer))
+    run = Run(folder, recipe, kind)
+    train, validation = (load_split(data, name, run.learner.tokenizer) for name in ("train", "validation"))
     print(f"{len(train)} pictures; at step {run.step} of {recipe.steps}", flush=True)
-    for losses in _steps(run, train, minutes):
+    for losses in advancing(run, train, minutes):
         line: dict[str, Any] = {"step": run.step, "cpu_seconds": round(run.cpu_seconds)}
         line |= {name: round(value, 4) for name, value in losses.items()}
         if (run.step % evaluate == 0 and not recipe.is_seeing(run.step)) or run.step == recipe.steps:
             stock = recipe.is_stock(run.step)
-            line |= accuracies(run.model, validation, len(validation) // (4 if stock else 1), stock)
+            line |= accuracies(run.learner, validation, len(validation) // (4 if stock else 1), stock)
         print(json.dumps(line), flush=True)
         with (folder / "log.jsonl").open("a") as log:
             log.write(json.dumps(line) + "\n")
     run.save()
     if not (folder / "model").exists():
-        save_folder(run.model.eval(), tokenizer, folder / "model")
+        save_folder(run.model.eval(), run.learner.tokenizer, folder / "model")
 
 
 if __name__ == "__main__":

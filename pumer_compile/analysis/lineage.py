@@ -12,6 +12,7 @@ import math
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from ..errors import AxisError
 from .attention import Parts, attention_parts
 from .masks import HIDES
 from .nodes import ancestors, constant_value, content_inputs, depends_on_parameter, describe, values
-from .operators import ATTENTION, CASTS, DROPOUT, MATMULS, MOVES, PRODUCTS, SOFTMAX, VIEWS, aten, overloads
+from .operators import ATTENTION, CASTS, DROPOUT, JOINS, MATMULS, MOVES, PRODUCTS, SOFTMAX, VIEWS, aten, overloads
 from .own_keys import own_keys
 from .rules import argument, is_pointwise, wrap
 
@@ -32,11 +33,11 @@ _MOVES = (
 )
 _PADS = {aten.pad.default, aten.constant_pad_nd.default}
 _NORMS = frozenset(overloads("layer_norm rms_norm"))
-_OVER = frozenset(overloads("mean sum amax amin var std"))
+_OVER = frozenset(overloads("mean sum amax amin var std argmin argmax"))
 _POOLS = frozenset(overloads("avg_pool2d max_pool2d"))
 _ADAPTIVE = frozenset(overloads("adaptive_avg_pool2d adaptive_avg_pool1d"))
 _RESIZES = frozenset(overloads("upsample_bilinear2d upsample_bicubic2d upsample_nearest2d _upsample_bilinear2d_aa"))
-_CONVOLUTIONS = frozenset(overloads("conv2d conv1d"))
+_CONVOLUTIONS = frozenset(overloads("conv3d conv2d conv1d"))
 EMPTY = 0
 
 
@@ -243,9 +244,23 @@ class _Run:
             return self._given(source).reshape(node.args[1])  # type: ignore[arg-type]  # sizes
         if node.target in _PADS:
             return torch.nn.functional.pad(self._given(source), list(node.args[1]))  # type: ignore[arg-type]
-        args = fx.map_arg(node.args, lambda n: self._moved_with(node, n))
+        if node.target is aten.index.Tensor and source not in self.known:
+            return self._numbers(node)
+        # What is joined to tokens is none of them; integers are places otherwise.
+        moved = self._given if node.target in JOINS else partial(self._moved_with, node)
+        args = fx.map_arg(node.args, moved)
         options = {k: v for k, v in node.kwargs.items() if k not in ("dtype", "memory_format")}
         return node.target(*args, **options)  # type: ignore[operator]  # an operator that moves
+
+    def _numbers(self, node: fx.Node) -> Tensor:
+        """Numbers of a table that tokens say (`table[ids]`)."""
+        places = [n for n in node.args[1] if isinstance(n, fx.Node)]  # type: ignore[union-attr]  # a list
+        if len(places) != 1 or values(node)[0].shape != values(places[0])[0].shape:
+            raise AxisError(
+                f"{describe(node)} looks up in a table of several dimensions what image tokens say, which is not "
+                "supported."
+            )
+        return self._given(places[0])
 
     def _moved_with(self, node: fx.Node, given: fx.Node) -> Any:
         if given in self.known:
@@ -370,22 +385,38 @@ class _Run:
         return found
 
     def _convolved(self, node: fx.Node) -> Tensor:
-        ids, out = self._given(node.all_input_nodes[0]), _size(node)
+        """In strides, the tokens of each window. Without, it looks at neighbours: a place stays made of its own."""
+        ids, out, weight = self._given(node.all_input_nodes[0]), _size(node), node.args[1]
+        assert isinstance(weight, fx.Node)
         grouped = argument(node, 6, "groups") or 1
         if not isinstance(grouped, int) or grouped == 1:
             ids = self.sets.union(ids, [1])
         if list(ids.shape[2:]) == out[2:]:
-            # It looks at neighbours and keeps the grid: a place stays made of its own tokens.
-            return ids.expand(out) if ids.shape[1] == 1 else ids
-        weight = node.args[1]
-        assert isinstance(weight, fx.Node)
-        if len(out) != 4:
-            raise AxisError(
-                f"{describe(node)} takes image tokens in strides along one dimension, which is not supported."
-            )
-        kernel = [int(n) for n in values(weight)[0].shape[2:]]
-        stride, padding = _pair(argument(node, 3, "stride") or 1), _pair(argument(node, 4, "padding") or 0)
-        return self._windows(node, ids, kernel, stride, padding).expand(out)
+            return ids.expand(out)
+        kernel, dims = list(values(weight)[0].shape[2:]), len(out) - 2
+        strides, pads = (
+            _each(given or default, dims)
+            for given, default in ((argument(node, 3, "stride"), 1), (argument(node, 4, "padding"), 0))
+        )
+        for dim, (size, stride, pad) in enumerate(zip(map(int, kernel), strides, pads, strict=True), 2):
+            # As much in front as the model's own padding leaves; 0 is the empty set.
+            ids = torch.nn.functional.pad(ids, [0, 0] * (len(out) - 1 - dim) + [pad, pad])
+            if stride == 1 and out[dim] > 1:
+                ids = ids.narrow(dim, size // 2, out[dim])
+            else:
+                ids = self.sets.union(ids.unfold(dim, size, stride), [-1]).squeeze(-1)
+        return ids.expand(out)
+
+    def _looked_up(self, node: fx.Node) -> Tensor:
+        """Rows of a table that tokens say (those of a quantizer)."""
+        table, ids = node.args[:2]
+        if table in self.known or not isinstance(ids, fx.Node):
+            raise AxisError(f"{describe(node)} looks something up in image tokens, which is not supported.")
+        return self._given(ids).unsqueeze(-1).expand(_size(node))
+
+    def _grouped(self, node: fx.Node) -> Tensor:
+        """A norm over places and channels: as a convolution, it keeps the grid."""
+        return self.sets.union(self._given(node.all_input_nodes[0]), [1]).expand(_size(node))
 
 
 _STEPS: dict[Any, Callable[[_Run, fx.Node], Tensor]] = {
@@ -399,6 +430,9 @@ _STEPS: dict[Any, Callable[[_Run, fx.Node], Tensor]] = {
     aten.im2col.default: _Run._unfolded,
     **dict.fromkeys(_RESIZES, _Run._interpolated),
     **dict.fromkeys(_CONVOLUTIONS, _Run._convolved),
+    aten.embedding.default: _Run._looked_up,
+    aten.group_norm.default: _Run._grouped,
+    aten.batch_norm.default: lambda run, node: run._given(node.all_input_nodes[0]),  # by what was learned
 }
 
 
@@ -414,6 +448,12 @@ def _constant(node: fx.Node) -> bool:
 def _shares_out(left: fx.Node) -> bool:
     """Whether a matrix is a constant that was not learned."""
     return _constant(left) and not depends_on_parameter(left)
+
+
+def _each(value: Any, dims: int) -> list[int]:
+    """A number for each dimension."""
+    numbers = [int(n) for n in value] if isinstance(value, Sequence) and not isinstance(value, str) else [int(value)]
+    return numbers * dims if len(numbers) == 1 else numbers
 
 
 def _pair(value: Any) -> list[int]:

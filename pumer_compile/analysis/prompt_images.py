@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, fx
@@ -107,13 +107,30 @@ def _together(places: Sequence[int], owners: Sequence[set[int]]) -> tuple[tuple[
     return tuple(sorted(tuple(sorted(group[1])) for group in groups))
 
 
-def placeholder(mask: fx.Node) -> tuple[str, int] | None:
-    """The input whose ids a mask compares, and with which id."""
-    for node in ancestors(mask) | {mask}:
-        if node.target is aten.eq.Scalar and isinstance(node.args[0], fx.Node) and isinstance(node.args[1], int):
-            if node.args[0].op == "placeholder":
-                return str(node.args[0].target), node.args[1]
-    return None
+def placeholder(mask: fx.Node, inputs: Mapping[str, Tensor], filled: Tensor) -> tuple[str, int] | None:
+    """The input whose ids a mask compares, and with which id; of several comparisons behind it (what stood in the
+    words before depends on other placeholders) the one that gives what it fills.
+
+    Args:
+        mask: over a prompt.
+        inputs: the sample.
+        filled: the mask's numbers for it, `[batch, length, ...]`.
+    """
+    behind = ancestors(mask) | {mask}
+    compared = [
+        (str(node.args[0].target), node.args[1])
+        for node in mask.graph.nodes
+        if node in behind and node.target is aten.eq.Scalar
+        if isinstance(node.args[0], fx.Node) and node.args[0].op == "placeholder" and isinstance(node.args[1], int)
+    ]
+    rows = filled.flatten(2).any(-1) if filled.dim() > 2 else filled
+    fits = [
+        (name, number)
+        for name, number in compared
+        if name in inputs and inputs[name].shape == rows.shape and bool(((inputs[name] == number) == rows.bool()).all())
+    ]
+    found = dict.fromkeys(compared if len(set(compared)) == 1 else fits)
+    return next(iter(found), None)
 
 
 def placeholder_blocks(scatter: fx.Node, mask: Tensor) -> list[Block]:

@@ -263,7 +263,7 @@ class Scatter:
                 f"{describe(self.node)} fills {places} placeholders in each prompt, and the image features "
                 f"{tuple(given.shape)} do not fit them."
             )
-        known = placeholder(self.mask)
+        known = placeholder(self.mask, self.inputs, filled)
         if known is not None:
             self.prompt.places.extend(PromptPlace(*known, start, stop) for start, stop in blocks)
         return blocks

@@ -37,7 +37,8 @@ def tower_output(scatter: fx.Node, projected: fx.Node) -> tuple[fx.Node, fx.Node
             if values(features)[0].dim() != 3:
                 raise AxisError(
                     f"{describe(node)} takes the features of the vision tower {tower} as "
-                    f"{tuple(values(features)[0].shape)}; [images, tokens, width] is expected."
+                    f"{tuple(values(features)[0].shape)}; [images, tokens, width] is expected. "
+                    "`method: fastv` reads the language model's own attention."
                 )
             return features, node
     raise AxisError(

@@ -50,6 +50,9 @@ class Exposing(Protocol):
     def exposing(self, names: Sequence[str]) -> Session:
         """A second session on the same artifact that gives these values as outputs too."""
 
+    def inner_values(self) -> list[str]:
+        """Their names, in the order in which they are computed."""
+
 
 def check_runtime(path: Path, manifest: Mapping[str, Any], *, provider: str | None = None) -> None:
     """Refuse, before a model is loaded, what `open_session` would refuse for want of a library or a device.

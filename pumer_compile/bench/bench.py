@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..artifacts.engine import Engine
 from ..artifacts.formats import format_of, takers
-from ..artifacts.manifest import artifact_bytes, library_versions, read_manifest, reduced_by
+from ..artifacts.manifest import artifact_bytes, library_versions, reduced_by
 from ..artifacts.profile import Profile
 from ..artifacts.runtime import fitted
 from ..capture.capture import batch_inputs
@@ -27,7 +27,10 @@ from ..errors import UsageError
 from ..files import atomic_path, sha256_file
 from ..guards import check_prompts
 from ..plan import PromptPlace
+from .foreign import feed_for, manifest_of, opened
+from .generating import Generation, bench_generation
 from .memory import memory_in_a_process, synchronize
+from .spread import WIDE, factor_interval, spread
 
 FORMAT = 1
 SEED = 0
@@ -81,12 +84,23 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two artifacts at one batch size: `faster` is `factor` (at least 1) times as fast as `slower`."""
+    """Two artifacts at one batch size: `faster` is `factor` (at least 1) times as fast as `slower`, by medians.
+
+    Attributes:
+        low, high: the 95% bootstrap interval of the factor.
+    """
 
     batch: int
     faster: str
     slower: str
     factor: float
+    low: float = field(default=1.0, compare=False)
+    high: float = field(default=1.0, compare=False)
+
+    @property
+    def proved(self) -> bool:
+        """Whether the interval leaves no doubt about which is faster."""
+        return self.low > 1
 
 
 @dataclass
@@ -98,12 +112,32 @@ class BenchReport:
         environment: of the machine.
         artifacts: what was measured: hash, dtype, schedule (in words: `reduced_by`) and provider by path.
         measurements: by batch, then by artifact.
+        generation: of prefills with a step of decoding, where that was asked for.
     """
 
     settings: dict[str, Any]
     environment: dict[str, Any]
     artifacts: dict[str, dict[str, Any]]
     measurements: list[Measurement] = field(default_factory=list)
+    generation: list[Generation] = field(default_factory=list)
+
+    def warnings(self) -> list[str]:
+        """What makes the figures doubtful, in sentences."""
+        found = []
+        for row in self.measurements:
+            wide = spread(row.milliseconds)
+            if wide > WIDE:
+                found.append(
+                    f"The times of {row.artifact} at a batch of {row.batch} spread over {wide:.0%} of their median "
+                    "(10th to 90th percentile): something else runs on this machine. Measure again when it is idle."
+                )
+        for one in self.comparisons():
+            if not one.proved:
+                found.append(
+                    f"At a batch of {one.batch} these calls do not tell which of {one.faster} and {one.slower} is "
+                    f"faster: the factor is between {one.low:.2f} and {one.high:.2f} (95%). Use more --iterations."
+                )
+        return found
 
     def comparisons(self) -> list[Comparison]:
         """The first artifact beside every other, at every batch size, by their medians."""
@@ -113,7 +147,8 @@ class BenchReport:
             if row is not first:
                 fast, slow = sorted((first, row), key=lambda m: m.percentile(50))
                 factor = slow.percentile(50) / fast.percentile(50)
-                found.append(Comparison(row.batch, fast.artifact, slow.artifact, factor))
+                interval = factor_interval(slow.milliseconds, fast.milliseconds)
+                found.append(Comparison(row.batch, fast.artifact, slow.artifact, factor, *interval))
         return found
 
     def to_dict(self) -> dict[str, Any]:
@@ -125,6 +160,8 @@ class BenchReport:
             "artifacts": self.artifacts,
             "measurements": [row.to_dict() for row in self.measurements],
             "comparisons": [asdict(one) for one in self.comparisons()],
+            "warnings": self.warnings(),
+            **({"generation": [one.to_dict() for one in self.generation]} if self.generation else {}),
         }
 
     def save(self, path: Path) -> None:
@@ -142,6 +179,8 @@ def bench(
     inputs: Path | None = None,
     provider: str | None = None,
     cuda_graph: bool = False,
+    decode: Path | None = None,
+    tokens: int = 32,
     progress: Callable[[str], None] = lambda text: None,
 ) -> BenchReport:
     """Measure one artifact, or several in turn.
@@ -149,7 +188,8 @@ def bench(
     Made-up inputs do as well as real ones: no shape in an artifact depends on values.
 
     Args:
-        artifacts: paths; the first is what others are compared with.
+        artifacts: paths; the first, which is made by pumer-compile, is what others are compared with. These may be ONNX
+            models that others made, of the same inputs.
         batches: sizes; none takes the one that the first artifact was compiled with, or the one its profile is tuned
             for.
         iterations: calls of each artifact at each size.
@@ -157,6 +197,8 @@ def bench(
         inputs: an .npz of arrays by input name, repeated or cut to each size; None makes them up.
         provider: for ONNX artifacts: `cpu`, `cuda` or `tensorrt`.
         cuda_graph: for engines.
+        decode: a step of decoding (`export_decode`): generation with each artifact is measured too.
+        tokens: that it makes.
         progress: told what is going on.
 
     Raises:
@@ -165,41 +207,70 @@ def bench(
     paths = [str(path) for path in artifacts]
     if len(set(paths)) != len(paths) or not paths or iterations < 1 or warmup < 0:
         raise UsageError("Give different artifacts, at least one iteration, and no negative warm-up.")
-    manifests = {path: read_manifest(Path(path)) for path in paths}
+    manifests = {path: manifest_of(Path(path)) for path in paths}
+    if manifests[paths[0]].get("foreign"):
+        raise UsageError(f"{paths[0]} was not made by pumer-compile. Name it with --vs, behind an artifact that was.")
     sizes = sorted(set(batches)) or [_own_batch(manifests[paths[0]])]
     feeds = {size: _inputs(manifests, size, inputs) for size in sizes}
     how = _options(paths, provider=provider, cuda_graph=cuda_graph)
-    engines = {path: Engine(path, **how[path]) for path in paths}
-    for engine in engines.values():
-        for feed in feeds.values():
-            fitted(feed, engine.input_specs)
-    memory = {}
-    for path, engine in engines.items():
-        progress(f"memory of {path}")
-        on_gpu = engine.device.type == "cuda"
-        memory[path] = memory_in_a_process(path, how[path], list(feeds.values()), on_gpu)
+    engines = {path: opened(path, **how[path]) for path in paths}
+    fed = {path: {size: _fed(path, manifests, feed) for size, feed in feeds.items()} for path in paths}
+    memory = _memory(engines, how, fed, progress)
     report = BenchReport(
         {"iterations": iterations, "warmup": warmup, "inputs": inputs.name if inputs else "made up", "seed": SEED},
         environment([engine.device for engine in engines.values()]),
         {path: _described(path, engine) for path, engine in engines.items()},
     )
     for index, size in enumerate(sizes):
-        progress(f"batch {size}")
-        samples = alternate(engines, feeds[size], iterations, warmup)
+        own = {path: fed[path][size] for path in paths}
+        samples = alternate(engines, own, iterations, warmup, progress)
         report.measurements += [Measurement(path, size, samples[path], memory[path][index]) for path in paths]
+    if decode is not None:
+        how_long: dict[str, Any] = {"tokens": tokens, "iterations": min(iterations, 5)}
+        report.generation = bench_generation(paths, decode, feeds[sizes[0]], **how_long, progress=progress)
     return report
 
 
+def _memory(
+    engines: Mapping[str, Engine],
+    how: Mapping[str, Mapping[str, Any]],
+    fed: Mapping[str, Mapping[int, Mapping[str, Tensor]]],
+    progress: Callable[[str], None],
+) -> dict[str, list[int | None]]:
+    """Bytes of each artifact by batch size; every batch is looked at before anything is measured."""
+    for path, engine in engines.items():
+        for feed in fed[path].values():
+            fitted(feed, engine.input_specs)
+    found = {}
+    for path, engine in engines.items():
+        progress(f"memory of {path}")
+        on_gpu = engine.device.type == "cuda"
+        found[path] = memory_in_a_process(path, how[path], list(fed[path].values()), on_gpu)
+    return found
+
+
+def _fed(path: str, manifests: Mapping[str, Mapping[str, Any]], feed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A batch as an artifact takes it."""
+    manifest = manifests[path]
+    return feed_for(path, manifest, next(iter(manifests.values())), feed) if manifest.get("foreign") else dict(feed)
+
+
 def alternate(
-    engines: Mapping[str, Engine], feed: Mapping[str, Tensor], iterations: int, warmup: int
+    engines: Mapping[str, Engine],
+    feeds: Mapping[str, Mapping[str, Tensor]],
+    iterations: int,
+    warmup: int,
+    progress: Callable[[str], None] = lambda text: None,
 ) -> dict[str, list[float]]:
     """Milliseconds of every call by artifact; inputs lie on the device in the right dtypes before.
 
-    Each round calls every artifact, every other round in reverse, so that none is always the first.
+    Each round calls every artifact, every other round in reverse, so that none is always the first. `feeds` are by
+    artifact.
     """
-    fed = {name: fitted(feed, engine.input_specs, engine.device) for name, engine in engines.items()}
+    fed = {name: fitted(feeds[name], engine.input_specs, engine.device) for name, engine in engines.items()}
     samples: dict[str, list[float]] = {name: [] for name in engines}
     for turn in range(warmup + iterations):
+        progress(f"round {turn + 1} of {warmup + iterations}")
         for name in list(engines)[:: -1 if turn % 2 else 1]:
             engine = engines[name]
             synchronize(engine.device)
@@ -229,6 +300,8 @@ def _inputs(manifests: Mapping[str, Mapping[str, Any]], size: int, inputs: Path 
     """A batch that every artifact takes."""
     first_path, first = next(iter(manifests.items()))
     for path, manifest in manifests.items():
+        if manifest.get("foreign"):
+            continue
         if set(manifest["inputs"]) != set(first["inputs"]):
             raise UsageError(
                 f"{path} takes {', '.join(manifest['inputs'])}, and {first_path} {', '.join(first['inputs'])}. Compare "

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..artifacts.engine import Engine
 from ..errors import ExportError
+from .foreign import opened
 
 Feeds = Sequence[Mapping[str, Tensor]]
 _CHILD = "from pumer_compile.bench.memory import measure_memory; measure_memory()"
@@ -44,7 +44,7 @@ def measure_memory() -> None:
     asked = torch.load(io.BytesIO(sys.stdin.buffer.read()), weights_only=True)
     _forget_the_peak()
     before = _used(asked["gpu"])
-    engine, found = Engine(asked["path"], **asked["options"]), []
+    engine, found = opened(asked["path"], **asked["options"]), []
     for feed in asked["feeds"]:
         for _ in range(2):  # the second call finds the memory of the first
             engine(**feed)

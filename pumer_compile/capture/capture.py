@@ -63,18 +63,26 @@ from .plain_graph import plain_graph_module, refuse_training, without_numbers
 class Program(Shown):
     """A captured model.
 
-    `module` is the unlifted, pre-decomposition ATen graph. It is called with the model's inputs by keyword
-    and returns the model's own output type; its parameters are the model's own `nn.Parameter` objects under
-    their own names (a weight is never copied), so training it trains the model. `inputs` are the sample
-    inputs it was captured with, by forward argument and in forward order, cast to the model's floating dtype
-    and device; their batch is 2 where the batch is dynamic and the sample had a batch of 1. `outputs` are the
-    names that were asked for; with any, the module returns a dictionary of them. `fixed` are inputs whose numbers the
-    model looked at while it was traced (the sizes of images that are cut into crops): the graph is for these alone and
-    does not read them. `unpadded` are those of them that are masks, of ones. `constant` are inputs that the model takes
-    as well, and the value that, everywhere in them, is as good as leaving them out (token types of zeros). `guards` are
-    what must be true of other inputs, where the trace followed the sample (`follow.py`); `counted` are masks over which
-    positions were counted there (M-RoPE): padding takes none. `added` are inputs that the model does not take, and a
-    method reads (`added.py`). `history` is what passes did at capture (`fold_masks`).
+    Attributes:
+        module: the unlifted, pre-decomposition ATen graph. It is called with the model's inputs by keyword and returns
+            the model's own output type; its parameters are the model's own `nn.Parameter` objects under their own
+            names (a weight is never copied), so training it trains the model.
+        inputs: the sample inputs it was captured with, by forward argument and in forward order, cast to the model's
+            floating dtype and device; their batch is 2 where the batch is dynamic and the sample had a batch of 1.
+        dynamic_batch: whether the batch size is open.
+        model: what was captured; None where it is not at hand.
+        streams: names of token streams, by the input that starts them.
+        checkpoint_sha256: of the file that the model was read from.
+        outputs: the names that were asked for; with any, the module returns a dictionary of them.
+        fixed: inputs whose numbers the model looked at while it was traced (the sizes of images that are cut into
+            crops): the graph is for these alone and does not read them.
+        unpadded: those of them that are masks, of ones.
+        constant: inputs that the model takes as well, and the value that, everywhere in them, is as good as leaving
+            them out (token types of zeros).
+        guards: what must be true of other inputs, where the trace followed the sample (`follow.py`).
+        counted: masks over which positions were counted there (M-RoPE): padding takes none.
+        added: inputs that the model does not take, and a method reads (`added.py`).
+        history: what passes did at capture (`fold_masks`).
     """
 
     module: fx.GraphModule
@@ -113,15 +121,24 @@ def capture(
     outputs: Sequence[str] | None = None,
     padding: bool = True,
 ) -> Program:
-    """Capture `model` as a graph, in eval mode, with the shapes of `inputs` (tensors by forward argument).
+    """Capture a model as a graph, in eval mode, with the shapes of sample inputs.
 
-    `dynamic_batch` keeps dimension 0 symbolic for every input that has the batch there; all other sizes are
-    fixed. `streams` names the token stream that an input starts (`{"input_ids": "text"}`) where the graph
-    alone does not say. `outputs` keeps only some outputs, by name (`["itm_score"]`). Without `padding` masks of ones
-    are written into the graph, which then reads none: it is for inputs that are never padded.
-    `inputs` may be left out for an `ExportedProgram` that holds its example inputs.
+    Args:
+        model: a module, a `torch.export` program, or what `load_model` read. It is left as it was found.
+        inputs: tensors by forward argument, `[batch, ...]`, such as `input_ids` int64 `[batch, tokens]` and
+            `pixel_values` `[batch, channels, height, width]` in any floating dtype. They may be left out for an
+            `ExportedProgram` that holds its example inputs.
+        dynamic_batch: keep dimension 0 symbolic for every input that has the batch there; all other sizes are fixed.
+        streams: the token stream that an input starts (`{"input_ids": "text"}`), where the graph alone does not say.
+        outputs: keep only these, by name (`["itm_score"]`).
+        padding: False writes masks of ones into the graph, which then reads none: for inputs that are never padded.
 
-    Raises UsageError for inputs that do not fit the model and CaptureError for a model that cannot be traced.
+    Returns:
+        The graph, with the inputs that it was captured with.
+
+    Raises:
+        UsageError: inputs that do not fit the model, or names that it does not have.
+        CaptureError: a model that cannot be traced.
     """
     sha256: str | None = None
     if isinstance(model, LoadedModel):

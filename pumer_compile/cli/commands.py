@@ -99,18 +99,8 @@ def compile_(
     quantize_mode: opt.QuantizeMode = None,
     calibration: opt.Calibration = None,
     profile: opt.Profiles = None,
-    opset: Annotated[
-        int | None, typer.Option("--opset", help="ONNX opset, 18 or newer (default 20).", rich_help_panel=opt.ONNX)
-    ] = None,
-    target: Annotated[
-        str | None,
-        typer.Option(
-            "--target",
-            help="onnxruntime-cpu or onnxruntime-cuda, for its fused operators; tensorrt, for its forms.",
-            show_default=False,
-            rich_help_panel=opt.ONNX,
-        ),
-    ] = None,
+    opset: opt.Opset = None,
+    target: opt.Target = None,
     onnx_passes: opt.OnnxPasses = None,
     builder: opt.Builder = None,
     compute_capability: opt.ComputeCapability = None,
@@ -252,6 +242,14 @@ def parity_(
     provider: opt.Provider = None,
     save_inputs: opt.SaveInputs = None,
     save_outputs: opt.SaveOutputs = None,
+    first_difference: Annotated[
+        bool,
+        typer.Option(
+            "--first-difference",
+            help="Look inside too, and name the first value that differs (ONNX).",
+            rich_help_panel=opt.PROOF,
+        ),
+    ] = False,
     report: opt.Report = None,
     log_level: opt.LogLevel = None,
     verbose: opt.Verbose = False,
@@ -286,10 +284,13 @@ def parity_(
             provider=provider,
             save_inputs=save_inputs,
             save_outputs=save_outputs,
+            first_difference=first_difference,
         )
     if report is not None:
         save_report(result, report)
     print_report(result, whole=verbose or report is not None or not result.passed)
+    if result.first_difference:
+        say(f"Inside: {result.first_difference}.")
     if not result.passed:
         raise ParityError(f"Parity failed: {result.failures()}.")
     how = reduced_by(manifest)
@@ -342,7 +343,11 @@ def bench_(
     artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Made by pumer-compile.")],
     vs: Annotated[
         list[Path] | None,
-        typer.Option("--vs", metavar="OTHER", help="Alternate with another artifact; may be repeated."),
+        typer.Option(
+            "--vs",
+            metavar="OTHER",
+            help="Alternate with another artifact, or an ONNX model of others; may be repeated.",
+        ),
     ] = None,
     batch: Annotated[
         list[int] | None,
@@ -353,6 +358,11 @@ def bench_(
     inputs: opt.Inputs = None,
     provider: opt.Provider = None,
     cuda_graph: Annotated[bool, typer.Option("--cuda-graph", help="Engines: replay a captured CUDA graph.")] = False,
+    decode: Annotated[
+        Path | None,
+        typer.Option("--decode", metavar="STEP.onnx", help="Generate, too, by this step.", show_default=False),
+    ] = None,
+    tokens: Annotated[int, typer.Option("--tokens", min=2, help="That are generated.")] = 32,
     json_: Annotated[
         Path | None,
         typer.Option("--json", metavar="OUT.json", help="Write every sample and the machine.", show_default=False),
@@ -376,6 +386,8 @@ def bench_(
             inputs=inputs,
             provider=provider,
             cuda_graph=cuda_graph,
+            decode=decode,
+            tokens=tokens,
             progress=progress,
         )
     if json_ is not None:
@@ -439,7 +451,7 @@ def _root(
 
 
 # Commands in files of their own; importing one adds it.
-from . import inspect, search  # noqa: E402, F401
+from . import evaluate, inspect, search  # noqa: E402, F401
 from . import report as _report  # noqa: E402, F401
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..artifacts.options import EngineOptions, OnnxOptions, help_of
 from ..errors import ScheduleError, UsageError
 
 if TYPE_CHECKING:
@@ -204,7 +205,7 @@ Dtype = Annotated[
     str | None,
     typer.Option(
         "--dtype",
-        help="float32 (default), float16 or bfloat16.",
+        help=help_of(OnnxOptions, "dtype"),
         show_default=False,
         rich_help_panel=FORMAT,
     ),
@@ -213,7 +214,7 @@ Quantize = Annotated[
     str | None,
     typer.Option(
         "--quantize",
-        help="int8, of linear layers; reducers stay float32.",
+        help=help_of(OnnxOptions, "quantize"),
         show_default=False,
         rich_help_panel=QUANTIZE,
     ),
@@ -222,7 +223,7 @@ QuantizeMode = Annotated[
     str | None,
     typer.Option(
         "--quantize-mode",
-        help="weights, dynamic (default) or static.",
+        help=help_of(OnnxOptions, "quantize_mode"),
         show_default=False,
         rich_help_panel=QUANTIZE,
     ),
@@ -232,7 +233,7 @@ Calibration = Annotated[
     typer.Option(
         "--calibration",
         metavar="FILE.npz",
-        help="Samples for static.",
+        help=help_of(OnnxOptions, "calibration"),
         show_default=False,
         rich_help_panel=QUANTIZE,
     ),
@@ -242,10 +243,18 @@ Profiles = Annotated[
     typer.Option(
         "--profile",
         metavar="batch=MIN:OPT:MAX",
-        help="Leave the batch open between MIN and MAX and tune for OPT; may be repeated.",
+        help=help_of(OnnxOptions, "profiles"),
         show_default=False,
         rich_help_panel=FORMAT,
     ),
+]
+Opset = Annotated[
+    int | None,
+    typer.Option("--opset", help=help_of(OnnxOptions, "opset"), show_default=False, rich_help_panel=ONNX),
+]
+Target = Annotated[
+    str | None,
+    typer.Option("--target", help=help_of(OnnxOptions, "target"), show_default=False, rich_help_panel=ONNX),
 ]
 OnnxPasses = Annotated[
     str | None,
@@ -253,8 +262,7 @@ OnnxPasses = Annotated[
         "--onnx-passes",
         "--lean",
         metavar="NAME,...",
-        help="Passes over the finished graph, of strides, rows, projections, attention, or none; default: what "
-        "pays for the target.",
+        help=help_of(OnnxOptions, "onnx_passes"),
         show_default=False,
         rich_help_panel=ONNX,
     ),
@@ -263,7 +271,7 @@ Builder = Annotated[
     str | None,
     typer.Option(
         "--builder",
-        help="tensorrt or tensorrt-rtx; default: what is there.",
+        help=help_of(EngineOptions, "builder"),
         show_default=False,
         rich_help_panel=ENGINES,
     ),
@@ -273,7 +281,7 @@ ComputeCapability = Annotated[
     typer.Option(
         "--compute-capability",
         metavar="X.Y,...",
-        help="GPUs that tensorrt-rtx builds for, such as 8.6,8.9,12.0; default: portable.",
+        help=help_of(EngineOptions, "compute_capabilities"),
         show_default=False,
         rich_help_panel=ENGINES,
     ),
@@ -283,7 +291,7 @@ TimingCache = Annotated[
     typer.Option(
         "--timing-cache",
         metavar="FILE",
-        help="Read and write kernel timings.",
+        help=help_of(EngineOptions, "timing_cache"),
         show_default=False,
         rich_help_panel=ENGINES,
     ),
@@ -292,7 +300,7 @@ OptimizationLevel = Annotated[
     int | None,
     typer.Option(
         "--optimization-level",
-        help="0 (builds fast) to 5 (runs fast).",
+        help=help_of(EngineOptions, "optimization_level"),
         show_default=False,
         rich_help_panel=ENGINES,
     ),
@@ -303,7 +311,7 @@ Workspace = Annotated[
         "--workspace",
         metavar="MIB",
         min=1,
-        help="Most scratch memory.",
+        help=help_of(EngineOptions, "workspace"),
         show_default=False,
         rich_help_panel=ENGINES,
     ),
@@ -313,7 +321,7 @@ LayerInfo = Annotated[
     typer.Option(
         "--layer-info",
         metavar="OUT.json",
-        help="Write what was built.",
+        help=help_of(EngineOptions, "layer_info"),
         show_default=False,
         rich_help_panel=ENGINES,
     ),
@@ -322,7 +330,7 @@ VersionCompatible = Annotated[
     bool,
     typer.Option(
         "--version-compatible",
-        help="Loadable by later minor versions of the library.",
+        help=help_of(EngineOptions, "version_compatible"),
         rich_help_panel=ENGINES,
     ),
 ]

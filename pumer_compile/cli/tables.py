@@ -126,7 +126,17 @@ def print_bench(report: Any) -> None:
     console.print(table)
     for found in report.comparisons():
         batch = f"batch {found.batch}: " if len({m.batch for m in report.measurements}) > 1 else ""
-        say(f"{batch}{short[found.faster]} is {found.factor:.2f}x faster than {short[found.slower]} (medians).")
+        verb = "is" if found.proved else "seems"
+        end = f"95%: {found.low:.2f}x to {found.high:.2f}x"
+        what = f"{found.factor:.2f}x faster than {short[found.slower]} (medians)"
+        say(f"{batch}{short[found.faster]} {verb} {what}; {end}.")
+    for warning in report.warnings():
+        say(f"warning: {warning}")
+    for one in report.generation:
+        say(
+            f"{short[one.artifact]}: {one.first_token_ms:.3g} ms to the first token, then {one.tokens_per_second:.3g} "
+            f"tokens a second ({one.tokens} made); reducers take {one.reducers_share:.1%} of the prefill's operators."
+        )
     for path, about in report.artifacts.items():
         gain = f", {about['fewer_multiply_adds']:.2f}x fewer multiply-adds" if about.get("fewer_multiply_adds") else ""
         say(f"{short[path]}: {about['reduced_by']}{gain}; {about['dtype']}, {size(about['bytes'])}.")

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 
+from ..artifacts.options import EngineOptions, OnnxOptions, OpenVinoOptions, Options
 from ..artifacts.profile import Profile
 from ..runtimes.ort import OnnxSession
-from .base import Options
-from .onnx import OnnxOptions
-from .openvino import OpenVinoOptions
 from .publish import Exported, check_exporter, export, exporter_options
-from .tensorrt import EngineOptions
 
 __all__ = [
     "EngineOptions",

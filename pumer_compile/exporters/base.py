@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar, get_args
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
-from ..artifacts.profile import Profile
+from ..artifacts.options import Options as Options
+from ..artifacts.options import Precision as Precision
 from ..artifacts.session import Session
 from ..capture.capture import Program
 from ..errors import UsageError
 from ..files import check_writable
 from ..reduce import Reduced
-
-Precision = Literal["float32", "float16", "bfloat16"]
 
 
 class Build(Protocol):
@@ -57,30 +56,6 @@ class Evidence:
     open_with_decisions: Callable[[], Session] | None = None
     stand_in: str = ""
     reason: str = ""
-
-
-@dataclass(frozen=True)
-class Options:
-    """What every exporter takes.
-
-    Attributes:
-        dtype: of weights and activations; reducers decide in float32 in any case.
-        profiles: batch sizes that an artifact with an open batch is built for and proved at.
-
-    A field is a flag of the command line, whose name is the field's unless its metadata says another (`flag`).
-    """
-
-    dtype: Precision = "float32"
-    profiles: tuple[Profile, ...] = field(default=(), metadata={"flag": "--profile"})
-
-    def __post_init__(self) -> None:
-        if self.dtype not in get_args(Precision):
-            raise UsageError(f"No dtype {self.dtype!r}: choose {', '.join(get_args(Precision))}.")
-
-    @property
-    def tolerance(self) -> str:
-        """Which of parity's tolerances the artifact is judged by."""
-        return self.dtype
 
 
 OptionsT = TypeVar("OptionsT", bound=Options)

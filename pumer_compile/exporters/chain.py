@@ -20,15 +20,16 @@ from torch.export import ExportedProgram
 from transformers.exporters.exporter_dynamo import DynamoExporter
 
 from ..analysis.outputs import artifact_outputs, outputs_apart, without_inputs
+from ..artifacts.options import Precision
 from ..capture.added import capture_with
 from ..capture.capture import Program, batch_inputs
 from ..capture.model_state import restoring_model_state, set_for_inference
 from ..errors import UsageError
 from ..reduce import Reduced, reduce_graph, with_decisions
 from ..schedule import Schedule
-from .base import Precision
 from .masked_writes import lower_masked_writes
 from .plain_forms import use_plain_forms
+from .routers import lower_routers
 from .slice_writes import lower_slice_writes
 from .torch_calls import call_torch
 
@@ -70,6 +71,7 @@ def prepare(reduced: Reduced | Program) -> Prepared:
     without_inputs(twin, program.fixed)
     outputs_apart(twin)
     use_plain_forms(twin)
+    lower_routers(twin)
     lower_slice_writes(twin)
     lower_masked_writes(twin)
     call_torch(twin)

@@ -15,10 +15,10 @@ import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import InitVar, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import onnx
 import onnx_ir
@@ -29,6 +29,10 @@ from transformers.exporters.configs import OnnxConfig
 from transformers.exporters.exporter_onnx import OnnxExporter
 
 from ..artifacts.manifest import KEY, seal_onnx
+from ..artifacts.options import DEFAULT_OPSET as DEFAULT_OPSET
+from ..artifacts.options import MIN_OPSET as MIN_OPSET
+from ..artifacts.options import OnnxOptions, Options
+from ..artifacts.options import Target as Target
 from ..artifacts.session import decision_session_of
 from ..capture.capture import Program
 from ..capture.loading import quiet
@@ -36,75 +40,18 @@ from ..errors import ExportError, UsageError
 from ..files import content_name, sha256_file
 from ..reduce import Reduced
 from ..runtimes.ort import OnnxSession, check_provider
-from ..schedule import Schedule
-from .base import Evidence, Options, Writer
+from .base import Evidence, Writer
 from .chain import GraphStep, Prepared, cast, prepare, program_of, schedule_of
-from .onnx_passes import DEFAULT_PASSES, ONNX_PASSES, run_onnx_passes
-from .quantize import QuantizeMode, calibration_batches, check_environment, check_options, quantize_onnx
+from .onnx_passes import run_onnx_passes
+from .quantize import calibration_batches, check_environment, quantize_onnx
 from .small_numbers import small_numbers_kept
 
 log = logging.getLogger("pumer_compile")
 
-Target = Literal["onnxruntime-cpu", "onnxruntime-cuda", "tensorrt"]
-
-MIN_OPSET, DEFAULT_OPSET = 18, 20
 _FUSIONS: dict[str, Literal["cpu", "cuda"]] = {"onnxruntime-cpu": "cpu", "onnxruntime-cuda": "cuda"}
 # Protobuf cannot hold more in one file; the graph itself needs some room too.
 INLINE_WEIGHTS_LIMIT = 1_900_000_000
 _FORBIDDEN = ("Scatter", "NonZero", "Unique", "Compress", "TopK")
-
-
-@dataclass(frozen=True)
-class OnnxOptions(Options):
-    """How to write ONNX.
-
-    Attributes:
-        opset: of the default domain, 18 or newer.
-        target: a runtime whose operators and forms to use; None is portable ONNX.
-        onnx_passes: over the finished graph, of `ONNX_PASSES`; None takes what pays for the target, and nothing where
-            the model is converted as it is (no schedule, no target) or quantized.
-        quantize: `int8` quantizes the linear layers; reducers stay float32 (see `quantize.py`).
-        quantize_mode: `weights`, `dynamic` (taken where None is given) or `static`.
-        calibration: samples for `static`, an `.npz` file of arrays by input name.
-    """
-
-    opset: int = DEFAULT_OPSET
-    target: Target | None = None
-    onnx_passes: tuple[str, ...] | None = None
-    quantize: str | None = None
-    quantize_mode: QuantizeMode | None = None
-    calibration: Path | None = None
-    lean: InitVar[tuple[str, ...] | None] = None
-    """What `onnx_passes` was called before."""
-
-    def __post_init__(self, lean: tuple[str, ...] | None) -> None:
-        super().__post_init__()
-        if lean is not None:
-            object.__setattr__(self, "onnx_passes", lean)
-        newest = onnx.defs.onnx_opset_version()
-        if not MIN_OPSET <= self.opset <= newest:
-            raise UsageError(f"Opset {self.opset} is not supported: choose {MIN_OPSET} to {newest}.")
-        if self.target is not None and self.target not in get_args(Target):
-            raise UsageError(f"No target {self.target!r}: choose {', '.join(get_args(Target))}.")
-        unknown = [name for name in self.onnx_passes or () if name not in ONNX_PASSES]
-        if unknown:
-            raise UsageError(f"No ONNX pass {unknown[0]!r}: choose from {', '.join(ONNX_PASSES)}, or none.")
-        if self.onnx_passes and self.quantize is not None:
-            raise UsageError("--quantize int8 makes other products of what --onnx-passes changes. Leave one out.")
-        mode = check_options(self.quantize, self.quantize_mode, self.calibration, dtype=self.dtype, target=self.target)
-        object.__setattr__(self, "quantize_mode", mode)  # the manifest names the mode, taken or given
-
-    @property
-    def tolerance(self) -> str:
-        """Quantized artifacts have tolerances of their own."""
-        return self.quantize or self.dtype
-
-    def passes(self, schedule: Schedule | None) -> tuple[str, ...]:
-        """The ONNX passes that run on a model reduced by a schedule (None: not at all)."""
-        if self.onnx_passes is not None:
-            return self.onnx_passes
-        as_it_is = schedule is None and self.target is None
-        return () if as_it_is or self.quantize is not None else DEFAULT_PASSES[self.target]
 
 
 class GraphOnnxExporter(OnnxExporter, GraphStep):  # type: ignore[misc]  # one converts what the other exports

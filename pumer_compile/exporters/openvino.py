@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 from torch.export import ExportedProgram
 from transformers import PreTrainedModel
 
+from ..artifacts.options import OpenVinoOptions, Options
 from ..artifacts.profile import Profile
 from ..capture.capture import Program, batch_inputs
 from ..capture.loading import quiet
@@ -23,27 +24,9 @@ from ..errors import ExportError, UsageError
 from ..files import check_writable
 from ..reduce import Reduced
 from ..runtimes.openvino import OpenVinoSession, load_openvino
-from .base import Evidence, Options, Writer
+from .base import Evidence, Writer
 from .chain import GraphStep, Prepared, cast, prepare, program_of
 from .while_loops import carry_everything
-
-
-@dataclass(frozen=True)
-class OpenVinoOptions(Options):
-    """How to write OpenVINO models.
-
-    Attributes:
-        dtype: of the *weights* in the file. Inputs, activations and outputs are float32 in any case, and the model
-            asks devices to compute in float32, so that reducers decide in it.
-    """
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.dtype == "bfloat16":
-            raise UsageError(
-                "OpenVINO artifacts are float32 or float16 (weights stored in half precision), not bfloat16: their "
-                "graph computes in float32 in any case. Choose one of the two."
-            )
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from ..analysis.outputs import artifact_outputs
 from ..artifacts.engine import Engine
 from ..artifacts.formats import FORMATS, find_format, suffixes
 from ..artifacts.manifest import sidecar
+from ..artifacts.options import Options
 from ..artifacts.profile import Profile
 from ..capture.capture import Program
 from ..capture.samples import Samples, captured_batch, describe_samples, proof_batches, proof_sizes, resized_batch
@@ -23,10 +24,11 @@ from ..errors import ParityError, UsageError
 from ..files import publish, sha256_file
 from ..guards import check_prompts, without_constants
 from ..parity.check import check, check_tolerances
+from ..parity.noise import coarse_of
 from ..parity.report import ParityReport
 from ..plan import PromptPlace
 from ..reduce import Reduced
-from .base import Options, Writer
+from .base import Writer
 from .chain import cast, program_of
 from .manifest import make_manifest
 
@@ -78,8 +80,12 @@ def export(
         with_decisions: keep every reducer's decisions as extra outputs.
         verify: prove the artifact before publishing it.
         samples: batches for the proof besides the captured inputs; None makes random ones where it can.
-        atol, rtol: tolerances of the proof; defaults follow the dtype.
+        atol: absolute tolerance of the proof, for all outputs or by output; None follows the dtype.
+        rtol: relative tolerance, in the same way.
         progress: told what is going on.
+
+    Returns:
+        Where it was written, its manifest, and the report of its proof.
 
     Raises:
         UsageError: an unknown suffix, a path that cannot be written, a tolerance for an output that there is not, or
@@ -188,6 +194,13 @@ def _prove(
         added=tuple(program.added),
         atol=atol,
         rtol=rtol,
+        coarse=coarse_of(
+            program,
+            reduced.schedule if isinstance(reduced, Reduced) else None,
+            eager,
+            writer.options.tolerance,
+            getattr(writer.options, "quantize_mode", None),
+        ),
     )
     report.stand_in = evidence.stand_in
     if evidence.stand_in:

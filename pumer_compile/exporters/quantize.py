@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import onnx_ir
@@ -26,55 +26,17 @@ import torch
 from onnx_ir.passes import common as ir_passes
 from torch import Tensor
 
+from ..artifacts.options import QuantizeMode
 from ..capture.capture import Program, batch_inputs
 from ..capture.loading import quiet
 from ..capture.make_inputs import read_arrays
 from ..errors import ExportError, UsageError
 
-QuantizeMode = Literal["weights", "dynamic", "static"]
 BLOCK = 32
 """Consecutive weights of a column that share a scale in `weights` mode."""
 CALIBRATION_BATCH = 16
 """Samples at a time through a model with an open batch."""
 REDUCER_SCOPE = "reducer."
-
-
-def check_options(
-    quantize: str | None, mode: str | None, calibration: Path | None, *, dtype: str, target: str | None
-) -> QuantizeMode | None:
-    """The mode that these options come to; None without quantization.
-
-    Raises:
-        UsageError: an unknown value, an option that is missing or superfluous, or options that exclude each other.
-    """
-    if quantize is None:
-        if mode is not None or calibration is not None:
-            option = "--quantize-mode" if mode is not None else "--calibration"
-            raise UsageError(f"{option} is for quantized artifacts: give --quantize int8 too, or leave it out.")
-        return None
-    if quantize != "int8":
-        raise UsageError(f"No quantization to {quantize!r}: choose int8.")
-    chosen = "dynamic" if mode is None else mode
-    if chosen not in get_args(QuantizeMode):
-        raise UsageError(f"No --quantize-mode {chosen!r}: choose {', '.join(get_args(QuantizeMode))}.")
-    if chosen == "static" and calibration is None:
-        raise UsageError(
-            "--quantize-mode static fixes the range of every activation from samples: give them with "
-            "--calibration FILE.npz (arrays by input name, a few hundred real samples on the batch axis), or choose "
-            "dynamic."
-        )
-    if chosen != "static" and calibration is not None:
-        raise UsageError(f"--calibration is for --quantize-mode static; {chosen} needs no samples. Leave it out.")
-    if dtype != "float32":
-        raise UsageError(
-            f"--quantize int8 starts from float32; --dtype {dtype} does not go with it. Leave one of the two out."
-        )
-    if target is not None:
-        raise UsageError(
-            f"--quantize int8 starts from portable ONNX; --target {target} fuses what it would quantize. Leave one of "
-            "the two out."
-        )
-    return chosen  # type: ignore[return-value]  # one of the literals, as checked
 
 
 def check_environment(mode: QuantizeMode, calibration: Path | None) -> None:

@@ -1,6 +1,7 @@
-"""Writes into slices (`x[..., 1:60:3] = y`: rotary angles of three axes, interleaved; `x[-3:] = 0`), as joins.
+"""Writes into slices (`x[..., 1:60:3] = y`: rotary angles of three axes, interleaved; `x[-3:] = 0`) and single places
+(`x[:, 0] = False`), as joins.
 
-torch.onnx makes a ScatterND of such a write. Its places are constants, so the result is what was there and what is
+torch.onnx makes a scatter of such a write. Its places are constants, so the result is what was there and what is
 written, side by side, in a constant order.
 """
 
@@ -20,12 +21,13 @@ def lower_slice_writes(module: fx.GraphModule) -> None:
     for node in list(module.graph.nodes):
         if node.target in _WRITES and not node.users:
             cut = node.args[0]
-            if isinstance(cut, fx.Node) and cut.target is aten.slice.Tensor and list(cut.users) == [node]:
+            if isinstance(cut, fx.Node) and cut.target in _CUTS and list(cut.users) == [node]:
                 _lower(node, cut)
     module.graph.lint()
     module.recompile()
 
 
+_CUTS = frozenset({aten.slice.Tensor, aten.select.int})
 _WRITES = frozenset({aten.copy_.default, aten.fill_.Tensor, aten.fill_.Scalar})
 
 
@@ -40,13 +42,17 @@ def _lower(node: fx.Node, cut: fx.Node) -> None:
     dim = wrap(argument(cut, 1, "dim", 0), len(shape))
     if not all(isinstance(size, int) for size in (*shape, *part)):
         return
-    start, stop, step = argument(cut, 2, "start"), argument(cut, 3, "end"), argument(cut, 4, "step", 1)
-    places = range(shape[dim])[start:stop:step]
+    single = cut.target is aten.select.int
+    if single:
+        places = [range(shape[dim])[argument(cut, 2, "index")]]
+    else:
+        start, stop, step = argument(cut, 2, "start"), argument(cut, 3, "end"), argument(cut, 4, "step", 1)
+        places = [*range(shape[dim])[start:stop:step]]
     index = list(range(shape[dim]))
     for number, place in enumerate(places):
         index[place] = shape[dim] + number
     with node.graph.inserting_before(node):
-        new = node.graph.call_function(_joined, (whole, written, dim, index, list(part)))
+        new = node.graph.call_function(_joined, (whole, written, dim, index, list(part), single))
         new.meta = {**node.meta, "val": values(whole)[0]}
     for user in [user for user in whole.users if order.get(user, 0) > order[node] and user is not new]:
         user.replace_input_with(whole, new)
@@ -54,11 +60,15 @@ def _lower(node: fx.Node, cut: fx.Node) -> None:
     node.graph.erase_node(cut)
 
 
-def _joined(whole: Tensor, written: Tensor | float, dim: int, index: list[int], part: list[int]) -> Tensor:
-    """`whole` with `written` (broadcast to the shape `part`) where `index` says so."""
+def _joined(
+    whole: Tensor, written: Tensor | float, dim: int, index: list[int], part: list[int], single: bool
+) -> Tensor:
+    """`whole` with `written` (broadcast to the shape `part`, which for a `single` place lacks the dimension) where
+    `index` says so."""
     order = torch.tensor(index).to(whole.device)
     values = written if isinstance(written, Tensor) else torch.full([1], written, device=whole.device)
-    return torch.cat([whole, values.to(whole.dtype).expand(part)], dim).index_select(dim, order)
+    values = values.to(whole.dtype).expand(part)
+    return torch.cat([whole, values.unsqueeze(dim) if single else values], dim).index_select(dim, order)
 
 
 def _seen_by_itself(whole: fx.Node, node: fx.Node, order: dict[fx.Node, int]) -> bool:

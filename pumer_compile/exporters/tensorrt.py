@@ -21,6 +21,7 @@ from typing import Any, ClassVar
 
 import onnx_ir
 
+from ..artifacts.options import EngineOptions, OnnxOptions, Options
 from ..artifacts.profile import Profile
 from ..artifacts.session import Session, decision_session_of
 from ..capture.capture import Program
@@ -29,43 +30,13 @@ from ..files import atomic_path, check_writable
 from ..reduce import Reduced
 from ..runtimes.ort import OnnxSession, check_provider
 from ..runtimes.tensorrt_library import Library, cuda_device, load_library, make_logger
-from .base import Evidence, Options, Writer
-from .onnx import OnnxBuild, OnnxOptions, build_onnx, save_onnx
+from .base import Evidence, Writer
+from .onnx import OnnxBuild, build_onnx, save_onnx
 
 log = logging.getLogger("pumer_compile")
 
 # ITopKLayer takes no larger K; a model's own TopK or sort can ask for one.
 LARGEST_TOPK = 3840
-
-
-@dataclass(frozen=True)
-class EngineOptions(Options):
-    """How to build an engine.
-
-    Attributes:
-        builder: `tensorrt` or `tensorrt-rtx`; None takes what is there.
-        compute_capabilities: GPUs to build for, such as `("8.6", "12.0")`; none is portable. TensorRT-RTX only.
-        timing_cache: file of kernel timings to read and to write. TensorRT only.
-        optimization_level: 0 (builds fast) to 5 (runs fast); None is the builder's default.
-        workspace: most scratch memory, MiB; None is the builder's default.
-        layer_info: JSON file for the layers of the built engine; needs a device that loads it.
-        version_compatible: loadable by later minor versions of the library. TensorRT only.
-    """
-
-    builder: str | None = None
-    compute_capabilities: tuple[str, ...] = field(default=(), metadata={"flag": "--compute-capability"})
-    timing_cache: Path | None = None
-    optimization_level: int | None = None
-    workspace: int | None = None
-    layer_info: Path | None = None
-    version_compatible: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.optimization_level is not None and not 0 <= self.optimization_level <= 5:
-            raise UsageError(f"Optimization level {self.optimization_level} is not between 0 and 5.")
-        if self.workspace is not None and self.workspace < 1:
-            raise UsageError(f"A workspace of {self.workspace} MiB is no workspace; give at least 1.")
 
 
 @dataclass

@@ -32,6 +32,7 @@ from transformers.exporters.runners.base import ModelRunner
 from transformers.exporters.utils import onnx_inputs
 
 from ..artifacts.manifest import read_manifest, sidecar
+from ..artifacts.options import DEFAULT_OPSET, EngineOptions
 from ..artifacts.profile import Profile
 from ..capture.capture import Program, capture
 from ..errors import UsageError
@@ -40,8 +41,7 @@ from ..reduce import Reduced, reduce, schedule_for
 from ..runtimes.tensorrt import TensorRtSession
 from .chain import program_of, schedule_of
 from .manifest import make_manifest
-from .onnx import DEFAULT_OPSET
-from .tensorrt import EngineOptions, EngineWriter
+from .tensorrt import EngineWriter
 
 FORMAT = "tensorrt"
 

@@ -23,14 +23,13 @@ import torch
 from ..artifacts.engine import Engine
 from ..artifacts.formats import ENGINE, ONNX, Format, find_format, format_of, suffixes
 from ..artifacts.manifest import read_manifest, sidecar
+from ..artifacts.options import EngineOptions, Options
 from ..artifacts.profile import Profile
 from ..artifacts.runtime import Size, TensorSpec
 from ..errors import UsageError
 from ..files import companion_of, publish, sha256_file
 from ..runtimes.ort import external_files
 from ..runtimes.tensorrt_library import load_library
-from .base import Options
-from .tensorrt import EngineOptions
 
 # Triton needs a number where a batch is open without a profile; its dynamic batcher fills batches up to it.
 DEFAULT_MAX_BATCH = 32

@@ -32,9 +32,10 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from ..analysis.outputs import lasting_names
 from ..artifacts.manifest import read_sealed, seal_onnx
+from ..artifacts.options import DEFAULT_OPSET
 from ..capture.model_state import restoring_model_state, set_for_inference
 from ..errors import ExportError, ParityError, UsageError
-from ..exporters.onnx import DEFAULT_OPSET, append_metadata, save_onnx, torch_onnx
+from ..exporters.onnx import append_metadata, save_onnx, torch_onnx
 from ..files import check_writable, publish
 from ..runtimes.ort import OnnxSession
 

@@ -125,7 +125,7 @@ class Generator:
             framed.inputs.setdefault(DECODER, torch.full((len(said), 1), self._start))
             said = [*framed.inputs[DECODER].cpu()]
         check_prompts(self._manifest, framed.inputs)
-        self._check_window(max(framed.lengths), tokens)
+        self._check_window(max(framed.extents), tokens)
         choosing = Choosing(said, config, processors, stop)
         groups, logits = self._begin(framed)
         made = [choosing.next(logits)]

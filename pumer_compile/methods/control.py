@@ -33,11 +33,14 @@ class Control(ImageBudget):
     @classmethod
     def proposals(cls, outline: Outline, ask: Ask) -> Iterator[Method]:
         """See `Method.proposals`: of a model without a prompt at the first place of the paper."""
-        if outline.crops > 1:
+        image = outline.streams.get("image", 0) - outline.learned
+        if outline.fuses and image > 1:
+            at = ask.one_of("at", outline.informed, at_depths(outline.informed)[0])
+            budget = ask.count("budget", 1, image - 1, image // 3)
+            yield cls(at=at, budget=cls.near(budget, image), outputs="refused")
+        elif outline.crops > 1:
             budget = ask.count("budget", 1, outline.crops - 1, outline.crops // 3)
             yield from cls.in_either_order(budget=cls.near(budget, outline.crops))
-        elif outline.fuses and (image := outline.streams.get("image", 0) - outline.learned) > 1:
-            yield cls(at=at_depths(outline.informed)[0], budget=cls.near(image // 3, image), outputs="refused")
 
     @classmethod
     def near(cls, budget: int, tokens: int) -> int:

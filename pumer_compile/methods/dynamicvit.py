@@ -25,14 +25,15 @@ class DynamicViT(Method):
     fusion model are rated by what the layers before have made of them.
 
     The predictors learn: `training: true` gives a graph in which every token stays and later attention is masked, for
-    `distill.DynamicLosses`; then `predictors` is the file that `distill.save_predictors` wrote.
+    `distill.keep_ratio_loss`; then `predictors` is the file that `distill.save_predictors` wrote.
 
     Args:
         layers: attention nodes in execution order, from 0; a predictor stands before the layer of each.
         group: of which those are: `cross_modal`, or `vision` of a tower.
         keep: share of the image tokens, class token not counted, that is kept at the first of them; the square of it
             at the second, and so on. Rounded down.
-        predictors: file of their weights (safetensors); without one they are new, for training alone.
+        predictors: file of their weights (safetensors), from the working directory; without one they are new, for
+            training alone.
         training: mask tokens instead of dropping them.
     """
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import numpy as np
@@ -24,10 +24,11 @@ from ..capture.capture import batch_inputs
 from ..capture.inputs import describe_inputs
 from ..capture.loading import first_line
 from ..capture.model_state import restoring_model_state, set_for_inference
-from ..errors import UsageError
+from ..errors import PumerError, UsageError
 from ..frontends import in_fixed_order
 from ..reducers import Reducer, forced_decisions, noted_decisions, reducers_of
 from ..reducers.base import Comparison, Decisions
+from .noise import Batches, Coarse, failed
 from .report import TOLERANCES, OutputReport, ParityReport, ReducerReport, Tolerance
 
 Arrays = dict[str, np.ndarray[Any, Any]]
@@ -62,6 +63,7 @@ def check(
     added: Sequence[str] = (),
     atol: float | Mapping[str, float] | None = None,
     rtol: float | Mapping[str, float] | None = None,
+    coarse: Coarse | None = None,
 ) -> ParityReport:
     """Compare an open session with a module in eager PyTorch.
 
@@ -79,6 +81,7 @@ def check(
         model: what `unreduced` was captured from, in float32; its own forward is compared with it.
         added: inputs that the model does not take.
         atol, rtol: as in `parity`.
+        coarse: gives `eager` in the artifact's precision; asked where an error is larger than its tolerance.
 
     Raises:
         UsageError: a tolerance for an output that there is not.
@@ -99,8 +102,11 @@ def check(
     with torch.no_grad():
         runs = list(_covering(comparison, batches, drawn))
         comparison.judge(session, open_with_decisions, runs, decisions)
+        noise = _Noise(comparison, coarse if atol is None and rtol is None else None)
+        noise.measure()
         closed = open_with_decisions is not None and bool(decisions)
         _until_end_to_end(comparison, reopen if closed else lambda: session, open_with_decisions, drawn, decisions)
+        noise.measure()
     return report
 
 
@@ -266,6 +272,7 @@ class _Comparison:
     decisions: set[str]
     added: tuple[str, ...] = ()
     taken: int = 0  # batches
+    followed: Batches = field(default_factory=list)  # those compared, and the decisions made on them
 
     def run(self, batch: Mapping[str, Tensor]) -> _EagerRun:
         """Eager PyTorch, left alone."""
@@ -290,6 +297,7 @@ class _Comparison:
         size = _samples(run)
         agree = np.ones(size, dtype=bool)
         artifact = self._fitting(artifact, run.outputs)
+        wanted: dict[str, Decisions] = {}
         # Choices among NaN scores mean nothing; the outputs fail in any case.
         if self.decisions and _numbers(artifact) and _numbers(run.outputs):
             wanted = self._wanted({name: chosen[name] for name in self.decisions}, run)
@@ -298,6 +306,7 @@ class _Comparison:
                 agree = self._decisions(compared, size)
                 self._outputs("forced", True, artifact, forced)
         self._outputs("end_to_end", True, artifact, run.outputs, agree)
+        self.followed.append((run.batch, wanted or run.decisions))
         if self.taken < MODEL_BATCHES:
             self._unreduced(run.batch, artifact)
         self.taken += 1
@@ -458,6 +467,75 @@ def _of(tolerance: float | Mapping[str, float] | None, name: str, default: float
     if isinstance(tolerance, Mapping):
         return tolerance.get(name, default)
     return default if tolerance is None else tolerance
+
+
+@dataclass
+class _Noise:
+    """What the artifact's precision itself makes of the outputs, where that is asked.
+
+    Attributes:
+        comparison: whose batches are run once more.
+        coarse: see `check`; None: nothing is measured.
+        seen: how many batches were.
+    """
+
+    comparison: _Comparison
+    coarse: Coarse | None
+    seen: int = 0
+    rows: dict[str, OutputReport] = field(default_factory=dict)
+    module: fx.GraphModule | None = None
+
+    def measure(self) -> None:
+        """Measure on the batches since the last time, where an error is too large and nothing else is wrong with it."""
+        report = self.comparison.report
+        judged = [row for row in report.outputs if row.against in ("forced", "end_to_end") and row.finite]
+        if self.coarse is None or all(row.within_constants for row in judged):
+            return
+        try:
+            self.module = self.coarse() if self.module is None else self.module
+            for batch, decisions in self.comparison.followed[self.seen :]:
+                self._add(self.module, batch, decisions)
+        except (
+            PumerError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as error:  # an operator that CPUs lack in half precision
+            self.coarse = None
+            report.notes.append(f"the error of {report.dtype} in eager PyTorch was not measured: {failed(error)}")
+            return
+        self.seen = len(self.comparison.followed)
+        for row in judged:
+            found = self.rows.get(row.name)
+            if found is not None and found.finite:
+                row.noise_atol, row.noise_norm = found.required_atol, found.max_norm
+        self._say(judged)
+
+    def _add(self, module: fx.GraphModule, batch: Mapping[str, Tensor], decisions: Mapping[str, Decisions]) -> None:
+        outputs = []
+        for each in (self.comparison.eager, module):
+            with forced_decisions(each, dict(decisions)):
+                outputs.append(_eager_leaves(each, batch))
+        for name, exact, rough in zip(artifact_outputs(self.comparison.eager, batch), *outputs, strict=True):
+            rtol = _of(None, name, self.comparison.default.rtol)
+            row = self.rows.setdefault(name, OutputReport(name, "noise", False, 0.0, rtol))
+            row.add(np.atleast_1d(rough), np.atleast_1d(exact).astype(np.float32))
+
+    def _say(self, judged: Sequence[OutputReport]) -> None:
+        report = self.comparison.report
+        notes = [note for note in report.notes if not note.startswith(_MEASURED)]
+        for row in judged:
+            if row.noise_norm is not None and not row.within_constants:
+                notes.append(
+                    f"{_MEASURED} {row.name} ({row.against.replace('_', ' ')}) is off by {row.max_norm:.2e} of its "
+                    "norm; "
+                    f"the constant of {report.dtype} is {row.norm:g}, and {report.dtype} in eager PyTorch makes "
+                    f"{row.noise_norm:.2e} on the same samples, of which twice is allowed"
+                )
+        report.notes[:] = notes
+
+
+_MEASURED = "measured:"
 
 
 # --- Decisions --------------------------------------------------------------------------------------------------------

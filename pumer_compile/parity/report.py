@@ -56,6 +56,17 @@ TOLERANCES = {
 """Defaults by the artifact's dtype, or by what it is quantized to; the eager side is float32."""
 
 
+# An artifact may be off by so many times the error that its precision makes in eager PyTorch,
+NOISE = 2.0
+# as long as that is no more than so many times the tolerance: a precision that ruins a model proves nothing.
+MOST_NOISE = 10.0
+
+
+def allowed(tolerance: float, noise: float | None) -> float:
+    """How large an error may be: the tolerance, or twice the measured noise where that is more."""
+    return tolerance if noise is None else max(tolerance, min(NOISE * noise, MOST_NOISE * tolerance))
+
+
 @dataclass
 class ReducerReport:
     """Decisions of one reducer over all samples.
@@ -137,6 +148,8 @@ class OutputReport:
         atol, rtol, norm: the tolerance.
         required_atol: smallest `atol` that would pass with this `rtol`.
         finite: whether every value is finite.
+        noise_atol, noise_norm: what eager PyTorch in the artifact's precision would need, on the same samples with the
+            same decisions; None where it was not measured.
     """
 
     name: str
@@ -155,6 +168,8 @@ class OutputReport:
     top1: float = 1.0
     required_atol: float = 0.0
     finite: bool = True
+    noise_atol: float | None = None
+    noise_norm: float | None = None
 
     @property
     def verdict(self) -> str:
@@ -179,7 +194,18 @@ class OutputReport:
     @property
     def passed(self) -> bool:
         """Within tolerance and finite; always true where it is not judged and finite."""
-        return self.finite and (not self.judged or (self.required_atol <= self.atol and self.max_norm <= self.norm))
+        return self.finite and (not self.judged or self.close)
+
+    @property
+    def close(self) -> bool:
+        """Whether the errors are within the tolerance, or within twice what the precision itself makes."""
+        atol, norm = allowed(self.atol, self.noise_atol), allowed(self.norm, self.noise_norm)
+        return self.required_atol <= atol and self.max_norm <= norm
+
+    @property
+    def within_constants(self) -> bool:
+        """Whether they are within the tolerance alone."""
+        return self.required_atol <= self.atol and self.max_norm <= self.norm
 
     def add(self, artifact: np.ndarray[Any, Any], eager: np.ndarray[Any, Any]) -> None:
         """Take in one batch, `[samples, ...]` each."""
@@ -232,6 +258,7 @@ class ParityReport(Shown):
         faults: what could not be compared at all: an output that is missing, or of another shape or dtype.
         reducers, outputs: the figures.
         notes: what a reader should know besides.
+        first_difference: where inner values part, in words; empty where that was not asked.
     """
 
     artifact: str
@@ -246,6 +273,7 @@ class ParityReport(Shown):
     reducers: list[ReducerReport] = field(default_factory=list)
     outputs: list[OutputReport] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    first_difference: str = ""
 
     @property
     def passed(self) -> bool:
@@ -256,7 +284,12 @@ class ParityReport(Shown):
     def sound(self) -> bool:
         """Whether there are samples, and nothing that was compared failed."""
         passed = all(r.passed for r in self.reducers) and all(o.passed for o in self.outputs)
-        return self.samples > 0 and not self.faults and passed
+        return self.samples > 0 and self.compared and not self.faults and passed
+
+    @property
+    def compared(self) -> bool:
+        """Whether any output that counts was compared with eager PyTorch: where none was, nothing is passed."""
+        return any(o.judged and o.samples and o.against != "model" for o in self.outputs)
 
     @property
     def only_too_far(self) -> bool:
@@ -292,11 +325,15 @@ class ParityReport(Shown):
                 limit = f"{o.max_abs:.2e}, allowed atol {o.atol:g} + rtol {o.rtol:g}"
                 if o.max_norm > o.norm:
                     limit = f"{o.max_norm:.2e} of its norm, allowed {o.norm:g}"
+                if o.noise_norm is not None:
+                    limit += f" ({self.dtype} in eager PyTorch makes {o.noise_norm:.2e} of its norm)"
                 what = f"differs by up to {limit}" if o.finite else "has NaN or Inf"
                 row = f"output {o.name} ({o.against.replace('_', ' ')}) {what}"
                 parts.append(_OF_THE_MODEL.format(o.name, what) if o.against == "model" else row)
         if not parts and self.samples == 0:
             return "no sample was compared"
+        if not parts and not self.compared:
+            return "no output was compared with eager PyTorch"
         if not parts and self.end_to_end_required and not self.end_to_end:
             return (
                 f"no sample was judged end to end: in each of {self.samples} a choice differs from eager PyTorch's. "

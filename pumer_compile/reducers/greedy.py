@@ -1,12 +1,12 @@
 """Greedy choices: each step picks the best token and changes what the others are worth.
 
 A step needs the one before it, so no product of matrices gives all picks at once. Written out, a choice of 256 tokens
-is thousands of nodes. Traced into a graph, the steps are one `while_loop`: ONNX's Loop, of the size of a single step,
+is thousands of nodes. In an exported graph, the steps are one `while_loop`: ONNX's Loop, of the size of a single step,
 which onnxruntime, TensorRT and OpenVINO take. At 64 of 576 tokens that is 42 nodes for 959, and a TensorRT-RTX engine
-in 0.25 s for 5.6 s; under onnxruntime on one core 0.7% to 0.8% of a CLIP-L tower's time (24 times one layer), and
-1.9% to 2.6% of four at 256 of 2,304, nearly all of it the cosines. Eagerly, and where Dynamo traces, they are a loop
-of Python with the same arithmetic. ONNX's Scan does the same, but OpenVINO's front end has none; an operator of our
-own would be written anew for every converter.
+in 0.25 s for 5.6 s; under onnxruntime on one core 0.7% to 0.8% of a CLIP-L tower's time (24 times one layer), and 1.9%
+to 2.6% of four at 256 of 2,304, nearly all of it the cosines. Eagerly, and under `torch.compile` (whose Inductor fails
+on a `while_loop` with open sizes in 2.13), they are a loop of Python with the same arithmetic. ONNX's Scan does the
+same, but OpenVINO's front end has none; an operator of our own would be written anew for every converter.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 from torch._higher_order_ops.while_loop import while_loop_op
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 Step = Callable[..., Sequence[Tensor]]
 
@@ -35,7 +34,7 @@ def repeated(step: Step, times: int, state: Sequence[Tensor], *fixed: Tensor) ->
         fixed: what every step reads.
     """
     state = [value.contiguous() for value in state]
-    if times < 1 or torch.compiler.is_dynamo_compiling() or get_proxy_mode() is None:
+    if times < 1 or torch.compiler.is_dynamo_compiling() or not torch.compiler.is_exporting():
         for number in range(times):
             state = list(step(torch.tensor(number), *state, *fixed))
         return tuple(state)

@@ -64,9 +64,16 @@ class MergeTargets:
         free = torch.where(earlier, (number_there - index).unsqueeze(1), -float(left.shape[1])).amax(-1) + index
         return _numbered(left, torch.minimum(free, torch.tensor(latest).to(free)))
 
-    def crops(self) -> list[int]:
-        """The number of the crop of each target."""
-        return [number for number, count in enumerate(self.counts) for _ in range(count)]
+    def same_crop(self, crops: Sequence[Sequence[int]], tokens: int) -> Tensor:
+        """Whether a target and a token are of one crop, `[targets, tokens]` bool.
+
+        Args:
+            crops: places of each crop's tokens.
+            tokens: how many there are, with those of no crop.
+        """
+        of = {place: number for number, crop in enumerate(sorted(crops, key=len)) for place in crop}
+        mine = [number for number, count in enumerate(self.counts) for _ in range(count)]
+        return torch.tensor(mine).unsqueeze(-1) == torch.tensor([of.get(place, -1) for place in range(tokens)])
 
 
 def _numbered(left: Tensor, wanted: Tensor) -> Tensor:

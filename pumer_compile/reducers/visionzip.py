@@ -11,10 +11,11 @@ from torch import Tensor
 
 from .base import Choice, Decision, Decisions, Signal
 from .crops import CropReducer
+from .distinct import NONE
 from .merge_targets import MergeTargets
 from .merged_tokens import MergedTokens
 from .ranking import descending_rank, first_largest, indices, one_hot
-from .vispruner import NONE, Order, selection
+from .vispruner import Order, selection
 
 
 @dataclass
@@ -70,8 +71,7 @@ class VisionZipReducer(CropReducer):
         self.made = MergedTokens(
             self.crops, self.tokens, self.tokens_after, self.classes, published=order == "reference"
         )
-        signals = (Signal.CLASS_TOKEN, Signal.TOWER_KEYS)
-        self.reads = (*signals, Signal.CLASS_FEATURE) if class_tokens else signals
+        self.reads = (Signal.CLASS_TOKEN, Signal.TOWER_KEYS, *((Signal.CLASS_FEATURE,) if class_tokens else ()))
 
     @property
     def tokens_after(self) -> int:
@@ -99,7 +99,8 @@ class VisionZipReducer(CropReducer):
         unit = keys / keys.norm(dim=-1, keepdim=True).clamp(min=1e-30)
         likeness = targets.float() @ unit @ unit.transpose(1, 2)
         if len(self.crops) > 1:
-            likeness = torch.where(self._same_crop(likeness.device), likeness, NONE)
+            same = self.targets.same_crop(self.crops, self.tokens).to(likeness.device)
+            likeness = torch.where(same, likeness, NONE)
         _, nearest = first_largest(likeness.transpose(1, 2))
         merged = ~dominant & ~targets.any(1)
         joined = (nearest & merged.unsqueeze(-1)).float()
@@ -114,12 +115,6 @@ class VisionZipReducer(CropReducer):
         left = ~self._in_crop_order(dominant)
         rows = self.targets.every_nth(left) if self.order == "reference" else self.targets.evenly_spread(left)
         return self._in_stream_order(rows, 2)
-
-    def _same_crop(self, device: torch.device) -> Tensor:
-        """Whether a target and a token are of one crop, `[targets, before]` bool."""
-        of = {place: number for number, crop in enumerate(sorted(self.crops, key=len)) for place in crop}
-        tokens = torch.tensor([of.get(place, -1) for place in range(self.tokens)])
-        return torch.tensor(self.targets.crops()).to(device).unsqueeze(-1) == tokens.to(device)
 
     def _made(
         self, decisions: Decisions, dominant: Tensor, targets: Tensor, joined: Tensor, evidence: _Evidence

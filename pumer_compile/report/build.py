@@ -18,6 +18,7 @@ from ..artifacts.formats import find_format
 from ..artifacts.manifest import read_manifest
 from ..artifacts.session import comparable_decisions, decision_session_of
 from ..capture.added import capture_with
+from ..capture.image_size import fit_images
 from ..capture.loading import LoadedModel, load_model
 from ..capture.make_inputs import load_inputs
 from ..errors import UsageError
@@ -95,6 +96,9 @@ def report(
         provider: onnxruntime's, for an artifact.
         progress: told what is going on.
 
+    Returns:
+        The report: it shows itself in a notebook, and `save` writes it.
+
     Raises:
         UsageError: inputs without a picture, or that do not fit; an artifact without its model, or a model without a
             schedule.
@@ -132,13 +136,21 @@ def _of_model(
     processor: object,
     progress: Callable[[str], None],
 ) -> ReportData:
-    progress("loading")
-    loaded = load_model(Path(target)) if isinstance(target, str | os.PathLike) else target
+    loaded = _loaded(target, progress)
     chosen = Schedule.load(schedule)
     batch = _batch(inputs, loaded, chosen.adds)
+    fit_images(loaded.source if isinstance(loaded, LoadedModel) else loaded, batch)
     progress("capturing and reducing")
     reduced = reduce(capture_with(loaded, batch, chosen.adds), chosen)
     return _of_reduced(reduced, batch, samples, _processor(processor, loaded), progress)
+
+
+def _loaded(model: Model, progress: Callable[[str], None]) -> nn.Module | ExportedProgram | LoadedModel:
+    """A model, read where it is a path."""
+    if not isinstance(model, str | os.PathLike):
+        return model
+    progress("loading")
+    return load_model(Path(model))
 
 
 def _batch(inputs: Mapping[str, Tensor] | str | os.PathLike[str], model: Any, added: Any) -> dict[str, Tensor]:
@@ -227,8 +239,7 @@ def _of_artifact(
         raise UsageError(
             f"{path} was compiled without a schedule: nothing in it is pruned or merged, so there is no report."
         )
-    progress("loading")
-    loaded = load_model(Path(model)) if isinstance(model, str | os.PathLike) else model
+    loaded = _loaded(model, progress)
     whole = _batch(inputs, loaded, added_by(manifest))
     check_prompts(manifest, whole)
     batch = without_constants(manifest, whole)

@@ -114,6 +114,12 @@ class OnnxSession(Runtime):
         """See `check_provider`."""
         check_provider(**options)
 
+    def inner_values(self) -> list[str]:
+        """Names of what the nodes of the graph give, in order, outputs left out."""
+        graph = onnx.load(str(self.path), load_external_data=False).graph
+        outputs = {value.name for value in graph.output}
+        return [name for node in graph.node for name in node.output if name and name not in outputs]
+
     def exposing(self, names: Sequence[str]) -> OnnxSession:
         """A second session on the same artifact that gives inner values as outputs too."""
         return OnnxSession(self.path, self.provider, device=self.device, expose=names)

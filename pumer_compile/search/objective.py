@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -12,6 +14,8 @@ from ..errors import PumerError
 from ..methods.base import Method
 from ..reduce import Analysed
 from .quality import Hopeless, Judge, outputs_of
+
+log = logging.getLogger("pumer_compile")
 
 State = Literal["done", "refused", "dear", "hopeless"]
 """Judged on all samples; refused by the graph; over the limit of multiply-adds, so not judged; or given up on the way,
@@ -94,7 +98,8 @@ class Objective:
 
     def _judged(self, schedule: Method, hopeless: Callable[[float, float], bool]) -> dict[str, Any]:
         try:
-            reduced = self.analysed.reduce(schedule)
+            with _quiet():  # what is said of a schedule is for who chose it
+                reduced = self.analysed.reduce(schedule)
         except PumerError as error:
             return {"state": "refused", "note": str(error)[:300]}
         cost = reduced.plan.multiply_adds_after / reduced.plan.multiply_adds_before
@@ -111,6 +116,16 @@ class Objective:
             "drop": quality.drop,
             "divergence": quality.divergence,
         }
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def front(results: list[Result]) -> list[Result]:

@@ -52,7 +52,9 @@ class Samples:
         return next(self.batches())[0]
 
 
-def load_samples(path: Path, source: object, labels: Path | None = None, batch: int = 32) -> Samples:
+def load_samples(
+    path: Path, source: object, labels: Path | None = None, batch: int = 32, *, exact: bool = False
+) -> Samples:
     """Samples from files.
 
     Args:
@@ -61,6 +63,7 @@ def load_samples(path: Path, source: object, labels: Path | None = None, batch: 
         source: the model.
         labels: .npz or .npy with one array.
         batch: samples of a call.
+        exact: whether it stays, where there are fewer samples.
 
     Raises:
         UsageError: a file that cannot be read or has no picture; labels of another length.
@@ -70,7 +73,7 @@ def load_samples(path: Path, source: object, labels: Path | None = None, batch: 
     count = _count(inputs)
     batched = batch_inputs(inputs)
     together = any(t.ndim and t.shape[0] != count and n not in batched for n, t in inputs.items())
-    rows = count if together else min(batch, count)
+    rows = count if together else batch if exact else min(batch, count)
     digest = hashlib.sha256()
     for name, tensor in sorted(inputs.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())

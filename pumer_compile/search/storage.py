@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ MISSING = "searching needs optuna: pip install 'pumer-compile[search]'"
 
 
 def check_installed() -> None:
-    """Whether optuna is there, in a version that knows constraints of trials.
+    """Whether optuna is there, in a version that knows constraints of trials, and matplotlib.
 
     Raises:
         UsageError: it is not.
@@ -25,6 +26,8 @@ def check_installed() -> None:
         import optuna
     except ImportError as error:
         raise UsageError(f"{MISSING[0].upper()}{MISSING[1:]}.") from error
+    if find_spec("matplotlib") is None:
+        raise UsageError("The picture of a search needs matplotlib: pip install 'pumer-compile[search]'.")
     if not hasattr(optuna.trial.Trial, "set_constraint"):
         raise UsageError(f"optuna {optuna.__version__} is too old; {MISSING}.")
 

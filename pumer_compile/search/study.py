@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..capture.capture import Program
-from ..errors import UsageError
+from ..errors import PumerError, UsageError
 from ..inspection.outline import look
 from ..methods.base import Method
 from ..reduce import Analysed
@@ -153,7 +153,7 @@ def search(
     how: dict[str, Any] = {"finalists": settings.finalists, "measured": settings.measured, "suffix": settings.suffix}
     try:
         found.best, found.measured = choose(found.results, limits, analysed, **how, stage=stage)
-    except UsageError as error:
+    except PumerError as error:  # a runtime that gives up is no reason to lose the trials
         found.why_not = str(error)
     found.seconds = time.perf_counter() - start
     return found

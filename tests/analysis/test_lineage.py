@@ -194,6 +194,50 @@ def test_convolutions() -> None:
     assert found is not None and list(found.members) == [(i,) for i in range(16)]
 
 
+def test_convolutions_along_time() -> None:
+    """Four frames of 2 x 2 places, two of them in every window; padding in front is made of nothing."""
+
+    def films(x: Tensor) -> Tensor:
+        grid = functional.pad(x.transpose(1, 2).unflatten(2, (4, 2, 2)), (1, 1, 1, 1, 1, 0))
+        weight = torch.randn(WIDTH, WIDTH, 3, 3, 3, generator=torch.Generator().manual_seed(0))
+        return functional.conv3d(grid, weight, stride=(2, 1, 1)).flatten(2).transpose(1, 2)
+
+    found = lineage_of(films, 1, 16, WIDTH)
+    assert found is not None and found.members == (
+        *((place, 4 + place) for place in range(4)),
+        *((4 + place, 8 + place, 12 + place) for place in range(4)),
+    )
+
+    def in_a_row(x: Tensor) -> Tensor:
+        return functional.conv1d(x.transpose(1, 2), WEIGHT[:, :, 0], stride=3).transpose(1, 2)
+
+    found = lineage_of(in_a_row, 1, 6, WIDTH)
+    assert found is not None and found.members == ((0, 1, 2), (3, 4, 5))
+
+
+def test_a_quantizer() -> None:
+    """The nearest entry of a table, its number in another one, a line end, and what a third one has for it."""
+    codes, numbers, words = torch.randn(5, WIDTH), torch.tensor([4, 3, 2, 1, 0]), torch.randn(6, WIDTH)
+
+    def quantized(x: Tensor) -> Tensor:
+        nearest = ((x.flatten(0, 1) ** 2).sum(1, keepdim=True) - 2 * x.flatten(0, 1) @ codes.T).argmin(1)
+        lines = numbers[nearest.view(2, 3)]
+        return functional.embedding(torch.cat([lines, torch.full((2, 1), 5)], 1).flatten(), words)
+
+    found = lineage_of(quantized, 1, 6, WIDTH)
+    assert found is not None and found.members == ((0,), (1,), (2,), (), (3,), (4,), (5,), ())
+
+
+def test_norms_that_keep_the_grid() -> None:
+    def normed(x: Tensor) -> Tensor:
+        grid = functional.group_norm(x.transpose(1, 2).unflatten(2, (2, 4)), 2)
+        grid = functional.batch_norm(grid, torch.zeros(WIDTH), torch.ones(WIDTH))
+        return grid.flatten(2).transpose(1, 2)
+
+    found = lineage_of(normed, 1, 8, WIDTH)
+    assert found is not None and list(found.members) == ONE_EACH
+
+
 RESIZED: dict[str, tuple[int, int, dict[str, object]]] = {
     "halved": (2, 3, {"mode": "bilinear"}),
     "an odd share": (3, 2, {"mode": "bilinear"}),

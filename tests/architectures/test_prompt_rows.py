@@ -15,6 +15,7 @@ from pumer_compile.errors import CaptureError, LocateError
 from pumer_compile.reducers import reducers_of
 from tests.support.prompt_families import IMAGE, OTHER, built, captured, placeholders
 from tests.support.prompt_oracle import by_hand, eagerly, kept_places, kept_rows, logits, look, scores
+from tests.support.visual import select
 
 BUDGET = 4
 # Of every family, how many pictures, tiles or frames there are in a prompt, and how many images (or films) they make.
@@ -86,6 +87,8 @@ def test_the_rows_that_enter_the_prompt(name: str) -> None:
         torch.testing.assert_close(found, wanted, atol=1e-5 * float(wanted.abs().max()), rtol=0.0)
         kept.append(places)
     assert not torch.equal(*kept)  # another picture keeps other rows
+    for place in reduced.plan.prompts:  # which prompts are checked for
+        assert bool((inputs[place.input][:, place.start : place.stop] == place.placeholder).all())
     pictures, images = ROWS[name]
     words = int((~torch.isin(inputs["input_ids"][0], torch.tensor([IMAGE, OTHER]))).sum())
     assert places.shape[1] == words + pictures * BUDGET and len(reducers_of(reduced.module)) == images
@@ -128,6 +131,34 @@ def test_learned_positions_counted_anew() -> None:
             found = reduced.module(**inputs)[output]
         torch.testing.assert_close(found, wanted, atol=1e-5 * float(wanted.abs().max()), rtol=0.0)
         assert float((wanted - old).abs().max()) > 1e-2 * float(wanted.abs().max())
+        kept.append(places)
+    assert not torch.equal(*kept)
+
+
+def test_tokens_of_a_quantizer() -> None:
+    """Emu 3: a place's token is looked up, from where two frames of the picture attend each by itself; line ends go."""
+    model, make, output, program = captured("emu3")
+    reduced = pumer.reduce(program, Schedule(method="vispruner", budget=BUDGET, positions="original"))
+    attends = model.model.vqmodel.encoder.middle_block.attn_1
+    kept, seen = [], list[Tensor]()
+    for seed in (0, 1):
+        inputs = make(seed)
+        handle = attends.register_forward_hook(lambda m, args, result: seen.append(result[1]))
+        with eagerly(model), torch.no_grad():
+            rows = model.model.get_image_features(inputs["pixel_values"], inputs["image_sizes"]).pooler_output
+        handle.remove()
+        votes = seen.pop().mean((1, 2)).unflatten(0, (2, 2)).mean(1)  # [prompts, frames, 16 places]
+        lines = torch.arange(20).view(4, 5)[:, :4].flatten()  # each ends in a token that says so
+        chosen = select(torch.stack([own[lines] for own in rows]), votes, BUDGET, 0.5)
+        stays = inputs["input_ids"] != IMAGE
+        first = int((inputs["input_ids"][0] == IMAGE).nonzero()[0])
+        for prompt, own in enumerate(chosen):
+            stays[prompt, first + lines[own]] = True
+        places = torch.stack([row.nonzero().flatten() for row in stays])
+        wanted = logits(model, inputs, places)
+        with torch.no_grad():
+            found = reduced.module(**inputs)[output]
+        torch.testing.assert_close(found, wanted, atol=1e-5 * float(wanted.abs().max()), rtol=0.0)
         kept.append(places)
     assert not torch.equal(*kept)
 

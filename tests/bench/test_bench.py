@@ -149,7 +149,7 @@ def test_turns_are_reversed(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(Engine, "__call__", noted)
     given = {name: torch.from_numpy(array) for name, array in feed().items()}
-    samples = alternate(engines, given, iterations=3, warmup=1)
+    samples = alternate(engines, {name: given for name in engines}, iterations=3, warmup=1)
     assert "".join(turns) == "abbaabba" and {name: len(times) for name, times in samples.items()} == {"a": 3, "b": 3}
 
 
@@ -162,7 +162,13 @@ def test_figures() -> None:
     # The factor is of the faster one, whichever comes first.
     assert report.comparisons() == [Comparison(4, "a", "b", 2.0)]
     assert BenchReport({}, {}, {}, [second, first]).comparisons() == [Comparison(4, "a", "b", 2.0)]
-    assert report.to_dict()["comparisons"] == [{"batch": 4, "faster": "a", "slower": "b", "factor": 2.0}]
+    (told,) = report.to_dict()["comparisons"]
+    assert {key: told[key] for key in ("batch", "faster", "slower", "factor")} == {
+        "batch": 4,
+        "faster": "a",
+        "slower": "b",
+        "factor": 2.0,
+    }
     assert report.to_dict()["measurements"][0]["milliseconds"] == [1.0, 2.0, 3.0, 10.0]
 
 
@@ -209,7 +215,7 @@ def test_what_is_refused(tmp_path: Path, no_memory: list[Any]) -> None:
 
 def test_artifacts_of_different_models(monkeypatch: pytest.MonkeyPatch) -> None:
     said = {name: {"inputs": {inner: {"shape": [1]}}} for name, inner in (("a", "x"), ("b", "y"))}
-    monkeypatch.setattr(bench_module, "read_manifest", lambda path: {"profiles": ["batch=1:1:1"], **said[str(path)]})
+    monkeypatch.setattr(bench_module, "manifest_of", lambda path: {"profiles": ["batch=1:1:1"], **said[str(path)]})
     with pytest.raises(UsageError, match="b takes y, and a x"):
         bench(["a", "b"])
 

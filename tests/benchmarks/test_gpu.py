@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 import zipfile
 from pathlib import Path
@@ -11,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.gpu import pack, step_decisions, step_engines, step_ort
-from benchmarks.gpu.__main__ import STEPS, line, run_steps, table, work
-from benchmarks.gpu.harness import Bench, NotHere, Settings, figures, fresh_cache, reason_of
+from benchmarks.gpu import harness, pack, step_decisions, step_engines, step_ort
+from benchmarks.gpu.harness import ROOT, Bench, NotHere, Settings, figures, fresh_cache, reason_of
+from benchmarks.gpu.runner import STEPS, line, run_steps, table, work
 from pumer_compile.errors import UsageError
 
 
@@ -22,10 +24,14 @@ def settings(out: Path) -> Settings:
 
 
 def done(name: str, out: Path) -> list[dict[str, Any]]:
-    """The rows of a step, from its file."""
+    """Run a step in this process; its rows, from its file."""
     work(name, STEPS[name][1], settings(out), time.monotonic() + 600)
+    return rows_of(name, out, "abc")
+
+
+def rows_of(name: str, out: Path, commit: str) -> list[dict[str, Any]]:
     said = json.loads((out / f"{name}.json").read_text(encoding="utf-8"))
-    assert said["complete"] and said["commit"] == "abc"
+    assert said["complete"] and said["commit"] == commit
     assert {"cpu", "python", "versions", "driver", "gpus"} <= said["machine"].keys()
     rows: list[dict[str, Any]] = said["rows"]
     assert rows and all(("reason" in row) != ("milliseconds" in row or "share_that_differs" in row) for row in rows)
@@ -45,8 +51,15 @@ def test_torch_compile(tmp_path: Path) -> None:
     assert reduced["cuda_graph"] == {"reason": "CUDA graphs need a GPU"}
 
 
-def test_prompts(tmp_path: Path) -> None:
-    whole, reduced = done("2-prompts", tmp_path)
+def test_prompts_through_the_command(tmp_path: Path) -> None:
+    """As on the day: a process for the command, and one that it starts for the step. What lay there before goes."""
+    (tmp_path / "2-prompts.json").write_text("of an earlier run", encoding="utf-8")
+    how = ["--device", "cpu", "--tiny", "--least", "--inner", "eager", "--step", "2", "--rounds", "2", "--minutes", "9"]
+    command = [sys.executable, "-m", "benchmarks.gpu", *how, "--out", str(tmp_path)]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert ran.returncode == 0, ran.stderr
+    assert "2-prompts (complete)" in ran.stdout and "vispruner, 9: " in ran.stdout
+    whole, reduced = rows_of("2-prompts", tmp_path, harness.commit())
     assert (whole["method"], whole["image_tokens"], whole["cache_tokens"]) == ("none", 36, [96])
     assert (reduced["method"], reduced["image_tokens"], reduced["cache_tokens"]) == ("vispruner", 9, [69])
     assert len(whole["token"]["milliseconds"]) == len(reduced["token"]["milliseconds"]) == 2
@@ -64,12 +77,6 @@ def test_what_a_machine_lacks_is_a_row(tmp_path: Path, monkeypatch: pytest.Monke
         "UsageError: tensorrt-rtx is not installed.",
     ]
     assert [row["reason"] for row in ort] == ["UsageError: cpu is not installed."]
-
-
-def test_onnxruntime(tmp_path: Path) -> None:
-    (row,) = done("4-onnxruntime", tmp_path)
-    assert (row["artifact"], row["provider_in_use"]) == ("reduced", "CPUExecutionProvider")
-    assert row["fewer_multiply_adds"] > 1.2 and len(row["milliseconds"]) == 2
 
 
 def test_choices_that_differ_are_counted_as_sets() -> None:
@@ -96,7 +103,7 @@ def fail(bench: Bench) -> None:
 def test_a_step_that_hangs_or_fails_keeps_its_rows_and_no_other_is_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("benchmarks.gpu.__main__.GRACE_SECONDS", 1.0)
+    monkeypatch.setattr("benchmarks.gpu.runner.GRACE_SECONDS", 1.0)
     steps = {"fails": (9.0, fail), "hangs": (1.0, hang)}  # what the first leaves over goes to the second
     ended = run_steps(steps, settings(tmp_path), minutes=0.1, start="fork")
     assert "ended after" in ended["hangs"] and "its process ended with 1" in ended["fails"]

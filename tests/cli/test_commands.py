@@ -254,9 +254,9 @@ MISTYPED = {
     "pariti": (("model.onnx", "--model", "m"), "did you mean parity?"),
     "Plan": (("model", "--schedule", "vilt-vqa"), "did you mean plan?"),
     "benchmark": (("model.onnx",), "did you mean bench?"),
-    "prove": (("model.onnx",), "Commands: bench, compile, list, parity, plan, triton"),
-    "help": ((), "Commands: bench, compile, list, parity, plan, triton"),
-    "inspect": ((), "pumer-compile --help"),
+    "prove": (("model.onnx",), "Commands: bench, compile, inspect, list, parity, plan, report, search, triton"),
+    "help": ((), "Commands: bench, compile, inspect, list, parity, plan, report, search, triton"),
+    "examine": ((), "pumer-compile --help"),
 }
 
 

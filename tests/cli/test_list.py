@@ -21,7 +21,7 @@ def test_presets_and_formats() -> None:
 
 
 def test_no_such_list() -> None:
-    assert "choose one of methods, presets, formats" in refused(2, "list", "metods")
+    assert "choose one of methods, models, formats, presets" in refused(2, "list", "metods")
 
 
 @pytest.mark.parametrize("name", METHODS)

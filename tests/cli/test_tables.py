@@ -205,7 +205,7 @@ def options_of(command: Any) -> dict[str, tuple[str | None, str]]:
 def test_options_are_in_groups_with_their_choices() -> None:
     found = options_of(typer.main.get_command(app).commands["compile"])  # type: ignore[attr-defined]
     own = {name: panel for name, (panel, _) in found.items() if name != "--help"}
-    assert len(own) == 39 and None not in own.values()
+    assert len(own) == 42 and None not in own.values()
     groups = {panel: [n for n, p in own.items() if p == panel] for panel in own.values()}
     assert {"ONNX", "Engines", "Proof"} <= groups.keys() and max(map(len, groups.values())) <= 9
     text = done("compile", "--help").out

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ import typer
 
 from examples.scenes import tables
 from examples.scenes.measure import nearest_share
-from examples.scenes.rows import FAMILIES, shelf_rows
+from examples.scenes.rows import FAMILIES, TRAINED, shelf_rows, tuned_rows
 from pumer_compile import Schedule
 
 pytestmark = pytest.mark.fast
@@ -34,16 +36,30 @@ def test_figures_by_hand() -> None:
 
 
 def test_what_is_missing_is_said() -> None:
-    assert tables.shelf_table({}) == "Not measured yet: the unreduced model."
+    assert tables.table(0, {}) == "Not measured yet: the unreduced model."
     found = {"unreduced": result("unreduced", "1101", 2), "tome-1.8": result("tome-1.8", "1001", 2, 56)}
-    table = tables.shelf_table(found)
-    assert "| unreduced | 1.00x | 9 | 75.0 ± 49.0 |  |" in table
-    assert "| tome | 1.79x | 9 | 50.0 ± 0.0 | +25.0 ± 49.0 |" in table
-    assert table.count("not measured yet") == len({(r.label, r.ratio, r.image_size) for r in shelf_rows()}) - 2
-    for number in (1, 2, 3, 4):
-        assert "not measured yet" in tables.table(number, found)
+    table = tables.table(0, found)
+    assert "| unreduced | 1.00x |  | 9 | 75.0 ± 49.0 |  |  |" in table
+    assert "| tome | 1.79x |  | 9 | 50.0 ± 0.0 | +25.0 ± 49.0 |  |" in table
+    assert table.count("not measured yet") == len({row.group for row in shelf_rows()}) - 2
+    for number in range(1, 6):
+        assert "not measured yet" in tables.table(number, found) and "| 50.0" not in tables.table(number, found)
+    tuned = {f"tuned-pumer-1.8-s{seed}": result("", "1001" if seed else "1111", 2, 56) for seed in range(3)}
+    assert "| PuMer | 1.8x asked | | | not measured yet, 1 of 3 seeds | | |" in tables.table(
+        1, {**found, "tuned-pumer-1.8-s0": tuned["tuned-pumer-1.8-s0"]}
+    )
+    assert "| PuMer | 1.79x |  | 9 | 66.7 ± 0.0 | +8.3 ± 49.0 | 3: 50.0 to 100.0 |" in tables.table(
+        1, {**found, **tuned}
+    )
     with pytest.raises(typer.BadParameter, match="there is no table 6"):
         tables.table(6, found)
+
+
+def test_rows_that_were_timed_say_their_median(tmp_path: Path) -> None:
+    (tmp_path / "unreduced.json").write_text(json.dumps(result("unreduced", "1101", 2)))
+    assert "| unreduced | 1.00x |  | 9 |" in tables.table(0, tables.load_results(tmp_path))
+    (tmp_path / "latency.json").write_text(json.dumps({"samples": {"unreduced": [3.0, 9.0, 4.04]}}))
+    assert "| unreduced | 1.00x | 4.0 | 9 |" in tables.table(0, tables.load_results(tmp_path))
 
 
 def test_who_wins_is_told_by_the_interval() -> None:
@@ -61,15 +77,18 @@ def test_the_page_holds_what_the_results_make() -> None:
     found = {"unreduced": result("unreduced", "1101", 2), "tome-1.8": result("tome-1.8", "1001", 2, 56)}
     made = tables.page(found)
     assert "Model `vilt-0`; 2 pictures of the test split with 2 questions each; commit abc; torch 2." in made
-    assert tables.shelf_table(found) in made and tables.compared(found) in made
+    assert tables.table(0, found) in made and tables.compared(found) in made
 
 
 def test_schedules_of_the_rows_are_valid() -> None:
     names = [row.name for row in shelf_rows()]
     assert len(set(names)) == len(names)
-    for row in shelf_rows():
+    tuned = [row for rows in tuned_rows().values() for row in rows]
+    assert len({row.name for row in tuned}) == len(set(tuned)) == 32 and not {row.name for row in tuned} & set(names)
+    for row in [*shelf_rows(), *tuned]:
         if row.family:
-            assert Schedule(**FAMILIES[row.family](0.4), **dict(row.extra)).sha256
+            training = {"training": True} if row.family == TRAINED else {}
+            Schedule(**{**FAMILIES[row.family](0.4), **dict(row.extra), **training})
 
 
 @pytest.mark.parametrize(("wanted", "power"), [(1.4, 1.0), (1.8, 3.0), (2.5, 0.5)])

@@ -6,20 +6,24 @@ import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
+import typer
 from torch import nn
 
 import pumer_compile as pumer
+from pumer_compile.artifacts import options
 from pumer_compile.artifacts.formats import FORMATS, OPENVINO, Format
 from pumer_compile.artifacts.profile import Profile
 from pumer_compile.capture import added
 from pumer_compile.capture.capture import Program
+from pumer_compile.cli.commands import app
 from pumer_compile.errors import UsageError
-from pumer_compile.exporters import chain
+from pumer_compile.exporters import OnnxOptions, chain
 from pumer_compile.exporters.chain import cast
+from pumer_compile.exporters.onnx_passes import ONNX_PASSES
 from pumer_compile.schedule import Schedule
 from tests.support.commands import feed, refused
 from tests.support.tiny import tiny_vilt
@@ -58,6 +62,26 @@ def flag_of(known: Format, flag: str) -> bool:
 
 def test_every_option_has_a_flag() -> None:
     assert {name for known in FORMATS for name in options_of(known)} == set(FLAGS)
+
+
+def test_the_command_line_says_what_the_options_say() -> None:
+    """Help and defaults have one place, and an option that is not given leaves the format's default."""
+    command = typer.main.get_command(app).commands["compile"]  # type: ignore[attr-defined]
+    told = {flag: parameter for parameter in command.params for flag in parameter.opts}
+    for known in FORMATS:
+        for option in fields(known.load_writer().options_class):
+            parameter = told[FLAGS[option.name][0][-2 if option.name != "version_compatible" else 0]]
+            assert option.metadata["help"] and parameter.help == option.metadata["help"]
+            assert not parameter.default and option.metadata.get("flag", parameter.opts[0]) == parameter.opts[0]
+    opset, dtype, mode = (told[flag].help for flag in ("--opset", "--dtype", "--quantize-mode"))
+    assert f"(default {OnnxOptions().opset})" in opset and f"{OnnxOptions().dtype} (default)" in dtype
+    assert f"{OnnxOptions(quantize='int8').quantize_mode} (default)" in mode
+
+
+def test_passes_and_targets_have_the_names_that_options_take() -> None:
+    assert get_args(options.PassName) == tuple(ONNX_PASSES)
+    assert set(options.DEFAULT_PASSES) == {None, *get_args(options.Target)}
+    assert {name for names in options.DEFAULT_PASSES.values() for name in names} <= set(ONNX_PASSES)
 
 
 @EACH

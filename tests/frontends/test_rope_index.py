@@ -54,6 +54,21 @@ def test_padding_moves_positions() -> None:
     assert not torch.allclose(whole, fewer, atol=1e-3)
 
 
+def test_words_stay_open_where_images_are_found_among_the_ids() -> None:
+    """Qwen Omni reads every id as a number; what it asks of them holds for other words, and not for other places."""
+    model, make, program = case("qwen2_5_omni")
+    other = make(1)
+    assert not torch.equal(other["input_ids"], make(0)["input_ids"])
+    for guard in program.guards:
+        guard.check(other)
+    with torch.no_grad():
+        torch.testing.assert_close(program.module(**other)["logits"], model(**other)["logits"], atol=1e-6, rtol=1e-5)
+    moved = {**other, "input_ids": other["input_ids"].roll(1, 1)}
+    with pytest.raises(UsageError, match="input_ids"):
+        for guard in program.guards:
+            guard.check(moved)
+
+
 def test_a_masked_image_is_refused() -> None:
     _, make, program = case("qwen3_vl")
     with pytest.raises(UsageError, match="attention_mask and mm_token_type_ids"):

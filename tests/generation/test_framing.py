@@ -91,6 +91,66 @@ def test_positions_count_no_padding(first: int) -> None:
     assert positions[1].tolist() == [0, 0, 0, *range(first, first + 8), 0]
 
 
+# --- several images ---------------------------------------------------------------------------------------------------
+
+
+def of_two(between: int = 4, rows: tuple[int, int] = (3, 3), kept: tuple[int, int] = (2, 2)) -> dict[str, Any]:
+    """Two words, an image, so many words, an image, three words; so many rows of each image are kept."""
+    stop = 2 + rows[0]
+    places = [(2, stop), (stop + between, stop + between + rows[1])]
+    length = places[1][1] + 3
+    sites = [{"before": {f"prompt{i}_image": rows[i]}, "after": {f"prompt{i}_image": kept[i]}} for i in (0, 1)]
+    plan = {
+        "prompts": [{"input": "input_ids", "placeholder": IMAGE, "start": a, "stop": b} for a, b in places],
+        "signals": ["class_token"],
+        "sites": sites,
+    }
+    takes = {name: {"shape": [1, length]} for name in ("input_ids", "attention_mask", "position_ids")}
+    return manifest(plan=plan, inputs=takes, counted_masks=[])
+
+
+def two(before: int, between: int, after: int, rows: tuple[int, int] = (3, 3)) -> list[int]:
+    """Words numbered from 1, around two images."""
+    first, second = before, before + between
+    words = [*range(1, first + 1)], [*range(first + 1, second + 1)], [*range(second + 1, second + after + 1)]
+    return [*words[0], *[IMAGE] * rows[0], *words[1], *[IMAGE] * rows[1], *words[2]]
+
+
+def test_a_shorter_text_between_images() -> None:
+    framed = frame(of_two(), given(two(1, 2, 2)))
+    assert framed.inputs["input_ids"].tolist() == [
+        [0, 1, IMAGE, IMAGE, IMAGE, 0, 0, 2, 3, IMAGE, IMAGE, IMAGE, 4, 5, 0]
+    ]
+    assert framed.inputs["attention_mask"].tolist() == [[0, 1, 1, 1, 1, 0, 0, 1, 1, 1, 1, 1, 1, 1, 0]]
+    assert framed.inputs["position_ids"].tolist() == [[0, 0, 1, 2, 3, 0, 0, 4, 5, 6, 7, 8, 9, 10, 0]]
+    assert (framed.lengths, framed.extents, framed.padding) == ((11,), (13,), (4,))
+    assert framed.prompts[0].tolist() == two(1, 2, 2)
+    # Two of three rows stay: one is gone in front of the padding, and one more behind it.
+    reduced = torch.tensor([0, 1, IMAGE, IMAGE, 0, 0, 2, 3, IMAGE, IMAGE, 4, 5, 0])
+    left = torch.cat([reduced[span] for span in framed.spans(0, len(reduced))])
+    assert left.tolist() == [1, IMAGE, IMAGE, 2, 3, IMAGE, IMAGE, 4, 5]
+
+
+def test_where_padding_between_images_is_open() -> None:
+    """Of images of several sizes; the whole prompt and those with all words between them are as they are."""
+    said, rows = of_two(rows=(3, 4)), (3, 4)
+    framed = frame(said, given(two(2, 3, 3, rows)))
+    assert [own.tolist() for own in framed.prompts] == [two(2, 3, 3, rows)]
+    with pytest.raises(UsageError, match=r"fewer tokens between its images .* several sizes"):
+        framed.spans(0, 13)
+    (span,) = frame(said, given(two(2, 4, 1, rows))).spans(0, 13)
+    assert span == slice(0, 11)
+
+
+@pytest.mark.parametrize("rows", [(3, 3), (3, 5)])
+def test_other_texts_and_images_than_compiled(rows: tuple[int, int]) -> None:
+    longer = two(2, 5, 1) if rows == (3, 3) else two(2, 4, 3, rows)
+    with pytest.raises(
+        UsageError, match=r"5 tokens between its images, .* at most 4|17 tokens, and .* compiled for 15"
+    ):
+        frame(of_two(), given(longer))
+
+
 # --- refused ----------------------------------------------------------------------------------------------------------
 
 

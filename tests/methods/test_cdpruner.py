@@ -16,6 +16,7 @@ from pumer_compile import Program, Schedule
 from pumer_compile.errors import LocateError, PlanError, ScheduleError, UsageError
 from pumer_compile.reduce import reduce_graph
 from pumer_compile.reducers import noted_decisions
+from pumer_compile.reducers.relevant import RelevantReducer
 from tests.support.commands import done, inner_manifest, onnx_outputs, refused, tensorrt_refuses
 from tests.support.greedy import ORACLE, arrays, cases, cosine, determinantal, expected, model
 from tests.support.prompt_families import IMAGE, captured
@@ -222,6 +223,20 @@ def test_padding_is_no_text() -> None:
     inputs["input_ids"][1, :2] = 7
     assert run(module, inputs)[1].tolist() == padded.tolist()
     assert padded[0].tolist() == kept[0].tolist()
+
+
+def test_near_ties() -> None:
+    """Of copies that differ by rounding, `stable` keeps the first, whatever rounding says."""
+    tokens = torch.randn(1, 8, 12, generator=torch.Generator().manual_seed(0))
+    text, kept = torch.randn(1, 12, generator=torch.Generator().manual_seed(1)), []
+    reducer = RelevantReducer([range(8)], 4, 0.5, order="stable")
+    first = reducer(tokens, text).kept[0].tolist()
+    copied, other = first[1], next(i for i in range(first[1] + 1, 8) if i not in first)
+    for sign in (1, -1):
+        tokens[0, other] = tokens[0, copied] * (1 + sign * 1e-6)
+        tokens[0, other, 0] += sign * 1e-6
+        kept.append(reducer(tokens, text).kept[0].tolist())
+    assert kept[0] == kept[1] and copied in kept[0] and other not in kept[0]
 
 
 # --- Refusals ---------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any, Literal
 
@@ -104,6 +105,17 @@ def test_the_command_line(tmp_path: Path) -> None:
     assert "this model has 4: choose 0 to 3" in refused(2, "plan", PUBLISHED.path, *options)
     file.write_text("method: dart\nlayer: 2\nbudget: 3\n", encoding="utf-8")
     assert "is not from 4 (its pivots) to 143" in refused(2, "plan", PUBLISHED.path, *options)
+
+
+def test_torch_compile() -> None:
+    """A prompt whose pivots are published in ascending order; nothing is read of any attention."""
+    case, row = "K3-2+2-r.5", slice(1, 2)
+    torch._dynamo.reset()
+    options = {"schedule": schedule(case), "inner": "aot_eager"}
+    compiled = torch.compile(copy.deepcopy(PUBLISHED.model), backend="pumer", options=options, fullgraph=True)
+    with torch.no_grad():
+        logits = compiled(**PUBLISHED.inputs(case, row), use_cache=False).logits
+    assert_last(logits, PUBLISHED.wanted(case, "logits_last")[row])
 
 
 # --- Other models, by lists -------------------------------------------------------------------------------------------

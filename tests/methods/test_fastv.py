@@ -17,6 +17,7 @@ import pumer_compile as pumer
 from pumer_compile import Schedule
 from pumer_compile.errors import LocateError, PlanError, ScheduleError
 from pumer_compile.reducers import reducers_of
+from pumer_compile.reducers.base import Decisions, Forcing
 from pumer_compile.reducers.last_query import LastQueryReducer
 from tests.support import llava
 from tests.support.commands import done, refused
@@ -214,6 +215,28 @@ def test_the_published_vectors(case: str) -> None:
     (kept,), logits = kept_and_logits(made, inputs)
     assert torch.equal(kept, torch.from_numpy(PUBLISHED.wanted(case, "kept")).long())
     assert_last(logits, PUBLISHED.wanted(case, "logits_last"))
+
+
+def test_prompts_one_by_one() -> None:
+    """The published code decides for all rows by the first one."""
+    case = "K2-T24"
+    wanted = Schedule(method="fastv", layer=2, budget=24)
+    (together,), logits = kept_and_logits(PUBLISHED.reduced(case, wanted), PUBLISHED.inputs(case))
+    inputs = PUBLISHED.inputs(case, slice(1, 2))
+    alone = pumer.reduce(pumer.capture(PUBLISHED.model, inputs, outputs=["logits"]), wanted)
+    (kept,), own = kept_and_logits(alone, inputs)
+    assert torch.equal(kept[0], together[1]) and not torch.equal(together[0], together[1])
+    torch.testing.assert_close(own[0], logits[1], atol=1e-5, rtol=1e-5)
+
+
+def test_a_near_tie_is_told_from_a_wrong_choice() -> None:
+    reducer, none = LastQueryReducer(4, 2), torch.empty(1, 0, dtype=torch.int64)
+    attention = torch.tensor([0.4, 0.2, 0.2 - 1e-7, 0.1]).view(1, 1, 1, 4)
+    for kept, least, most in (([0, 1], 0.0, 0.0), ([0, 2], 1e-12, 1e-5), ([0, 3], 0.1, 1.0)):
+        reducer.forcing = Forcing(Decisions(torch.tensor([kept]), none, none))
+        reducer(torch.zeros(1, 4, 3), attention)
+        assert reducer.forcing.comparison is not None
+        assert least <= float(reducer.forcing.comparison.margin) <= most
 
 
 def test_stages_on_the_command_line(tmp_path: Path) -> None:

@@ -261,6 +261,12 @@ def test_rows_of_other_families(name: str) -> None:
     assert not torch.equal(*seen)
 
 
+def test_frames_have_no_published_window() -> None:
+    """A tower without a class token: what is published for it is one image behind a token of text."""
+    with pytest.raises(PlanError, match="in one piece behind a token of text"):
+        pumer.reduce(captured("qwen2_5_vl_video")[3], Schedule(method="holov", budget=3, crops=2, positions="original"))
+
+
 def test_lines_with_text_between_have_no_published_order() -> None:
     with pytest.raises(PlanError, match="semantics: stable"):
         pumer.reduce(captured("mistral3")[3], Schedule(method="holov", budget=5, crops=3, positions="original"))

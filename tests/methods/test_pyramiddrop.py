@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList
 
 import pumer_compile as pumer
 from pumer_compile import Schedule
@@ -83,8 +85,17 @@ def test_the_published_generation(case: str, decode: Path, tmp_path: Path, monke
     inputs = PUBLISHED.inputs(case)
     reduced = pumer.reduce(pumer.capture(PUBLISHED.model, inputs), schedule(case))
     prefill = pumer.export(reduced, tmp_path / "prefill.onnx", verify=False).path
-    wanted = PUBLISHED.wanted(case, "generated")
-    np.testing.assert_array_equal(Generator(prefill, decode).generate(inputs, wanted.shape[1]).numpy(), wanted)
+    wanted, seen = PUBLISHED.wanted(case, "generated"), list[Tensor]()
+
+    class Note(LogitsProcessor):
+        def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+            seen.append(scores.clone())
+            return scores
+
+    made = Generator(prefill, decode).generate(inputs, wanted.shape[1], processors=LogitsProcessorList([Note()]))
+    np.testing.assert_array_equal(made.numpy(), wanted)
+    logits = PUBLISHED.wanted(case, "generated_logits")
+    assert np.abs(torch.stack(seen, 1).numpy() - logits).max() <= 1e-4
     step = {**read_step(decode), "positions_by_layer": False}
     monkeypatch.setattr("pumer_compile.generation.loop.read_step", lambda path: step)
     with pytest.raises(UsageError, match="each layer has its own"):

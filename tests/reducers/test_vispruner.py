@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
-from pumer_compile.reducers.vispruner import VisPruner, leap, removals
+from pumer_compile.reducers.distinct import leap, removals
+from pumer_compile.reducers.vispruner import VisPruner
 from tests.support.commands import onnx_outputs, tensorrt_refuses
 from tests.support.helpers import data_dependent
 

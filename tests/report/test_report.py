@@ -169,7 +169,8 @@ def test_what_was_not_compared_or_measured_is_said(report: pumer.Report, page: P
     proof.outputs = [OutputReport("logits", "end_to_end", True, 1e-2, 1e-2)]
     rows = [{"artifact": "some/model.onnx", "batch": 4, "p50_ms": 1.25, "p90_ms": 2, "peak_memory_bytes": 2**21}]
     text = Page(pumer.Report(replace(report.data, parity=proof, bench={"measurements": rows})).html()).text
-    assert "Parity of model.onnx (float16, cpu), 3 samples: passed" in text and "not compared" in text
+    said = "Parity of model.onnx (float16, cpu), 3 samples: failed: no output was compared with eager PyTorch"
+    assert said in text and "not compared" in text
     assert re.search(r"model.onnx\s*4\s*1.25 ms\s*2 ms\s*2 MiB", text)
 
 
@@ -256,6 +257,20 @@ def test_bad_usage_of_the_command(tmp_path: Path) -> None:
     assert "input_ids" in refused(2, *proved, "--inputs", short)
     assert "none" in refused(2, "report", folder(), "--schedule", "none", "--inputs", samples, "-o", out)
     assert not out.exists()
+
+
+@pytest.mark.fast
+def test_the_reports_of_the_docs_stand_alone() -> None:
+    """They are small, hold their pictures, and link to nothing."""
+    pages = sorted((Path(__file__).parents[2] / "docs" / "reports").glob("*.html"))
+    assert [page.stem for page in pages] == ["demo", "meter", "qwen2_5_vl"]
+    for path in pages:
+        assert path.stat().st_size <= 600_000
+        page = Page(path.read_text(encoding="utf-8"))
+        used = {use["href"].removeprefix("#") for use in page.all("use")}
+        assert used and used == {image["id"] for image in page.all("image")}
+        links = [value for _, attributes in page.elements for name, value in attributes.items() if name == "href"]
+        assert all(link.startswith(("data:", "#")) for link in links) and not page.all("script")
 
 
 @pytest.mark.skipif(find_chromium() is None, reason="no Chromium is installed: the page was not looked at in a browser")

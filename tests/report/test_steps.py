@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import pytest
 import torch
 
-from pumer_compile.reducers.base import Signal
+from pumer_compile.reducers.base import Choice, Reducer, Signal, kept_alone
 from pumer_compile.report.data import Place, Step
 from pumer_compile.report.steps import SAYS, Track, _fate, site_and_stream
 from pumer_compile.report.svg import boxes_path, heat, hue, lines_path, overlay
@@ -56,6 +58,22 @@ def test_the_darkest_has_the_highest_score() -> None:
     shades = heat(step((nan, 0.5, 100.0, 0.1, 7.0)), 0)  # the fifth stands nowhere
     assert {path[:4]: opacity for opacity, path in shades} == {"M10 ": "0.26", "M20 ": "0.90", "M30 ": "0.00"}
     assert heat(step(), 0) == [] and heat(step((nan,) * 5), 0) == []
+
+
+@dataclass
+class Evidence:
+    votes: torch.Tensor
+    likeness: torch.Tensor
+
+
+def test_tokens_are_ranked_by_the_first_of_what_they_were_chosen_by() -> None:
+    """Where that is a number for each of them."""
+    votes, likeness = torch.rand(2, 6), torch.rand(2, 4, 6)
+    reducer, choice = Reducer(6, 3), Choice(kept_alone(torch.zeros(2, 3).long()), likeness, votes)
+    for evidence in (votes, (votes, likeness), Evidence(votes, likeness)):
+        assert reducer.ranking(replace(choice, evidence=evidence)) is votes
+    for evidence in (None, likeness, votes[:, :4], [votes], Evidence(likeness, votes)):
+        assert reducer.ranking(replace(choice, evidence=evidence)) is None
 
 
 def test_signals_have_words_and_names_come_apart() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import gc
+import inspect
 import logging
 import sys
 import traceback
@@ -188,6 +189,12 @@ def write_code_when_called() -> None:
     for name in ("_code", "_lineno_map", "_prologue_start"):
         setattr(torch.fx.GraphModule, name, Written(name))
     torch.fx.GraphModule.recompile = recompile_later  # type: ignore[method-assign]
+
+
+def read_sources_once() -> None:
+    """transformers' exporter reads the source of sixty classes for each model, and Python looks for the end of each by
+    its tokens (a twentieth of a capture)."""
+    inspect.getsource = functools.lru_cache(1000)(inspect.getsource)
 
 
 def trace_nothing() -> None:

@@ -57,7 +57,10 @@ class Vectors:
         arrays, spec = np.load(self.path / "inputs.npz"), self.cases[case]
         ids = torch.from_numpy(arrays[f"input_ids_{spec['prompt']}"])[rows]
         pixels = torch.from_numpy(arrays["pixel_values"][spec["images"]]).float()[rows]
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+        found = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+        if "image_sizes" in arrays:  # of pictures in crops
+            found["image_sizes"] = torch.from_numpy(arrays["image_sizes"]).repeat(len(ids), 1)
+        return found
 
     def reduced(self, case: str, schedule: Schedule) -> Reduced:
         """The model of a case, reduced; it is captured once for each prompt."""

@@ -1,7 +1,7 @@
 """ONNX optimizations that runtimes miss. Exact; for any model.
 
 Each is an `onnx_ir` pass in a file of its own, with what it gains where it was measured
-(`benchmarks/graph_optimizations.py`). `DEFAULT_PASSES` says which of them run for a target; `--onnx-passes`
+(`benchmarks/graph_optimizations.py`). `artifacts/options.py` says which of them run for a target; `--onnx-passes`
 (`OnnxOptions.onnx_passes`) chooses others.
 """
 
@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 
 import onnx_ir
 
+from ...artifacts.options import DEFAULT_PASSES as DEFAULT_PASSES
 from .attention import ScaleQueries
 from .projections import JoinProjections
 from .rows import TokensAsRows
@@ -26,14 +27,6 @@ ONNX_PASSES: Mapping[str, type[onnx_ir.passes.InPlacePass]] = {
     "attention": ScaleQueries,
 }
 """Every pass by name, in the order in which they run."""
-DEFAULT_PASSES: Mapping[str | None, tuple[str, ...]] = {
-    None: ("strides",),
-    "onnxruntime-cpu": ("strides",),
-    "onnxruntime-cuda": (),
-    "tensorrt": ("attention",),
-}
-"""What runs for a target where nothing else is asked for. Portable models are made for the processor they are proved
-on."""
 
 
 def run_onnx_passes(model: onnx_ir.Model, names: Iterable[str]) -> None:
