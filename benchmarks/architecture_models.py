@@ -177,7 +177,7 @@ def _vit_gpt2() -> Built:
     return hf.VisionEncoderDecoderModel(config), {**pixels(224), "decoder_input_ids": torch.full((1, 20), 7)}
 
 
-@_architecture("TrOCR", "base, 384 px, 20 words", "logits")
+@_architecture("TrOCR", "base, 384 px, 20 words", "logits", proof=_oracle("dense_heads"))
 def _trocr() -> Built:
     config = hf.VisionEncoderDecoderConfig.from_encoder_decoder_configs(
         hf.ViTConfig(image_size=384), hf.TrOCRConfig(cross_attention_hidden_size=768)
@@ -233,33 +233,33 @@ def _vit_bert() -> Built:
     return _dual(hf.VisionTextDualEncoderModel, config, 224, 40)
 
 
-@_architecture("ALIGN", "EfficientNet-B7, 289 px, 64 words", "logits_per_image")
+@_architecture("ALIGN", "EfficientNet-B7, 289 px, 64 words", "logits_per_image", proof=_oracle("dense_heads"))
 def _align() -> Built:
     return _dual(hf.AlignModel, hf.AlignConfig(), 289, 64)
 
 
-@_architecture("X-CLIP", "B/32, 8 frames of 224 px, 77 words", "logits_per_video")
+@_architecture("X-CLIP", "B/32, 8 frames of 224 px, 77 words", "logits_per_video", proof=_oracle("dense_heads"))
 def _x_clip() -> Built:
     return hf.XCLIPModel(hf.XCLIPConfig()), {**words(77), "pixel_values": torch.zeros(1, 8, 3, 224, 224)}
 
 
-@_architecture("GroupViT", "base, 224 px, 77 words", "logits_per_image")
+@_architecture("GroupViT", "base, 224 px, 77 words", "logits_per_image", proof=_oracle("dense_heads"))
 def _groupvit() -> Built:
     return _dual(hf.GroupViTModel, hf.GroupViTConfig(), 224, 77)
 
 
-@_architecture("CLIPSeg", "B/16, 352 px, 77 words", "logits")
+@_architecture("CLIPSeg", "B/16, 352 px, 77 words", "logits", proof=_oracle("dense_heads"))
 def _clipseg() -> Built:
     vision = {"patch_size": 16, "image_size": 352}
     return _dual(hf.CLIPSegForImageSegmentation, hf.CLIPSegConfig(vision_config=vision), 352, 77)
 
 
-@_architecture("OWL-ViT", "B/32, 768 px, 2 queries of 16 words", "logits", "pred_boxes")
+@_architecture("OWL-ViT", "B/32, 768 px, 2 queries of 16 words", "logits", "pred_boxes", proof=_oracle("dense_heads"))
 def _owlvit() -> Built:
     return hf.OwlViTForObjectDetection(hf.OwlViTConfig()), {**words(16, 2), **pixels(768)}
 
 
-@_architecture("OWLv2", "B/16, 960 px, 2 queries of 16 words", "logits", "pred_boxes")
+@_architecture("OWLv2", "B/16, 960 px, 2 queries of 16 words", "logits", "pred_boxes", proof=_oracle("dense_heads"))
 def _owlv2() -> Built:
     config = hf.Owlv2Config(vision_config={"patch_size": 16, "image_size": 960})
     return hf.Owlv2ForObjectDetection(config), {**words(16, 2), **pixels(960)}

@@ -54,9 +54,8 @@ def compile_one(name: str) -> Result:
     from transformers.initialization import no_init_weights
 
     from benchmarks.architecture_models import ARCHITECTURES
-    from pumer_compile import capture
-    from pumer_compile.analysis.annotate import annotate
-    from pumer_compile.analysis.attention import locate
+    from pumer_compile import Schedule, capture
+    from pumer_compile.reduce import Analysed
 
     transformers.logging.set_verbosity_error()
     architecture, start = ARCHITECTURES[name], time.perf_counter()
@@ -69,9 +68,10 @@ def compile_one(name: str) -> Result:
         ).__name__
         result["parameters"] = sum(p.numel() for p in model.parameters())
         program = capture(model.eval(), inputs, outputs=list(architecture.outputs) or None)
-        annotation = annotate(program.module, dict(program.streams))
+        # Of a method that reads no prompt: attention as the exact passes before it leave it.
+        found = Analysed(program).state(Schedule(method="tome", sites=[{"at": "vision.0", "merge": {"image": 1}}]))
+        annotation, attentions = found.annotation, found.attentions
         result["streams"] = dict(annotation.streams)
-        attentions = locate(program.module, annotation, program.inputs)
     except Exception as error:  # whatever a model does: the page says what
         return {**result, "error": describe(error)}
     result["sites"] = [
@@ -87,7 +87,7 @@ def compile_one(name: str) -> Result:
 
 def reduce_somehow(program: Any, annotation: Any, attentions: list[Any]) -> Result:
     """Reduce before a prompt where the image has a place in one, by the text where it asks the image in attention, else
-    merge in the vision tower."""
+    merge in the vision tower; in that of the text where the image has no tokens."""
     from pumer_compile.analysis.prompts import lower_masked_scatter
 
     try:
@@ -106,7 +106,7 @@ def reduce_somehow(program: Any, annotation: Any, attentions: list[Any]) -> Resu
     informed = [
         a.address for a in attentions if "text" in modalities(a.query_axis) and "image" in modalities(a.key_axis)
     ]
-    vision = [a.address for a in attentions if a.address.startswith("vision.")]
+    vision = tower_sites(attentions)
     if informed:
         both = {"prune": PRUNE, "merge": {"image": MERGE_IMAGE, "text": MERGE_TEXT}}
         image = {"prune": PRUNE, "merge": {"image": MERGE_IMAGE}}
@@ -115,6 +115,9 @@ def reduce_somehow(program: Any, annotation: Any, attentions: list[Any]) -> Resu
     elif vision:
         attempts = [("vision tower", "tome", {"merge": {"image": MERGE_IMAGE}})]
         chosen, extra = spread(vision), []
+    elif words := [a.address for a in attentions if a.address.startswith("text.")]:
+        attempts = [("text tower", "tome", {"merge": {"text": MERGE_TEXT}})]
+        chosen, extra = spread(words), []
     else:
         nothing = {"error": "No attention from text to image, and none among image tokens, could be followed."}
         return in_the_language_model(program) or nothing
@@ -151,11 +154,17 @@ def in_the_language_model(program: Any) -> Result:
 
 def merged_in_the_tower(program: Any, attentions: list[Any]) -> Result:
     """Merge in the vision tower where the image cannot be reduced before the prompt; nothing where that fails too."""
-    if not any(a.address.startswith("vision.") for a in attentions):
+    sites = spread(tower_sites(attentions))
+    if not sites:
         return {}
-    sites = spread([a.address for a in attentions if a.address.startswith("vision.")])
     found = attempt(program, sites, "tome", {"merge": {"image": MERGE_IMAGE}})
     return {} if "error" in found else {**found, "what": "vision tower", "refusals": {}}
+
+
+def tower_sites(attentions: list[Any]) -> list[str]:
+    """Attention among image tokens in layers like the first of them: a decoder behind the tower is none of it."""
+    vision = [a for a in attentions if a.address.startswith("vision.")]
+    return [a.address for a in vision if re.sub(r"\d+", "*", a.module) == re.sub(r"\d+", "*", vision[0].module)]
 
 
 def before_the_prompt(program: Any, tokens: int) -> Result:
@@ -253,6 +262,12 @@ Text and image meet in a product, or only past the tower, so no attention tells 
 merging 30% of the image tokens at the same depths of the tower. A text-informed schedule is refused.
 """
 
+WORDS = """\
+## Reduced in the text tower
+
+The image goes through convolutions, whose positions are no tokens. `method: tome`, merging 20% of the text.
+"""
+
 PROMPTS = """\
 ## Reduced before the prompt
 
@@ -294,10 +309,11 @@ the number of a layer.
 def render(results: list[Result]) -> str:
     """The page."""
     done = [r for r in results if "multiply_adds" in r]
-    informed = [r for r in done if r["what"] not in ("vision tower", "prompt", "language model")]
+    informed = [r for r in done if r["what"] not in ("vision tower", "text tower", "prompt", "language model")]
     layers = [r for r in done if r["what"] == "language model"]
     prompts = [r for r in done if r["what"] == "prompt"]
     towers = [r for r in done if r["what"] == "vision tower"]
+    words = [r for r in done if r["what"] == "text tower"]
     refused = [r for r in results if "error" in r]
     parts = [
         INTRODUCTION.format(**{package: used(results, package) for package in ("transformers", "torch")}),
@@ -306,6 +322,8 @@ def render(results: list[Result]) -> str:
         *notes(informed),
         TOWERS,
         table(("Model", "Size", "At", "Image tokens", *SAVED), map(tower_row, towers)),
+        WORDS,
+        table(("Model", "Size", "At", "Text tokens", *SAVED), (tower_row(r, "text") for r in words)),
         PROMPTS,
         table(("Model", "Size", "At", "Image tokens", *SAVED), map(tower_row, prompts)),
         LAYERS,
@@ -365,10 +383,10 @@ def informed_row(result: Result) -> tuple[str, ...]:
     )
 
 
-def tower_row(result: Result) -> tuple[str, ...]:
-    """A model whose vision tower is reduced."""
+def tower_row(result: Result, modality: str = "image") -> tuple[str, ...]:
+    """A model one tower of which is reduced."""
     at = ", ".join(f"`{site}`" for site in result["reduced_at"])
-    return title(result), result["size"], at, counts(result, "image"), *saved(result)
+    return title(result), result["size"], at, counts(result, modality), *saved(result)
 
 
 def saved(result: Result) -> tuple[str, ...]:

@@ -249,8 +249,8 @@ def reductions(program: Any, samples: list[dict[str, Any]]) -> Iterable[tuple[st
             if done == ENOUGH:
                 return
         return
-    informed, tower = sites_of(program)
-    if not informed and not tower:
+    informed, tower, words = sites_of(program)
+    if not informed and not tower and not words:
         yield "fastv", attempt({"method": "fastv", "budget": 2, "layer": 1}, program, samples)
     if informed:
         tries = [{"sites": [{"at": at, "prune": 1}], "outputs": "reduced"} for at in informed]
@@ -258,6 +258,9 @@ def reductions(program: Any, samples: list[dict[str, Any]]) -> Iterable[tuple[st
     if tower:
         merge = {"image": 1}
         tries = [{"method": "tome", "sites": [{"at": at, "merge": merge}], "outputs": "reduced"} for at in tower]
+        yield "tome", first(tries, program, samples)
+    elif words and not informed:
+        tries = [{"method": "tome", "sites": [{"at": at, "merge": {"text": 1}}], "outputs": "reduced"} for at in words]
         yield "tome", first(tries, program, samples)
 
 
@@ -277,25 +280,29 @@ def rows_of(program: Any) -> int | None:
     return min(len(crop) for mark in prompt.marks for crop in mark.crops)
 
 
-def sites_of(program: Any) -> tuple[list[str], list[str]]:
-    """Attention from text to image, and among image tokens of a tower: the first three of each."""
-    from pumer_compile.analysis.annotate import annotate
-    from pumer_compile.analysis.attention import locate
+def sites_of(program: Any) -> tuple[list[str], list[str], list[str]]:
+    """Attention from text to image, among image tokens of a tower, and among text tokens of one: the first three of
+    each, as the exact passes leave them."""
+    import pumer_compile as pumer
+    from pumer_compile.reduce import Analysed
 
+    reads_no_prompt = pumer.Schedule(method="tome", sites=[{"at": "vision.0", "merge": {"image": 1}}])
     try:
-        annotation = annotate(program.module, dict(program.streams))
-        attentions = locate(program.module, annotation, program.inputs)
+        found = Analysed(program).state(reads_no_prompt)
     except Exception:  # the methods say what
-        return [], []
+        return [], [], []
 
     def modalities(axis: Any) -> set[str]:
-        return {annotation.modality[stream] for stream in axis.streams}
+        return {found.annotation.modality[stream] for stream in axis.streams}
 
+    attentions = found.attentions
     informed = [
         a.address for a in attentions if "text" in modalities(a.query_axis) and "image" in modalities(a.key_axis)
     ]
-    tower = [a.address for a in attentions if a.address.startswith("vision.")]
-    return list(dict.fromkeys(informed))[:3], list(dict.fromkeys(tower))[:3]
+    vision, text = (
+        [a.address for a in attentions if a.address.startswith(f"{group}.")] for group in ("vision", "text")
+    )
+    return tuple(list(dict.fromkeys(sites))[:3] for sites in (informed, vision, text))  # type: ignore[return-value]
 
 
 def first(schedules: list[dict[str, Any]], program: Any, samples: list[dict[str, Any]]) -> Result:
