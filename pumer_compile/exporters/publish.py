@@ -69,12 +69,12 @@ def export(
     """Write an artifact; the suffix of `path` picks the exporter.
 
     Everything is written under temporary names beside `path` and renamed when it is complete and proved: a failed or
-    killed run leaves the old artifact as it was. (The manifest beside the artifact is renamed first; a kill between
-    the two renames leaves an old artifact that is no longer the one described, and refused.)
+    killed run leaves the old artifact as it was. (The manifest is renamed first; a kill between the two renames leaves
+    an old artifact that is no longer the one described, and refused.)
 
     Args:
-        reduced: from `reduce`, whose module is what is exported, or a captured program to export as it is. Captured and
-            reduced anew only where `options` ask for another dtype.
+        reduced: from `reduce`, whose module is exported, or a captured program. Captured and reduced anew only where
+            `options` ask for another dtype.
         path: of the artifact.
         options: of the exporter that the suffix picks.
         with_decisions: keep every reducer's decisions as extra outputs.
@@ -85,11 +85,11 @@ def export(
         progress: told what is going on.
 
     Returns:
-        Where it was written, its manifest, and the report of its proof.
+        Its path, its manifest, and the report of its proof.
 
     Raises:
-        UsageError: an unknown suffix, a path that cannot be written, a tolerance for an output that there is not, or
-            something that this machine lacks; before any long work.
+        UsageError: an unknown suffix, a path that cannot be written, a tolerance for an unknown output, or something
+            that this machine lacks; before any long work.
         ExportError: conversion failed.
         ParityError: the proof failed; the artifact is kept as `<path>.failed`.
     """
@@ -108,7 +108,6 @@ def export(
             progress("proving")
             unproved = _manifest(writer, build, program, reduced, {"verified": False})
             report = _prove(writer, build, files, reduced, unproved, samples, atol, rtol)
-            report.artifact = path.name
         manifest = _manifest(writer, build, program, reduced, report.to_dict() if report else {"verified": False})
         writer.record(manifest, files)
         if report is not None and not report.passed:
@@ -202,7 +201,7 @@ def _prove(
             getattr(writer.options, "quantize_mode", None),
         ),
     )
-    report.stand_in = evidence.stand_in
+    report.artifact, report.stand_in = files[-1].name, evidence.stand_in
     if evidence.stand_in:
         report.notes.append(
             f"this is the report of {evidence.stand_in}; {files[-1].name} itself cannot run on this machine "
