@@ -35,10 +35,12 @@ PLAIN = {
 
 def raised() -> Iterator[tuple[str, str, str]]:
     """Place, class and message of every error that the package raises; of a function that makes one, its class."""
-    for file in sorted(PACKAGE.rglob("*.py")):
-        tree = ast.parse(file.read_text(encoding="utf-8"))
-        functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
-        makes = {f.name: ast.unparse(f.returns) for f in functions if f.returns is not None}
+    trees = {file: ast.parse(file.read_text(encoding="utf-8")) for file in sorted(PACKAGE.rglob("*.py"))}
+    functions = [node for tree in trees.values() for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    returns = {f.name: ast.unparse(f.returns) for f in functions if f.returns is not None}
+    for file, tree in trees.items():
+        own = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+        makes = {**returns, **{f.name: ast.unparse(f.returns) for f in own if f.returns is not None}}
         for node in ast.walk(tree):
             if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
                 name = ast.unparse(node.exc.func).rpartition(".")[2]

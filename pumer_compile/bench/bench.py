@@ -269,8 +269,10 @@ def alternate(
     """
     fed = {name: fitted(feeds[name], engine.input_specs, engine.device) for name, engine in engines.items()}
     samples: dict[str, list[float]] = {name: [] for name in engines}
-    for turn in range(warmup + iterations):
-        progress(f"round {turn + 1} of {warmup + iterations}")
+    rounds = warmup + iterations
+    for turn in range(rounds):
+        if turn % max(1, rounds // 10) == 0:  # a line each where there is no terminal
+            progress(f"round {turn + 1} of {rounds}")
         for name in list(engines)[:: -1 if turn % 2 else 1]:
             engine = engines[name]
             synchronize(engine.device)

@@ -86,6 +86,8 @@ def readable_errors(command: Callable[..., None]) -> Callable[..., None]:
             # A defect of ours: say so, without burying the user in a traceback that -v gives.
             text = " ".join(str(error).split())[:400]
             _fail(error, f"Unexpected {type(error).__name__}: {text} (run with -v for a traceback).", verbose)
+        finally:
+            console.quiet = console.stderr = False
 
     return run
 

@@ -36,7 +36,7 @@ def test_every_rule_has_a_case() -> None:
     test_arrangement.py, architectures/test_prompt_rows.py (deepstack; an image in several blocks) and
     frontends/test_gated_delta_rule.py."""
     own = {"filled", "arange", "getitem", "sym_size", "conv2d", "_visual_tokens", "_with_separators", "rearranged"}
-    own |= {"_same_tokens", "_held_places", "_with_text", "_delta_rule"}
+    own |= {"_same_tokens", "_held_places", "_heard_tokens", "_with_text", "_delta_rule"}
     covered = {rule_for(build(*case[:3]).node).__name__ for case in CASES.values()}
     assert covered | own == {function.__name__ for function in _RULES.values()}
 

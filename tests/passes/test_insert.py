@@ -428,26 +428,6 @@ def test_padding_is_read_from_a_mask_of_an_input_and_not_from_a_constant(
         assert seen[0] is None and not padding
 
 
-def test_attention_without_a_head_dimension_is_refused_in_words() -> None:
-    """`nn.MultiheadAttention` multiplies batch and heads into one dimension."""
-
-    class Torch(Fusion):
-        def __init__(self, config: Config) -> None:
-            super().__init__(config)
-            self.mixed = nn.MultiheadAttention(config.width, config.heads, batch_first=True)
-
-        def forward(self, input_ids: Tensor, pixel_values: Tensor) -> Tensor:
-            x = self.embed(input_ids, pixel_values)
-            x = x + self.mixed(x, x, x, need_weights=True)[0]
-            return self.finish(self.layers[0](x, None), input_ids.shape[1])
-
-    config = Config(mask="none", layers=1)
-    captured = capture(make(config, kind=Torch), inputs_for(config))
-    with pytest.raises(PumerError) as caught:
-        reduce_graph(captured, schedule("safe", (0,)))
-    assert "mixed" in str(caught.value)
-
-
 def test_layers_hold_their_own_self_attention() -> None:
     """The published softmax goes into every attention of a cross-modal layer, and into no tower."""
     inputs = {"ids": torch.randint(0, 20, (2, 5)), "pixels": torch.randn(2, 3, 4, 6)}

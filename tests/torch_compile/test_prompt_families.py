@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -11,6 +12,14 @@ from pumer_compile.generation import whole_forward
 from tests.support.prompt_families import built, placeholders
 from tests.support.prompt_oracle import by_hand
 from tests.support.speaking import TOKENS, longer, shortened, speaking_words
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> Iterator[None]:
+    """Images of other sizes in another test would leave sizes open that transformers' code does not stand open."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("name", ["internvl", "aya_vision"])
